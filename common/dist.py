@@ -1,0 +1,179 @@
+"""Processes: the group, the device, sums over ranks, and who does which share of a batch.
+
+No script asks for its rank. A value that decides anything comes from `all_sum` or from data every rank holds.
+"""
+
+import atexit
+import datetime
+import heapq
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+_stop = {"signal": 0, "agreed": False}
+
+
+class RunError(ValueError):
+    """An end of the run that one line explains: what, where, and what was expected."""
+
+
+def init(seed: int) -> torch.device:
+    """Join the process group torchrun describes, or form one of a single process. Safe to call again."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if not torch_dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if "RANK" in os.environ:
+            store = {}  # torchrun's own
+        else:  # python script.py: no port is opened
+            store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}
+        torch_dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(minutes=30),
+            device_id=device if cuda else None,
+            **store,
+        )
+        atexit.register(torch_dist.destroy_process_group)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _on_signal)
+        warnings.filterwarnings("ignore", message=".*(barrier|all_gather_object|No device id).*")
+    _stop.update(signal=0, agreed=False)
+    random.seed(seed)
+    torch.manual_seed(seed)  # the same on every rank: new weights (LoRA, heads) must agree
+    return device
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    if _stop["signal"] and number == signal.SIGINT:
+        raise KeyboardInterrupt  # asked twice: do not wait for the step to end
+    _stop["signal"] = number
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def all_sum(
+    sums: Mapping[str, Tensor | float], same: Mapping[str, Tensor | float] | None = None
+) -> dict[str, float]:
+    """Add each value over ranks and bring the results to the host: one collective, one synchronisation.
+
+    Args:
+        sums: scalars to add; every rank passes the same keys.
+        same: scalars every rank already agrees on (a gradient norm), which only ride along.
+
+    The pending stop signal of any rank travels along, so all ranks see `stop_requested` at the same step.
+    """
+    same = same or {}
+    device = next((v.device for v in (*sums.values(), *same.values()) if isinstance(v, Tensor)), "cpu")
+    # a dummy row's metrics are made of the same keys, so the order of `sums` agrees between ranks
+    values = [
+        torch.as_tensor(v, dtype=torch.float64).to(device)
+        for v in (float(_stop["signal"] > 0), *sums.values())
+    ]
+    flat = torch.stack(values)
+    if world_size() > 1:
+        torch_dist.all_reduce(flat)
+    agreed = [torch.as_tensor(v, dtype=torch.float64).to(device) for v in same.values()]
+    stop, *numbers = torch.cat([flat, torch.stack(agreed)] if agreed else [flat]).tolist()
+    _stop["agreed"] = stop > 0
+    return dict(zip((*sums, *same), numbers, strict=True))
+
+
+def stop_requested() -> bool:
+    """True on every rank once any rank has received SIGTERM or SIGINT; decided by the latest `all_sum`."""
+    return _stop["agreed"]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    if world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(items: Sequence) -> list:
+    """The picklable items of all ranks, those of rank 0 first, on every rank."""
+    if world_size() == 1:
+        return list(items)
+    parts: list = [None] * world_size()
+    torch_dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def from_main(make: Any) -> Any:
+    """The picklable result of `make()`, which only rank 0 runs; an RunError there is raised on every rank."""
+    box: list = [None, None]
+    if is_main():
+        try:
+            box[0] = make()
+        except RunError as error:
+            box[1] = str(error)
+    if world_size() > 1:
+        torch_dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise RunError(box[1])
+    return box[0]
+
+
+def parallel_map(function: Callable, items: Sequence) -> list:
+    """[function(item) for item in items], each rank doing its share; a RunError of any rank is raised on all."""
+
+    def attempt(item: Any) -> tuple[Any, str | None]:
+        try:
+            return function(item), None
+        except RunError as error:
+            return None, str(error)
+
+    size = world_size()
+    mine = [attempt(item) for item in items[rank() :: size]]
+    done: list = [None] * len(items)
+    for r, part in enumerate(gather([mine])):
+        done[r::size] = part
+    for _, error in done:
+        if error:
+            raise RunError(error)
+    return [result for result, _ in done]
+
+
+def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Split the indices of `costs` into shares of nearly equal cost: largest first, to the least loaded share."""
+    result: list[list[int]] = [[] for _ in range(num_shares)]
+    heap = [(0, share) for share in range(num_shares)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, share = heapq.heappop(heap)
+        result[share].append(index)
+        heapq.heappush(heap, (load + costs[index], share))
+    return result
+
+
+def run(main: Any, args: Any) -> None:
+    """Call main(args); a user's mistake ends it with one line instead of a traceback."""
+    try:
+        main(args)
+    except RunError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
