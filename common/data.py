@@ -92,12 +92,12 @@ def num_steps(dataset: Dataset, args: Any) -> int:
 
 
 def batch(dataset: Dataset, step: int, args: Any) -> list[Example]:
-    """The examples of optimizer step `step` (from 0): a function of (seed, step), alike on every rank."""
+    """The examples of optimizer step `step`, counted from 1: a function of (seed, step), alike on every rank."""
     size = dataset.epoch_size
-    end = (step + 1) * args.batch_size
+    end = step * args.batch_size
     if args.max_steps < 0:
         end = min(end, args.num_epochs * size)
-    positions = range(step * args.batch_size, end)
+    positions = range((step - 1) * args.batch_size, end)
     return [dataset[dataset.order(args.seed, p // size)[p % size]] for p in positions]
 
 
@@ -162,7 +162,6 @@ def make_row(examples: list[Example], chosen: list[int], device: torch.device) -
     lengths = np.array([len(tokens) for tokens, _ in sequences])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     masks = np.concatenate([mask for _, mask in sequences])
-    masks[starts[:-1]] = False  # nothing comes before the first token of a sequence
     segment_ids = np.repeat(np.arange(len(lengths)), lengths)
     names = examples[0].fields if examples else {}
     arrays = {
@@ -663,7 +662,10 @@ def load(args: Any, kind: str, encode: Callable[[Record], Example]) -> tuple[Dat
 
     def convert(record: Record) -> Example:
         try:
-            return encode(record)
+            example = encode(record)
+            for _, mask in example.sequences:
+                mask[:1] = False  # nothing comes before a first token
+            return example
         except dist.RunError:
             raise
         except Exception as error:  # a template may raise anything about a conversation it does not like
@@ -680,7 +682,7 @@ def load(args: Any, kind: str, encode: Callable[[Record], Example]) -> tuple[Dat
                 example.sequences = [
                     (t[: args.max_length], m[: args.max_length]) for t, m in example.sequences
                 ]
-            kept = [e for e in examples if all(mask[1:].any() for _, mask in e.sequences)]
+            kept = [e for e in examples if all(mask.any() for _, mask in e.sequences)]
             dropped += len(examples) - len(kept)
             kept_parts.append((kept, weight))
         dataset = Dataset(kept_parts)

@@ -10,8 +10,8 @@ import os
 import random
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +33,8 @@ def init(seed: int) -> torch.device:
         if cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-        if "RANK" in os.environ:
-            store = {}  # torchrun's own
-        else:  # python script.py: no port is opened
-            store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = "RANK" not in os.environ  # python script.py: a store in memory, no port is opened
+        store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         torch_dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=datetime.timedelta(minutes=30),
@@ -46,7 +44,6 @@ def init(seed: int) -> torch.device:
         atexit.register(torch_dist.destroy_process_group)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _on_signal)
-        warnings.filterwarnings("ignore", message=".*(barrier|all_gather_object|No device id).*")
     _stop.update(signal=0, agreed=False)
     random.seed(seed)
     torch.manual_seed(seed)  # the same on every rank: new weights (LoRA, heads) must agree
@@ -167,6 +164,18 @@ def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         result[share].append(index)
         heapq.heappush(heap, (load + costs[index], share))
     return result
+
+
+def cache_folder() -> Path:
+    """Where things that outlive a run are kept: $CLEANALIGN_CACHE, or ~/.cache/cleanalign."""
+    folder = Path(os.environ.get("CLEANALIGN_CACHE") or Path.home() / ".cache" / "cleanalign")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"cache folder {folder}: {error.strerror}; set CLEANALIGN_CACHE to another one"
+        ) from error
+    return folder
 
 
 def run(main: Any, args: Any) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from common import dist
-from common.data import Row, model_folder
+from common.data import Example, Row, model_folder
 
 
 class TokenStats(NamedTuple):
@@ -512,15 +512,16 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def lr_factor(step: int, num_steps: int, args: Any) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then constant, linear or cosine to min_lr_ratio."""
-    if step < args.warmup_steps:
-        return (step + 1) / (args.warmup_steps + 1)
+    """Share of the peak learning rate at optimizer step `step`, counted from 1.
+
+    Linear warm-up, then constant, or linear or cosine down to min_lr_ratio at the last step.
+    """
+    if step <= args.warmup_steps:
+        return step / (args.warmup_steps + 1)
     if args.lr_schedule == "constant":
         return 1.0
-    done = (step - args.warmup_steps) / max(1, num_steps - args.warmup_steps - 1)
-    left = (
-        1 - min(1.0, done) if args.lr_schedule == "linear" else (1 + math.cos(math.pi * min(1.0, done))) / 2
-    )
+    done = (step - args.warmup_steps - 1) / max(1, num_steps - args.warmup_steps - 1)
+    left = 1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return args.min_lr_ratio + (1 - args.min_lr_ratio) * left
 
 
@@ -535,3 +536,14 @@ def training_flops(model: nn.Module, lengths: list[int]) -> float:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
     return 6.0 * params * sum(lengths) + attention * sum(n * n for n in lengths)
+
+
+def speed(model: nn.Module, batch: list[Example], seconds: float) -> dict[str, float]:
+    """Tokens per second over all ranks; on GPU also MFU, of 989 TFLOP/s a rank, and peak memory."""
+    lengths = [len(tokens) for example in batch for tokens, _ in example.sequences]
+    metrics = {"train/tokens_per_second": sum(lengths) / seconds}
+    if torch.cuda.is_available():
+        peak = 989e12 * dist.world_size()  # dense bf16 of an H100 or H200 SXM
+        metrics["train/mfu"] = training_flops(model, lengths) / seconds / peak
+        metrics["train/max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics

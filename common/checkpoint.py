@@ -1,0 +1,172 @@
+"""Checkpoints to resume from, on any number of ranks, and the final model in Hugging Face form.
+
+A checkpoint is written under a temporary name and renamed when complete, so a kill at any moment leaves the
+previous one as the newest.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from common import data, dist, models
+
+Parts = dict[str, tuple[nn.Module, Optimizer | None]]
+OPTIONS = StateDictOptions(
+    ignore_frozen_params=True, strict=False
+)  # frozen weights come from the model's own files
+
+
+def newest(args: Any) -> Path | None:
+    """The newest complete checkpoint of the run folder."""
+    done = [p for p in Path(args.output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return max(done, default=None, key=lambda p: int(p.name[5:]))
+
+
+def save(args: Any, step: int, parts: Parts, **numbers: Any) -> None:
+    """Write models, optimizers, the step and a few JSON numbers; keep the newest keep_checkpoints."""
+    folder = Path(args.output_dir) / "checkpoints"
+    final, unfinished = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
+    if dist.is_main():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    dist.barrier()
+    dcp.save(_state(parts), checkpoint_id=unfinished)
+    if dist.is_main():
+        (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        complete = sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name))
+        for old in complete[: -args.keep_checkpoints]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def resume(args: Any, parts: Parts) -> dict[str, Any]:
+    """Load the newest checkpoint into models and optimizers. -> its numbers, or `step` and `num_tokens` 0.
+
+    Raises:
+        RunError: the checkpoint's tensors do not have the shapes of these models.
+    """
+    folder = dist.from_main(lambda: newest(args))
+    if folder is None:
+        return {"step": 0, "num_tokens": 0}
+    state = _state(parts)
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, tensor in _flat(state):
+        size = getattr(saved.get(name), "size", None)
+        if size is not None and size != tensor.shape or name not in saved:
+            raise dist.RunError(
+                f"{folder}: {name} is {list(size) if size else 'missing'} there and {list(tensor.shape)} in this model; "
+                "resume with the model the run began with, or start anew with --overwrite"
+            )
+    dcp.load(state, checkpoint_id=folder)
+    for name, (model, optimizer) in parts.items():
+        set_model_state_dict(model, state[name]["model"], options=OPTIONS)
+        if optimizer is not None:
+            set_optimizer_state_dict(model, optimizer, state[name]["optimizer"], options=OPTIONS)
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def _state(parts: Parts) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, (model, optimizer) in parts.items():
+        state[name] = {"model": get_model_state_dict(model, options=OPTIONS)}
+        if optimizer is not None:
+            state[name]["optimizer"] = get_optimizer_state_dict(model, optimizer, options=OPTIONS)
+    return state
+
+
+def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
+    found = []
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
+    """Write `model/`: a folder plain transformers loads, or with LoRA one peft loads (merge_lora folds it in).
+
+    Weights take the dtype the model had on disk. generation_config stops at the token that was trained to end a turn.
+    """
+    folder = Path(args.output_dir) / "model"
+    lora = getattr(policy, "lora_config", None)
+    merge = lora is None or args.merge_lora
+    weights = {}
+    for name, tensor in models.full_weights(policy, merge_lora=merge):
+        if dist.is_main():
+            weights[name] = tensor.to("cpu", policy.dtype_on_disk if merge else torch.float32, copy=True)
+    if dist.is_main():
+        unfinished = folder.with_name("model.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if merge:
+            _save_transformers(unfinished, policy, tokenizer, weights)
+        else:
+            _save_peft(unfinished, args, lora, weights)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+    dist.barrier()
+
+
+def _save_transformers(
+    folder: Path, policy: nn.Module, tokenizer: Any, weights: dict[str, torch.Tensor]
+) -> None:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype_on_disk)
+    generation_config = policy.generation_config or GenerationConfig()
+    before = generation_config.eos_token_id
+    ends = [data.end_token(tokenizer), *(before if isinstance(before, list) else [before])]
+    ends = list(dict.fromkeys(e for e in ends if e is not None))
+    generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    shell.generation_config = generation_config
+    shell.save_pretrained(folder, state_dict=weights)
+
+
+def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    lora.base_model_name_or_path = data.model_folder(args.model)[0]
+    lora.save_pretrained(folder)
+    named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
+    """compute(), a collective, or its result from an earlier run with the same model files and key."""
+    folder, file = data.model_folder(model)
+    path = Path(folder)
+    files = sorted(path.glob("*")) if path.is_dir() else []  # a hub id is its own name
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if file in (None, f.name)]
+    digest = hashlib.sha256(pickle.dumps((str(path), stats, key))).hexdigest()[:16]
+    store = dist.cache_folder() / f"{name}-{digest}.pt"
+    if dist.from_main(store.exists):
+        return torch.load(store)
+    result = compute()
+    if dist.is_main():
+        unfinished = store.with_suffix(f".{os.getpid()}")
+        torch.save(result.cpu(), unfinished)
+        os.replace(unfinished, store)
+    return result

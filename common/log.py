@@ -1,0 +1,310 @@
+"""What a run leaves behind: args.json, its script, metrics.jsonl, samples.jsonl, curves.png, and W&B if asked.
+
+Only rank 0 writes. Metrics go to the file in full and to the console in part, a few lines a minute.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, data, dist
+from common.generate import generate
+
+# a run may be resumed with these changed: they alter its length, what it records or how it fits, not its numbers
+CHANGEABLE = set(
+    (
+        "output_dir overwrite max_steps num_epochs eval_every save_every keep_checkpoints num_samples max_new_tokens "
+        "temperature judge micro_batch_tokens activation_checkpointing compile sharding precompute_ref merge_lora track "
+        "wandb_project run_name eval_dataset"
+    ).split()
+)
+
+
+def parse(Args: type, toy: dict[str, Any]) -> Any:  # noqa: N803
+    """Args from the command line; `toy` replaces the defaults while the model is "toy" and explicit flags win."""
+    import tyro
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model", default=Args.model)
+    wants_toy = peek.parse_known_args()[0].model == "toy"
+    asks_help = {"-h", "--help"} & set(sys.argv[1:])
+    defaults = Args() if asks_help or not wants_toy else replace(Args(), **toy)
+    settings = " ".join(f"--{name} {value}" for name, value in toy.items())
+    about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
+    return tyro.cli(Args, default=defaults, description=about, use_underscores=True)
+
+
+def load_function(spec: str) -> Callable:
+    """The function named by "package.module:function", looked up from the current folder too."""
+    module, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise dist.RunError(f"{spec!r}: {error}; expected package.module:function") from error
+
+
+class Log:
+    """The run folder. `log(step, metrics)` appends a row; numbers under eval/ make the table at the end."""
+
+    def __init__(self, args: Any, script: str, show: tuple[str, ...], toy: dict[str, Any] | None = None):
+        self.args, self.show, self.wandb = args, show, None
+        self.started = self.printed = time.perf_counter()
+        self.first_step: int | None = None
+        if os.environ.get("WANDB_SWEEP_ID"):  # runs of a sweep must not share a folder
+            args.track = True
+            if args.output_dir == next(f.default for f in fields(args) if f.name == "output_dir"):
+                args.output_dir += "-" + os.environ.get("WANDB_RUN_ID", "run")
+        self.folder = Path(args.output_dir)
+        self.rows: list[dict] = dist.from_main(self._open)
+        if dist.is_main():
+            shutil.copyfile(script, self.folder / Path(script).name)
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            self._start_wandb()
+            if args.model == "toy" and toy is not None:
+                used = " ".join(f"{k}={v}" for k, v in toy.items() if getattr(args, k) == v)
+                print(
+                    f"toy world: {used}; for a real model: --model <hub id or folder> --dataset <file>",
+                    flush=True,
+                )
+
+    def _open(self) -> list[dict]:
+        """Make or reopen the folder. -> the rows up to the checkpoint the run will resume from."""
+        args, folder = self.args, self.folder
+        if args.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+        if (folder / "args.json").exists():
+            before = json.loads((folder / "args.json").read_text())
+            for name, value in asdict(args).items():
+                if name not in CHANGEABLE and name in before and before[name] != value:
+                    raise dist.RunError(
+                        f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: give that value "
+                        "to resume it, another output_dir, or --overwrite to start anew"
+                    )
+        last = checkpoint.newest(args)
+        keep = int(last.name[5:]) if last else -1
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
+            _replace(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+        if last:
+            print(f"resuming {folder} from step {keep}", flush=True)
+        return _read_rows(folder / "metrics.jsonl")
+
+    def _start_wandb(self) -> None:
+        """Online if logged in, else offline; never asks, and a failure to start only costs the tracking."""
+        if not self.args.track:
+            return
+        id_file = self.folder / "wandb_id"
+        try:
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            online = os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False)
+            run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID")
+            self.wandb = wandb.init(
+                project=self.args.wandb_project,
+                name=self.args.run_name or None,
+                id=run_id,
+                resume="allow",
+                mode=os.environ.get("WANDB_MODE") or ("online" if online else "offline"),
+                dir=self.folder,
+                config=asdict(self.args),
+            )
+            id_file.write_text(self.wandb.id)
+        except Exception as error:
+            print(f"W&B is off: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+
+    def finished(self, num_steps: int) -> bool:
+        """True, after printing the table again, if this run folder already holds the finished run."""
+        done = (self.folder / "model").is_dir() and bool(self.rows) and self.rows[-1]["step"] >= num_steps
+        if dist.from_main(lambda: done) and dist.is_main():
+            print(f"{self.folder} is finished at step {num_steps}; --overwrite starts anew", flush=True)
+            self._table()
+        return dist.from_main(lambda: done)
+
+    def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+        """Append a row for `step` completed optimizer steps; stop the run if its loss or gradient is not finite.
+
+        Raises:
+            RunError: a NaN or infinite train/loss or train/grad_norm; the newest checkpoint is from before it.
+        """
+        for name in ("train/loss", "train/grad_norm"):
+            if not abs(metrics.get(name, 0.0)) < float("inf"):
+                last = checkpoint.newest(self.args)
+                raise dist.RunError(
+                    f"{name} is {metrics[name]} at step {step}; the run stops. "
+                    + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
+                    + "; a lower learning_rate or max_grad_norm is the usual cure"
+                )
+        if not dist.is_main():
+            return
+        row = {"step": step, **metrics}
+        self.rows.append(row)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        self.first_step = step if self.first_step is None else self.first_step
+        now = time.perf_counter()
+        is_eval = any(name.startswith("eval/") for name in metrics)
+        if now - self.printed > 5 or is_eval or step == num_steps:
+            self.printed = now
+            print(self._line(step, num_steps, metrics, now), flush=True)
+
+    def _line(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
+        parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
+        for name in self.show:
+            if f"train/{name}" in metrics:
+                parts.append(f"{name} {metrics[f'train/{name}']:.4g}")
+        for name, value in metrics.items():
+            if name.startswith("eval/judge/") or name[5:] in self.show and name.startswith("eval/"):
+                parts.append(f"{name} {value:.4g}")
+        if "train/tokens_per_second" in metrics:
+            parts.append(f"{metrics['train/tokens_per_second'] / 1000:.1f}k tokens/s")
+        if "train/mfu" in metrics:
+            parts.append(f"MFU {metrics['train/mfu']:.1%}, {metrics['train/max_memory_gib']:.1f} GiB")
+        if step > self.first_step:
+            left = (now - self.started) / (step - self.first_step) * (num_steps - step)
+            parts.append(f"eta {int(left // 60)}:{int(left % 60):02d}")
+        return "  ".join(parts)
+
+    def samples(self, step: int, policy: Any, tokenizer: Any, dataset: data.Dataset) -> dict[str, float]:
+        """Answer the first num_samples distinct prompts, judge the answers and append both to samples.jsonl.
+
+        Returns:
+            eval/ended, the share that stopped by itself, and eval/judge/<score>, means; on rank 0 only.
+        """
+        chosen: dict[str, data.Example] = {}
+        for example in dataset:
+            if len(chosen) == self.args.num_samples:
+                break
+            if example.prompt:
+                chosen.setdefault(json.dumps(example.prompt), example)
+        if not chosen:
+            return {}
+        prompts = [data.encode_prompt(tokenizer, example.prompt) for example in chosen.values()]
+        settings = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.args.temperature}
+        samples = generate(policy, tokenizer, prompts, **settings, seed=self.args.seed, step=step)
+        if not dist.is_main():
+            return {}
+        judge, rows = self._judge(), []
+        for example, sample in zip(chosen.values(), samples, strict=True):
+            prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+            scores = judge(prompt, sample.text) if judge else {}
+            rows.append(
+                {"step": step, "prompt": prompt, "response": sample.text, "ended": sample.ended, **scores}
+            )
+        with open(self.folder / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.wandb:
+            import wandb
+
+            table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+            self.wandb.log({"samples": table}, step=step)
+        names = list(rows[0])[3:]
+        return {
+            f"eval/{'' if name == 'ended' else 'judge/'}{name}": sum(row[name] for row in rows) / len(rows)
+            for name in names
+        }
+
+    def _judge(self) -> Callable | None:
+        spec = self.args.judge or ("toy.language:judge" if self.args.dataset == "toy" else "")
+        return load_function(spec) if spec else None
+
+    def finish(self, stopped_at: int | None = None) -> None:
+        """Draw the curves, and print the table, or how to resume a run that was stopped."""
+        if not dist.is_main():
+            return
+        with contextlib.suppress(ImportError):
+            _draw(self.rows, self.folder / "curves.png", self.show)
+        if stopped_at is not None:
+            print(f"stopped at step {stopped_at} and saved; the same command resumes there", flush=True)
+        else:
+            self._table()
+            print(f"model, metrics, samples and curves are in {self.folder}", flush=True)
+        if self.wandb:
+            self.wandb.finish()
+
+    def _table(self) -> None:
+        """The first and the last evaluation side by side."""
+        from rich.console import Console
+        from rich.table import Table
+
+        evals = [row for row in self.rows if any(k.startswith("eval/") for k in row)]
+        if not evals:
+            return
+        first, last = evals[0], evals[-1]
+        table = Table(title=f"step {first['step']} -> {last['step']}")
+        table.add_column("on held-out data")
+        for heading in ("before", "after"):
+            table.add_column(heading, justify="right")
+        names = [k for k in last if k.startswith("eval/")]
+        for name in sorted(names, key=lambda k: not k.startswith("eval/judge/")):
+            before = f"{first[name]:.3f}" if name in first else ""
+            table.add_row(name[5:], before, f"{last[name]:.3f}")
+        Console().print(table)
+
+
+def _read_rows(path: Path) -> list[dict]:
+    """The complete rows of a .jsonl file; a torn last line, left by a kill, is skipped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _draw(rows: list[dict], path: Path, show: tuple[str, ...]) -> None:
+    """Small panels of the shown metrics, training line and evaluation points, and of the judge's scores."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    judged = sorted({k[5:] for row in rows for k in row if k.startswith("eval/judge/")})
+    names = [n for n in (*show, *judged) if any(f"train/{n}" in r or f"eval/{n}" in r for r in rows)]
+    if not names:
+        return
+    columns = min(3, len(names))
+    height = -(-len(names) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 2.6 * height), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        for prefix, style in (("train", "-"), ("eval", "o-")):
+            points = [(r["step"], r[f"{prefix}/{name}"]) for r in rows if f"{prefix}/{name}" in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=prefix, markersize=4, linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
