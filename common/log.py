@@ -59,8 +59,7 @@ class Log:
 
     def __init__(self, args: Any, script: str, show: tuple[str, ...], toy: dict[str, Any] | None = None):
         self.args, self.show, self.wandb = args, show, None
-        self.started = self.printed = time.perf_counter()
-        self.first_step: int | None = None
+        self.first_step: int | None = None  # of this process, for the time left
         if os.environ.get("WANDB_SWEEP_ID"):  # runs of a sweep must not share a folder
             args.track = True
             if args.output_dir == next(f.default for f in fields(args) if f.name == "output_dir"):
@@ -102,8 +101,6 @@ class Log:
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
             _replace(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
-        if last:
-            print(f"resuming {folder} from step {keep}", flush=True)
         return _read_rows(folder / "metrics.jsonl")
 
     def _start_wandb(self) -> None:
@@ -132,11 +129,14 @@ class Log:
 
     def finished(self, num_steps: int) -> bool:
         """True, after printing the table again, if this run folder already holds the finished run."""
-        done = (self.folder / "model").is_dir() and bool(self.rows) and self.rows[-1]["step"] >= num_steps
-        if dist.from_main(lambda: done) and dist.is_main():
-            print(f"{self.folder} is finished at step {num_steps}; --overwrite starts anew", flush=True)
+        last = max((row["step"] for row in self.rows), default=0)
+        done = dist.from_main(lambda: last >= num_steps and (self.folder / "model").is_dir())
+        if dist.is_main() and done:
+            print(f"{self.folder} is finished at step {last}; --overwrite starts anew", flush=True)
             self._table()
-        return dist.from_main(lambda: done)
+        elif dist.is_main() and last:
+            print(f"resuming {self.folder} from step {last}", flush=True)
+        return done
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append a row for `step` completed optimizer steps; stop the run if its loss or gradient is not finite.
@@ -160,29 +160,32 @@ class Log:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        self.first_step = step if self.first_step is None else self.first_step
         now = time.perf_counter()
-        is_eval = any(name.startswith("eval/") for name in metrics)
-        if now - self.printed > 5 or is_eval or step == num_steps:
+        if self.first_step is None:
+            self.first_step, self.started, self.printed = step, now, now
+        evaluation = {name[5:]: value for name, value in metrics.items() if name.startswith("eval/")}
+        if now - self.printed > 5 or evaluation or step == num_steps:
             self.printed = now
-            print(self._line(step, num_steps, metrics, now), flush=True)
+            head = f"step {step:>{len(str(num_steps))}}/{num_steps}"
+            if "train/loss" in metrics:
+                training = {name[6:]: value for name, value in metrics.items() if name.startswith("train/")}
+                print(
+                    f"{head}  {self._brief(training)}{self._pace(step, num_steps, metrics, now)}", flush=True
+                )
+            if evaluation:
+                print(f"{head}  held out: {self._brief(evaluation)}", flush=True)
 
-    def _line(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
-        parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
-        for name in self.show:
-            if f"train/{name}" in metrics:
-                parts.append(f"{name} {metrics[f'train/{name}']:.4g}")
-        for name, value in metrics.items():
-            if name.startswith("eval/judge/") or name[5:] in self.show and name.startswith("eval/"):
-                parts.append(f"{name} {value:.4g}")
-        if "train/tokens_per_second" in metrics:
-            parts.append(f"{metrics['train/tokens_per_second'] / 1000:.1f}k tokens/s")
+    def _brief(self, metrics: dict[str, float]) -> str:
+        """The shown metrics and the judge's scores on one line, by the last part of their names."""
+        shown = [n for n in self.show if n in metrics] + [n for n in metrics if n.startswith("judge/")]
+        return "  ".join(f"{name.rsplit('/')[-1]} {metrics[name]:.3g}" for name in shown)
+
+    def _pace(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
+        pace = f"  {metrics['train/tokens_per_second'] / 1000:.1f}k tokens/s"
         if "train/mfu" in metrics:
-            parts.append(f"MFU {metrics['train/mfu']:.1%}, {metrics['train/max_memory_gib']:.1f} GiB")
-        if step > self.first_step:
-            left = (now - self.started) / (step - self.first_step) * (num_steps - step)
-            parts.append(f"eta {int(left // 60)}:{int(left % 60):02d}")
-        return "  ".join(parts)
+            pace += f"  MFU {metrics['train/mfu']:.1%}  {metrics['train/max_memory_gib']:.1f} GiB"
+        left = (now - self.started) / max(1, step - self.first_step) * (num_steps - step)
+        return pace + f"  eta {int(left // 60)}:{int(left % 60):02d}"
 
     def samples(self, step: int, policy: Any, tokenizer: Any, dataset: data.Dataset) -> dict[str, float]:
         """Answer the first num_samples distinct prompts, judge the answers and append both to samples.jsonl.

@@ -1,0 +1,129 @@
+"""How a run is cut into processes and micro-batches, stopped or recomputed must not show in its numbers."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import read_metrics
+
+STEPS = 6
+BASE = {
+    "sft": {"max_grad_norm": 0.5},
+    "dpo": {"max_grad_norm": 0.5, "beta": 0.5, "sft_coef": 0.1},
+}
+COMMON = {
+    "max_steps": STEPS,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "lr_schedule": "constant",
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "eval_every": 3,
+    "num_samples": 0,
+    "micro_batch_tokens": 100_000,
+}
+
+
+def run(script: str, folder: str, **settings: Any) -> list[tuple[float, float, float | None]]:
+    """(loss, gradient norm, held-out loss) after each step of a run; called here and on the two ranks."""
+    module = importlib.import_module(script)
+    module.main(module.Args(**{**COMMON, **BASE[script], **settings}, output_dir=folder))
+    rows = [row for row in read_metrics(folder) if row["step"] > 0]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [(row["train/loss"], row["train/grad_norm"], row.get("eval/loss")) for row in rows]
+
+
+def assert_same(ours: list, theirs: list) -> None:
+    assert len(ours) == len(theirs) == STEPS
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or abs(x - y) <= 1e-5 * max(1.0, abs(y)), f"{ours}\n{theirs}"
+
+
+@pytest.fixture(scope="module", params=list(BASE))
+def script(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def canonical(script: str, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> list:
+    """One process, one micro-batch a step."""
+    return run(script, str(tmp_path_factory.mktemp(script) / "run"), model=tiny_model)
+
+
+def test_the_run_moves_the_weights(canonical: list) -> None:
+    assert canonical[-1][0] < canonical[0][0] - 0.05
+
+
+def test_a_gradient_twice_too_big_would_be_noticed(
+    script: str, canonical: list, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from common import models
+
+    honest = models.clip_grad_norm
+
+    def doubled(model: Any, max_norm: float) -> Any:
+        for parameter in model.parameters():
+            parameter.grad *= 2
+        return honest(model, max_norm)
+
+    monkeypatch.setattr(models, "clip_grad_norm", doubled)
+    with pytest.raises(AssertionError):
+        assert_same(run(script, str(tmp_path / "run"), model=tiny_model), canonical)
+
+
+def test_many_micro_batches(script: str, canonical: list, tiny_model: str, tmp_path: Path) -> None:
+    assert_same(run(script, str(tmp_path / "run"), model=tiny_model, micro_batch_tokens=100), canonical)
+
+
+def test_activation_checkpointing(script: str, canonical: list, tiny_model: str, tmp_path: Path) -> None:
+    ours = run(script, str(tmp_path / "run"), model=tiny_model, activation_checkpointing="on")
+    assert_same(ours, canonical)
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_tokens": 100}, {"sharding": "none"}], ids=str)
+def test_two_ranks(
+    script: str, canonical: list, tiny_model: str, tmp_path: Path, two_ranks: Any, settings: dict
+) -> None:
+    folder = str(tmp_path / "run")
+    ours, also = two_ranks("test_equivalence:run", script=script, folder=folder, model=tiny_model, **settings)
+    assert ours == also
+    assert_same(ours, canonical)
+
+
+def test_a_rank_with_dummy_rows_only(script: str, tiny_model: str, tmp_path: Path, two_ranks: Any) -> None:
+    alone = run(script, str(tmp_path / "one"), model=tiny_model, batch_size=1)
+    folder = str(tmp_path / "two")
+    ours, _ = two_ranks("test_equivalence:run", script=script, folder=folder, model=tiny_model, batch_size=1)
+    assert_same(ours, alone)
+
+
+def test_stop_and_resume_on_another_number_of_ranks(
+    script: str, canonical: list, tiny_model: str, tmp_path: Path, two_ranks: Any
+) -> None:
+    folder = str(tmp_path / "up")
+    run(script, folder, model=tiny_model, max_steps=3)
+    ours, _ = two_ranks("test_equivalence:run", script=script, folder=folder, model=tiny_model)
+    assert_same(ours, canonical)
+    folder = str(tmp_path / "down")
+    two_ranks("test_equivalence:run", script=script, folder=folder, model=tiny_model, max_steps=3)
+    ours = run(script, folder, model=tiny_model)
+    assert_same(ours, canonical)
+
+
+@pytest.mark.parametrize("script", ["dpo"], scope="module")
+def test_the_reference_by_copy_or_computed_before(
+    script: str, canonical: list, tiny_model: str, tmp_path: Path
+) -> None:
+    assert_same(run(script, str(tmp_path / "run"), model=tiny_model, precompute_ref=True), canonical)
+    again = run(script, str(tmp_path / "again"), model=tiny_model, precompute_ref=True)  # from the cache
+    assert_same(again, canonical)
+
+
+def test_lora_on_two_ranks(script: str, tiny_model: str, tmp_path: Path, two_ranks: Any) -> None:
+    settings = {"script": script, "model": tiny_model, "lora_rank": 4, "lora_alpha": 8.0}
+    alone = run(folder=str(tmp_path / "one"), **settings)
+    ours, _ = two_ranks("test_equivalence:run", folder=str(tmp_path / "two"), **settings)
+    assert_same(ours, alone)

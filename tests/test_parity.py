@@ -1,0 +1,379 @@
+"""The same weights and examples give the same masks, losses, gradients and metrics as TRL.
+
+TRL replaces the forward of the model it is given, so each side loads its own copy.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_model
+
+import dpo
+import sft
+from common import data, models
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+trl = pytest.importorskip("trl", reason="trl is not installed: nothing to compare with")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed; trl needs it")
+
+STEPS, BATCHES = 20, 5  # optimizer steps, over so many batches again and again
+ONE_ROW = 10**9  # micro_batch_tokens
+CONVERSATIONS = [  # beside the toy's own: several turns, a system turn, empty and unknown words
+    [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "What does the dog say?"},
+        {"role": "assistant", "content": "Woof."},
+        {"role": "user", "content": "And the bee?"},
+        {"role": "assistant", "content": "Buzz."},
+    ],
+    [{"role": "user", "content": "Zymurgy?"}, {"role": "assistant", "content": "Qu'est-ce que c'est ?"}],
+    [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}],
+    [{"role": "assistant", "content": "I speak first."}, {"role": "user", "content": "Fine."}],
+]
+
+
+def read_lines(path: Path, count: int) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+
+
+def write_lines(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def trl_settings(folder: Path, **settings: Any) -> dict[str, Any]:
+    """What every TRL trainer here is told: float32 on CPU, nothing written, the data in the order given."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def plain_model(folder: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+def whole_batch(trainer: Any) -> dict[str, torch.Tensor]:
+    """All training examples of a TRL trainer as the one batch its collator makes of them."""
+    columns = trainer._signature_columns or trainer._set_signature_columns_if_needed()
+    columns = columns or trainer._signature_columns
+    return trainer.data_collator(
+        [{k: v for k, v in e.items() if k in columns} for e in trainer.train_dataset]
+    )
+
+
+def grad_norm(model: torch.nn.Module) -> float:
+    norm = models.clip_grad_norm(model, 0).item()
+    model.zero_grad()
+    return norm
+
+
+def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+    ours, theirs = (x.item() if isinstance(x, torch.Tensor) else x for x in (ours, theirs))
+    print("DIFF", abs(ours - theirs) / max(1, abs(theirs)), ours, theirs)
+    assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs))
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+def test_the_mask_of_a_chat_is_trls_assistant_mask(toy: Path, tokenizer: Any) -> None:
+    chats = [record["messages"] for record in read_lines(toy / "sft" / "train.jsonl", 200)] + CONVERSATIONS
+    for messages in chats:
+        tokens, mask = data.encode_chat(tokenizer, messages, [m["role"] == "assistant" for m in messages])
+        theirs = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, assistant = theirs["input_ids"], theirs["assistant_masks"]
+        assert tokens.tolist() == ids[: len(tokens)]
+        assert mask.tolist() == [bool(m) for m in assistant[: len(tokens)]]
+        assert not any(assistant[len(tokens) :])  # what ours leaves out follows the last trained token
+
+
+def test_the_mask_of_a_pair_is_trls_completion_mask(toy: Path, tokenizer: Any) -> None:
+    for record in read_lines(toy / "pairs" / "train.jsonl", 200):
+        prompt = tokenizer.apply_chat_template(record["prompt"], add_generation_prompt=True)["input_ids"]
+        for side in ("chosen", "rejected"):
+            tokens, mask = data.encode_response(tokenizer, record["prompt"], record[side])
+            whole = tokenizer.apply_chat_template(record["prompt"] + record[side])["input_ids"]
+            assert tokens.tolist() == whole
+            assert mask.tolist() == [i >= len(prompt) for i in range(len(whole))]
+
+
+# -------------------------------------------------------------------------------------------------------------- sft
+
+
+def sft_sides(
+    records: list[dict], tokenizer: Any, model: str, device: torch.device, folder: Path, **settings: Any
+) -> tuple[Any, data.Dataset, torch.nn.Module]:
+    """TRL's trainer, and our examples and policy, on the same records and weights."""
+    trainer = trl.SFTTrainer(
+        model=plain_model(model),
+        args=trl.SFTConfig(**trl_settings(folder / "trl", **settings)),
+        train_dataset=datasets.Dataset.from_list(records),
+        processing_class=tokenizer,
+    )
+    source = write_lines(folder / "train.jsonl", records)
+    args = sft.Args(model=model, dataset=source, eval_dataset=source, batch_size=1)
+    return trainer, data.load_sft(args, tokenizer)[0], models.load(model, device, args)
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompt and completion", "plain text"])
+def test_the_sft_loss_is_trls(
+    kind: str, toy: Path, tokenizer: Any, tiny_model: str, device: torch.device, tmp_path: Path
+) -> None:
+    records = read_lines(toy / "sft" / "train.jsonl", 12)
+    records += [{"messages": m} for m in CONVERSATIONS if m[-1]["role"] == "assistant"]
+    if kind != "messages":
+        records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records]
+    if kind == "plain text":
+        tokenizer = data.load_tokenizer("toy")
+        tokenizer.chat_template = None
+        records = [
+            {"prompt": r["prompt"][-1]["content"], "completion": " " + r["completion"][0]["content"]}
+            for r in records
+            if r["completion"][0]["content"]
+        ]
+    trainer, examples, policy = sft_sides(
+        records, tokenizer, tiny_model, device, tmp_path, assistant_only_loss=kind == "messages"
+    )
+    batch = whole_batch(trainer)
+    their_loss = trainer.compute_loss(trainer.model, dict(batch))
+    their_loss.backward()
+    theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+    (row,) = data.rows(examples, ONE_ROW, device)
+    assert len(row.targets) == (batch["labels"][:, 1:] != -100).sum() > 50
+    loss, metrics = sft.loss_and_metrics(policy, row)
+    (loss / len(row.targets)).backward()
+    close(loss / len(row.targets), their_loss)
+    close(grad_norm(policy), grad_norm(trainer.model))
+    ours = sft.means(metrics, examples, "train")
+    close(ours["train/entropy"], theirs["entropy"])
+    close(ours["train/mean_token_accuracy"], theirs["mean_token_accuracy"])
+
+
+def test_twenty_sft_steps_are_trls(
+    toy: Path, tokenizer: Any, tiny_model: str, device: torch.device, tmp_path: Path
+) -> None:
+    size, learning_rate = 4, 0.5
+    records = read_lines(toy / "sft" / "train.jsonl", size * BATCHES)
+    trainer, examples, policy = sft_sides(
+        records,
+        tokenizer,
+        tiny_model,
+        device,
+        tmp_path,
+        assistant_only_loss=True,
+        **sgd_settings(size, learning_rate),
+    )
+    theirs = train_losses(trainer)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate)
+    ours = []
+    for batch in in_turn(examples, size):
+        (row,) = data.rows(batch, ONE_ROW, device)
+        loss = sft.loss_and_metrics(policy, row)[0] / sft.count_targets(batch)
+        ours.append(step(loss, optimizer))
+    assert_same_course(ours, theirs)
+
+
+def sgd_settings(batch_size: int, learning_rate: float) -> dict[str, Any]:
+    return {
+        "optim": "sgd",
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+    }
+
+
+def in_turn(examples: list[data.Example], size: int) -> Iterator[list[data.Example]]:
+    for i in range(STEPS):
+        start = i % BATCHES * size
+        yield examples[start : start + size]
+
+
+def train_losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def step(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def assert_same_course(ours: list[float], theirs: list[float]) -> None:
+    assert len(ours) == len(theirs) == STEPS
+    gain = sum(ours[:BATCHES]) - sum(ours[-BATCHES:])
+    assert gain > 0.1 * BATCHES, "the weights hardly moved, so their course shows nothing"
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b, 1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- dpo
+
+
+@pytest.fixture(scope="module")
+def tiny_reference(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    return str(make_tiny_model(tmp_path_factory.mktemp("reference"), tokenizer, seed=1))
+
+
+def dpo_sides(
+    records: list[dict],
+    tokenizer: Any,
+    model: str,
+    reference: str,
+    device: torch.device,
+    folder: Path,
+    settings: dict[str, Any],
+    **ours: Any,
+) -> tuple[Any, data.Dataset, torch.nn.Module, torch.nn.Module, dpo.Args]:
+    """TRL's trainer, and our pairs, policy, reference and arguments, on the same records and weights."""
+    keys = ("prompt", "chosen", "rejected")
+    trainer = trl.DPOTrainer(
+        model=plain_model(model),
+        ref_model=plain_model(reference),
+        args=trl.DPOConfig(**trl_settings(folder / "trl", **settings)),
+        train_dataset=datasets.Dataset.from_list([{k: r[k] for k in keys} for r in records]),
+        processing_class=tokenizer,
+    )
+    source = write_lines(folder / "train.jsonl", records)
+    args = dpo.Args(model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
+    pairs = data.load_pairs(args, tokenizer)[0]
+    ref_policy = models.load(reference, device, args, trainable=False)
+    return trainer, pairs, models.load(model, device, args), ref_policy, args
+
+
+# ours, TRL's name and settings, pairs. TRL's cDPO is its aot, which sorts the pairs of a batch, of a batch of one;
+# its sft term averages over the tokens of a batch and ours over those of each response: alike for one pair.
+LOSSES = {
+    "dpo": (dict(loss="dpo", beta=0.3), dict(loss_type=["sigmoid"], beta=0.3), 12),
+    "ipo": (dict(loss="ipo", beta=0.3), dict(loss_type=["ipo"], beta=0.3), 12),
+    "robust": (
+        dict(loss="robust", beta=0.3, label_smoothing=0.2),
+        dict(loss_type=["robust"], beta=0.3, label_smoothing=0.2),
+        12,
+    ),
+    "cdpo": (
+        dict(loss="dpo", beta=0.3, label_smoothing=0.2),
+        dict(loss_type=["aot"], beta=0.3, label_smoothing=0.2),
+        1,
+    ),
+    "dpo and sft": (
+        dict(loss="dpo", beta=0.3, sft_coef=0.5),
+        dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], beta=0.3),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_dpo_loss_is_trls(
+    name: str,
+    toy: Path,
+    tokenizer: Any,
+    tiny_model: str,
+    tiny_reference: str,
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    ours, theirs, count = LOSSES[name]
+    records = read_lines(toy / "pairs" / "train.jsonl", count)
+    trainer, pairs, policy, ref_policy, args = dpo_sides(
+        records, tokenizer, tiny_model, tiny_reference, device, tmp_path, theirs, **ours
+    )
+    their_loss = trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
+    their_loss.backward()
+    (row,) = data.rows(pairs, ONE_ROW, device)
+    loss, _ = dpo.loss_and_metrics(policy, ref_policy, row, args)
+    (loss / count).backward()
+    close(loss / count, their_loss)
+    close(grad_norm(policy), grad_norm(trainer.model))
+
+
+def test_the_simpo_loss_is_trls() -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    mean_logps = torch.tensor([[-1.2, -1.5], [-0.7, -0.6], [-3.0, -0.1]])
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        beta=2.0,
+        simpo_gamma=1.0,
+        label_smoothing=0.0,
+        loss_type="simpo",
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    theirs = CPOTrainer.cpo_loss(trainer, *mean_logps.unbind(1))[0]
+    torch.testing.assert_close(dpo.simpo_loss(mean_logps, beta=2.0, gamma=1.0), theirs)
+
+
+def test_the_dpo_metrics_are_trls(
+    toy: Path,
+    tokenizer: Any,
+    tiny_model: str,
+    tiny_reference: str,
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    records = read_lines(toy / "pairs" / "train.jsonl", 12)
+    trainer, pairs, policy, ref_policy, args = dpo_sides(
+        records, tokenizer, tiny_model, tiny_reference, device, tmp_path, {"beta": 0.3}, beta=0.3
+    )
+    trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
+    theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    (row,) = data.rows(pairs, ONE_ROW, device)
+    ours = dpo.means(dpo.loss_and_metrics(policy, ref_policy, row, args)[1], pairs, "train")
+    same = ["entropy", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies"))]
+    for name in [*same, "logps/chosen", "logps/rejected"]:
+        close(ours[f"train/{name}"], theirs[name])
+
+    # defined otherwise: TRL's token accuracy leaves out the rejected responses, and its mean logits weigh a response
+    # by its tokens where ours average within each response first
+    stats = models.token_stats(policy, row)
+    chosen = row.target_segments % 2 == 0
+    close(stats.accuracy[chosen].mean(), theirs["mean_token_accuracy"])
+    close(stats.accuracy.mean(), ours["train/mean_token_accuracy"])
+    for side, tokens in (("chosen", chosen), ("rejected", ~chosen)):
+        close(stats.mean_logit[tokens].mean(), theirs[f"logits/{side}"])
+
+
+def test_twenty_dpo_steps_are_trls(
+    toy: Path,
+    tokenizer: Any,
+    tiny_model: str,
+    tiny_reference: str,
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    size, learning_rate = 4, 0.02
+    records = read_lines(toy / "pairs" / "train.jsonl", size * BATCHES)
+    settings = {"beta": 0.3, **sgd_settings(size, learning_rate)}
+    trainer, pairs, policy, ref_policy, args = dpo_sides(
+        records, tokenizer, tiny_model, tiny_reference, device, tmp_path, settings, beta=0.3
+    )
+    theirs = train_losses(trainer)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate)
+    ours = []
+    for batch in in_turn(pairs, size):
+        (row,) = data.rows(batch, ONE_ROW, device)
+        ours.append(step(dpo.loss_and_metrics(policy, ref_policy, row, args)[0] / len(batch), optimizer))
+    assert_same_course(ours, theirs)
