@@ -28,6 +28,18 @@ def toy() -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first lines of the toy's data sets: few/sft and few/pairs, for runs of a second."""
+    folder = tmp_path_factory.mktemp("few")
+    for kind in ("sft", "pairs"):
+        (folder / kind).mkdir()
+        for split, count in (("train", 128), ("test", 48)):
+            lines = (toy / kind / f"{split}.jsonl").read_text().splitlines(keepends=True)
+            (folder / kind / f"{split}.jsonl").write_text("".join(lines[:count]))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     return dist.init(seed=1)
 

@@ -1,0 +1,215 @@
+"""dpo.py: its losses by hand, at their limits and in their direction, and a short run on the toy world."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_metrics
+
+import dpo
+from common import data, models
+
+H = torch.tensor([0.3])  # with beta 1, beta h = 0.3 throughout
+
+
+def one_pair(**fields: float) -> dict[str, torch.Tensor]:
+    values = {"chosen_reward": 1.0, "rejected_reward": 0.0, "label_prob": 1.0, **fields}
+    return {name: torch.tensor([value]) for name, value in values.items()}
+
+
+def pair_loss(chosen: float, rejected: float, lengths: tuple[int, int] = (1, 1), **settings: Any) -> float:
+    """The loss of one pair whose log-ratios are given, through the choice that `loss` makes."""
+    fields = one_pair(**{k: settings.pop(k) for k in list(settings) if k in data.PAIR_FIELDS})
+    logps = torch.tensor([[chosen, rejected]])
+    args = dpo.Args(**settings)
+    return dpo.pair_losses(logps, torch.zeros(1, 2), torch.tensor([lengths]), fields, args).item()
+
+
+# by hand
+
+
+def test_dpo_loss_by_hand() -> None:
+    # -log sigmoid(.3) = log(1 + exp(-.3))
+    assert dpo.dpo_loss(H, 1.0).item() == pytest.approx(math.log1p(math.exp(-0.3)), abs=1e-7)
+    assert pair_loss(0.3, 0.0, beta=1.0) == pytest.approx(0.554355, abs=1e-6)
+
+
+def test_beta_multiplies_the_log_ratio() -> None:
+    assert pair_loss(3.0, 0.0, beta=0.1) == pytest.approx(0.554355, abs=1e-6)
+
+
+def test_label_smoothing_is_cdpo() -> None:
+    # .9 * .554355 + .1 * (.554355 + .3)
+    assert pair_loss(0.3, 0.0, beta=1.0, label_smoothing=0.1) == pytest.approx(0.584355, abs=1e-6)
+
+
+def test_a_soft_label_weighs_both_directions() -> None:
+    # .7 * .554355 + .3 * .854355
+    assert pair_loss(0.3, 0.0, beta=1.0, label_prob=0.7) == pytest.approx(0.644355, abs=1e-6)
+
+
+def test_robust_by_hand() -> None:
+    # (.9 * .554355 - .1 * .854355) / .8
+    value = pair_loss(0.3, 0.0, beta=1.0, label_smoothing=0.1, loss="robust")
+    assert value == pytest.approx(0.516855, abs=1e-6)
+
+
+def test_robust_is_unbiased_under_flipped_labels() -> None:
+    e, h = 0.2, torch.tensor([0.8])
+    expected = (1 - e) * dpo.robust_loss(h, 1.0, e) + e * dpo.robust_loss(-h, 1.0, e)
+    torch.testing.assert_close(expected, dpo.dpo_loss(h, 1.0))
+
+
+def test_ipo_averages_and_ipo_sum_adds() -> None:
+    # log-ratios 2 over 4 tokens and -1 over 2: means .5 and -.5; 1 / (2 * .1) = 5
+    assert pair_loss(2.0, -1.0, (4, 2), loss="ipo") == pytest.approx(16.0, abs=1e-5)  # (1 - 5)^2
+    assert pair_loss(2.0, -1.0, (4, 2), loss="ipo_sum") == pytest.approx(4.0, abs=1e-5)  # (3 - 5)^2
+
+
+@pytest.mark.parametrize(
+    ("loss", "value"), [("rpo_bwd_kl", 0.0528346), ("rpo_fwd_kl", 0.0567967), ("rpo_sq", 0.49)]
+)
+def test_rpo_by_hand(loss: str, value: float) -> None:
+    # reward margin 1, beta h = .3: (.3 - 1)^2, and the two KLs of Bernoulli(.731059) and Bernoulli(.574443)
+    assert pair_loss(0.3, 0.0, beta=1.0, loss=loss) == pytest.approx(value, abs=1e-6)
+
+
+def test_rpo_scales_the_rewards_not_the_policy() -> None:
+    a = pair_loss(0.3, 0.0, beta=1.0, loss="rpo_sq", reward_scale=0.5, chosen_reward=4.0, rejected_reward=1.0)
+    assert a == pytest.approx((0.3 - 1.5) ** 2, abs=1e-6)
+
+
+def test_simpo_by_hand() -> None:
+    # beta 2: 2 * (-12 / 10 + 30 / 20) - 1 = -.4; log(1 + exp(.4))
+    value = pair_loss(-12.0, -30.0, (10, 20), loss="simpo", beta=2.0, simpo_gamma=1.0)
+    assert value == pytest.approx(0.913015, abs=1e-6)
+
+
+# limits
+
+
+@pytest.mark.parametrize("loss", ["dpo", "robust"])
+def test_policy_equal_to_reference_gives_log_two(loss: str) -> None:
+    assert pair_loss(0.0, 0.0, loss=loss, label_smoothing=0.1) == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_large_reward_margin_makes_backward_kl_dpo() -> None:
+    rpo = pair_loss(0.3, 0.0, beta=1.0, loss="rpo_bwd_kl", chosen_reward=40.0)
+    assert rpo == pytest.approx(0.554355, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"])
+def test_rpo_is_zero_and_flat_where_the_margins_meet(loss: str) -> None:
+    h = torch.tensor([0.7], requires_grad=True)
+    value = dpo.rpo_loss(h, 1.0, torch.tensor([0.7]), loss)
+    value.backward()
+    assert abs(value.item()) < 1e-7 and abs(h.grad.item()) < 1e-7
+
+
+def test_losses_stay_finite_far_out() -> None:
+    for loss in ("dpo", "robust", "rpo_bwd_kl", "rpo_fwd_kl", "simpo"):
+        assert math.isfinite(pair_loss(-3000.0, 3000.0, beta=1.0, loss=loss, label_smoothing=0.1))
+
+
+# direction
+
+
+def test_the_gradient_raises_chosen_and_lowers_rejected() -> None:
+    logps = torch.zeros(1, 2, requires_grad=True)
+    args = dpo.Args(beta=0.4)
+    dpo.pair_losses(logps, torch.zeros(1, 2), torch.ones(1, 2), one_pair(), args).sum().backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[-0.2, 0.2]]))  # -/+ beta / 2
+
+
+def test_rpo_gradient_by_hand() -> None:
+    h = torch.tensor([0.3], requires_grad=True)
+    dpo.rpo_loss(h, 1.0, torch.tensor([1.0]), "rpo_bwd_kl").backward()
+    assert h.grad.item() == pytest.approx(-0.156616, abs=1e-6)  # sigmoid(.3) - sigmoid(1)
+
+
+# through the model
+
+
+def load(model: str, device: torch.device, **settings: Any) -> tuple[Any, dpo.Args]:
+    args = dpo.Args(model=model, **settings)
+    return models.load(model, device, args), args
+
+
+def make_row(device: torch.device, **fields: float) -> data.Row:
+    """Two pairs of made-up tokens with responses of different lengths."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for prompt, chosen, rejected in ((5, 3, 6), (2, 4, 1)):
+        head = rng.integers(10, 60, prompt)
+        sides = [np.concatenate([head, rng.integers(10, 60, n)]).astype(np.int32) for n in (chosen, rejected)]
+        masks = [np.arange(len(side)) >= prompt for side in sides]
+        values = {"chosen_reward": 1.0, "rejected_reward": 0.0, "label_prob": 1.0, **fields}
+        examples.append(data.Example(list(zip(sides, masks, strict=True)), prompt="", fields=values))
+    return data.make_row(examples, [0, 1], device)
+
+
+@pytest.mark.parametrize("reference", ["copy", "adapters", "computed before"])
+def test_step_zero_is_log_two_with_each_reference(
+    tiny_model: str, device: torch.device, reference: str
+) -> None:
+    policy, args = load(tiny_model, device, lora_rank=4 if reference == "adapters" else 0)
+    ref_policy = models.load(tiny_model, device, args, trainable=False) if reference == "copy" else None
+    row = make_row(device)
+    if reference == "computed before":
+        logps = dpo.response_logps(models.token_logps(policy, row).detach(), row)
+        row.fields |= {"ref_chosen_logps": logps[:, 0], "ref_rejected_logps": logps[:, 1]}
+    loss, metrics = dpo.loss_and_metrics(policy, ref_policy, row, args)
+    assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards/margins"].item() == 0.0 and metrics["rewards/accuracies"].item() == 0
+
+
+def test_only_response_tokens_count(tiny_model: str, device: torch.device) -> None:
+    row = make_row(device)
+    lengths = dpo.response_logps(torch.ones(len(row.targets)), row)
+    assert lengths.tolist() == [[3, 6], [4, 1]]
+
+
+def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
+    policy, args = load(tiny_model, device)
+    row = data.make_row([data.Example([], "", fields=dict.fromkeys(data.PAIR_FIELDS, 1.0))], [], device)
+    loss, metrics = dpo.loss_and_metrics(policy, policy, row, args)
+    loss.backward()
+    assert loss.item() == 0.0 and all(value.item() == 0 for value in metrics.values())
+    assert models.clip_grad_norm(policy, 1.0).item() == 0.0
+
+
+def test_rewards_carry_beta(tiny_model: str, device: torch.device) -> None:
+    policy, _ = load(tiny_model, device)
+    row = make_row(device, ref_chosen_logps=-20.0, ref_rejected_logps=-20.0)
+    rewards = {}
+    for beta in (0.1, 0.3):
+        _, metrics = dpo.loss_and_metrics(policy, None, row, dpo.Args(beta=beta))
+        rewards[beta] = metrics["rewards/chosen"].item()
+    assert rewards[0.3] == pytest.approx(3 * rewards[0.1], rel=1e-5)
+
+
+def test_sft_coef_adds_the_mean_nll_of_chosen(tiny_model: str, device: torch.device) -> None:
+    policy, args = load(tiny_model, device)
+    row = make_row(device, ref_chosen_logps=0.0, ref_rejected_logps=0.0)
+    plain, metrics = dpo.loss_and_metrics(policy, None, row, args)
+    mixed, _ = dpo.loss_and_metrics(policy, None, row, dpo.Args(sft_coef=0.5))
+    logps = dpo.response_logps(models.token_logps(policy, row), row)
+    nll = -(logps[0, 0] / 3 + logps[1, 0] / 4)
+    torch.testing.assert_close(mixed - plain, 0.5 * nll)
+
+
+# learning
+
+
+@pytest.mark.parametrize(
+    "loss", ["dpo", "ipo", "ipo_sum", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo"]
+)
+def test_every_loss_learns_to_prefer_chosen(few: Path, tmp_path: Path, loss: str) -> None:
+    settings = {**dpo.TOY, "max_steps": 12, "batch_size": 16, "eval_every": 12, "num_samples": 0}
+    dpo.main(dpo.Args(**settings, dataset=str(few / "pairs"), loss=loss, output_dir=str(tmp_path)))
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["eval/rewards/accuracies"] > 0.75
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
