@@ -25,7 +25,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed; tr
 
 STEPS, BATCHES = 20, 5  # optimizer steps, over so many batches again and again
 ONE_ROW = 10**9  # micro_batch_tokens
-CONVERSATIONS = [  # beside the toy's own: several turns, a system turn, empty and unknown words
+CONVERSATIONS = [  # beside the toy's own: several turns, unknown words, nothing
     [
         {"role": "system", "content": "Answer in one word."},
         {"role": "user", "content": "What does the dog say?"},
@@ -35,7 +35,6 @@ CONVERSATIONS = [  # beside the toy's own: several turns, a system turn, empty a
     ],
     [{"role": "user", "content": "Zymurgy?"}, {"role": "assistant", "content": "Qu'est-ce que c'est ?"}],
     [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}],
-    [{"role": "assistant", "content": "I speak first."}, {"role": "user", "content": "Fine."}],
 ]
 
 
@@ -69,11 +68,9 @@ def plain_model(folder: str) -> Any:
 
 def whole_batch(trainer: Any) -> dict[str, torch.Tensor]:
     """All training examples of a TRL trainer as the one batch its collator makes of them."""
-    columns = trainer._signature_columns or trainer._set_signature_columns_if_needed()
-    columns = columns or trainer._signature_columns
-    return trainer.data_collator(
-        [{k: v for k, v in e.items() if k in columns} for e in trainer.train_dataset]
-    )
+    trainer._set_signature_columns_if_needed()
+    columns = set(trainer._signature_columns)
+    return trainer.data_collator([{k: e[k] for k in columns & e.keys()} for e in trainer.train_dataset])
 
 
 def grad_norm(model: torch.nn.Module) -> float:
@@ -84,11 +81,10 @@ def grad_norm(model: torch.nn.Module) -> float:
 
 def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
     ours, theirs = (x.item() if isinstance(x, torch.Tensor) else x for x in (ours, theirs))
-    print("DIFF", abs(ours - theirs) / max(1, abs(theirs)), ours, theirs)
     assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs))
 
 
-# ------------------------------------------------------------------------------------------------------------ masks
+# ------------------------------------------------------------------------------------------------------ masks
 
 
 def test_the_mask_of_a_chat_is_trls_assistant_mask(toy: Path, tokenizer: Any) -> None:
@@ -114,7 +110,7 @@ def test_the_mask_of_a_pair_is_trls_completion_mask(toy: Path, tokenizer: Any) -
             assert mask.tolist() == [i >= len(prompt) for i in range(len(whole))]
 
 
-# -------------------------------------------------------------------------------------------------------------- sft
+# -------------------------------------------------------------------------------------------------------- sft
 
 
 def sft_sides(
@@ -134,10 +130,10 @@ def sft_sides(
 
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion", "plain text"])
 def test_the_sft_loss_is_trls(
-    kind: str, toy: Path, tokenizer: Any, tiny_model: str, device: torch.device, tmp_path: Path
+    kind: str, toy: Path, tokenizer: Any, device: torch.device, tmp_path: Path
 ) -> None:
     records = read_lines(toy / "sft" / "train.jsonl", 12)
-    records += [{"messages": m} for m in CONVERSATIONS if m[-1]["role"] == "assistant"]
+    records += [{"messages": messages} for messages in CONVERSATIONS]
     if kind != "messages":
         records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records]
     if kind == "plain text":
@@ -148,8 +144,9 @@ def test_the_sft_loss_is_trls(
             for r in records
             if r["completion"][0]["content"]
         ]
+    model = str(toy / "model")  # trained, so that its accuracy is not that of a random one, zero
     trainer, examples, policy = sft_sides(
-        records, tokenizer, tiny_model, device, tmp_path, assistant_only_loss=kind == "messages"
+        records, tokenizer, model, device, tmp_path, assistant_only_loss=kind == "messages"
     )
     batch = whole_batch(trainer)
     their_loss = trainer.compute_loss(trainer.model, dict(batch))
@@ -158,6 +155,7 @@ def test_the_sft_loss_is_trls(
 
     (row,) = data.rows(examples, ONE_ROW, device)
     assert len(row.targets) == (batch["labels"][:, 1:] != -100).sum() > 50
+    assert theirs["mean_token_accuracy"] > 0.1
     loss, metrics = sft.loss_and_metrics(policy, row)
     (loss / len(row.targets)).backward()
     close(loss / len(row.targets), their_loss)
@@ -170,7 +168,7 @@ def test_the_sft_loss_is_trls(
 def test_twenty_sft_steps_are_trls(
     toy: Path, tokenizer: Any, tiny_model: str, device: torch.device, tmp_path: Path
 ) -> None:
-    size, learning_rate = 4, 0.5
+    size, learning_rate = 4, 0.3
     records = read_lines(toy / "sft" / "train.jsonl", size * BATCHES)
     trainer, examples, policy = sft_sides(
         records,
@@ -229,7 +227,7 @@ def assert_same_course(ours: list[float], theirs: list[float]) -> None:
         close(a, b, 1e-4)
 
 
-# -------------------------------------------------------------------------------------------------------------- dpo
+# -------------------------------------------------------------------------------------------------------- dpo
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +261,8 @@ def dpo_sides(
     return trainer, pairs, models.load(model, device, args), ref_policy, args
 
 
-# ours, TRL's name and settings, pairs. TRL's cDPO is its aot, which sorts the pairs of a batch, of a batch of one;
-# its sft term averages over the tokens of a batch and ours over those of each response: alike for one pair.
+# ours, TRL's settings, pairs. TRL has cDPO only as aot, which sorts the pairs of a batch: alike for one pair.
+# So is its sft term, a mean over the tokens of a batch where ours averages within each response first.
 LOSSES = {
     "dpo": (dict(loss="dpo", beta=0.3), dict(loss_type=["sigmoid"], beta=0.3), 12),
     "ipo": (dict(loss="ipo", beta=0.3), dict(loss_type=["ipo"], beta=0.3), 12),
@@ -327,16 +325,12 @@ def test_the_simpo_loss_is_trls() -> None:
 
 
 def test_the_dpo_metrics_are_trls(
-    toy: Path,
-    tokenizer: Any,
-    tiny_model: str,
-    tiny_reference: str,
-    device: torch.device,
-    tmp_path: Path,
+    toy: Path, tokenizer: Any, tiny_reference: str, device: torch.device, tmp_path: Path
 ) -> None:
     records = read_lines(toy / "pairs" / "train.jsonl", 12)
+    model = str(toy / "model")  # trained: a random one's accuracy is zero
     trainer, pairs, policy, ref_policy, args = dpo_sides(
-        records, tokenizer, tiny_model, tiny_reference, device, tmp_path, {"beta": 0.3}, beta=0.3
+        records, tokenizer, model, tiny_reference, device, tmp_path, {"beta": 0.3}, beta=0.3
     )
     trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -346,8 +340,9 @@ def test_the_dpo_metrics_are_trls(
     for name in [*same, "logps/chosen", "logps/rejected"]:
         close(ours[f"train/{name}"], theirs[name])
 
-    # defined otherwise: TRL's token accuracy leaves out the rejected responses, and its mean logits weigh a response
+    # defined otherwise: TRL's token accuracy leaves out rejected responses, its mean logits weigh a response
     # by its tokens where ours average within each response first
+    assert theirs["mean_token_accuracy"] > 0.1
     stats = models.token_stats(policy, row)
     chosen = row.target_segments % 2 == 0
     close(stats.accuracy[chosen].mean(), theirs["mean_token_accuracy"])

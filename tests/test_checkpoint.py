@@ -1,0 +1,113 @@
+"""Exports that plain transformers and peft load, and checkpoints that fit or say why not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+
+import sft
+from common import checkpoint, data, dist, models
+
+
+def train(folder: str, few: str, **settings: Any) -> None:
+    """Four steps of sft.py; called here and on the two ranks."""
+    base = {**sft.TOY, "dataset": f"{few}/sft", "output_dir": folder, "max_steps": 4, "batch_size": 8}
+    sft.main(sft.Args(**{**base, "num_samples": 0, "learning_rate": 1e-2, **settings}))
+
+
+def our_logps(folder: str, tokens: list[int], device: torch.device, resumed: sft.Args) -> torch.Tensor:
+    """Log-probs of tokens under the policy as it was trained: base model plus the newest checkpoint."""
+    policy = models.load(resumed.model, device, resumed)
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0))
+    assert checkpoint.resume(resumed, {"policy": (policy, optimizer)})["step"] == 4
+    mask = torch.ones(len(tokens), dtype=torch.bool).numpy()
+    mask[0] = False
+    example = data.Example([(torch.tensor(tokens, dtype=torch.int32).numpy(), mask)], "")
+    return models.token_logps(policy, data.make_row([example], [0], device)).detach()
+
+
+def plain_logps(model: Any, tokens: list[int]) -> torch.Tensor:
+    """The same through transformers alone."""
+    with torch.no_grad():
+        logps = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    return logps[:-1].gather(1, torch.tensor(tokens)[1:, None])[:, 0]
+
+
+TOKENS = [5, 80, 44, 130, 7, 9, 200, 3]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_export_is_the_trained_policy_in_plain_transformers(
+    few: Path, tmp_path: Path, tokenizer: Any, device: torch.device, two_ranks: Any, tied: bool, ranks: int
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = str(make_tiny_model(tmp_path / "base", tokenizer, tie_word_embeddings=tied))
+    folder = str(tmp_path / "run")
+    if ranks == 2:
+        two_ranks("test_checkpoint:train", folder=folder, few=str(few), model=base)
+    else:
+        train(folder, str(few), model=base)
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+    ours = our_logps(folder, TOKENS, device, sft.Args(model=base, output_dir=folder))
+    torch.testing.assert_close(plain_logps(model, TOKENS), ours, atol=1e-5, rtol=1e-5)
+    untrained = AutoModelForCausalLM.from_pretrained(base)
+    assert (plain_logps(untrained, TOKENS) - ours).abs().max() > 0.1
+    config = json.loads(Path(folder, "model", "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] == tied
+    assert model.generation_config.eos_token_id == data.end_token(tokenizer)
+    assert AutoTokenizer.from_pretrained(f"{folder}/model").chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_lora_exports_a_peft_folder_or_a_merged_model(
+    few: Path, tmp_path: Path, tiny_model: str, device: torch.device, merge: bool
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    folder = str(tmp_path / "run")
+    train(folder, str(few), model=tiny_model, lora_rank=4, merge_lora=merge)
+    assert Path(folder, "model", "adapter_config.json").exists() != merge
+    loader = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
+    ours = our_logps(folder, TOKENS, device, sft.Args(model=tiny_model, output_dir=folder, lora_rank=4))
+    theirs = plain_logps(loader.from_pretrained(f"{folder}/model"), TOKENS)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    again = plain_logps(
+        models.read_pretrained(*data.model_folder(folder)), TOKENS
+    )  # as the next script's --model
+    torch.testing.assert_close(again, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_the_export_keeps_the_dtype_of_the_model_on_disk(few: Path, tmp_path: Path, tiny_model: str) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    train(str(tmp_path / "run"), str(few), model=str(base))
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_of_another_shape_is_refused(
+    few: Path, tmp_path: Path, tokenizer: Any, tiny_model: str
+) -> None:
+    folder = tmp_path / "run"
+    train(str(folder), str(few), model=tiny_model)
+    wide = make_tiny_model(tmp_path / "wide", tokenizer, hidden_size=48)
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**args, "model": str(wide)}))
+    with pytest.raises(dist.RunError, match=r"is \[.*\] there and \[.*\] in this model.*--overwrite"):
+        train(str(folder), str(few), model=str(wide), max_steps=5)
+
+
+def test_only_the_newest_checkpoints_are_kept(few: Path, tmp_path: Path, tiny_model: str) -> None:
+    train(str(tmp_path), str(few), model=tiny_model, save_every=1, keep_checkpoints=2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000003", "step_00000004"]

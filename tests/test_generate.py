@@ -1,0 +1,424 @@
+"""common/generate.py: what comes out is exactly what the model says, however the batch was made up."""
+
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import data, dist, generate, models
+
+EOS = 1
+PROMPTS = [[5, 6, 7], [9], [3] * 11, [4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [2, 3]]
+
+
+class Words:
+    """A tokenizer whose token i reads "i "; 0 is special, and EOS the end of a turn."""
+
+    chat_template, eos_token_id, end_token_ = None, EOS, EOS
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(f"{t} " for t in tokens if not (skip_special_tokens and t in (0, EOS)))
+
+
+def options(**changes: Any) -> SimpleNamespace:
+    values = {"dtype": "float32", "sharding": "full", "activation_checkpointing": "off", "compile": False}
+    values |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_target": "all-linear"}
+    return SimpleNamespace(**{**values, **changes})
+
+
+def save(folder: Path, kind: str = "Llama", seed: int = 0, eos: Any = EOS, **config: Any) -> nn.Module:
+    """A random model of 60 tokens in a folder, its weights so wide that it is far from uniform."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    if kind != "GPT2":
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "vocab_size": 60}
+    settings = {**sizes, **tokens, "initializer_range": 0.3, "tie_word_embeddings": False, **config}
+    head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    model = getattr(transformers, head)(getattr(transformers, f"{kind}Config")(**settings)).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> nn.Module:
+    folder = tmp_path_factory.mktemp("llama")
+    save(folder)
+    return models.load(str(folder), device, options())
+
+
+def replies(policy: nn.Module, prompts: list = PROMPTS, **settings: Any) -> list[generate.Sample]:
+    return generate.generate(policy, Words(), prompts, **{"max_new_tokens": 20, **settings})
+
+
+def same(a: list[generate.Sample], b: list[generate.Sample]) -> bool:
+    close = all(
+        np.allclose(x.logps, y.logps, atol=1e-5) for x, y in zip(a, b, strict=True) if x.tokens == y.tokens
+    )
+    return [s.tokens for s in a] == [s.tokens for s in b] and close
+
+
+# ------------------------------------------------------------------------------------- against transformers
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("Llama", {}),
+        ("Qwen3", {"head_dim": 16}),
+        ("GPT2", {}),
+        ("Mistral", {"sliding_window": 6}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ],
+)
+def test_greedy_equals_transformers_token_for_token(kind, config, tmp_path, device):
+    model = save(tmp_path, kind, **config)
+    policy = models.load(str(tmp_path), device, options())
+    for sample in replies(policy, temperature=0, max_batch=4):
+        prompt = torch.tensor([sample.prompt_tokens])
+        whole = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20
+        )
+        assert sample.tokens == whole[0, prompt.shape[1] :].tolist()
+        assert sample.ended == (sample.tokens[-1] == EOS)
+
+
+def test_generation_config_adds_end_tokens_and_no_sampling_defaults(tmp_path, device):
+    model = save(tmp_path, eos=[EOS, 7])
+    model.generation_config.update(top_k=1, temperature=1e-3, repetition_penalty=9.0, do_sample=True)
+    model.generation_config.save_pretrained(tmp_path)
+    policy = models.load(str(tmp_path), device, options())
+    assert policy.generation_config.top_k == 1
+    samples = replies(policy, samples_per_prompt=50)
+    assert len({s.tokens[0] for s in samples if s.prompt_index == 0}) > 10
+    assert {s.tokens[-1] for s in samples if s.ended} == {EOS, 7}
+    assert not any({EOS, 7} & set(s.tokens[:-1]) for s in samples)
+
+
+# ------------------------------------------------------------------------------------------ distributions
+
+
+def test_samples_follow_the_enumerated_distribution(tmp_path, device):
+    """E18. Five tokens, at most three of them in an answer: 85 answers, whose probabilities sum to 1."""
+    save(tmp_path, vocab_size=5, num_hidden_layers=1)
+    policy = models.load(str(tmp_path), device, options())
+    answers = [y for n in (1, 2, 3) for y in itertools.product(range(5), repeat=n)]
+    answers = [y for y in answers if EOS not in y[:-1] and (y[-1] == EOS or len(y) == 3)]
+    assert len(answers) == 85
+    examples = [generate.to_example(generate.Sample(0, 0, [0, 2], list(y), [], True, "")) for y in answers]
+    temperature, count = 0.7, 20_000
+    row = data.make_row(examples, list(range(85)), device)
+    with torch.no_grad():
+        logps = models.token_logps(policy, row, temperature)
+    p = models.segment_sum(logps, row.target_segments, 85).double().exp().numpy()
+    assert abs(p.sum() - 1) < 1e-5
+
+    def p_value(temperature: float) -> float:
+        samples = replies(
+            policy,
+            [[0, 2]],
+            samples_per_prompt=count,
+            max_new_tokens=3,
+            temperature=temperature,
+            max_batch=5000,
+        )
+        found = np.zeros(85)
+        for sample in samples:
+            found[answers.index(tuple(sample.tokens))] += 1
+        return chi_square_p(found, count * p)
+
+    assert p_value(temperature) > 1e-3
+    assert p_value(1.0) < 1e-6  # the temperature forgotten
+
+
+def chi_square_p(found: np.ndarray, expected: np.ndarray) -> float:
+    """P(a worse fit), cells expecting fewer than 5 merged; by Wilson and Hilferty's approximation."""
+    small = expected < 5
+    if small.any():
+        found = np.append(found[~small], found[small].sum())
+        expected = np.append(expected[~small], expected[small].sum())
+    freedom = len(found) - 1
+    statistic = ((found - expected) ** 2 / expected).sum()
+    z = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
+    return math.erfc(z / math.sqrt(2)) / 2
+
+
+def test_the_chi_square_knows_its_quantiles():
+    # 50 cells of 100: the 0.95 quantile of 49 degrees of freedom is 66.34, the 0.999 quantile 85.35
+    for quantile, p in ((66.34, 0.05), (85.35, 0.001)):
+        shift = math.sqrt(quantile * 100 / 50)
+        found = 100 + shift * np.tile([1.0, -1.0], 25)
+        assert chi_square_p(found, np.full(50, 100.0)) == pytest.approx(p, rel=0.03)
+
+
+def test_inversion_finds_the_token_whose_share_of_the_interval_holds_the_number():
+    weights = torch.tensor(
+        [[0.0, 0.5, 0.0, 0.25, 0.125, 0.125, 0.0, 0.0, 0.0]]
+    )  # 27 cells in blocks of 3 and 9
+    found = {}
+    for u in np.linspace(0, 1, 64, endpoint=False):
+        for v in np.linspace(0, 1, 64, endpoint=False):
+            uniforms = torch.tensor([[0.5, u, v]], dtype=torch.float64)
+            token = generate.invert(weights, uniforms).item()
+            found[token] = found.get(token, 0) + 1 / 64**2
+    assert found == {1: 0.5, 3: 0.25, 4: 0.125, 5: 0.125}
+
+
+def test_a_large_vocabulary_does_not_make_tokens_depend_on_rounding():
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(300, 50_000) * 3, torch.rand(300, 3, dtype=torch.float64)
+    noisy = logits + 2e-6 * torch.randn_like(logits)  # what another batch does to logits in float32
+    changed = (
+        generate.draw(logits, uniforms, 1.0, 0, 1.0)[0] != generate.draw(noisy, uniforms, 1.0, 0, 1.0)[0]
+    )
+    assert changed.sum() <= 1
+
+
+def test_broken_weights_draw_a_token_of_the_vocabulary():
+    tokens, logps = generate.draw(torch.full((2, 50), math.nan), torch.rand(2, 3).double(), 1.0, 3, 0.9)
+    assert tokens.max() < 50 and logps.isnan().all()
+
+
+def test_top_k_and_top_p_by_hand():
+    p = torch.tensor([[0.125, 0.5, 0.25, 0.0625, 0.0625]])
+    kept = lambda k, q: generate.keep_top(p, k, q)[0].tolist()  # noqa: E731
+    assert kept(2, 1.0) == [0, 0.5, 0.25, 0, 0]
+    assert kept(0, 0.5) == [0, 0.5, 0, 0, 0]  # 0.5 is reached by the first alone
+    assert kept(0, 0.51) == [0, 0.5, 0.25, 0, 0]
+    assert kept(0, 0.8) == [0.125, 0.5, 0.25, 0, 0]
+    assert kept(2, 0.6) == [0, 0.5, 0, 0, 0]  # of the two left the first holds 2/3
+    assert kept(9, 1.0) == p[0].tolist()
+    uniforms = torch.rand(2000, 3, dtype=torch.float64)
+    tokens, logps = generate.draw(p.log().expand(2000, -1), uniforms, 1.0, 2, 1.0)
+    assert set(tokens.tolist()) == {1, 2}
+    torch.testing.assert_close((tokens == 1).double().mean().item(), 2 / 3, atol=0.04, rtol=0)
+    torch.testing.assert_close(logps.exp(), p[0][tokens])  # of the whole distribution
+
+
+# ---------------------------------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logps_are_those_of_the_training_forward(policy, device, temperature):
+    samples = replies(policy, temperature=temperature, top_p=0.9, samples_per_prompt=2)
+    assert all(len(s.tokens) == len(s.logps) for s in samples)
+    for row in data.rows([generate.to_example(s) for s in samples], 100, device):
+        with torch.no_grad():
+            logps = models.token_logps(policy, row, temperature or 1.0)
+        torch.testing.assert_close(generate.row_logps(samples, row), logps, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- batch and addresses
+
+
+def test_samples_do_not_depend_on_the_batch(policy):
+    settings = {"samples_per_prompt": 4, "seed": 3, "step": 2}
+    samples = replies(policy, **settings)
+    assert [(s.prompt_index, s.sample_index) for s in samples] == list(itertools.product(range(6), range(4)))
+    assert len({len(s.tokens) for s in samples}) > 5  # so rows finish, are replaced and are compacted
+    for max_batch in (1, 3, 64):
+        assert same(replies(policy, max_batch=max_batch, **settings), samples)
+    alone = replies(policy, PROMPTS[:1], **settings)
+    assert same(alone, samples[:4])
+
+
+def test_each_part_of_the_address_changes_the_samples(policy):
+    base = replies(policy, [[5, 6, 7]] * 2, samples_per_prompt=2)
+    others = [replies(policy, [[5, 6, 7]], seed=2)[0], replies(policy, [[5, 6, 7]], step=1)[0]]
+    assert len({tuple(s.tokens) for s in base + others}) == 6
+    assert same(replies(policy, [[5, 6, 7]] * 2, samples_per_prompt=2), base)
+
+
+def test_long_runs_reuse_rows(policy, monkeypatch):
+    """Rows are refilled, a prompt is prefilled once for all its samples, and the tail shrinks."""
+    prefilled, sizes = [], []
+    prefill, forward = generate.Batch.prefill, generate.Batch.forward
+
+    def count_prefill(self, packed, takers):
+        prefilled.append(packed.num_segments)
+        prefill(self, packed, takers)
+
+    def count_forward(self, width):
+        sizes.append(len(self.owners))
+        forward(self, width)
+
+    monkeypatch.setattr(generate.Batch, "prefill", count_prefill)
+    monkeypatch.setattr(generate.Batch, "forward", count_forward)
+    samples = replies(policy, PROMPTS * 4, max_batch=8)
+    assert sum(prefilled) == 24 and len(prefilled) > 3
+    assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and sizes[-1] <= 2
+    assert sum(sizes) < 1.3 * sum(len(s.tokens) for s in samples)
+    prefilled.clear()
+    replies(policy, PROMPTS, samples_per_prompt=3)
+    assert sum(prefilled) == 6
+
+
+# ------------------------------------------------------------------------------------------------- endings
+
+
+def test_replies_end_at_the_end_token_or_at_the_limit(policy):
+    free = replies(policy, temperature=0, max_new_tokens=30)
+    for sample in free:
+        if sample.ended:
+            assert sample.tokens.index(EOS) == len(sample.tokens) - 1
+            assert sample.text == Words().decode(sample.tokens[:-1])
+        else:
+            assert len(sample.tokens) == 30 and EOS not in sample.tokens
+    ended = next(s for s in free if s.ended and len(s.tokens) > 2)
+    for limit in (
+        1,
+        len(ended.tokens) - 1,
+        len(ended.tokens),
+    ):  # the token before the end, then the end itself
+        cut = replies(policy, temperature=0, max_new_tokens=limit)[ended.prompt_index]
+        assert cut.tokens == ended.tokens[:limit] and cut.ended == (limit == len(ended.tokens))
+
+
+def test_a_stop_string_cuts_right_after_the_token_that_completes_it(policy):
+    free = max(replies(policy), key=lambda s: len(s.tokens))
+    assert len(free.tokens) == 20
+    end = 8  # the string spans the tokens 6 and 7
+    stop = Words().decode(free.tokens[6:8])
+    (at,) = [k for k in range(21) if stop in Words().decode(free.tokens[:k])][:1]
+    assert at == end
+    sample = replies(policy, stop=["never", stop])[free.prompt_index]
+    assert sample.tokens == free.tokens[:8] and len(sample.logps) == 8 and sample.ended
+    assert sample.text == Words().decode(free.tokens[:6], skip_special_tokens=True)
+    assert replies(policy, stop=stop)[free.prompt_index].tokens == sample.tokens
+    assert same(replies(policy, stop=[stop], max_batch=2), replies(policy, stop=[stop]))
+
+
+def test_a_reply_ends_where_the_positions_do(policy):
+    (sample,) = replies(policy, [[5] * 60], temperature=0)  # 64 positions
+    assert len(sample.tokens) <= 4 and not (len(sample.tokens) == 4 and sample.ended)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": [[5], []]}, "prompt 1 has 0 tokens"),
+        ({"prompts": [[5] * 64]}, "1 to 63"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"stop": [""]}, "not empty"),
+    ],
+)
+def test_a_wrong_setting_is_named(policy, change, words):
+    with pytest.raises(dist.RunError, match=words):
+        replies(policy, **change)
+
+
+def test_no_prompts_give_no_samples(policy):
+    assert replies(policy, []) == []
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def train_a_little(policy: nn.Module, device: torch.device) -> None:
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.05)
+    example = data.Example([(np.arange(2, 30, dtype=np.int32), np.ones(28, bool))], "")
+    for _ in range(3):
+        (row,) = data.rows([example], 0, device)
+        (-models.token_logps(policy, row).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"tied": True}, {"tied": True, "lora_rank": 4}])
+def test_a_trained_policy_is_sampled_with_its_new_weights(changes, tmp_path, device):
+    save(tmp_path, tie_word_embeddings=changes.pop("tied", False))
+    policy = models.load(str(tmp_path), device, options(**changes))
+    before = replies(policy)
+    names = set(policy.state_dict())
+    train_a_little(policy, device)
+    after = replies(policy)
+    assert not same(before, after)
+    assert policy.training and set(policy.state_dict()) == names  # the replica is no part of it
+    assert all(p.requires_grad for p in policy.parameters()) or changes
+    for row in data.rows([generate.to_example(s) for s in after], 0, device):
+        logps = models.token_logps(policy, row)
+        torch.testing.assert_close(generate.row_logps(after, row), logps.detach(), atol=1e-5, rtol=1e-5)
+        logps.sum().backward()  # generation leaves the policy fit to train
+
+
+def test_the_replica_holds_no_memory_between_calls(tmp_path, device):
+    save(tmp_path, tie_word_embeddings=True)
+    policy = models.load(str(tmp_path), device, options())
+    replies(policy)
+    model = policy.replica_.model
+    size = lambda: sum(p.untyped_storage().nbytes() for p in model.parameters())  # noqa: E731
+    assert size() == 0
+    with generate.rollout(policy) as replica:
+        assert size() == 4 * sum(p.numel() for p in policy.parameters())
+        first = replies(policy)
+        assert replica.awake and size() > 0
+    assert size() == 0 and same(first, replies(policy))
+
+
+def test_within_rollout_the_weights_are_gathered_once(policy, monkeypatch):
+    calls = []
+    full_weights = models.full_weights
+    monkeypatch.setattr(models, "full_weights", lambda *a: calls.append(1) or full_weights(*a))
+    with generate.rollout(policy):
+        replies(policy), replies(policy)
+    assert len(calls) == 1
+    replies(policy)
+    assert len(calls) == 2
+
+
+# --------------------------------------------------------------------------------------------------- ranks
+
+
+def samples_for_ranks(model: str, num_prompts: int) -> list[list[int]]:
+    """What each of two ranks gets back; runs in tests/worker.py."""
+    policy = models.load(model, dist.init(1), options())
+    samples = replies(policy, (PROMPTS * 2)[:num_prompts], samples_per_prompt=2)
+    return [[s.prompt_index, s.sample_index, *s.tokens] for s in samples]
+
+
+@pytest.mark.parametrize("num_prompts", [12, 1])  # with one prompt a rank has nothing to do
+def test_two_ranks_return_the_samples_of_one(num_prompts, tmp_path, two_ranks, device):
+    save(tmp_path)
+    alone = samples_for_ranks(str(tmp_path), num_prompts)
+    assert len(alone) == 2 * num_prompts
+    both = two_ranks("test_generate:samples_for_ranks", model=str(tmp_path), num_prompts=num_prompts)
+    assert both == [alone, alone]
+
+
+# ---------------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_streams_an_answer_and_ends_politely(monkeypatch, capsys, toy):
+    monkeypatch.setattr(generate.signal, "signal", lambda *_: None)  # of this process
+    generate.main(generate.Args(question="What does the cat say?", temperature=0.0, max_new_tokens=20))
+    once = capsys.readouterr().out
+    assert once.strip()
+    lines = iter(["What does the cat say?", "And the dog?"])
+
+    def ask(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ask)
+    generate.main(generate.Args(temperature=0.0, max_new_tokens=20))
+    assert capsys.readouterr().out.startswith(once)

@@ -1,0 +1,227 @@
+"""What a run writes, what it refuses, and how it stops."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics
+
+import dpo
+import sft
+from common import checkpoint, dist, log
+
+
+def settings(few: Path, folder: Path, **more: Any) -> dict[str, Any]:
+    """A run of six steps of dpo.py on the toy model, a second or two."""
+    base = {
+        **dpo.TOY,
+        "dataset": str(few / "pairs"),
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "batch_size": 8,
+    }
+    return {**base, "eval_every": 3, "save_every": 2, "num_samples": 4, "max_new_tokens": 16, **more}
+
+
+# the command line
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str) -> dpo.Args:
+    monkeypatch.setattr(sys, "argv", ["dpo.py", *argv])
+    return log.parse(dpo.Args, dpo.TOY)
+
+
+def test_toy_sets_defaults_and_explicit_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parsed(monkeypatch).learning_rate == dpo.TOY["learning_rate"]
+    assert parsed(monkeypatch, "--learning_rate", "3e-4").learning_rate == 3e-4
+    real = parsed(monkeypatch, "--model=runs/sft")
+    assert (real.learning_rate, real.batch_size) == (dpo.Args.learning_rate, dpo.Args.batch_size)
+
+
+def test_hyphens_underscores_and_equal_signs_all_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv in (["--batch-size", "7"], ["--batch_size", "7"], ["--batch_size=7"]):
+        assert parsed(monkeypatch, *argv).batch_size == 7
+    assert parsed(monkeypatch, "--track").track and not parsed(monkeypatch, "--no_track").track
+
+
+# the run folder
+
+
+@pytest.fixture(scope="module")
+def finished(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    dpo.main(dpo.Args(**settings(few, folder)))
+    return folder
+
+
+def test_a_run_leaves_everything_named_in_the_design(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir()}
+    expected = {"args.json", "dpo.py", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model"}
+    assert expected == names
+    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["step_00000006"]
+    assert (finished / "dpo.py").read_text() == (ROOT / "dpo.py").read_text()
+
+
+def test_each_step_has_one_row_and_evaluations_share_it(finished: Path) -> None:
+    rows = read_metrics(finished)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6]
+    names = "loss grad_norm learning_rate tokens_per_second num_tokens rewards/margins logps/chosen entropy".split()
+    assert {f"train/{name}" for name in names} <= set(rows[-1])
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [0] * 4 + [3] * 4 + [6] * 4
+    assert {"prompt", "response", "ended"} <= set(samples[0])
+
+
+def test_a_finished_run_prints_its_table_and_changes_nothing(
+    finished: Path, few: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.parent.name == "model"}
+    dpo.main(dpo.Args(**settings(few, finished)))
+    out = capsys.readouterr().out
+    assert "is finished at step 6" in out and "rewards/margins" in out
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_changed_field_is_named(finished: Path, few: Path) -> None:
+    with pytest.raises(dist.RunError, match=r"beta 0\.1, now 0\.2.*--overwrite"):
+        dpo.main(dpo.Args(**settings(few, finished, beta=0.2)))
+
+
+def test_overwrite_starts_anew_but_never_removes_a_folder_that_is_no_run(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, overwrite=True)))
+    assert (tmp_path / "thesis.txt").exists()
+    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, beta=0.3, overwrite=True)))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_rows_past_the_checkpoint_and_a_torn_line_are_dropped_on_resume(few: Path, tmp_path: Path) -> None:
+    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=2)))
+    straight = read_metrics(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train/loss": 99.0}\n{"step": 4, "train/lo')
+    (tmp_path / "checkpoints" / "step_00000004.tmp").mkdir()  # what a kill while saving leaves
+    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=4)))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[:3] == straight
+    assert rows[3]["train/loss"] < 1
+
+
+def test_an_unwritable_output_dir_is_refused(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(dist.RunError, match="cannot be written"):
+        dpo.main(dpo.Args(**settings(few, tmp_path / "file" / "run")))
+
+
+def test_a_missing_judge_is_named(few: Path, tmp_path: Path) -> None:
+    with pytest.raises(dist.RunError, match="package.module:function"):
+        dpo.main(dpo.Args(**settings(few, tmp_path, judge="nowhere:at_all")))
+
+
+# stopping
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = dpo.dpo_loss, []
+
+    def poisoned(h: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(1)
+        return honest(h, *rest) * (float("nan") if len(calls) > 3 and torch.is_grad_enabled() else 1.0)
+
+    monkeypatch.setattr(dpo, "dpo_loss", poisoned)
+    with pytest.raises(dist.RunError, match=r"train/loss is nan at step 3.*step_00000002"):
+        dpo.main(dpo.Args(**settings(few, tmp_path, num_samples=0, micro_batch_tokens=100_000)))
+    assert checkpoint.newest(dpo.Args(output_dir=str(tmp_path))).name == "step_00000002"
+    assert not (tmp_path / "model").exists() and read_metrics(tmp_path)[-1]["step"] == 2
+
+
+def test_sigterm_saves_says_how_to_resume_and_resuming_changes_no_number(few: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    more = {"save_every": 1000, "max_steps": 14, "num_samples": 0, "eval_every": 1000}
+    dpo.main(dpo.Args(**settings(few, whole, **more)))
+    flags = [f"--{k}={v}" for k, v in settings(few, halves, **more).items()]
+    process = subprocess.Popen(
+        [sys.executable, "dpo.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for _ in range(2000):
+        if process.poll() is not None or (
+            (halves / "metrics.jsonl").exists() and len(read_metrics(halves)) > 3
+        ):
+            break
+        import time
+
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    stopped = int(re.search(r"stopped at step (\d+) and saved; the same command resumes there", out)[1])
+    assert 3 <= stopped < 14
+    dpo.main(dpo.Args(**settings(few, halves, **more)))
+    for a, b in zip(read_metrics(whole), read_metrics(halves), strict=True):
+        assert a.get("train/loss") == b.get("train/loss") and a.get("train/grad_norm") == b.get(
+            "train/grad_norm"
+        )
+
+
+def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "sft.py",
+        "--dataset=nowhere.jsonl",
+    ]
+    done = subprocess.run(
+        [*command, f"--output_dir={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(ours) == 1 and "nowhere.jsonl" in ours[0] and "no such file" in ours[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
+
+
+# W&B
+
+
+def tracked(folder: str, few: str) -> list[str]:
+    """Run sft.py with tracking, no key and no network; called here and on the two ranks."""
+    os.environ.pop("WANDB_API_KEY", None)
+    more = {"max_steps": 2, "eval_every": 1, "num_samples": 2, "track": True}
+    args = {**sft.TOY, "dataset": f"{few}/sft", "output_dir": folder, "batch_size": 8, **more}
+    sft.main(sft.Args(**args))
+    return sorted(p.name for p in Path(folder, "wandb").glob("offline-run-*"))
+
+
+def test_tracking_without_a_key_is_offline_and_one_run_for_two_ranks(
+    few: Path, tmp_path: Path, two_ranks: Any
+) -> None:
+    ours, _ = two_ranks("test_log:tracked", folder=str(tmp_path / "two"), few=str(few))
+    assert len(ours) == 1
+    assert (tmp_path / "two" / "wandb_id").read_text() in ours[0]
+
+
+def test_a_sweep_agent_tracks_and_gets_folders_of_its_own(
+    few: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "run7")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    more = {"max_steps": 1, "num_samples": 0, "batch_size": 8, "dataset": str(few / "sft")}
+    sft.main(sft.Args(**{**sft.TOY, **more}))
+    assert (tmp_path / "runs" / "sft-run7" / "metrics.jsonl").exists()
