@@ -19,6 +19,7 @@ Metrics, results and departures from the papers: docs/dpo.md
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,10 +41,10 @@ class Args:
     model: str = "toy"
     """policy to start from: toy, a run folder, a Hugging Face folder, a hub id, a .gguf file"""
     dataset: str = "toy"
-    """preference pairs: toy, a .jsonl/.json/.parquet file, a folder, hub/name[:config[:split]]; a,b*2 mixes"""
+    """preference pairs: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = "runs/dpo"
+    output_dir: str = f"runs/{Path(__file__).stem}"
     """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
     overwrite: bool = False
     """start anew in output_dir instead of resuming the run there"""
@@ -54,7 +55,7 @@ class Args:
 
     # algorithm
     loss: Literal["dpo", "ipo", "ipo_sum", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo"] = "dpo"
-    """of the pair; ipo averages log-ratios over tokens, ipo_sum adds them; rpo_* regress on the pair's rewards"""
+    """ipo averages log-ratios over tokens, ipo_sum adds them; rpo_* regress on the rewards of the pair"""
     beta: float = 0.1
     """pull towards the reference policy; larger stays closer"""
     label_smoothing: float = 0.0
@@ -66,7 +67,7 @@ class Args:
     sft_coef: float = 0.0
     """weight of the negative log-likelihood of the chosen response, a mean over its tokens"""
     precompute_ref: bool = False
-    """score the reference policy once before training, and cache, instead of keeping a frozen copy in memory"""
+    """score the reference policy once before training, cached, instead of keeping a frozen copy in memory"""
 
     # optimization
     learning_rate: float = 5e-7
@@ -88,7 +89,7 @@ class Args:
     batch_size: int = 64
     """pairs per optimizer step, over all ranks"""
     micro_batch_tokens: int = 0
-    """most tokens in one forward on one rank, memory and speed but never the result; 0: 8192 on GPU, 2048 on CPU"""
+    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
     max_length: int = 1024
     """tokens of prompt and response; longer ones are cut at the end, and counted"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -145,24 +146,24 @@ def dpo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor
 
 
 def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Unbiased under labels flipped with probability label_smoothing, https://arxiv.org/abs/2403.00409 -> (B,)"""
+    """Unbiased when labels flip with probability label_smoothing, https://arxiv.org/abs/2403.00409 -> (B,)"""
     kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def ipo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor:
-    """Eq. 17 of IPO, https://arxiv.org/abs/2310.12036, its tau called beta. h per token (ipo) or summed (ipo_sum). -> (B,)"""
+    """Eq. 17 of IPO, https://arxiv.org/abs/2310.12036, its tau called beta; h per token or summed. -> (B,)"""
     target = 1 / (2 * beta)
     return label_prob * (h - target) ** 2 + (1 - label_prob) * (h + target) ** 2
 
 
 def rpo_loss(h: Tensor, beta: float, reward_margin: Tensor, distance: str) -> Tensor:
-    """Reward-aware preference optimization, https://arxiv.org/abs/2406.11704 section 3.3.2: beta h meets the reward margin.
+    """Reward-aware preference optimization, https://arxiv.org/abs/2406.11704: beta h follows the rewards.
 
     Args:
         reward_margin: (B,) eta * (chosen_reward - rejected_reward), a logit.
-        distance: rpo_sq, the squared difference; rpo_bwd_kl, KL(margin || policy) of the two Bernoullis; rpo_fwd_kl,
-            its arguments swapped.
+        distance: rpo_sq, the squared difference; rpo_bwd_kl, KL(rewards || policy) of the two Bernoullis;
+            rpo_fwd_kl, its arguments swapped.
 
     Returns:
         losses (B,), zero exactly where beta h equals the reward margin.
@@ -176,7 +177,7 @@ def rpo_loss(h: Tensor, beta: float, reward_margin: Tensor, distance: str) -> Te
 
 
 def simpo_loss(mean_logps: Tensor, beta: float, gamma: float) -> Tensor:
-    """Eq. 6 of SimPO, https://arxiv.org/abs/2405.14734; needs no reference. mean_logps (B, 2) per token. -> (B,)"""
+    """Eq. 6 of SimPO, https://arxiv.org/abs/2405.14734, without reference; mean_logps (B, 2). -> (B,)"""
     return -F.logsigmoid(beta * (mean_logps[:, 0] - mean_logps[:, 1]) - gamma)
 
 
@@ -217,7 +218,7 @@ def response_logps(token_logps: Tensor, row: data.Row) -> Tensor:
 
 @torch.no_grad()
 def reference_logps(policy: nn.Module, ref_policy: nn.Module | None, row: data.Row) -> Tensor:
-    """log pi_ref(y|x), (B, 2): computed before training, or by the frozen copy, or by the policy without adapters."""
+    """log pi_ref(y|x), (B, 2): computed before, or by the frozen copy, or by the policy without adapters."""
     if "ref_chosen_logps" in row.fields:
         return torch.stack([row.fields["ref_chosen_logps"], row.fields["ref_rejected_logps"]], 1)
     if ref_policy is None:
@@ -230,7 +231,7 @@ def reference_logps(policy: nn.Module, ref_policy: nn.Module | None, row: data.R
 def precompute_reference(
     policy: nn.Module, examples: list[data.Example], args: Args, device: torch.device
 ) -> None:
-    """Store log pi_ref of each example with it; the untrained policy is the reference. Cached by model and tokens."""
+    """Store log pi_ref of each example with it, while the policy is still the reference. Cached."""
 
     def score() -> Tensor:
         ref_logps = torch.zeros(len(examples), 2, device=device)
@@ -246,7 +247,7 @@ def precompute_reference(
 def loss_and_metrics(
     policy: nn.Module, ref_policy: nn.Module | None, row: data.Row, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a row, both summed over its pairs, so that the caller picks the denominator."""
+    """Loss and metrics of a row, both summed over its pairs; the caller picks the denominator."""
     stats = models.token_stats(policy, row)  # (N_targets,) each
     logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
     lengths = response_logps(torch.ones_like(stats.logps), row)
@@ -288,7 +289,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = data.load_pairs(args, tokenizer)
     num_steps = data.num_steps(train_set, args)
-    if log.finished(num_steps):
+    if not log.begin(num_steps):
         return
 
     # models

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: next-token cross-entropy on the responses of demonstrations
 
-The first stage of InstructGPT (Ouyang et al., 2022), https://arxiv.org/abs/2203.02155. With m the mask of scored
-tokens (the text of assistant turns and the token that ends each) and N their number in the whole batch:
+The first stage of InstructGPT (Ouyang et al., 2022), https://arxiv.org/abs/2203.02155. With m the mask of
+scored tokens (the text of assistant turns and the token that ends each) and N their number in the batch:
 
     loss = -(1/N) * sum_t m_t log pi(y_t | y_<t)
 
@@ -17,6 +17,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,10 +37,10 @@ class Args:
     model: str = "toy"
     """policy to start from: toy, a run folder, a Hugging Face folder, a hub id, a .gguf file"""
     dataset: str = "toy"
-    """demonstrations: toy, a .jsonl/.json/.parquet file, a folder, hub/name[:config[:split]]; a,b*2 mixes"""
+    """demonstrations: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = "runs/sft"
+    output_dir: str = f"runs/{Path(__file__).stem}"
     """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
     overwrite: bool = False
     """start anew in output_dir instead of resuming the run there"""
@@ -72,7 +73,7 @@ class Args:
     batch_size: int = 128
     """demonstrations per optimizer step, over all ranks"""
     micro_batch_tokens: int = 0
-    """most tokens in one forward on one rank, memory and speed but never the result; 0: 8192 on GPU, 2048 on CPU"""
+    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
     max_length: int = 2048
     """tokens of prompt and response; longer ones are cut at the end, and counted"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -121,7 +122,7 @@ def sft_loss(token_logps: Tensor) -> Tensor:
 
 
 def loss_and_metrics(policy: nn.Module, row: data.Row) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a row, both summed over its scored tokens, so that the caller picks the denominator."""
+    """Loss and metrics of a row, both summed over its scored tokens; the caller picks the denominator."""
     stats = models.token_stats(policy, row)  # (N_targets,) each
     loss = sft_loss(stats.logps)
     metrics = {
@@ -151,7 +152,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = data.load_sft(args, tokenizer)
     num_steps = data.num_steps(train_set, args)
-    if log.finished(num_steps):
+    if not log.begin(num_steps):
         return
 
     # models

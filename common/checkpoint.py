@@ -73,8 +73,8 @@ def resume(args: Any, parts: Parts) -> dict[str, Any]:
         size = getattr(saved.get(name), "size", None)
         if size is not None and size != tensor.shape or name not in saved:
             raise dist.RunError(
-                f"{folder}: {name} is {list(size) if size else 'missing'} there and {list(tensor.shape)} in this model; "
-                "resume with the model the run began with, or start anew with --overwrite"
+                f"{folder}: {name} is {list(size) if size else 'missing'} there and {list(tensor.shape)} in "
+                "this model; resume with the model the run began with, or start anew with --overwrite"
             )
     dcp.load(state, checkpoint_id=folder)
     for name, (model, optimizer) in parts.items():
@@ -104,9 +104,9 @@ def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
-    """Write `model/`: a folder plain transformers loads, or with LoRA one peft loads (merge_lora folds it in).
+    """Write `model/`: a folder plain transformers loads; with LoRA one peft loads, unless merge_lora.
 
-    Weights take the dtype the model had on disk. generation_config stops at the token that was trained to end a turn.
+    Weights take the dtype the model had on disk. generation_config stops at the token trained to end a turn.
     """
     folder = Path(args.output_dir) / "model"
     lora = getattr(policy, "lora_config", None)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: args.json, its script, metrics.jsonl, samples.jsonl, curves.png, and W&B if asked.
+"""What a run leaves behind: args.json, its script, metrics, samples, curves.png, and W&B if asked.
 
 Only rank 0 writes. Metrics go to the file in full and to the console in part, a few lines a minute.
 """
@@ -19,18 +19,16 @@ from typing import Any
 from common import checkpoint, data, dist
 from common.generate import generate
 
-# a run may be resumed with these changed: they alter its length, what it records or how it fits, not its numbers
-CHANGEABLE = set(
-    (
-        "output_dir overwrite max_steps num_epochs eval_every save_every keep_checkpoints num_samples max_new_tokens "
-        "temperature judge micro_batch_tokens activation_checkpointing compile sharding precompute_ref merge_lora track "
-        "wandb_project run_name eval_dataset"
-    ).split()
-)
+# a run may resume with these changed: they alter its length, what it records or how it fits, no number
+CHANGEABLE = """
+    output_dir overwrite max_steps num_epochs eval_dataset eval_every save_every keep_checkpoints num_samples
+    max_new_tokens temperature judge micro_batch_tokens activation_checkpointing compile sharding precompute_ref
+    merge_lora track wandb_project run_name
+""".split()  # noqa: SIM905
 
 
 def parse(Args: type, toy: dict[str, Any]) -> Any:  # noqa: N803
-    """Args from the command line; `toy` replaces the defaults while the model is "toy" and explicit flags win."""
+    """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win."""
     import tyro
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -66,16 +64,10 @@ class Log:
                 args.output_dir += "-" + os.environ.get("WANDB_RUN_ID", "run")
         self.folder = Path(args.output_dir)
         self.rows: list[dict] = dist.from_main(self._open)
-        if dist.is_main():
-            shutil.copyfile(script, self.folder / Path(script).name)
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-            self._start_wandb()
-            if args.model == "toy" and toy is not None:
-                used = " ".join(f"{k}={v}" for k, v in toy.items() if getattr(args, k) == v)
-                print(
-                    f"toy world: {used}; for a real model: --model <hub id or folder> --dataset <file>",
-                    flush=True,
-                )
+        self.script = script
+        if dist.is_main() and args.model == "toy" and toy is not None:
+            used = " ".join(f"{k}={v}" for k, v in toy.items() if getattr(args, k) == v)
+            print(f"toy world: {used}; for real: --model <hub id or folder> --dataset <file>", flush=True)
 
     def _open(self) -> list[dict]:
         """Make or reopen the folder. -> the rows up to the checkpoint the run will resume from."""
@@ -88,15 +80,15 @@ class Log:
             (folder / ".writable").unlink()
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
-        if (folder / "args.json").exists():
+        last = checkpoint.newest(args)
+        if last and (folder / "args.json").exists():  # without a checkpoint there is nothing to resume
             before = json.loads((folder / "args.json").read_text())
             for name, value in asdict(args).items():
                 if name not in CHANGEABLE and name in before and before[name] != value:
                     raise dist.RunError(
-                        f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: give that value "
-                        "to resume it, another output_dir, or --overwrite to start anew"
+                        f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: give that "
+                        "value to resume it, another output_dir, or --overwrite to start anew"
                     )
-        last = checkpoint.newest(args)
         keep = int(last.name[5:]) if last else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
@@ -127,22 +119,26 @@ class Log:
         except Exception as error:
             print(f"W&B is off: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
 
-    def finished(self, num_steps: int) -> bool:
-        """True, after printing the table again, if this run folder already holds the finished run."""
+    def begin(self, num_steps: int) -> bool:
+        """Write args.json and the script, now that the data has loaded; False if the run is finished."""
         last = max((row["step"] for row in self.rows), default=0)
         done = dist.from_main(lambda: last >= num_steps and (self.folder / "model").is_dir())
         if dist.is_main() and done:
             print(f"{self.folder} is finished at step {last}; --overwrite starts anew", flush=True)
             self._table()
-        elif dist.is_main() and last:
-            print(f"resuming {self.folder} from step {last}", flush=True)
-        return done
+        elif dist.is_main():
+            if last:
+                print(f"resuming {self.folder} from step {last}", flush=True)
+            shutil.copyfile(self.script, self.folder / Path(self.script).name)
+            _replace(self.folder / "args.json", json.dumps(asdict(self.args), indent=2) + "\n")
+            self._start_wandb()
+        return not done
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
-        """Append a row for `step` completed optimizer steps; stop the run if its loss or gradient is not finite.
+        """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
 
         Raises:
-            RunError: a NaN or infinite train/loss or train/grad_norm; the newest checkpoint is from before it.
+            RunError: NaN or infinite train/loss or train/grad_norm; the newest checkpoint is from before it.
         """
         for name in ("train/loss", "train/grad_norm"):
             if not abs(metrics.get(name, 0.0)) < float("inf"):

@@ -1,4 +1,4 @@
-"""What the tests share: the toy world, tiny models made on the spot, arguments, and a session of two ranks."""
+"""What the tests share: the toy world, tiny models made on the spot, and a session of two ranks."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""Optima that are known exactly: every answer of a tiny vocabulary is enumerated and the real functions must reach them.
+"""Optima that are known exactly: all answers of a tiny vocabulary are enumerated, and training reaches them.
 
-Space: tokens 0..V-1, EOS = 1, prompt (0, 2); answers end at the first EOS, which belongs to them, or at length T.
+Space: tokens 0..V-1, EOS = 1, prompt (0, 2); answers end at the first EOS, which is theirs, or at length T.
 V = 5 and T = 3 give 85 answers. The reward adds a value per token. TV(a, b) = 1/2 sum |a - b|.
 """
 

@@ -73,7 +73,8 @@ def test_each_step_has_one_row_and_evaluations_share_it(finished: Path) -> None:
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6]
-    names = "loss grad_norm learning_rate tokens_per_second num_tokens rewards/margins logps/chosen entropy".split()
+    names = ["loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens"]
+    names += ["rewards/margins", "logps/chosen", "entropy"]
     assert {f"train/{name}" for name in names} <= set(rows[-1])
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [0] * 4 + [3] * 4 + [6] * 4
