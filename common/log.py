@@ -22,8 +22,8 @@ from common.generate import generate
 # a run may resume with these changed: they alter its length, what it records or how it fits, no number
 CHANGEABLE = """
     output_dir overwrite max_steps num_epochs eval_dataset eval_every save_every keep_checkpoints num_samples
-    max_new_tokens temperature judge micro_batch_tokens activation_checkpointing compile sharding precompute_ref
-    merge_lora track wandb_project run_name
+    max_new_tokens temperature judge micro_batch_tokens activation_checkpointing compile sharding merge_lora
+    precompute_ref track wandb_project run_name
 """.split()  # noqa: SIM905
 
 
@@ -86,8 +86,8 @@ class Log:
             for name, value in asdict(args).items():
                 if name not in CHANGEABLE and name in before and before[name] != value:
                     raise dist.RunError(
-                        f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: give that "
-                        "value to resume it, another output_dir, or --overwrite to start anew"
+                        f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: "
+                        "give that value to resume it, another output_dir, or --overwrite to start anew"
                     )
         keep = int(last.name[5:]) if last else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
