@@ -1,19 +1,23 @@
 """Data: files and hub data sets -> conversations -> token sequences with masks -> packed rows.
 
-Every format listed in docs/data.md becomes one of a few dicts of messages; a chat template turns those into tokens;
-`rows` deals a batch out to the ranks and packs each share. A mask is True on the tokens that are scored.
+Every format of docs/data.md becomes turns of a conversation; a chat template makes tokens of them; `rows`
+deals a batch out to the ranks and packs each share. A mask is True on the tokens that are scored.
 """
 
 import bisect
+import codecs
+import functools
 import gzip
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,31 +25,17 @@ from torch import Tensor
 
 from common import dist
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-}
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 Messages = list[dict[str, str]]
 Sequence = tuple[np.ndarray, np.ndarray]  # tokens (n,) int32 and mask (n,) bool
 
 
 @dataclass
 class Example:
-    """One item of a batch: the sequences scored together (one for SFT, chosen and rejected for a pair)."""
+    """One item of a batch: the sequences scored together, for a pair chosen and rejected."""
 
     sequences: list[Sequence]
     prompt: Messages | str
-    """what a generation for this example starts from"""
+    """what a generation for this example starts from; a string is plain text"""
     fields: dict[str, float] = field(default_factory=dict)
     """numbers that travel with the example into Row.fields"""
     record: dict = field(default_factory=dict)
@@ -85,14 +75,13 @@ class Dataset(list):
 
 
 def num_steps(dataset: Dataset, args: Any) -> int:
-    """Optimizer steps of a run: max_steps if set, else enough to see num_epochs; the last batch may be smaller."""
-    return (
-        args.max_steps if args.max_steps >= 0 else -(-args.num_epochs * dataset.epoch_size // args.batch_size)
-    )
+    """Optimizer steps of a run: max_steps if set, else to the end of num_epochs; the last may be small."""
+    in_epochs = -(-args.num_epochs * dataset.epoch_size // args.batch_size)  # rounded up
+    return in_epochs if args.max_steps < 0 else args.max_steps
 
 
 def batch(dataset: Dataset, step: int, args: Any) -> list[Example]:
-    """The examples of optimizer step `step`, counted from 1: a function of (seed, step), alike on every rank."""
+    """The examples of an optimizer step, counted from 1: a function of (seed, step), alike on every rank."""
     size = dataset.epoch_size
     end = step * args.batch_size
     if args.max_steps < 0:
@@ -101,12 +90,12 @@ def batch(dataset: Dataset, step: int, args: Any) -> list[Example]:
     return [dataset[dataset.order(args.seed, p // size)[p % size]] for p in positions]
 
 
-# --------------------------------------------------------------------------------------------------- packed rows
+# ------------------------------------------------------------------------------------------------ packed rows
 
 
 @dataclass
 class Row:
-    """Sequences end to end: what one forward pass sees. A row without examples only keeps collectives matched."""
+    """Sequences end to end: what one forward sees. A row without examples only keeps collectives matched."""
 
     tokens: Tensor  # (N,)
     position_ids: Tensor  # (N,) restart at 0 with each sequence
@@ -125,7 +114,7 @@ class Row:
 
 
 def rows(examples: list[Example], micro_batch_tokens: int, device: torch.device) -> Iterator[Row]:
-    """This rank's share of the examples as packed rows of at most micro_batch_tokens; equally many on every rank.
+    """This rank's share of the examples as rows of at most micro_batch_tokens; equally many on every rank.
 
     Examples go to ranks by tokens, longest first. One longer than micro_batch_tokens gets a row of its own; a
     rank with fewer rows ends with dummy rows.
@@ -156,42 +145,40 @@ def pack(indices: Iterable[int], lengths: list[int], limit: int) -> list[list[in
 
 def make_row(examples: list[Example], chosen: list[int], device: torch.device) -> Row:
     """Pack examples[i] for i in chosen into a row; nothing chosen makes a dummy row of one token."""
-    sequences = [s for i in chosen for s in examples[i].sequences] or [
-        (np.zeros(1, np.int32), np.zeros(1, bool))
-    ]
-    lengths = np.array([len(tokens) for tokens, _ in sequences])
+
+    def put(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    sequences = [sequence for i in chosen for sequence in examples[i].sequences]
+    tokens, masks = zip(*sequences or [(np.zeros(1, np.int32), np.zeros(1, bool))], strict=True)
+    lengths = np.array([len(t) for t in tokens])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    masks = np.concatenate([mask for _, mask in sequences])
     segment_ids = np.repeat(np.arange(len(lengths)), lengths)
     names = examples[0].fields if examples else {}
-    arrays = {
-        "tokens": np.concatenate([tokens for tokens, _ in sequences]).astype(np.int64),
-        "position_ids": np.arange(starts[-1]) - starts[segment_ids],
-        "segment_ids": segment_ids,
-        "cu_seqlens": starts.astype(np.int32),
-        "targets": np.flatnonzero(masks),
-        "example_ids": np.array(chosen, dtype=np.int64),
-        **{
-            f"fields.{name}": np.array([examples[i].fields[name] for i in chosen], np.float32)
-            for name in names
-        },
-    }
-    tensors = {name: _to(torch.from_numpy(array), device) for name, array in arrays.items()}
-    fields = {name: tensors.pop(f"fields.{name}") for name in names}
     return Row(
-        **tensors, max_seqlen=int(lengths.max()), num_segments=len(lengths) if chosen else 0, fields=fields
+        tokens=put(np.concatenate(tokens).astype(np.int64)),
+        position_ids=put(np.arange(starts[-1]) - starts[segment_ids]),
+        segment_ids=put(segment_ids),
+        cu_seqlens=put(starts.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        targets=put(np.flatnonzero(np.concatenate(masks))),
+        num_segments=len(sequences),
+        example_ids=put(np.array(chosen, np.int64)),
+        fields={k: put(np.array([examples[i].fields[k] for i in chosen], np.float32)) for k in names},
     )
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+# ------------------------------------------------------------------------------------- tokenizer and template
 
-
-# ----------------------------------------------------------------------------------------- tokenizer and template
+CHATML = """
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+BREAK = "\ufdd0"  # Unicode keeps this out of texts: where `tokenize` cuts
 
 
 def model_folder(model: str) -> tuple[str, str | None]:
-    """(folder or hub id, GGUF file name or None) for the `model` field: toy, run folder, folder, hub id, .gguf."""
+    """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
     if model == "toy":
         return str(toy_folder() / "model"), None
     path = Path(model).expanduser()
@@ -231,473 +218,578 @@ def load_tokenizer(model: str, chat_template: str = "") -> Any:
     folder, gguf = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-    except (OSError, ValueError, KeyError) as error:
-        raise dist.RunError(f"cannot load the tokenizer of {model}: {str(error).splitlines()[0]}") from error
-    if chat_template == "chatml":
-        tokenizer.chat_template = CHATML
-    elif chat_template:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text()
-        except OSError as error:
-            raise dist.RunError(
-                f"chat_template {chat_template}: {error.strerror}; give a Jinja file or chatml"
-            ) from error
+        if chat_template == "chatml":
+            end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
+            begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+            tokenizer.chat_template = begin + CHATML.replace("<|im_end|>", end)
+        elif chat_template:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        end_token(tokenizer)  # a template that fails does so here
+    except dist.RunError:
+        raise
+    except Exception as error:  # a template may raise anything
+        template = f"chat_template {chat_template}" if chat_template else "its own chat template"
+        raise dist.RunError(f"the tokenizer of {model} with {template}: {first_line(error)}") from error
     return tokenizer
 
 
-def render(tokenizer: Any, messages: Messages, for_reply: bool) -> list[int]:
-    """Tokens of a conversation under the chat template; for_reply adds the header of the assistant's next turn."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_reply)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own BOS
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+@functools.lru_cache(maxsize=2)
+def special_tokens(tokenizer: Any) -> re.Pattern:
+    """Matches the spelling of any special token."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
+    """A conversation under the chat template; for_reply adds the header of the assistant's next turn.
+
+    A special token that a message spells out stays text: a BREAK after its first character hides it. Without
+    a template the turns are plain text and joined as they stand.
+    """
+    if tokenizer.chat_template is None:
+        return "".join(m["content"] for m in messages)
+    plain = functools.partial(special_tokens(tokenizer).sub, lambda m: m[0][0] + BREAK + m[0][1:])
+    messages = [{**m, "content": plain(m["content"])} for m in messages]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_reply)
+
+
+@functools.lru_cache(maxsize=16)  # chosen and rejected share a prompt
+def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
+    """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
+    pieces = [tokenizer(s, add_special_tokens=False, verbose=False)["input_ids"] for s in text.split(BREAK)]
+    tokens = tuple(token for piece in pieces for token in piece)
+    bos = tokenizer.bos_token_id
+    if (plain or tokenizer.chat_template is None) and tokens[:1] != (bos,) and adds_bos(tokenizer):
+        tokens = (bos, *tokens)
+    return tokens
+
+
+@functools.lru_cache(maxsize=2)
 def end_token(tokenizer: Any) -> int:
     """The token that ends an assistant turn: trained once per turn, and where generation stops."""
-    if getattr(tokenizer, "end_token_", None) is None:
-        tokenizer.end_token_ = tokenizer.eos_token_id
-        if tokenizer.chat_template:
-            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            tail = render(tokenizer, probe, False)[len(render(tokenizer, probe[:1], True)) :]
-            special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-            ends = [token for token in tail if token in special]
-            tokenizer.end_token_ = ends[0] if ends else tokenizer.eos_token_id
-        if tokenizer.end_token_ is None:
-            raise dist.RunError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")
-    return tokenizer.end_token_
+    end = tokenizer.eos_token_id
+    if tokenizer.chat_template:
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}]
+        tail = render(tokenizer, probe, False).rpartition("zebra")[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        end = next((token for token in tokenize(tokenizer, tail) if token in special), end)
+    if end is None:
+        raise dist.RunError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")
+    return end
 
 
 def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Sequence:
     """Tokens of a conversation and the mask of its trained turns, each up to and including its end token.
 
-    The span of a turn is what rendering it adds to the tokens of the conversation before it, so no markers in
-    the template are needed; a template that rewrites earlier turns is refused.
+    The span of a turn is what rendering it adds to the conversation before it (and to a reply's header), so
+    no markers in the template are needed; a template that rewrites earlier turns is refused.
     """
-    last = max((i for i, t in enumerate(trained) if t), default=-1)
-    tokens = render(tokenizer, messages[: last + 1], False) if last >= 0 else []
+    spans = [i for i, t in enumerate(trained) if t]
+    if not spans:
+        return np.zeros(0, np.int32), np.zeros(0, bool)
+    text = render(tokenizer, messages[: spans[-1] + 1], False)
+    tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
     mask = np.zeros(len(tokens), bool)
-    end = end_token(tokenizer)
-    stop = 0
-    for i in range(last + 1):
-        if not trained[i]:
-            continue
+    for i in spans:
         is_reply = messages[i]["role"] == "assistant"
-        before = render(tokenizer, messages[:i], is_reply) if i else []
-        turn = tokens if i == last else render(tokenizer, messages[: i + 1], False)
-        start = common_prefix(before, turn)
-        if tokens[: len(turn)] != turn or start < len(before) - 1:  # a merge may take the header's last token
-            raise ValueError(
-                "the chat template changes earlier turns when later ones follow; use another chat_template"
-            )
-        stop = len(turn)
-        if is_reply and end in turn[start:]:
-            stop = start + turn[start:].index(end) + 1
+        before = render(tokenizer, messages[:i], is_reply) if i else ""
+        turn = text if i == spans[-1] else render(tokenizer, messages[: i + 1], False)
+        if not (text.startswith(turn) and turn.startswith(before)):
+            raise ValueError("the chat template rewrites earlier turns; set another one with --chat_template")
+        # a token across the boundary belongs to the turn that completes it
+        start = common_prefix(tokenize(tokenizer, before), tokens)
+        stop = common_prefix(tokenize(tokenizer, turn), tokens)
+        if end in tokens[start:stop]:
+            stop = tokens.index(end, start) + 1
         mask[start:stop] = True
-    if last >= 0 and messages[last]["role"] == "assistant" and tokens[stop - 1] != end:
-        return np.array([*tokens[:stop], end], np.int32), np.append(mask[:stop], True)
-    return np.array(tokens[:stop], np.int32), mask[:stop]  # what follows the last end token is never scored
-
-
-def encode_text(tokenizer: Any, prompt: str, response: str) -> Sequence:
-    """Tokens of prompt and response without a template, the end token appended; only the response is trained."""
-    head = encode_prompt(tokenizer, prompt)
-    body = tokenizer(response, add_special_tokens=False)["input_ids"] + [end_token(tokenizer)]
-    return np.array(head + body, np.int32), np.array([False] * len(head) + [True] * len(body))
+    tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
+    if is_reply and tokens[-1:] != (end,):  # a rendering without end tokens
+        tokens, mask = (*tokens, end), np.append(mask, True)
+    return np.array(tokens, np.int32), mask
 
 
 def encode_prompt(tokenizer: Any, prompt: Messages | str) -> list[int]:
-    """Tokens a generation starts from."""
-    if not isinstance(prompt, str):
-        return render(tokenizer, prompt, True)
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return [bos, *tokens] if adds_bos and tokens[:1] != [bos] else tokens
+    """Tokens a generation starts from: messages under the template, a string as plain text."""
+    plain = isinstance(prompt, str)
+    return list(tokenize(tokenizer, prompt if plain else render(tokenizer, prompt, True), plain))
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix of two token lists."""
+def common_prefix(a: Any, b: Any) -> int:
+    """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-# ------------------------------------------------------------------------------------------------- reading files
+# ---------------------------------------------------------------------------------------------- reading files
 
 
-@dataclass
-class Record:
+class Record(NamedTuple):
     """One line of a data set and where it stands, for error messages."""
 
     value: dict
     where: str
 
 
+def wrong(where: str, found: Any, expected: str) -> dist.RunError:
+    found = f"the fields {', '.join(found)}" if isinstance(found, dict) else str(found)[:80]
+    return dist.RunError(f"{where}: found {found}; expected {expected}")
+
+
+def read_sources(names: str) -> list[tuple[str, float]]:
+    """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
+    sources = []
+    for name in map(str.strip, names.split(",")):
+        source, star, weight = name.rpartition("*")
+        if not star or Path(name).expanduser().exists():
+            source, weight = name, "1"
+        if not source or not re.fullmatch(r"\d*\.?\d+", weight) or float(weight) == 0:
+            raise wrong("dataset", names, "names joined by commas, each with an optional *weight above 0")
+        sources.append((source, float(weight)))
+    return sources
+
+
 def read_records(source: str, split: str, kind: str) -> list[Record] | None:
     """The records of one data set's split ("train" or "test"); None if it has no such split."""
-    if source == "toy":
-        source = str(toy_folder() / kind)
-    path = Path(source).expanduser()
+    names = ("train",) if split == "train" else ("test", "validation", "val", "eval")
+    path = toy_folder() / kind if source == "toy" else Path(source).expanduser()
     if path.is_dir():
-        names = {"train": ("train",), "test": ("test", "validation", "val", "eval")}[split]
-        files = sorted(f for f in path.iterdir() if f.name.split(".")[0].split("-")[0] in names)
-        if not files and split == "train":
-            raise dist.RunError(f"dataset {source}: no train.* file (.jsonl, .json, .parquet) in this folder")
-        return [record for f in files for record in read_file(f)] if files else None
+        for name in names:
+            if files := sorted(f for f in path.iterdir() if re.match(rf"{name}[.-]", f.name)):
+                return [record for f in files for record in read_file(f)]
+        if split == "train":
+            raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it")
+        return None
     if path.is_file():
         return read_file(path) if split == "train" else None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*)?(:[\w.\[\]%:-]*)?", source):
-        raise dist.RunError(f"dataset {source}: no such file, and not of the form hub/name[:config[:split]]")
-    return read_hub(source, split)
+    if path.suffix in (".jsonl", ".json", ".parquet", ".gz") or not re.match(r"[\w.-]+/[\w.-]+(:|$)", source):
+        raise wrong(f"dataset {source}", "no such file", "a file, a folder, or hub/name[:config[:split]]")
+    return read_hub(source, names)
 
 
-def read_hub(source: str, split: str) -> list[Record] | None:
+def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
+    """The rows of the split that source names, else of the first of `names` that the data set has."""
     import datasets
 
     name, config, chosen = (*source.split(":", 2), "", "")[:3]
-    if chosen and split == "test":
+    if chosen and "train" not in names:
         return None
     try:
-        splits = datasets.get_dataset_split_names(name, config or None)
-        if split == "test":
-            chosen = next((s for s in ("test", "validation") if s in splits), "")
-            if not chosen:
-                return None
-        table = datasets.load_dataset(name, config or None, split=chosen or "train")
+        table = datasets.load_dataset(name, config or None, split=chosen or None)
     except Exception as error:  # the hub client raises many kinds
-        raise dist.RunError(
-            f"dataset {source}: cannot be loaded from the hub: {str(error).splitlines()[0]}"
-        ) from error
+        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
+    if not chosen:
+        split = next((n for n in names if n in table), None)
+        if split is None and "train" in names:
+            hint = f"the name of one, {name}:{config}:{[*table][0]}"
+            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", hint)
+        if split is None:
+            return None
+        table = table[split]
     return [Record(value, f"{source} row {i}") for i, value in enumerate(table)]
 
 
 def read_file(path: Path) -> list[Record]:
     """Records of a .jsonl, .json or .parquet file, the first two also gzipped."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in (".jsonl", ".json", ".parquet"):
+        raise wrong(f"dataset {path}", f"a {suffix or 'nameless'} file", ".jsonl, .json or .parquet")
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                text = file.read().removeprefix(codecs.BOM_UTF8)
+    except Exception as error:  # torn archives raise many kinds
+        raise dist.RunError(f"dataset {path}: cannot be read: {first_line(error)}") from error
     if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return [
-            Record(v, f"{path} row {i}") for i, v in enumerate(pyarrow.parquet.read_table(path).to_pylist())
-        ]
-    if suffix not in (".jsonl", ".json"):
-        raise dist.RunError(
-            f"dataset {path}: unknown file type {suffix!r}; expected .jsonl, .json, .parquet or .gz of them"
-        )
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise dist.RunError(f"dataset {path}: {error}") from error
-    if suffix == ".json" and text.lstrip().startswith("["):
-        lines = [(f"{path} item {i}", item) for i, item in enumerate(_parse(text, str(path)))]
-    else:
-        numbered = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-        lines = [(f"{path}:{n}", _parse(line, f"{path}:{n}")) for n, line in numbered]
-    if not lines:
-        raise dist.RunError(f"dataset {path}: the file is empty; expected one JSON object a line")
-    for where, value in lines:
+        records = [Record(value, f"{path} row {i}") for i, value in enumerate(table)]
+    elif suffix == ".json" and text.lstrip().startswith(b"["):
+        records = [Record(value, f"{path} item {i}") for i, value in enumerate(parse(text, str(path)))]
+    else:  # cut at line feeds only: JSON strings may hold other line separators
+        lines = [(line, f"{path}:{n}") for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+        records = [Record(parse(line, where), where) for line, where in lines]
+    for value, where in records:
         if not isinstance(value, dict):
-            raise dist.RunError(f"{where}: found {type(value).__name__}, expected a JSON object")
-    return [Record(value, where) for where, value in lines]
+            raise wrong(where, type(value).__name__, "a JSON object")
+    return records
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise dist.RunError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+        return json.loads(text.decode())
+    except ValueError as error:
+        raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
 
 
-def split_records(
-    args: Any, kind: str
-) -> tuple[list[tuple[list[Record], float]], list[tuple[list[Record], float]]]:
-    """The parts (records, weight) to train on and to evaluate on: a test split, else a share held out by prompt."""
-    train_parts, eval_parts = [], []
-    for spec in args.dataset.split(","):
-        source, _, weight = spec.strip().partition("*")
-        try:
-            times = float(weight or 1)
-        except ValueError:
-            raise dist.RunError(f"dataset {spec}: the weight {weight!r} after * is not a number") from None
-        train, test = read_records(source, "train", kind), None
-        if not args.eval_dataset:
-            test = read_records(source, "test", kind)
-            if test is None:
-                train, test = hold_out(train)
-            eval_parts.append((test, 1.0))
-        train_parts.append((train, times))
-    for spec in args.eval_dataset.split(",") if args.eval_dataset else ():
-        source = spec.strip().partition("*")[0]
-        found = read_records(source, "test", kind) or read_records(source, "train", kind)
-        eval_parts.append((found, 1.0))
-    return train_parts, eval_parts
+# --------------------------------------------------------------------------------------------- record formats
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool"}
+CONVERSATIONS = ("messages", "conversations")
+PROMPTS = ("prompt", "instruction", "question", "input", "text")
+RESPONSES = ("completion", "response", "output", "answer")
+PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
+ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
+ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
-def hold_out(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """Split off 5 % (1 to 512 records) by hash of the prompt, so that one prompt never lands on both sides."""
-
-    def key(record: Record) -> str:
-        value = record.value
-        first = value.get("prompt") or value.get("messages") or value.get("input") or value.get("instruction")
-        first = first or value.get("conversations") or value.get("chosen") or value
-        text = first[:1] if isinstance(first, list) else first
-        return hashlib.sha256(json.dumps(text, sort_keys=True, default=str).encode()).hexdigest()
-
-    keys = [key(record) for record in records]
-    sizes = Counter(keys)
-    if len(sizes) == 1:
-        raise dist.RunError(
-            "the data set holds a single prompt, so nothing can be held out; set eval_dataset"
-        )
-    share, held = min(512, max(1, round(0.05 * len(records)))), set()
-    for k in sorted(sizes):
-        if sum(sizes[h] for h in held) >= share:
-            break
-        held.add(k)
-    pairs = list(zip(records, keys, strict=True))
-    return [r for r, k in pairs if k not in held], [r for r, k in pairs if k in held]
-
-
-# ------------------------------------------------------------------------------------------------- record formats
-
-
-def as_messages(value: Any, where: str, role: str = "user") -> Messages:
-    """Messages of whatever stands for a conversation: a list of turns, one turn, a transcript or a string."""
-    if isinstance(value, str):
-        if "\n\nHuman:" in value:  # Anthropic HH
-            turns = re.split(r"\n\n(Human|Assistant):", value)[1:]
-            pairs = zip(turns[::2], turns[1::2], strict=True)
-            return [{"role": ROLES[r.lower()], "content": text.strip()} for r, text in pairs]
-        if "<extra_id_1>" in value:  # NeMo-Aligner, already rendered
-            turns = re.findall(r"<extra_id_[01]>(\w+)\n(.*?)\n?(?=<extra_id_|$)", value, re.DOTALL)
-            messages = [{"role": _role(r, where), "content": text} for r, text in turns]
-            return [
-                m for m in messages if m["content"] or m["role"] == "user"
-            ]  # empty system, open last turn
-        return [{"role": role, "content": value}]
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise dist.RunError(
-            f"{where}: found {str(value)[:60]!r}, expected a string or a list of role/content messages"
-        )
-    messages = []
-    for turn in turns:
-        speaker, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(text, str):
-            raise dist.RunError(
-                f"{where}: a message needs role and content strings; found {str(turn)[:60]!r}"
-            )
-        messages.append({"role": _role(speaker, where), "content": text})
-    return messages
-
-
-def _role(speaker: Any, where: str) -> str:
-    role = ROLES.get(str(speaker).lower())
-    if role is None:
-        raise dist.RunError(f"{where}: unknown role {speaker!r}; expected one of {', '.join(ROLES)}")
-    return role
-
-
-def _first(value: dict, *names: str) -> Any:
+def first(value: dict, names: Iterable[str]) -> Any:
+    """The first of these fields that is there and not null."""
     return next((value[name] for name in names if value.get(name) is not None), None)
 
 
-def read_sft(record: Record) -> tuple[Messages | tuple[str, str], list[bool]]:
-    """A demonstration as (messages, which of them are trained), or ((prompt, response), []) for plain text.
+def number(value: Any, where: str, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise wrong(where, f"{name} {value!r}", "a number")
+    return float(value)
 
-    `train_roles` names the trained roles; NeMo's `mask` names the speakers that are not. Default: the assistant.
+
+def as_messages(value: Any, where: str, role: str = "user") -> Messages:
+    """Messages of whatever stands for turns: a list of them, a single one, a transcript, or a text by `role`.
+
+    White space at the ends of a text only separates it from its neighbours, so a turn made of one loses it.
     """
-    value, where = record.value, record.where
-    system = [{"role": "system", "content": value["system"]}] if value.get("system") else []
-    turns = _first(value, "messages", "conversations")
+    if is_transcript(value):
+        return split_transcript(value, where, role)
+    if isinstance(value, str):
+        return [{"role": role, "content": value.strip()}]
+    turns = value if isinstance(value, list) else [value]
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise wrong(where, repr(value), "a string or a list of role/content messages")
+    messages = []
+    for turn in turns:
+        speaker, text = first(turn, ("role", "from")), first(turn, ("content", "value"))
+        if str(speaker).lower() not in ROLES or not isinstance(text, str):
+            raise wrong(where, f"the message {turn}", f"a content string, and a role of {', '.join(ROLES)}")
+        messages.append({"role": ROLES[speaker.lower()], "content": text})
+    return messages
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether a string holds marked turns: those of Anthropic HH or of NeMo-Aligner."""
+    return isinstance(value, str) and (value.startswith("\n\nHuman:") or "<extra_id_1>" in value)
+
+
+def split_transcript(text: str, where: str, role: str) -> Messages:
+    """The turns of a transcript; text before the first mark is by `role`, adjoining turns are joined."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant):", text)
+    else:
+        text = re.sub(r"<extra_id_2>.*\n?", "", text)  # a line of attributes
+        text = text if text.startswith("<extra_id_") else f"<extra_id_1>{role}\n{text}"
+        parts = re.split(r"\n?<extra_id_[01]>(\w*)\n?", text)
+    turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
+    messages: Messages = []
+    for turn in as_messages(turns, where):
+        if messages and messages[-1]["role"] == turn["role"]:
+            messages[-1]["content"] += "\n\n" + turn["content"]
+        elif turn["content"] or turn["role"] != "system":
+            messages.append(turn)
+    return messages
+
+
+def as_turns(tokenizer: Any, value: Any, where: str, role: str = "user", system: str = "") -> Messages:
+    """as_messages for this tokenizer; without a chat template only plain text, and that as it stands."""
+    messages = as_messages(value, where, role)
+    if system:
+        messages = as_messages({"role": "system", "content": system}, where) + messages
+    if tokenizer.chat_template is not None:
+        return messages
+    if isinstance(value, str) and not is_transcript(value) and not system:
+        return [{"role": role, "content": value}]
+    raise wrong(where, "chat messages", "a chat template in the tokenizer; set --chat_template")
+
+
+def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
+    """The turns of a record that holds a whole conversation, else None."""
+    turns = first(value, CONVERSATIONS)
+    if turns is None and is_transcript(value.get("text")):
+        turns = value["text"]
+    return None if turns is None else as_turns(tokenizer, turns, where, system=value.get("system") or "")
+
+
+def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
+    """What the model is asked, without a conversation's last reply or the turn a transcript opens for it."""
+    prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
+    if prompt is None:
+        raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
+    if material and prompt == value.get("instruction"):
+        prompt = f"{prompt}\n\n{material}"
+    turns = as_turns(tokenizer, prompt, where, system=value.get("system") or "")
+    if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
+        turns = turns[:-1]
+    if not turns or turns[-1]["role"] == "assistant":
+        raise wrong(where, repr(prompt), "a prompt that ends with a turn of the user")
+    return turns
+
+
+def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages]:
+    """A prompt and the turns from the response to it on."""
+    turns = conversation(tokenizer, value, where)
     if turns is not None:
-        messages = system + as_messages(turns, where)
-        if value.get("train_roles"):
-            roles = _names(value["train_roles"])
-            trained = [m["role"] in roles for m in messages]
-        elif value.get("mask"):
-            masked = _names(value["mask"])  # exact names: "Use" is not masked by "User"
-            speakers = ["system"] * len(system) + [str(t.get("from", t.get("role"))) for t in turns]
-            trained = [
-                name not in masked and m["role"] != "system"
-                for name, m in zip(speakers, messages, strict=True)
-            ]
-        else:
-            trained = [m["role"] == "assistant" for m in messages]
-        return messages, trained
-    if "instances" in value:  # Self-Instruct seeds
-        value = {**value, **value["instances"][0]}
-    prompt = _first(value, "instruction", "prompt", "question")
-    if value.get("instruction") and value.get("input"):  # alpaca: the input is material for the instruction
-        prompt = f"{prompt}\n\n{value['input']}"
-    prompt = _first(value, "input") if prompt is None else prompt
-    response = _first(value, "response", "completion", "output", "answer")
-    if response is None and isinstance(value.get("text"), str):
-        return ("", value["text"]), []
-    if prompt is None or response is None:
-        raise dist.RunError(
-            f"{where}: found the fields {', '.join(value)}; expected messages, conversations, prompt + response, "
-            "input + output, instruction + output, or text"
-        )
-    if isinstance(prompt, str) and isinstance(response, str) and "<extra_id_1>" not in prompt and not system:
-        return (prompt, response), []
-    before, after = system + as_messages(prompt, where), as_messages(response, where, "assistant")
-    return before + after, [False] * len(before) + [m["role"] == "assistant" for m in after]
+        last = max((i for i, m in enumerate(turns) if m["role"] == "assistant"), default=len(turns))
+        return turns[:last], turns[last:]
+    if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
+        raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
+    prompt = read_prompt(tokenizer, value, where)
+    response = as_turns(tokenizer, first(value, RESPONSES), where, "assistant")
+    if tokenizer.chat_template is None and value.get("completion") is None:
+        text = response[0]["content"]  # only a completion continues plain text as it stands
+        if prompt[-1]["content"][-1:].strip() and text[:1].strip():
+            response = [{"role": "assistant", "content": " " + text}]
+    return prompt, response
 
 
-def _names(value: Any) -> list[str]:
-    return [n.strip() for n in value.split(",")] if isinstance(value, str) else list(value)
+def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
+    """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
+
+    None for a prompt and its response, of which only the latter is trained.
+    """
+    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
+    if given is None and first(value, RESPONSES) is not None:
+        return None
+    names = chosen or masked or ["assistant"]
+    if isinstance(names, str):
+        names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
+    speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
+    speakers = [""] * (len(turns) - len(speakers)) + speakers
+    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    if masked and not chosen:
+        return [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
+    return named
 
 
-PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
+def read_tokens(tokenizer: Any, value: dict, where: str) -> Sequence | None:
+    """Token ids with labels, -100 where not trained; or a text alone, trained as a whole; else None."""
+    if "input_ids" in value:
+        tokens, labels = np.asarray(value["input_ids"]), np.asarray(value.get("labels", value["input_ids"]))
+        fits = tokens.dtype.kind == "i" and tokens.shape == labels.shape
+        if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
+            raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
+        return tokens.astype(np.int32), labels != -100
+    text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
+    if text_only and not is_transcript(value["text"]):
+        tokens = encode_prompt(tokenizer, value["text"])
+        tokens += [end_token(tokenizer)] if tokens[-1:] != [end_token(tokenizer)] else []
+        return np.array(tokens, np.int32), np.ones(len(tokens), bool)
+    return None
 
 
-def read_pair(record: Record) -> tuple[Messages | str, Messages | str, Messages | str, dict[str, float]]:
-    """A preference as (prompt, chosen, rejected, numbers): messages each, or strings when all three are plain text."""
-    value, where = record.value, record.where
-    chosen, rejected = (
-        _first(value, "chosen", "chosen_response"),
-        _first(value, "rejected", "rejected_response"),
-    )
-    if chosen is None or rejected is None:
-        raise dist.RunError(f"{where}: found the fields {', '.join(value)}; expected chosen and rejected")
-    numbers = {}
-    for name, default in PAIR_FIELDS.items():
-        number = default if value.get(name) is None else value[name]
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
-            raise dist.RunError(f"{where}: {name} is {number!r}; expected a number")
-        numbers[name] = float(number)
+def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages, Messages, dict]:
+    """(prompt, chosen, rejected, numbers) of a preference; what two conversations share is the prompt."""
+    sides = [first(value, (name, name + "_response")) for name in ("chosen", "rejected")]
+    if None in sides:
+        raise wrong(where, value, "chosen and rejected")
+    given = {name: value[name] for name in PAIR_FIELDS if value.get(name) is not None}
+    numbers = {name: number(x, where, name) for name, x in (PAIR_FIELDS | given).items()}
     if not 0 <= numbers["label_prob"] <= 1:
-        raise dist.RunError(f"{where}: label_prob is {numbers['label_prob']}; expected a probability")
-    prompt = value.get("prompt")
-    texts = (prompt, chosen, rejected)
-    if all(isinstance(x, str) and "\n\nHuman:" not in x and "<extra_id_1>" not in x for x in texts):
-        return prompt, chosen, rejected, numbers
-    if isinstance(prompt, str) and "<extra_id_1>" in prompt:  # the response's turn was opened by the prompt
-        chosen, rejected = (
-            re.sub(r"\n?<extra_id_1>\s*$", "", x) if isinstance(x, str) else x for x in (chosen, rejected)
-        )
-    sides = [as_messages(x, where, "assistant") for x in (chosen, rejected)]
-    before = as_messages(prompt, where) if prompt is not None else []
-    if before and before[-1]["role"] == "assistant" and not before[-1]["content"]:
-        before = before[:-1]
-    if not before:  # whole conversations: what they share is the prompt
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides))
-        )
-        before, sides = sides[0][:shared], [side[shared:] for side in sides]
-    if not before or not all(side and side[-1]["role"] == "assistant" for side in sides):
-        raise dist.RunError(
-            f"{where}: chosen and rejected must share a prompt and each end with an assistant turn"
-        )
-    return before, *sides, numbers
+        raise wrong(where, f"label_prob {numbers['label_prob']}", "a probability")
+    prompt = [] if first(value, PROMPTS) is None else read_prompt(tokenizer, value, where)
+    chosen, rejected = (as_turns(tokenizer, side, where, "assistant") for side in sides)
+    # a side that does not open with the assistant is a whole conversation, even if the prompt is given too
+    chosen, rejected = (s if s[0]["role"] != "assistant" else prompt + s for s in (chosen, rejected))
+    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if not shared or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+        raise wrong(where, value, "a prompt for both, and both to end with an assistant turn")
+    return chosen[:shared], chosen[shared:], rejected[shared:], numbers
 
 
-# ------------------------------------------------------------------------------------------------------ data sets
+def read_label(value: dict, where: str) -> dict[str, float]:
+    """The attributes of a reply: a label (a dict, NeMo-Aligner's list or line), or columns by their names."""
+    turns = first(value, CONVERSATIONS)
+    label = first(value, ("label", "attributes"))
+    if label is None and isinstance(turns, list):
+        label = first(turns[-1], ("label", "attributes"))
+    if label is None:
+        label = {name: value[name] for name in ATTRIBUTES if name in value}
+    if isinstance(label, str):
+        label = dict(item.split(":") for item in label.split(","))
+        label = {name.strip(): float(score) for name, score in label.items()}
+    if isinstance(label, list) and len(label) == len(ATTRIBUTES):
+        label = dict(zip(ATTRIBUTES, label, strict=True))
+    if not isinstance(label, dict) or not label:
+        raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
+    return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
-def encode_response(tokenizer: Any, prompt: Messages | str, response: Messages | str) -> Sequence:
-    """Tokens of prompt and response, the mask on the response's assistant turns."""
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
-        return encode_text(tokenizer, prompt, response)
-    before = as_messages(prompt, "prompt") if isinstance(prompt, str) else prompt
-    after = as_messages(response, "response", "assistant") if isinstance(response, str) else response
-    return encode_chat(
-        tokenizer, before + after, [False] * len(before) + [m["role"] == "assistant" for m in after]
-    )
+def regroup(records: list[Record], kind: str) -> list[Record]:
+    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
+    grouped = []
+    if kind == "pairs" and set(records[0].value) == {"text"}:
+        for one, two in itertools.zip_longest(records[::2], records[1::2]):
+            if two is None or "text" not in two.value:
+                raise wrong(one.where, "a chosen text", "a rejected text in the line after it")
+            grouped.append(
+                Record({"chosen": one.value.get("text"), "rejected": two.value["text"]}, one.where)
+            )
+        return grouped
+    for value, where in records:
+        for instance in value.get("instances") or [{}]:
+            if not isinstance(instance, dict):
+                raise wrong(where, f"the instance {instance!r}", "a JSON object")
+            grouped.append(Record({**value, **instance}, where))
+    return grouped
+
+
+# -------------------------------------------------------------------------------------------------- data sets
+
+
+def encode_response(tokenizer: Any, prompt: Messages, response: Messages, trained: Any = None) -> Sequence:
+    """Tokens of both; the mask is on the trained turns of both, by default the response's assistant turns."""
+    replies = [False] * len(prompt) + [m["role"] == "assistant" for m in response]
+    return encode_chat(tokenizer, prompt + response, replies if trained is None else trained)
 
 
 def load_sft(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
-    """(train, eval) demonstrations: one sequence an example. Reads dataset, eval_dataset, max_length, train_on_prompt."""
+    """(train, eval) demonstrations: one sequence an example; train_on_prompt scores all of its tokens."""
 
-    def encode(record: Record) -> Example:
-        if "input_ids" in record.value:
-            labels = record.value.get("labels", record.value["input_ids"])
-            tokens = np.array(record.value["input_ids"], np.int32)
-            return Example([(tokens, np.array(labels) != -100)], prompt="", record=record.value)
-        content, trained = read_sft(record)
-        if isinstance(content, tuple):  # prompt and response as strings
-            prompt = content[0] if tokenizer.chat_template is None else as_messages(content[0], record.where)
-            as_text = tokenizer.chat_template is None or not content[0]
-            tokens, mask = (encode_text if as_text else encode_response)(tokenizer, *content)
-        else:
-            need_template(tokenizer, record)
-            tokens, mask = encode_chat(tokenizer, content, trained)
-            replies = [i for i, m in enumerate(content) if m["role"] == "assistant"]
-            prompt = content[: replies[-1]] if replies else content
-        if args.train_on_prompt:
-            mask = np.ones(len(tokens), bool)
-        return Example([(tokens, mask)], prompt=prompt, record=record.value)
+    def encode(value: dict, where: str) -> Example:
+        sequence = read_tokens(tokenizer, value, where)
+        if sequence is not None:
+            return Example([sequence], prompt="")
+        prompt, response = read_exchange(tokenizer, value, where)
+        trained = trained_turns(value, prompt + response)
+        tokens, mask = encode_response(tokenizer, prompt, response, trained)
+        return Example([(tokens, mask | args.train_on_prompt)], prompt)
 
     return load(args, "sft", encode)
 
 
-def load_pairs(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
-    """(train, eval) preference pairs: chosen, then rejected. Reads dataset, eval_dataset, max_length."""
+def load_pairs(args: Any, tokenizer: Any, whole: bool = False) -> tuple[Dataset, Dataset]:
+    """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields. whole: drop what would be cut."""
 
-    def encode(record: Record) -> Example:
-        prompt, chosen, rejected, numbers = read_pair(record)
-        if isinstance(chosen, list):
-            need_template(tokenizer, record)
-        elif tokenizer.chat_template is not None:
-            prompt = as_messages(prompt, record.where)
-        sides = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
-        return Example(sides, prompt=prompt, fields=numbers, record=record.value)
+    def encode(value: dict, where: str) -> Example:
+        prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
+        sequences = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
+        return Example(sequences, prompt, numbers)
 
-    return load(args, "pairs", encode)
+    return load(args, "pairs", encode, whole=whole)
 
 
-def need_template(tokenizer: Any, record: Record) -> None:
-    if tokenizer.chat_template is None:
-        raise dist.RunError(
-            f"{record.where}: chat messages, but the tokenizer has no chat template; set one with --chat_template "
-            "(chatml, or a Jinja file)"
-        )
+def load_ratings(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """(train, eval) rated replies, never cut: one sequence each, attributes as fields, NaN if missing."""
+
+    def encode(value: dict, where: str) -> Example:
+        prompt, response = read_exchange(tokenizer, value, where)
+        return Example([encode_response(tokenizer, prompt, response)], prompt, read_label(value, where))
+
+    datasets = load(args, "ratings", encode, whole=True)
+    names = dict.fromkeys(name for dataset in datasets for example in dataset for name in example.fields)
+    for example in itertools.chain(*datasets):
+        example.fields = {name: example.fields.get(name, math.nan) for name in names}
+    return datasets
 
 
-def load(args: Any, kind: str, encode: Callable[[Record], Example]) -> tuple[Dataset, Dataset]:
-    """Read, encode (the work is shared between ranks), cut to max_length, and say what was cut or dropped.
+def load_prompts(args: Any, tokenizer: Any, kind: str = "prompts") -> tuple[Dataset, Dataset]:
+    """(train, eval) prompts, never cut: one sequence each, which generations start from, nothing scored.
 
-    An example longer than max_length is cut at the end; where that leaves a sequence without a scored token the
-    example is dropped. Both are counted and printed.
+    kind: the toy world's folder.
     """
 
-    def convert(record: Record) -> Example:
+    def encode(value: dict, where: str) -> Example:
+        prompt = read_prompt(tokenizer, value, where)
+        tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
+        return Example([(tokens, np.zeros(len(tokens), bool))], prompt)
+
+    return load(args, kind, encode, "max_prompt_length", whole=True)
+
+
+def load(args: Any, kind: str, encode: Callable, limit: str = "max_length", whole: bool = False) -> tuple:
+    """Read, encode (the ranks share the work), fit to args.<limit>, hold out where there is no test split.
+
+    A longer example is cut at the end, and dropped if a sequence is left without a scored token; with `whole`
+    it is always dropped. Both are counted and printed.
+
+    Returns:
+        (train, eval), a Dataset each.
+    """
+    longest = getattr(args, limit)
+
+    def attempt(record: Record) -> Example:
         try:
-            example = encode(record)
-            for _, mask in example.sequences:
-                mask[:1] = False  # nothing comes before a first token
-            return example
+            example = encode(*record)
         except dist.RunError:
             raise
         except Exception as error:  # a template may raise anything about a conversation it does not like
-            raise dist.RunError(f"{record.where}: cannot be encoded: {str(error).splitlines()[0]}") from error
+            raise dist.RunError(f"{record.where}: cannot be encoded: {first_line(error)}") from error
+        for _, mask in example.sequences:
+            mask[:1] = False  # nothing comes before a first token
+        return example
 
-    datasets = []
-    for name, parts in zip(("train on", "evaluate on"), split_records(args, kind), strict=True):
-        cut = dropped = 0
-        kept_parts = []
-        for records, weight in parts:
-            examples = dist.parallel_map(convert, records)
-            for example in examples:
-                cut += any(len(tokens) > args.max_length for tokens, _ in example.sequences)
-                example.sequences = [
-                    (t[: args.max_length], m[: args.max_length]) for t, m in example.sequences
-                ]
-            kept = [e for e in examples if all(mask.any() for _, mask in e.sequences)]
-            dropped += len(examples) - len(kept)
-            kept_parts.append((kept, weight))
-        dataset = Dataset(kept_parts)
-        datasets.append(dataset)
-        if not dataset:
-            raise dist.RunError(
-                f"no example to {name} has a token to train within max_length {args.max_length}"
-            )
-        if dist.is_main():
-            notes = f"; {cut} cut to max_length {args.max_length}" if cut else ""
-            notes += f"; {dropped} dropped, no response token left" if dropped else ""
-            print(f"{kind}: {len(dataset):,} examples to {name}{notes}", flush=True)
-    train, evaluation = datasets
-    if train.epoch_size < args.batch_size:
-        raise dist.RunError(
-            f"dataset {args.dataset}: {train.epoch_size} examples are fewer than batch_size {args.batch_size}"
-        )
+    def read(source: str, split: str) -> list[Example] | None:
+        records = read_records(source, split, kind)
+        if records is None:
+            return None
+        if not records:
+            raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
+        records = regroup(records, kind)
+        kept, num_cut = [], 0
+        for record, example in zip(records, dist.parallel_map(attempt, records), strict=True):
+            example.record = record.value
+            is_long = any(len(tokens) > longest for tokens, _ in example.sequences)
+            example.sequences = [(tokens[:longest], mask[:longest]) for tokens, mask in example.sequences]
+            is_scored = all(mask.any() for _, mask in example.sequences) or limit == "max_prompt_length"
+            if is_scored and not (whole and is_long):
+                kept.append(example)
+                num_cut += is_long
+        num_dropped = len(records) - len(kept)
+        if dist.is_main() and (num_cut or num_dropped):
+            note = f"{num_cut:,} cut, {num_dropped:,} dropped{'' if whole else ' with no scored token left'}"
+            print(f"{kind}: {source}: {note}, by {limit} {longest}", flush=True)
+        if not kept:
+            raise wrong(f"dataset {source}", "nothing to train on", f"a larger {limit} than {longest}")
+        return kept
+
+    train_parts, eval_parts = [], []
+    for source, weight in read_sources(args.dataset):
+        examples = read(source, "train")
+        if not args.eval_dataset:
+            test = read(source, "test")
+            examples, test = hold_out(examples, source) if test is None else (examples, test)
+            eval_parts.append((test, 1.0))
+        train_parts.append((examples, weight))
+    for source, _ in read_sources(args.eval_dataset) if args.eval_dataset else ():
+        eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
+    train, evaluation = Dataset(train_parts), Dataset(eval_parts)
+    if dist.is_main():
+        print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
+    if limit == "max_length" and train.epoch_size < args.batch_size:
+        found = f"{train.epoch_size} examples an epoch"
+        raise wrong(f"dataset {args.dataset}", found, f"batch_size, {args.batch_size}, or more")
     return train, evaluation
+
+
+def hold_out(examples: list[Example], source: str) -> tuple[list[Example], list[Example]]:
+    """(kept, held out): 5 % of the examples, 1 to 512, by hash of the question a conversation opens with.
+
+    All examples of one question land on one side, whatever their order in the file.
+    """
+
+    def key(example: Example) -> str:
+        opening = [m["content"] for m in example.prompt if m["role"] == "user"][:1]
+        opening = opening or example.prompt or example.sequences[0][0].tolist()
+        return hashlib.sha256(json.dumps(opening).encode()).hexdigest()
+
+    keys = [key(example) for example in examples]
+    sizes, held, room = Counter(keys), set(), min(512, max(1, round(0.05 * len(examples))))
+    if len(sizes) == 1:
+        raise wrong(f"dataset {source}", "a single prompt, none to hold out", "eval_dataset to be set")
+    for name in sorted(sizes):
+        if sizes[name] <= room:
+            held.add(name)
+            room -= sizes[name]
+    if not held:  # every prompt has more examples than the share
+        held = {min(sizes, key=lambda name: (sizes[name], name))}
+    pairs = list(zip(examples, keys, strict=True))
+    return [e for e, k in pairs if k not in held], [e for e, k in pairs if k in held]

@@ -120,8 +120,8 @@ def gather(items: Sequence) -> list:
     return [item for part in parts for item in part]
 
 
-def from_main(make: Any) -> Any:
-    """The picklable result of `make()`, which only rank 0 runs; an RunError there is raised on every rank."""
+def from_main(make: Callable[[], Any]) -> Any:
+    """The picklable result of `make()`, which only rank 0 runs; a RunError there is raised on every rank."""
     box: list = [None, None]
     if is_main():
         try:
@@ -130,13 +130,13 @@ def from_main(make: Any) -> Any:
             box[1] = str(error)
     if world_size() > 1:
         torch_dist.broadcast_object_list(box, src=0)
-    if box[1]:
+    if box[1] is not None:
         raise RunError(box[1])
     return box[0]
 
 
 def parallel_map(function: Callable, items: Sequence) -> list:
-    """[function(item) for item in items], each rank doing its share; a RunError of any rank is raised on all."""
+    """[function(item) for item in items], each rank a share of it; a RunError of one is raised on all."""
 
     def attempt(item: Any) -> tuple[Any, str | None]:
         try:
@@ -150,13 +150,13 @@ def parallel_map(function: Callable, items: Sequence) -> list:
     for r, part in enumerate(gather([mine])):
         done[r::size] = part
     for _, error in done:
-        if error:
+        if error is not None:
             raise RunError(error)
     return [result for result, _ in done]
 
 
 def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Split the indices of `costs` into shares of nearly equal cost: largest first, to the least loaded share."""
+    """Split the indices of `costs` into shares of nearly equal cost: largest first, to the least loaded."""
     result: list[list[int]] = [[] for _ in range(num_shares)]
     heap = [(0, share) for share in range(num_shares)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -183,6 +183,6 @@ def run(main: Any, args: Any) -> None:
     try:
         main(args)
     except RunError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line a node: its disk may be what differs
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -1,30 +1,29 @@
-"""Models: any Hugging Face decoder in, a sharded module out whose forward takes a packed row and returns log-probs.
+"""Models: any Hugging Face decoder in; out a sharded module that takes a packed row and returns log-probs.
 
 Three things differ from calling transformers directly. Rows are packed, so attention is told where sequences
-begin (`varlen_attention`). Logits are never held for a whole row (`_ChunkedHead`). Every model is an FSDP2 module, on one
-process too, with float32 master weights and gradients that are summed, not averaged, over ranks.
+begin (`varlen_attention`). Logits are never held for a whole row (`_ChunkedHead`). Every model is an FSDP2
+module, on one process too, with float32 master weights and gradients summed, not averaged, over ranks.
 
 Shapes: N tokens of a packed row, N_targets scored tokens, D width, V vocabulary, H heads, K head width.
 """
 
 import contextlib
-import copy
 import functools
 import inspect
 import math
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from common import dist
 from common.data import Example, Row, model_folder
@@ -36,10 +35,12 @@ class TokenStats(NamedTuple):
     logps: Tensor  # (N_targets,) log p(token | tokens before it), nats
     entropy: Tensor  # (N_targets,) of the distribution the token was scored under, nats
     accuracy: Tensor  # (N_targets,) 1 where the token was the most likely one, no gradient
-    mean_logit: Tensor  # (N_targets,) mean over the vocabulary, no gradient
+    mean_logit: (
+        Tensor  # (N_targets,) mean of the head's output over the vocabulary, before any scale, no gradient
+    )
 
 
-# ---------------------------------------------------------------------------------------------- packed attention
+# ------------------------------------------------------------------------------------------- packed attention
 
 
 def varlen_attention(
@@ -49,7 +50,6 @@ def varlen_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
@@ -63,85 +63,67 @@ def varlen_attention(
 
     Returns:
         (1, N, H, K), and None for the attention weights.
+
+    Raises:
+        RunError: the model asks for something else than plain causal attention over a packed row.
     """
-    assert cu_seq_lens_q is not None, (
-        "only packed rows: without cu_seqlens every sequence would see the others"
-    )
+    if cu_seq_lens_q is None or attention_mask is not None:
+        raise dist.RunError(f"{type(module).__name__} does its own masking, so it cannot take packed rows")
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise dist.RunError(
-            f"{type(module).__name__} uses soft-capped logits or sinks, which packing does not support"
-        )
+        raise dist.RunError(f"{type(module).__name__} caps its logits or has sinks; packed rows take neither")
     if query.is_cuda and query.dtype != torch.float32:
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, K)
-        return _flash_varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)[None], None
-    bounds = cu_seq_lens_q.tolist()
+        width = -(-query.shape[-1] // 8) * 8  # the kernels want one width for all, a multiple of 8
+        q, k, v = (_widen(x[0].transpose(0, 1), width) for x in (query, key, value))  # (N, H, K)
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left and right
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _flash_kernel()(q, k, v, cu_seq_lens_q, max_length_q, scale, window)
+        return out[None, ..., : value.shape[-1]], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
     out = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b],
-            key[:, :, a:b],
-            value[:, :, a:b],
-            **_causal(b - a, sliding_window, query.device),
-            scale=scaling,
-            enable_gqa=True,
-        )
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        F.scaled_dot_product_attention(q, k, v, **_causal(q, sliding_window), scale=scaling, enable_gqa=True)
+        for q, k, v in parts
     ]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def _causal(length: int, window: int | None, device: torch.device) -> dict[str, Any]:
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
+    length = q.shape[2]
     if window is None or length <= window:
         return {"is_causal": True}
-    t = torch.arange(length, device=device)
+    t = torch.arange(length, device=q.device)
     return {"attn_mask": (t[:, None] >= t) & (t[:, None] - t < window)}
 
 
-def _flash_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: tuple[int, int],
-) -> Tensor:
-    """FlashAttention over packed sequences: the flash-attn package if installed, else torch's own kernel."""
-    flash, varlen, takes_gqa = _flash_kernels()
-    if flash is not None:
-        return flash(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            softmax_scale=scale,
-            causal=True,
-            window_size=window,
-        )
-    if not takes_gqa and k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    gqa = {"enable_gqa": True} if takes_gqa else {}
-    return varlen(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **gqa
-    )
-
-
 @functools.cache
-def _flash_kernels() -> tuple[Any, Any, bool]:
+def _flash_kernel() -> Callable:
+    """FlashAttention over packed sequences: the flash-attn package if installed, else torch's own kernel."""
     try:
         from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func, None, True
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        return None, varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+        takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+
+        def kernel(q, k, v, cu, longest, scale, window):
+            groups = q.shape[1] // k.shape[1]
+            if groups > 1 and not takes_gqa:
+                k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            gqa = {"enable_gqa": True} if takes_gqa else {}
+            return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **gqa)
+
+        return kernel
+
+    return lambda q, k, v, cu, longest, scale, window: flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
+    )
 
 
-# ------------------------------------------------------------------------------------------------- chunked head
+# ----------------------------------------------------------------------------------------------- chunked head
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -152,14 +134,12 @@ class _ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scale: float, chunk: int
-    ):
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scale: float, chunk: int):
         ctx.save_for_backward(h, weight, bias, y)
         ctx.scale, ctx.chunk = scale, chunk
-        logps, entropy, accuracy, mean_logit = (h.new_empty(len(y), dtype=torch.float32) for _ in range(4))
-        for s in range(0, len(y), chunk):
-            part = slice(s, s + chunk)
+        logps, entropy, accuracy, mean_logit = (h.new_empty(len(y), dtype=_wide(h)) for _ in range(4))
+        for start in range(0, len(y), chunk):
+            part = slice(start, start + chunk)
             z = _logits(h[part], weight, bias, scale)
             top, argmax = z.max(-1)
             accuracy[part] = argmax == y[part]
@@ -175,30 +155,25 @@ class _ChunkedHead(torch.autograd.Function):
         return logps, entropy, accuracy, mean_logit
 
     @staticmethod
-    def backward(ctx: Any, g_logps: Tensor | None, g_entropy: Tensor | None, *_: Any):
+    def backward(ctx, g_logps: Tensor | None, g_entropy: Tensor | None, *_: Any):
         h, weight, bias, y = ctx.saved_tensors
         dh = torch.empty_like(h)
         # sums over thousands of tokens: float32 whatever the compute dtype
-        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        db = (
-            torch.zeros_like(bias, dtype=torch.float32)
-            if bias is not None and ctx.needs_input_grad[2]
-            else None
+        dw, db = (
+            torch.zeros_like(x, dtype=_wide(h)) if needed else None
+            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
-        for s in range(0, len(y), ctx.chunk):
-            part = slice(s, s + ctx.chunk)
+        for start in range(0, len(y), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
             logp = _logits(h[part], weight, bias, ctx.scale).log_softmax(-1)
-            dz = logp.exp()
+            p = logp.exp()
+            dz = 0.0
             if g_entropy is not None:
-                entropy = -torch.linalg.vecdot(dz, logp)
-                drop = logp.add_(entropy[:, None]).mul_(dz).mul_(g_entropy[part, None])
+                entropy = -torch.linalg.vecdot(p, logp)
+                dz = logp.add_(entropy[:, None]).mul_(p).mul_(-g_entropy[part, None])
             if g_logps is not None:
-                dz *= -g_logps[part, None]
+                dz = p.mul_(-g_logps[part, None]).add_(dz)
                 dz.scatter_add_(1, y[part, None], g_logps[part, None])
-            else:
-                dz.zero_()
-            if g_entropy is not None:
-                dz -= drop
             dz *= ctx.scale
             low = dz.to(h.dtype)
             dh[part] = low @ weight
@@ -206,41 +181,38 @@ class _ChunkedHead(torch.autograd.Function):
                 _add_product(dw, low.T, h[part])
             if db is not None:
                 db += dz.sum(0)
-        return (
-            dh,
-            None if dw is None else dw.to(weight.dtype),
-            None if db is None else db.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        dw, db = (None if d is None else d.to(h.dtype) for d in (dw, db))
+        return dh, dw, db, None, None, None
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, accumulated in out's float32."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif a.is_cuda:
-        out += torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        out.addmm_(a.float(), b.float())
+def _wide(h: Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32)
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    z = F.linear(h, weight, bias).float()
+    z = F.linear(h, weight, bias).to(_wide(h))
     return z if scale == 1.0 else z.mul_(scale)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, accumulated in out's dtype."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        out += torch.mm(a, b, out_dtype=out.dtype)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _head_forward(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> TokenStats:
     """Replaces `forward` of the language-model head, so that FSDP has gathered its weight when it runs."""
     chunk = 1024 if h.is_cuda else 256
-    return TokenStats(*_ChunkedHead.apply(h, head.weight, getattr(head, "bias", None), tokens, scale, chunk))
+    return TokenStats(*_ChunkedHead.apply(h, head.weight, head.bias, tokens, scale, chunk))
 
 
 def _packed_forward(model: nn.Module, row: Row, temperature: float = 1.0) -> TokenStats:
     """Replaces `forward` of the whole model: trunk over the row, head over its scored tokens only."""
-    trunk = getattr(model, model.base_model_prefix)
-    hidden = trunk(
+    hidden = getattr(model, model.base_model_prefix)(
         input_ids=row.tokens[None],
         position_ids=row.position_ids[None],
         use_cache=False,  # with a cache transformers would attend across sequences
@@ -249,7 +221,7 @@ def _packed_forward(model: nn.Module, row: Row, temperature: float = 1.0) -> Tok
         max_length_q=row.max_seqlen,
         max_length_k=row.max_seqlen,
     )[0][0]  # (N, D)
-    hidden = hidden[row.targets - 1]  # position t-1 scores token t
+    hidden = hidden.index_select(0, row.targets - 1)  # position t-1 scores token t
     return model.get_output_embeddings()(hidden, row.tokens[row.targets], model.logit_scale_ / temperature)
 
 
@@ -268,7 +240,7 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
     return values.new_zeros(num_segments).index_add(0, segment_ids, values)
 
 
-# ------------------------------------------------------------------------------------------------ load and shard
+# --------------------------------------------------------------------------------------------- load and shard
 
 
 def load(model: str, device: torch.device, args: Any, trainable: bool = True) -> nn.Module:
@@ -283,40 +255,31 @@ def load(model: str, device: torch.device, args: Any, trainable: bool = True) ->
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("varlen", varlen_attention)  # no mask function: packed rows need no mask
-    folder, gguf = model_folder(model)
-    lora = trainable and args.lora_rank > 0
-
-    def build(make: Any) -> nn.Module:
-        built = make()
-        if lora:
-            add_lora(built, args.lora_rank, args.lora_alpha, args.lora_target)
-        return built
-
     full: list[nn.Module] = []  # rank 0's; the others stay without a copy
 
+    def with_lora(plain: nn.Module) -> nn.Module:
+        if trainable and args.lora_rank > 0:
+            add_lora(plain, args.lora_rank, args.lora_alpha, args.lora_target)
+        return plain
+
     def read() -> tuple:
-        full.append(build(lambda: read_pretrained(folder, gguf)))
-        return full[0].config, full[0].generation_config, full[0].dtype_on_disk
+        with torch.random.fork_rng(devices=[]):  # ranks keep drawing alike
+            plain = read_pretrained(*model_folder(model))
+            check_packable(plain)
+            full.append(with_lora(plain))
+        return plain.config, plain.generation_config, plain.dtype_on_disk
 
     config, generation_config, dtype_on_disk = dist.from_main(read)
-    config = copy.deepcopy(config)  # from_config keeps the object it is given
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)  # policy and reference must be the same function
-    _check_supported(config)
     with torch.device("meta"):
-        shell = build(
-            lambda: AutoModelForCausalLM.from_config(
-                config, attn_implementation="varlen", dtype=torch.float32
-            )
-        )
+        settings = {"attn_implementation": "varlen", "dtype": torch.float32}
+        shell = with_lora(AutoModelForCausalLM.from_config(config, **settings))
     shell.generation_config, shell.dtype_on_disk = generation_config, dtype_on_disk
-    shell.logit_scale_ = getattr(config, "logit_scale", None) or 1.0 / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    shell.train(trainable)
-    for parameter in shell.parameters():
-        parameter.requires_grad_(trainable and parameter.requires_grad)
+    shell.compute_dtype_ = resolve_dtype(args.dtype, device)
+    factor, divisor = (getattr(config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
+    shell.logit_scale_ = factor / divisor
+    shell.eval()  # no dropout, layer drop or router noise, ever: policy and reference are one function
+    if not trainable:
+        shell.requires_grad_(False)
     shard(shell, device, args)
     fill(shell, full[0] if full else None, device)
     head = shell.get_output_embeddings()
@@ -326,42 +289,59 @@ def load(model: str, device: torch.device, args: Any, trainable: bool = True) ->
 
 
 def read_pretrained(folder: str, gguf: str | None = None) -> nn.Module:
-    """The plain float32 transformers model of a folder, hub id or GGUF file; a LoRA folder comes back merged."""
+    """The plain float32 transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    file = {"gguf_file": gguf} if gguf else {}
     try:
         if (Path(folder) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
+            from peft import PeftConfig, PeftModel
 
-            model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).merge_and_unload()
-            dtype_on_disk = model.config.dtype
-        elif gguf:
-            quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-            drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
-            kept = {k: v for k, v in quantized.config.to_dict().items() if k not in drop}
-            model = AutoModelForCausalLM.from_config(type(quantized.config)(**kept), dtype=torch.float32)
-            model.load_state_dict(quantized.state_dict())
-            model.generation_config, dtype_on_disk = quantized.generation_config, torch.float32
-        else:
-            dtype_on_disk = AutoConfig.from_pretrained(folder).dtype or torch.float32
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise dist.RunError(f"cannot load the model {folder}: {first_line}") from error
-    model.dtype_on_disk = dtype_on_disk
+            base = read_pretrained(*model_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path))
+            model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+            model.dtype_on_disk = base.dtype_on_disk
+            return model
+        config = None if gguf else AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantized; give the unquantized model")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **file
+        )
+        wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are missing or not as config.json says, as {min(wrong)}")
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
+    if gguf:
+        del model.config.quantization_config  # they are plain weights once read
+    model.dtype_on_disk = getattr(config, "dtype", None) or torch.float32
     return model
 
 
-def _check_supported(config: Any) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise dist.RunError(f"{config.model_type} is an encoder-decoder model; a decoder-only one is needed")
-    if getattr(config, "final_logit_softcapping", None):
-        raise dist.RunError(
-            f"{config.model_type} caps its logits (final_logit_softcapping), which is not supported"
-        )
+def check_packable(model: nn.Module) -> None:
+    """Refuse an architecture that packed rows would turn into another function than transformers computes."""
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    trunk, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
+    softcaps = [getattr(config, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
+    reasons = {
+        "is multimodal": config.get_text_config() is not config,
+        "caps its logits": any(softcaps),
+        "has attention sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        f"has layers of type {', '.join(sorted(layers))}": layers,
+        "carries a recurrent state": model._is_stateful,
+        "has attention code of its own": not model._supports_attention_backend,
+        "attends to later tokens": any(getattr(m, "is_causal", True) is False for m in model.modules()),
+        "is more than a trunk and a head": set(model.children()) != {trunk, head},
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise dist.RunError(f"the model ({config.model_type}) {reason}, which packed rows do not support")
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, target: str) -> None:
@@ -369,13 +349,14 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = target if target == "all-linear" else target.split(",")
+    model.lora_config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     try:
-        model.lora_config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"
-        )
         inject_adapter_in_model(model.lora_config, model)
     except ValueError as error:
         raise dist.RunError(f"lora_target {target!r}: {str(error).splitlines()[0]}") from error
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(end, "base_layer") for end in ends):
+        raise dist.RunError(f"lora_target {target!r}: embeddings and the output head take no adapters")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -383,37 +364,30 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList)))
 
 
-def mesh(device: torch.device, sharding: str) -> Any:
+def mesh(device: torch.device, sharding: str) -> DeviceMesh:
     """Ranks that share a copy of the model: all of them, those of a node (hybrid), or none."""
     world = dist.world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    shard_size = {"full": world, "hybrid": local, "none": 1}[sharding]
-    if shard_size == world:
+    size = {"full": world, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world)), "none": 1}[sharding]
+    if size == world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: nn.Module, device: torch.device, args: Any) -> None:
     """Activation checkpointing, compile, then FSDP2, in that order, on a model without weights yet."""
-    compute_dtype = resolve_dtype(args.dtype, device)
+    dtype = resolve_dtype(args.dtype, device)
     trainable = any(p.requires_grad for p in model.parameters())
-    if compute_dtype == torch.bfloat16:
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)  # frozen weights need no float32 master
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if compute_dtype != torch.float32 else None, reduce_dtype=torch.float32
-    )
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
+    low = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     plan = {"mesh": mesh(device, args.sharding), "mp_policy": policy}
+    recompute = trainable and use_checkpointing(args.activation_checkpointing, model)
     for block in blocks(model):
-        if trainable and use_checkpointing(args.activation_checkpointing, model):
+        if recompute:
             block.forward = functools.partial(
-                torch.utils.checkpoint.checkpoint,
-                block.forward,
-                use_reentrant=False,
-                preserve_rng_state=False,
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
         if args.compile:
             block.compile()
@@ -435,6 +409,7 @@ def use_checkpointing(choice: str, model: nn.Module) -> bool:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that the `dtype` argument means on this device."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, dtype)
@@ -443,25 +418,27 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def fill(shell: nn.Module, full: nn.Module | None, device: torch.device) -> None:
     """Copy the weights and buffers rank 0 holds in `full` into the sharded, still empty `shell`."""
     shell.to_empty(device=device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    if full is not None:
-        dtypes = {name: p.dtype for name, p in shell.named_parameters()}
-        state = {name: t.to(dtypes.get(name, t.dtype)) for name, t in full.state_dict().items()}
-    set_model_state_dict(shell, state if full is not None else {}, options=options)
-    source = dict(full.named_buffers()) if full is not None else {}
-    for name, buffer in shell.named_buffers():  # rotary frequencies are in no state dict
-        if name in source:
-            buffer.copy_(source[name])
+
+    def tensors(model: nn.Module) -> dict[str, Tensor]:  # rotary frequencies are in no state dict
+        return {**model.state_dict(), **dict(model.named_buffers())}
+
+    source = tensors(full) if full is not None else {}
+    for name, target in tensors(shell).items():  # one whole tensor at a time on the device
+        if full is not None:
+            whole = source[name].detach().to(device).to(target.dtype)
+        else:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=device)
         if dist.world_size() > 1:
-            torch.distributed.broadcast(buffer, src=0)
+            torch.distributed.broadcast(whole, src=0)
+        if isinstance(target, DTensor):  # every rank cuts its own part out
+            whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(whole)
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the block a LoRA policy is its own reference: the base model, exactly."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
     for layer in layers:
         layer._disable_adapters = True  # enable_adapters() would also flip requires_grad under FSDP's feet
     try:
@@ -472,28 +449,32 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def full_weights(model: nn.Module, merge_lora: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain transformers model, whole tensor) one at a time; a collective, so call it on every rank.
+    """(name in the plain transformers model, whole tensor), one at a time; a collective all ranks must join.
 
-    With merge_lora the adapters are folded into the weights they sit on; without, they come under peft's names.
+    With merge_lora the adapters are folded into the weights they sit on; without, they alone come, under the
+    names peft gives them.
     """
     state = model.state_dict()  # also reshards what a forward has left gathered
-    whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
     adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            if not merge_lora:
-                yield name, whole(tensor)
-            continue
-        full = whole(tensor)
-        owner = name.rsplit(".base_layer.", 1)[0] if ".base_layer." in name else None
-        if owner and merge_lora and name.endswith("weight"):
-            a, b = (whole(state[f"{owner}.lora_{x}.default.weight"]) for x in "AB")
-            full = full + adapted[owner].scaling["default"] * (b @ a).to(full.dtype)
-        if merge_lora or owner is None:
+
+    def whole(name: str) -> Tensor:
+        return state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+
+    for name in state:
+        if not merge_lora:
+            if ".lora_" in name:
+                yield name, whole(name)
+        elif ".lora_" not in name:
+            owner, _, leaf = name.partition(".base_layer.")
+            full = whole(name)
+            if leaf == "weight":
+                a, b = (whole(f"{owner}.lora_{x}.default.weight") for x in "AB")
+                delta = adapted[owner].scaling["default"] * (b @ a)
+                full = full + (delta.T if adapted[owner].fan_in_fan_out else delta).to(full.dtype)
             yield name.replace(".base_layer.", "."), full
 
 
-# --------------------------------------------------------------------------------------------------- optimization
+# ----------------------------------------------------------------------------------------------- optimization
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -506,7 +487,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients so that their global norm is at most max_norm (0: never). -> the norm before, a scalar."""
+    """Scale the gradients to a global norm of at most max_norm (0: never). -> the norm before, a scalar."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -526,16 +507,17 @@ def lr_factor(step: int, num_steps: int, args: Any) -> float:
 
 
 def training_flops(model: nn.Module, lengths: list[int]) -> float:
-    """FLOPs of forward and backward over sequences of these lengths; causal attention, recomputation not counted.
+    """FLOPs of forward and backward over sequences of these lengths, recomputation not counted.
 
-    6 x (parameters without the input embedding) per token + 6 x layers x heads x head width x length^2 / sequence.
+    A token costs 6 for each parameter outside an untied input embedding, 4 if it is frozen (LoRA); the causal
+    attention of a sequence 6 x layers x heads x head width x length^2. Every expert of a mixture is counted.
     """
-    config = model.config.get_text_config()
-    embedding = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    params = sum(p.numel() for p in model.parameters()) - embedding
+    config = model.config
+    table = None if config.tie_word_embeddings else model.get_input_embeddings().weight
+    per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters() if p is not table)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return 6.0 * params * sum(lengths) + attention * sum(n * n for n in lengths)
+    return float(per_token * sum(lengths) + attention * sum(n * n for n in lengths))
 
 
 def speed(model: nn.Module, batch: list[Example], seconds: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], [9], [3] * 11, [4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [
 class Words:
     """A tokenizer whose token i reads "i "; 0 is special, and EOS the end of a turn."""
 
-    chat_template, eos_token_id, end_token_ = None, EOS, EOS
+    chat_template, eos_token_id = None, EOS
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(f"{t} " for t in tokens if not (skip_special_tokens and t in (0, EOS)))
@@ -88,10 +88,10 @@ def same(a: list[generate.Sample], b: list[generate.Sample]) -> bool:
 def test_greedy_equals_transformers_token_for_token(kind, config, tmp_path, device):
     model = save(tmp_path, kind, **config)
     policy = models.load(str(tmp_path), device, options())
-    for sample in replies(policy, temperature=0, max_batch=4):
+    for sample in replies(policy, temperature=0, max_batch=4, max_new_tokens=40):
         prompt = torch.tensor([sample.prompt_tokens])
         whole = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=40
         )
         assert sample.tokens == whole[0, prompt.shape[1] :].tolist()
         assert sample.ended == (sample.tokens[-1] == EOS)
@@ -236,6 +236,21 @@ def test_samples_do_not_depend_on_the_batch(policy):
     assert same(alone, samples[:4])
 
 
+def test_samples_do_not_depend_on_how_often_the_host_looks(policy, monkeypatch):
+    settings = [{"samples_per_prompt": 3, "max_batch": 8}, {"stop": ["2 "]}, {"max_new_tokens": 1}]
+    often = [replies(policy, **s) for s in settings]
+    monkeypatch.setitem(generate.STRIDE, "cpu", 8)
+    monkeypatch.setitem(generate.BUCKET, "cpu", 4)
+    assert all(same(replies(policy, **s), samples) for s, samples in zip(settings, often, strict=True))
+
+
+@pytest.mark.gpu
+def test_graphs_replay_what_eager_steps_do(policy, monkeypatch):
+    with_graphs = replies(policy, PROMPTS * 8, max_batch=16, max_new_tokens=40)
+    monkeypatch.setattr(generate.Batch, "step", generate.Batch.forward)
+    assert same(replies(policy, PROMPTS * 8, max_batch=16, max_new_tokens=40), with_graphs)
+
+
 def test_each_part_of_the_address_changes_the_samples(policy):
     base = replies(policy, [[5, 6, 7]] * 2, samples_per_prompt=2)
     others = [replies(policy, [[5, 6, 7]], seed=2)[0], replies(policy, [[5, 6, 7]], step=1)[0]]
@@ -335,7 +350,7 @@ def test_no_prompts_give_no_samples(policy):
 
 def train_a_little(policy: nn.Module, device: torch.device) -> None:
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.05)
-    example = data.Example([(np.arange(2, 30, dtype=np.int32), np.ones(28, bool))], "")
+    example = data.Example([(np.arange(2, 30, dtype=np.int32), np.arange(28) > 0)], "")
     for _ in range(3):
         (row,) = data.rows([example], 0, device)
         (-models.token_logps(policy, row).mean()).backward()
@@ -348,11 +363,11 @@ def test_a_trained_policy_is_sampled_with_its_new_weights(changes, tmp_path, dev
     save(tmp_path, tie_word_embeddings=changes.pop("tied", False))
     policy = models.load(str(tmp_path), device, options(**changes))
     before = replies(policy)
-    names = set(policy.state_dict())
+    names, training = set(policy.state_dict()), policy.training
     train_a_little(policy, device)
     after = replies(policy)
     assert not same(before, after)
-    assert policy.training and set(policy.state_dict()) == names  # the replica is no part of it
+    assert policy.training == training and set(policy.state_dict()) == names  # the replica is no part of it
     assert all(p.requires_grad for p in policy.parameters()) or changes
     for row in data.rows([generate.to_example(s) for s in after], 0, device):
         logps = models.token_logps(policy, row)

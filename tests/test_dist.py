@@ -1,0 +1,230 @@
+"""common/dist.py: every rank ends up with the same numbers, the same errors and the same decision to stop."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from common import dist
+
+# -------------------------------------------------------------------------------------------------- alone
+
+
+def loads(costs: list[int], num_shares: int) -> list[int]:
+    return [sum(costs[i] for i in share) for share in dist.shares(costs, num_shares)]
+
+
+def test_shares_hold_every_index_once_and_depend_on_the_costs_only():
+    costs = [5, 3, 3, 8, 1, 5]
+    shares = dist.shares(costs, 2)
+    assert sorted(i for share in shares for i in share) == list(range(6))
+    # by hand: 8 | 5 | 5 | 3 | 3 | 1 to loads (8, 0), (8, 5), (8, 10), (11, 10), (11, 13), (12, 13)
+    assert shares == [[3, 1, 4], [0, 5, 2]]
+    assert dist.shares([7, 7], 3) == [[0], [1], []]
+    assert dist.shares([], 2) == [[], []]
+
+
+@pytest.mark.parametrize(("per_rank", "most"), [(4, 1.15), (16, 1.01), (64, 1.001)])
+def test_shares_are_balanced(per_rank: int, most: float):
+    """Lengths as of chat data; dealing in arrival order is 1.2 to 1.7 times the mean on the longest rank."""
+    rng, ratios, dealt = np.random.default_rng(0), [], []
+    for _ in range(20):
+        costs = np.clip(rng.lognormal(4.8, 0.7, 8 * per_rank), 5, 2000).astype(int).tolist()
+        mean = sum(costs) / 8
+        ratios.append(max(loads(costs, 8)) / mean)
+        dealt.append(max(sum(costs[r::8]) for r in range(8)) / mean)
+    assert np.mean(ratios) < most < np.mean(dealt)
+
+
+def test_one_process_adds_and_gathers_its_own():
+    dist.init(seed=1)
+    assert dist.all_sum({"a": torch.tensor(2.0), "b": 3}, same={"c": torch.tensor(4.0)}) == {
+        "a": 2.0,
+        "b": 3.0,
+        "c": 4.0,
+    }
+    assert dist.all_sum({}) == {}
+    assert dist.gather([1, "x"]) == [1, "x"]
+    assert dist.parallel_map(lambda x: x * x, [1, 2, 3]) == [1, 4, 9]
+    assert dist.parallel_map(len, []) == []
+
+
+def test_all_sum_keeps_what_float32_would_round_away():
+    assert dist.all_sum({"tokens": 2**24 + 1})["tokens"] == 2**24 + 1
+
+
+@pytest.mark.parametrize("message", ["what went wrong", ""])
+def test_an_error_is_raised_whatever_it_says(message: str):
+    def fail(*_: Any) -> None:
+        raise dist.RunError(message)
+
+    for call in (lambda: dist.from_main(fail), lambda: dist.parallel_map(fail, [0])):
+        with pytest.raises(dist.RunError) as caught:
+            call()
+        assert str(caught.value) == message
+
+
+def test_init_again_repeats_the_random_numbers_and_forgets_a_stop():
+    def draws() -> tuple[float, float]:
+        return random.random(), torch.rand(()).item()
+
+    dist.init(seed=3)
+    first = draws()
+    os.kill(os.getpid(), signal.SIGTERM)
+    dist.all_sum({})
+    assert dist.stop_requested()
+    dist.init(seed=3)
+    assert draws() == first and not dist.stop_requested()
+    dist.all_sum({})
+    assert not dist.stop_requested()
+    dist.init(seed=4)
+    assert draws() != first
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step():
+    dist.init(seed=1)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    dist.init(seed=1)
+
+
+def test_a_mistake_ends_the_run_with_one_line_and_exit_code_1():
+    code = (
+        "from common import dist\n"
+        "def main(args):\n"
+        "    dist.init(1)\n"
+        "    raise dist.RunError('data.jsonl line 3: found x; expected y')\n"
+        "dist.run(main, None)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK")}
+
+    def run(**ranks: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment | ranks, capture_output=True, text=True
+        )
+
+    done = run()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: data.jsonl line 3: found x; expected y\n"
+
+
+def test_only_one_rank_of_a_node_prints_the_mistake(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def main(args: Any) -> None:
+        raise dist.RunError("no such file")
+
+    for local_rank, printed in (("0", "error: no such file\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as end:
+            dist.run(main, None)
+        assert end.value.code == 1 and capsys.readouterr().err == printed
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(args: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        dist.run(main, None)
+
+
+def test_the_cache_folder_names_the_way_out(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "a" / "b"))
+    assert dist.cache_folder() == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(dist.RunError, match="CLEANALIGN_CACHE"):
+        dist.cache_folder()
+
+
+# ---------------------------------------------------------------------------------------------- two ranks
+
+
+def sums_and_order() -> dict[str, Any]:
+    """Run on each rank."""
+    me = dist.rank()
+    box = torch.tensor([1.0, 10.0]) * (me + 1)
+    return {
+        "sums": dist.all_sum({"x": torch.tensor(me + 1.0), "n": 10 * (me + 1)}, same={"norm": 0.5}),
+        "gathered": dist.gather([f"{me}a", f"{me}b"] if me == 0 else ["1a"]),
+        "mapped": dist.parallel_map(lambda x: (x, dist.rank()), list(range(5))),
+        "from_main": dist.from_main(lambda: f"of rank {dist.rank()}"),
+        "tensor": dist.sum_over_ranks(box).tolist(),
+        "world": [dist.world_size(), dist.is_main()],
+    }
+
+
+def test_two_ranks_agree_on_sums_and_order(two_ranks: Any):
+    first, second = two_ranks("test_dist:sums_and_order")
+    assert first.pop("world") == [2, True] and second.pop("world") == [2, False]
+    assert first == second
+    assert first["sums"] == {"x": 3.0, "n": 30.0, "norm": 0.5}  # the norm rides along, it is not added
+    assert first["gathered"] == ["0a", "0b", "1a"]
+    assert first["mapped"] == [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]
+    assert first["from_main"] == "of rank 0"
+    assert first["tensor"] == [3.0, 30.0]
+
+
+def errors() -> list[str]:
+    """Run on each rank: what each of the calls raises here."""
+
+    def fail_on_main() -> None:
+        raise dist.RunError("only rank 0 tried")
+
+    def fail_at_3_and_4(x: int) -> int:  # item 3 is rank 1's, item 4 rank 0's
+        if x >= 3:
+            raise dist.RunError(f"item {x} is wrong")
+        return x
+
+    said = []
+    for call in (lambda: dist.from_main(fail_on_main), lambda: dist.parallel_map(fail_at_3_and_4, range(5))):
+        try:
+            call()
+            said.append("nothing")
+        except dist.RunError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_error_of_one_rank_is_raised_on_both(two_ranks: Any):
+    expected = ["only rank 0 tried", "item 3 is wrong"]  # the first in the order of the items
+    assert two_ranks("test_dist:errors") == [expected, expected]
+
+
+def stop_flags() -> list[bool]:
+    """Run on each rank: `stop_requested` before a signal to rank 1, after it, and after the next all_sum."""
+    dist.init(seed=1)
+    dist.all_sum({"x": 1.0})
+    flags = [dist.stop_requested()]
+    if dist.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    flags.append(dist.stop_requested())  # not yet: rank 0 cannot know
+    dist.all_sum({"x": 1.0})
+    flags.append(dist.stop_requested())
+    dist.all_sum({"x": 1.0})
+    flags.append(dist.stop_requested())
+    dist.init(seed=1)
+    return flags
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(two_ranks: Any):
+    assert two_ranks("test_dist:stop_flags") == [[False, False, True, True]] * 2
+
+
+def draws_alike() -> list[float]:
+    dist.init(seed=5)
+    return [torch.rand(()).item(), random.random()]
+
+
+def test_ranks_draw_the_same_random_numbers(two_ranks: Any):
+    first, second = two_ranks("test_dist:draws_alike")
+    assert first == second
