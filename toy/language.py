@@ -1,9 +1,9 @@
 """A chat world small enough to know the right answer.
 
 People ask what one of twelve animals says, eats or where it lives, or for a small sum. Replies are right or
-wrong, short or long, kind or rude, and `judge` scores them exactly, from the text alone. `ensure` builds, once,
-a folder with a tokenizer, a base model that knows the facts but often answers wrongly or rudely, an attribute
-model, and data sets for every script; see README below for what is in it.
+wrong, short or long, kind or rude, and `judge` scores them exactly, from the text alone. `ensure` builds a
+folder, once: a tokenizer, a base model that knows the facts but often answers wrongly or rudely, an
+attribute model, and data sets for every script; see README below for what is in it.
 
     python -m toy.language DIR      writes that folder to DIR, to look at
 """
