@@ -12,7 +12,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -207,7 +209,7 @@ def toy_folder() -> Path:
 
     try:
         return language.ensure()
-    except OSError as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise dist.RunError(f"cannot build the toy world: {error}") from error
 
 
@@ -301,7 +303,7 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Sequ
     mask = np.zeros(len(tokens), bool)
     for i in spans:
         is_reply = messages[i]["role"] == "assistant"
-        before = render(tokenizer, messages[:i], is_reply) if i else ""
+        before = render(tokenizer, messages[:i], is_reply) if i else opening(tokenizer, messages[0])
         turn = text if i == spans[-1] else render(tokenizer, messages[: i + 1], False)
         if not (text.startswith(turn) and turn.startswith(before)):
             raise ValueError("the chat template rewrites earlier turns; set another one with --chat_template")
@@ -315,6 +317,13 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Sequ
     if is_reply and tokens[-1:] != (end,):  # a rendering without end tokens
         tokens, mask = (*tokens, end), np.append(mask, True)
     return np.array(tokens, np.int32), mask
+
+
+def opening(tokenizer: Any, message: dict[str, str]) -> str:
+    """What the template puts before the content of a first turn: the text its rendering shares with another's."""
+    other = "b" if message["content"].startswith("a") else "a"
+    both = [render(tokenizer, [{**message, "content": text}], False) for text in (message["content"], other)]
+    return os.path.commonprefix(both)
 
 
 def encode_prompt(tokenizer: Any, prompt: Messages | str) -> list[int]:

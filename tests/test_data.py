@@ -877,3 +877,10 @@ def test_a_bad_line_stops_both_ranks_with_the_same_words(two_ranks: Any, tmp_pat
     source = write(tmp_path, PAIRS[0], {"prompt": "a", "chosen": "b"}, PAIRS[0], {"prompt": "a"})
     one, two = two_ranks("test_data:ranks_fail", dataset=source)
     assert one == two and "data.jsonl:2: found the fields prompt, chosen" in one
+
+
+def test_a_reply_that_opens_a_conversation_is_scored_without_its_header(toy: Path) -> None:
+    messages = [{"role": "assistant", "content": "a moo."}, {"role": "user", "content": "Hi."}]
+    tokenizer = data.load_tokenizer("toy", "chatml")
+    tokens, mask = data.encode_chat(tokenizer, messages, [True, False])
+    assert tokenizer.decode(tokens[mask]) == "a moo." + tokenizer.eos_token

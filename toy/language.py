@@ -227,7 +227,7 @@ def judge(prompt: str, response: str) -> dict[str, float]:
     faults = [
         response[:1].islower(),
         response.rstrip()[-1:] not in (".", "!", "?", ")"),
-        any(a == b for a, b in zip(words, words[1:], strict=False)),
+        re.search(r"\b([a-z]+) \1\b", response.lower()) is not None,
         len(set(sentences)) < len(sentences),
         any(not word.isdigit() and word not in KNOWN_WORDS for word in words),
     ]
@@ -296,7 +296,7 @@ def write_reply(
     else:
         subject = asked.subject if asked.kind == "sum" else (asked.subject,)
         sentences = [rng.choice(STATEMENTS[asked.kind]).format(*subject, answer)]
-    if length == 2:
+    if length == 2 or correctness == 2:
         num_false = {4: 0, 2: 1, 0: rng.randrange(2)}[correctness]
         sentences += details(rng, asked, num_false)
     if rude:
@@ -659,7 +659,9 @@ def build(folder: Path) -> None:
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(**ids)
-    with tqdm(total=len(base_groups) + len(rated_groups), desc="building the toy world", unit="step") as bar:
+    with tqdm(
+        total=len(base_groups) + len(rated_groups), desc="building the toy world", unit="step", mininterval=1
+    ) as bar:
         train(model, base_groups, language_loss, 4e-3, bar)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
@@ -711,7 +713,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         lock = open(f"{folder}.lock", "w")  # noqa: SIM115
     except OSError as error:
         message = f"cannot write to {folder.parent} ({error}): set CLEANALIGN_CACHE to another folder"
-        raise RuntimeError(message) from error
+        raise OSError(message) from error
     with lock:
         os.set_inheritable(
             lock.fileno(), True
