@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from common import checkpoint, data, dist, models
 from common.log import Log, parse
 
-TOY = dict(learning_rate=2e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20, num_samples=200)
+TOY = dict(
+    beta=0.3,
+    sft_coef=0.2,
+    learning_rate=3e-4,
+    warmup_steps=5,
+    batch_size=64,
+    max_steps=40,
+    eval_every=20,
+    num_samples=200,
+)
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
 TOKEN_MEANS = ("entropy", "mean_token_accuracy")  # the other metrics are means over pairs
 

@@ -148,7 +148,8 @@ def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tens
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    lora.base_model_name_or_path = data.model_folder(args.model)[0]
+    base, gguf = data.model_folder(args.model)
+    lora.base_model_name_or_path = str(Path(base) / gguf) if gguf else base
     lora.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -320,7 +320,7 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Sequ
 
 
 def opening(tokenizer: Any, message: dict[str, str]) -> str:
-    """What the template puts before the content of a first turn: the text its rendering shares with another's."""
+    """What the template puts before the content of a first turn: what its rendering shares with another."""
     other = "b" if message["content"].startswith("a") else "a"
     both = [render(tokenizer, [{**message, "content": text}], False) for text in (message["content"], other)]
     return os.path.commonprefix(both)

@@ -92,7 +92,7 @@ def test_a_finished_run_prints_its_table_and_changes_nothing(
 
 
 def test_a_changed_field_is_named(finished: Path, few: Path) -> None:
-    with pytest.raises(dist.RunError, match=r"beta 0\.1, now 0\.2.*--overwrite"):
+    with pytest.raises(dist.RunError, match=r"beta 0\.3, now 0\.2.*--overwrite"):
         dpo.main(dpo.Args(**settings(few, finished, beta=0.2)))
 
 
@@ -100,7 +100,7 @@ def test_overwrite_starts_anew_but_never_removes_a_folder_that_is_no_run(few: Pa
     (tmp_path / "thesis.txt").write_text("years of work")
     dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, overwrite=True)))
     assert (tmp_path / "thesis.txt").exists()
-    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, beta=0.3, overwrite=True)))
+    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True)))
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
