@@ -295,10 +295,10 @@ DEMONSTRATIONS = [
     (
         {"messages": CHAT, "train_roles": "user"},
         "",
-        [f"im_start|>user\nIs it so?{END}", f"{USER}Are you sure?{END}"],
+        [f"Is it so?{END}", f"{USER}Are you sure?{END}"],
     ),
     ({"messages": [*CHAT[:2], CHAT[2]]}, None, ["Yes." + END]),  # ends after the last scored turn
-    ({"messages": CHAT[1:2]}, "<|im_start|>", ["assistant\nYes." + END]),  # opened by the assistant
+    ({"messages": CHAT[1:2]}, "<|im_start|>assistant\n", ["Yes." + END]),  # opened by the assistant
 ]
 
 
