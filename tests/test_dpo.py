@@ -209,7 +209,10 @@ def test_sft_coef_adds_the_mean_nll_of_chosen(tiny_model: str, device: torch.dev
 )
 def test_every_loss_learns_to_prefer_chosen(few: Path, tmp_path: Path, loss: str) -> None:
     settings = {**dpo.TOY, "max_steps": 12, "batch_size": 16, "eval_every": 12, "num_samples": 0}
+    settings["beta"] = 2.0 if loss == "simpo" else settings["beta"]  # per token, not per response
     dpo.main(dpo.Args(**settings, dataset=str(few / "pairs"), loss=loss, output_dir=str(tmp_path)))
     rows = read_metrics(tmp_path)
-    assert rows[-1]["eval/rewards/accuracies"] > 0.65
+    # without a reference the policy's own preference is the start, which must be improved on
+    bar = rows[0]["eval/rewards/accuracies"] if loss == "simpo" else 0.75
+    assert rows[-1]["eval/rewards/accuracies"] > bar
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
