@@ -295,7 +295,7 @@ def test_the_dpo_loss_is_trls(
     tmp_path: Path,
 ) -> None:
     ours, theirs, count = LOSSES[name]
-    records = read_lines(toy / "pairs" / "train.jsonl", count)
+    records = read_lines(toy / "pairs" / "train.jsonl", 12)[-count:]
     trainer, pairs, policy, ref_policy, args = dpo_sides(
         records, tokenizer, tiny_model, tiny_reference, device, tmp_path, theirs, **ours
     )
