@@ -110,7 +110,7 @@ def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
     """
     folder = Path(args.output_dir) / "model"
     lora = getattr(policy, "lora_config", None)
-    merge = lora is None or args.merge_lora
+    merge = lora is None or hasattr(policy, "score") or args.merge_lora  # transformers loads a reward model
     weights = {}
     for name, tensor in models.full_weights(policy, merge_lora=merge):
         if dist.is_main():
@@ -131,10 +131,12 @@ def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
 def _save_transformers(
     folder: Path, policy: nn.Module, tokenizer: Any, weights: dict[str, torch.Tensor]
 ) -> None:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype_on_disk)
+        shell = policy.auto_class_.from_config(policy.config, dtype=policy.dtype_on_disk)
+    if hasattr(policy, "score"):
+        return shell.save_pretrained(folder, state_dict=weights)
     generation_config = policy.generation_config or GenerationConfig()
     before = generation_config.eos_token_id
     ends = [data.end_token(tokenizer), *(before if isinstance(before, list) else [before])]

@@ -597,6 +597,10 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Sequence | None:
 
 def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages, Messages, dict]:
     """(prompt, chosen, rejected, numbers) of a preference; what two conversations share is the prompt."""
+    if value.get("preference_strength") is not None:  # HelpSteer2: negative if the first is better
+        strength = number(value["preference_strength"], where, "preference_strength")
+        sides = [value.get(f"response_{n}") for n in ((1, 2) if strength < 0 else (2, 1))]
+        value = {**value, "chosen": sides[0], "rejected": sides[1], "margin": abs(strength)}
     sides = [first(value, (name, name + "_response")) for name in ("chosen", "rejected")]
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
@@ -635,13 +639,22 @@ def read_label(value: dict, where: str) -> dict[str, float]:
 def regroup(records: list[Record], kind: str) -> list[Record]:
     """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
     grouped = []
-    if kind == "pairs" and set(records[0].value) == {"text"}:
+    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
         for one, two in itertools.zip_longest(records[::2], records[1::2]):
-            if two is None or "text" not in two.value:
-                raise wrong(one.where, "a chosen text", "a rejected text in the line after it")
-            grouped.append(
-                Record({"chosen": one.value.get("text"), "rejected": two.value["text"]}, one.where)
-            )
+            if (
+                two is None
+                or set(one.value) != set(two.value)
+                or one.value.get("label") != two.value.get("label")
+            ):
+                raise wrong(
+                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
+                )
+            texts, numbers = [one.value["text"], two.value["text"]], {}
+            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
+                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
+                numbers = numbers if strength else {"tie": True}
+            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
         return grouped
     for value, where in records:
         for instance in value.get("instances") or [{}]:
@@ -658,6 +671,19 @@ def encode_response(tokenizer: Any, prompt: Messages, response: Messages, traine
     """Tokens of both; the mask is on the trained turns of both, by default the response's assistant turns."""
     replies = [False] * len(prompt) + [m["role"] == "assistant" for m in response]
     return encode_chat(tokenizer, prompt + response, replies if trained is None else trained)
+
+
+def read_responses(tokenizer: Any, value: dict, where: str) -> list[Sequence]:
+    """The responses of a record of any kind, each after its prompt: one, two of a pair, or `responses`."""
+    if value.get("responses") is not None:
+        prompt = read_prompt(tokenizer, value, where)
+        sides = [as_turns(tokenizer, response, where, "assistant") for response in value["responses"]]
+    elif first(value, ("chosen", "chosen_response")) is not None:
+        prompt, *sides, _ = read_pair(tokenizer, value, where)
+    else:
+        prompt, response = read_exchange(tokenizer, value, where)
+        sides = [response]
+    return [encode_response(tokenizer, prompt, side) for side in sides]
 
 
 def load_sft(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
@@ -686,6 +712,38 @@ def load_pairs(args: Any, tokenizer: Any, whole: bool = False) -> tuple[Dataset,
     return load(args, "pairs", encode, whole=whole)
 
 
+def load_ranked(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """(train, eval) ranked responses, never cut: a sequence each; fields rank_0, rank_1, ..., then NaN.
+
+    Rank 1 is best and equal ranks are ties. A preference pair counts as two responses.
+    """
+
+    def encode(value: dict, where: str) -> Example:
+        if value.get("responses") is None:
+            prompt, *sides, _ = read_pair(tokenizer, value, where)
+            ranks = [1.0, 2.0]
+        else:
+            responses, ranks = value["responses"], value.get("ranks")
+            lists = isinstance(responses, list) and isinstance(ranks, list)
+            if not lists or len(responses) != len(ranks) or len(set(map(str, ranks))) < 2:
+                raise wrong(where, value, "responses and as many ranks, not all equal")
+            prompt = read_prompt(tokenizer, value, where)
+            sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
+            ranks = [number(rank, where, "ranks") for rank in ranks]
+        fields = {f"rank_{k}": rank for k, rank in enumerate(ranks)}
+        return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
+
+    return fill_fields(load(args, "pairs", encode, whole=True))
+
+
+def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
+    """Give every example all fields that any has, NaN where it has none."""
+    names = dict.fromkeys(name for dataset in datasets for example in dataset for name in example.fields)
+    for example in itertools.chain(*datasets):
+        example.fields = {name: example.fields.get(name, math.nan) for name in names}
+    return datasets
+
+
 def load_ratings(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
     """(train, eval) rated replies, never cut: one sequence each, attributes as fields, NaN if missing."""
 
@@ -693,11 +751,7 @@ def load_ratings(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
         prompt, response = read_exchange(tokenizer, value, where)
         return Example([encode_response(tokenizer, prompt, response)], prompt, read_label(value, where))
 
-    datasets = load(args, "ratings", encode, whole=True)
-    names = dict.fromkeys(name for dataset in datasets for example in dataset for name in example.fields)
-    for example in itertools.chain(*datasets):
-        example.fields = {name: example.fields.get(name, math.nan) for name in names}
-    return datasets
+    return fill_fields(load(args, "ratings", encode, whole=True))
 
 
 def load_prompts(args: Any, tokenizer: Any, kind: str = "prompts") -> tuple[Dataset, Dataset]:
@@ -743,7 +797,13 @@ def load(args: Any, kind: str, encode: Callable, limit: str = "max_length", whol
         if not records:
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
         records = regroup(records, kind)
-        kept, num_cut = [], 0
+        untied = [r for r in records if r.value.get("preference_strength") != 0 and not r.value.get("tie")]
+        if dist.is_main() and len(untied) < len(records):
+            print(
+                f"{kind}: {source}: {len(records) - len(untied):,} pairs without a preference dropped",
+                flush=True,
+            )
+        records, kept, num_cut = untied, [], 0
         for record, example in zip(records, dist.parallel_map(attempt, records), strict=True):
             example.record = record.value
             is_long = any(len(tokens) > longest for tokens, _ in example.sequences)

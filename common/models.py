@@ -8,12 +8,14 @@ Shapes: N tokens of a packed row, N_targets scored tokens, D width, V vocabulary
 """
 
 import contextlib
+import copy
 import functools
 import inspect
+import itertools
 import math
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from common import dist
-from common.data import Example, Row, model_folder
+from common.data import Example, Row, model_folder, rows
 
 
 class TokenStats(NamedTuple):
@@ -212,7 +214,13 @@ def _head_forward(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> T
 
 def _packed_forward(model: nn.Module, row: Row, temperature: float = 1.0) -> TokenStats:
     """Replaces `forward` of the whole model: trunk over the row, head over its scored tokens only."""
-    hidden = getattr(model, model.base_model_prefix)(
+    hidden = _hidden_states(model, row).index_select(0, row.targets - 1)  # position t-1 scores token t
+    return model.get_output_embeddings()(hidden, row.tokens[row.targets], model.logit_scale_ / temperature)
+
+
+def _hidden_states(model: nn.Module, row: Row) -> Tensor:
+    """The trunk over a packed row. -> (N, D)"""
+    return getattr(model, model.base_model_prefix)(
         input_ids=row.tokens[None],
         position_ids=row.position_ids[None],
         use_cache=False,  # with a cache transformers would attend across sequences
@@ -220,9 +228,7 @@ def _packed_forward(model: nn.Module, row: Row, temperature: float = 1.0) -> Tok
         cu_seq_lens_k=row.cu_seqlens,
         max_length_q=row.max_seqlen,
         max_length_k=row.max_seqlen,
-    )[0][0]  # (N, D)
-    hidden = hidden.index_select(0, row.targets - 1)  # position t-1 scores token t
-    return model.get_output_embeddings()(hidden, row.tokens[row.targets], model.logit_scale_ / temperature)
+    )[0][0]
 
 
 def token_stats(model: nn.Module, row: Row, temperature: float = 1.0) -> TokenStats:
@@ -233,6 +239,39 @@ def token_stats(model: nn.Module, row: Row, temperature: float = 1.0) -> TokenSt
 def token_logps(model: nn.Module, row: Row, temperature: float = 1.0) -> Tensor:
     """log p(token | the tokens before it in its sequence) of each scored token. -> (N_targets,) float32"""
     return model(row, temperature).logps
+
+
+def _score_forward(model: nn.Module, row: Row, positions: Tensor) -> Tensor:
+    """Replaces `forward` of a sequence classifier: its head, in float32, at these positions of the row."""
+    return model.score(_hidden_states(model, row).index_select(0, positions).float())
+
+
+def rewards(model: nn.Module, row: Row) -> Tensor:
+    """Outputs of a scorer at the last token of each sequence, found from lengths. -> (num_segments, A)"""
+    return model(row, row.cu_seqlens[1 : row.num_segments + 1].long() - 1)
+
+
+def values(model: nn.Module, row: Row) -> Tensor:
+    """Value before each scored token, what is expected from there on. -> (N_targets,)"""
+    return model(row, row.targets - 1)[:, 0]
+
+
+@torch.no_grad()
+def score(scorer: nn.Module, examples: list[Example], args: Any, device: torch.device) -> Tensor:
+    """Outputs for every sequence of the examples, in order, on every rank. -> (sequences, A) float32
+
+    Centred and scaled by the model's config.reward_mean and reward_std, if set. Reads micro_batch_tokens.
+    """
+    starts = list(itertools.accumulate((len(e.sequences) for e in examples), initial=0))
+    table = torch.zeros(starts[-1], scorer.config.num_labels, device=device)
+    for row in rows(examples, args.micro_batch_tokens, device):
+        found = [at for i in row.example_ids.tolist() for at in range(starts[i], starts[i + 1])]
+        table[found] = rewards(scorer, row)
+    dist.sum_over_ranks(table)  # each example was scored by one rank
+    if getattr(scorer.config, "reward_mean", None) is not None:
+        mean, std = (table.new_tensor(getattr(scorer.config, x)) for x in ("reward_mean", "reward_std"))
+        table = (table - mean) / std
+    return table
 
 
 def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
@@ -252,9 +291,54 @@ def load(model: str, device: torch.device, args: Any, trainable: bool = True) ->
     Raises:
         RunError: no such model, no weights in the folder, or an architecture that packing cannot serve.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    shell = _load(
+        lambda: read_pretrained(*model_folder(model)), "AutoModelForCausalLM", device, args, trainable
+    )
+    factor, divisor = (getattr(shell.config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
+    shell.logit_scale_ = factor / divisor
+    head = shell.get_output_embeddings()
+    head.forward = types.MethodType(_head_forward, head)
+    shell.forward = types.MethodType(_packed_forward, shell)
+    return shell
 
-    AttentionInterface.register("varlen", varlen_attention)  # no mask function: packed rows need no mask
+
+def load_scorer(
+    model: str,
+    device: torch.device,
+    args: Any,
+    names: Sequence[str] = (),
+    trainable: bool = True,
+    zero_head: bool = False,
+) -> nn.Module:
+    """A model with a linear head of one output a name, for `rewards` or `values`; as `load` otherwise.
+
+    A reward model's own head is kept, the named outputs of it, unless zero_head; without names, all of it.
+
+    Raises:
+        RunError: as `load`; the model lacks an output of that name; or, without names, is no reward model.
+    """
+
+    def read() -> nn.Module:
+        return read_scorer(*model_folder(model), names, zero_head)
+
+    shell = _load(read, "AutoModelForSequenceClassification", device, args, trainable)
+    shell.forward = types.MethodType(_score_forward, shell)
+    return shell
+
+
+def output_names(scorer: nn.Module) -> list[str]:
+    """What the outputs of a scorer are called."""
+    return [scorer.config.id2label[i] for i in range(scorer.config.num_labels)]
+
+
+def _load(
+    read_plain: Callable[[], nn.Module], auto_class: str, device: torch.device, args: Any, trainable: bool
+) -> nn.Module:
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    # no mask function: packed rows need no mask
+    transformers.AttentionInterface.register("varlen", varlen_attention)
     full: list[nn.Module] = []  # rank 0's; the others stay without a copy
 
     def with_lora(plain: nn.Module) -> nn.Module:
@@ -264,34 +348,36 @@ def load(model: str, device: torch.device, args: Any, trainable: bool = True) ->
 
     def read() -> tuple:
         with torch.random.fork_rng(devices=[]):  # ranks keep drawing alike
-            plain = read_pretrained(*model_folder(model))
+            plain = read_plain()
             check_packable(plain)
             full.append(with_lora(plain))
-        return plain.config, plain.generation_config, plain.dtype_on_disk
+        return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk
 
     config, generation_config, dtype_on_disk = dist.from_main(read)
     with torch.device("meta"):
-        settings = {"attn_implementation": "varlen", "dtype": torch.float32}
-        shell = with_lora(AutoModelForCausalLM.from_config(config, **settings))
+        shell = with_lora(auto.from_config(config, attn_implementation="varlen", dtype=torch.float32))
     shell.generation_config, shell.dtype_on_disk = generation_config, dtype_on_disk
-    shell.compute_dtype_ = resolve_dtype(args.dtype, device)
-    factor, divisor = (getattr(config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
-    shell.logit_scale_ = factor / divisor
+    shell.compute_dtype_, shell.auto_class_ = resolve_dtype(args.dtype, device), auto
     shell.eval()  # no dropout, layer drop or router noise, ever: policy and reference are one function
     if not trainable:
         shell.requires_grad_(False)
     shard(shell, device, args)
     fill(shell, full[0] if full else None, device)
-    head = shell.get_output_embeddings()
-    head.forward = types.MethodType(_head_forward, head)
-    shell.forward = types.MethodType(_packed_forward, shell)
     return shell
 
 
-def read_pretrained(folder: str, gguf: str | None = None) -> nn.Module:
+def output_head(model: nn.Module) -> nn.Linear:
+    """The head of a language model or of a scorer."""
+    return model.score if hasattr(model, "score") else model.get_output_embeddings()
+
+
+def read_pretrained(
+    folder: str, gguf: str | None = None, auto_class: str = "AutoModelForCausalLM"
+) -> nn.Module:
     """The plain float32 transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -308,7 +394,7 @@ def read_pretrained(folder: str, gguf: str | None = None) -> nn.Module:
         config = None if gguf else AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized; give the unquantized model")
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = getattr(transformers, auto_class).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **file
         )
         wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
@@ -323,11 +409,55 @@ def read_pretrained(folder: str, gguf: str | None = None) -> nn.Module:
     return model
 
 
+def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
+    """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    file = Path(folder) / "config.json"
+    is_scorer = file.exists() and "ForSequenceClassification" in file.read_text()
+    if not Path(folder).exists():
+        with contextlib.suppress(OSError, ValueError):  # a hub id; read_pretrained says what is wrong
+            is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
+    source = read_pretrained(
+        folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
+    )
+    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
+    names = list(names) or has
+    if not names:
+        raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
+    keep = is_scorer and not zero_head
+    if keep and len(has) != len(names) and not set(names) <= set(has):
+        raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
+    config = copy.deepcopy(source.config)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        width = model.score.in_features
+    except (ValueError, AttributeError) as error:
+        kind = config.model_type
+        raise dist.RunError(
+            f"transformers has no {kind} model with a score head; use another model"
+        ) from error
+    model.score = nn.Linear(width, len(names), bias=False)
+    with torch.no_grad():
+        if zero_head:
+            model.score.weight.zero_()
+        elif keep:
+            rows = [has.index(name) for name in names] if set(names) <= set(has) else range(len(names))
+            model.score.weight.copy_(source.score.weight[list(rows)])
+        else:  # Stiennon et al. 2020, in their code
+            model.score.weight.normal_(std=(width + 1) ** -0.5)
+    setattr(model, model.base_model_prefix, source.base_model)
+    model.dtype_on_disk = source.dtype_on_disk
+    return model
+
+
 def check_packable(model: nn.Module) -> None:
     """Refuse an architecture that packed rows would turn into another function than transformers computes."""
     config = model.config
     layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    trunk, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
+    trunk, head = getattr(model, model.base_model_prefix, None), output_head(model)
     softcaps = [getattr(config, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
     reasons = {
         "is multimodal": config.get_text_config() is not config,
@@ -349,12 +479,21 @@ def add_lora(model: nn.Module, rank: int, alpha: float, target: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = target if target == "all-linear" else target.split(",")
-    model.lora_config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    is_scorer = hasattr(model, "score")
+    model.lora_config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        exclude_modules=["score"] if is_scorer else None,
+        task_type="SEQ_CLS" if is_scorer else "CAUSAL_LM",
+    )
     try:
         inject_adapter_in_model(model.lora_config, model)
     except ValueError as error:
         raise dist.RunError(f"lora_target {target!r}: {str(error).splitlines()[0]}") from error
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (model.get_input_embeddings(), output_head(model))
+    if is_scorer:
+        model.score.requires_grad_(True)  # a head of its own is trained whole
     if any(hasattr(end, "base_layer") for end in ends):
         raise dist.RunError(f"lora_target {target!r}: embeddings and the output head take no adapters")
 
@@ -377,8 +516,9 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
     """Activation checkpointing, compile, then FSDP2, in that order, on a model without weights yet."""
     dtype = resolve_dtype(args.dtype, device)
     trainable = any(p.requires_grad for p in model.parameters())
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+    head, embedding = output_head(model), model.get_input_embeddings()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and name != "score.weight":
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
     low = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
@@ -392,11 +532,12 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
         if args.compile:
             block.compile()
         fully_shard(block, **plan)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:  # tied weights stay together in the root's group
         fully_shard(embedding, **plan)
+        if hasattr(model, "score"):  # float32 in every compute dtype
+            plan = {**plan, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
         fully_shard(head, **plan, reshard_after_forward=False)  # backward begins with it
-    fully_shard(model, **plan)
+    fully_shard(model, mesh=plan["mesh"], mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gradients add up over ranks; gloo knows only the plain sum
             module.set_gradient_divide_factor(1.0)
@@ -513,7 +654,8 @@ def training_flops(model: nn.Module, lengths: list[int]) -> float:
     attention of a sequence 6 x layers x heads x head width x length^2. Every expert of a mixture is counted.
     """
     config = model.config
-    table = None if config.tie_word_embeddings else model.get_input_embeddings().weight
+    table = model.get_input_embeddings().weight
+    table = None if output_head(model).weight is table else table
     per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters() if p is not table)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim

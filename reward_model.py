@@ -1,0 +1,453 @@
+"""Reward models: Bradley-Terry on preferences, K-wise rankings, regression on attributes
+
+A linear head, in float32, reads the hidden state of the last token of prompt and response. With r_c and r_r
+the rewards of a chosen and a rejected response, p the probability that chosen is better, m the margin:
+
+    bt          -p log sigmoid(r_c - r_r) - (1-p) log sigmoid(r_r - r_c)   InstructGPT Eq. 1, arXiv 2203.02155
+    margin_bt   -log sigmoid(r_c - r_r - m)                     HelpSteer2-Preference, arXiv 2410.01257
+    scaled_bt   -m log sigmoid(r_c - r_r)                       the same
+    kwise       all pairs of one prompt's ranked responses      InstructGPT Eq. 1
+    regression  (r_a - label_a)^2 for each known label          HelpSteer2 section 3, arXiv 2406.08673
+
+    python reward_model.py --help
+    torchrun --nproc_per_node=8 reward_model.py --model runs/sft --dataset pairs.jsonl
+    python reward_model.py --model runs/reward_model --score responses.jsonl
+
+Shapes: a row packs B examples, K sequences each (2 for pairs, 1 for ratings); A outputs of the head.
+
+Metrics, results and departures from the papers: docs/reward_model.md
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import checkpoint, data, dist, models
+from common.log import Log, parse
+
+TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
+SHOWN = ("loss", "accuracy", "margin", "grad_norm")
+
+
+@dataclass
+class Args:
+    """Reward model."""
+
+    model: str = "toy"
+    """policy to start from: toy, a run folder, a Hugging Face folder, a hub id, a .gguf file"""
+    dataset: str = "toy"
+    """preferences, rankings or ratings: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]"""
+    eval_dataset: str = ""
+    """held-out data; default: the data set's test split, else 5 % of its prompts"""
+    output_dir: str = f"runs/{Path(__file__).stem}"
+    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    overwrite: bool = False
+    """start anew in output_dir instead of resuming the run there"""
+    seed: int = 1
+    """orders data and samples"""
+    chat_template: str = ""
+    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    score: str = ""
+    """no training: score this file's responses with the model, into <file>.scored.jsonl; resumes"""
+
+    # algorithm
+    loss: Literal["bt", "margin_bt", "scaled_bt", "kwise", "plackett_luce", "regression"] = "bt"
+    """pairs: bt, margin_bt, scaled_bt; ranked responses: kwise, plackett_luce; ratings: regression"""
+    attribute: str = ""
+    """all but regression, on an attribute model: the output to go on from; its head weights are kept"""
+    center_coef: float = 0.0
+    """pairs: weight of (r_c + r_r)^2, which keeps rewards around 0; 0.01 is usual"""
+
+    # optimization
+    learning_rate: float = 9e-6
+    """peak learning rate"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """after warm-up: constant, or down to min_lr_ratio at the last step"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    min_lr_ratio: float = 0.1
+    """the last step's share of the peak learning rate, for linear and cosine"""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only"""
+    max_grad_norm: float = 1.0
+    """clip the global gradient norm to this; 0 never clips"""
+    num_epochs: int = 1
+    """passes over the training data"""
+    max_steps: int = -1
+    """optimizer steps; -1: as many as num_epochs takes"""
+    batch_size: int = 64
+    """pairs, rankings or rated responses per optimizer step, over all ranks"""
+    micro_batch_tokens: int = 0
+    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
+    max_length: int = 2048
+    """most tokens of prompt and response; an example with a longer one is dropped, and counted"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters; 0 trains all weights"""
+    lora_alpha: float = 16.0
+    """LoRA's scale is lora_alpha / lora_rank"""
+    lora_target: str = "all-linear"
+    """modules that get adapters: all-linear, or names joined by commas"""
+    sharding: Literal["full", "hybrid", "none"] = "full"
+    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """recompute activations in backward; auto: for models of a billion parameters or more"""
+    compile: bool = False
+    """torch.compile each decoder block"""
+
+    # bookkeeping
+    eval_every: int = 100
+    """optimizer steps between evaluations"""
+    save_every: int = 500
+    """optimizer steps between checkpoints"""
+    keep_checkpoints: int = 1
+    """how many of the newest checkpoints stay on disk"""
+    track: bool = False
+    """log to Weights & Biases too: online if logged in, else offline"""
+    wandb_project: str = "cleanalign"
+    """W&B project"""
+    run_name: str = ""
+    """W&B run name"""
+
+
+def bt_loss(margins: Tensor, label_prob: Tensor | float = 1.0) -> Tensor:
+    """Eq. 1 of InstructGPT for pairs, soft labels too; margins (B,) are r_chosen - r_rejected. -> (B,)"""
+    return -label_prob * F.logsigmoid(margins) - (1 - label_prob) * F.logsigmoid(-margins)
+
+
+def kwise_loss(rewards: Tensor, ranks: Tensor) -> Tensor:
+    """Eq. 1 of InstructGPT: the mean over the pairs of one prompt's responses, which are one example.
+
+    Args:
+        rewards: (B, K).
+        ranks: (B, K), 1 is best; equal ranks make no pair, NaN is no response.
+
+    Returns:
+        losses (B,).
+    """
+    better = ranks[:, :, None] < ranks[:, None, :]  # (B, K, K); False with NaN
+    losses = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
+    return (losses * better).sum((1, 2)) / better.sum((1, 2))
+
+
+def plackett_luce_loss(rewards: Tensor, ranks: Tensor) -> Tensor:
+    """-log P(ranking) where each place is a softmax over the responses not placed before it. -> (B,)
+
+    Plackett 1975; equal ranks by Breslow's approximation. Shapes as in kwise_loss; K = 2 is Bradley-Terry.
+    """
+    left = ranks[:, None, :] >= ranks[:, :, None]  # (B, K, K): j competes for the place of i
+    left = left | torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)  # no response: alone
+    return (rewards[:, None, :].masked_fill(~left, -math.inf).logsumexp(-1) - rewards).sum(1)
+
+
+def regression_loss(rewards: Tensor, labels: Tensor) -> Tensor:
+    """Squared errors of the known labels; rewards and labels (B, A), unknown labels NaN. -> (B, A)"""
+    return torch.where(labels.isnan(), 0.0, rewards - labels.nan_to_num()).square()
+
+
+def arrange(rewards: Tensor, fields: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
+    """Outputs (sequences, A) as a table, and its labels (regression) or ranks, 1 best. -> (B, K or A) each"""
+    if args.loss == "regression":
+        return rewards, torch.stack(list(fields.values()), 1)
+    if args.loss in ("kwise", "plackett_luce"):
+        ranks = torch.stack(list(fields.values()), 1)
+        table = torch.zeros_like(ranks).index_put((~ranks.isnan()).nonzero(as_tuple=True), rewards[:, 0])
+        return table, ranks
+    pairs = rewards.view(-1, 2)
+    return pairs, torch.arange(1.0, 3.0, device=rewards.device).expand_as(pairs)
+
+
+def example_losses(table: Tensor, target: Tensor, fields: dict[str, Tensor], args: Args) -> Tensor:
+    """The chosen loss of each example (B,); for regression of each entry (B, A)."""
+    if args.loss == "regression":
+        return regression_loss(table, target)
+    if args.loss == "kwise":
+        return kwise_loss(table, target)
+    if args.loss == "plackett_luce":
+        return plackett_luce_loss(table, target)
+    margins = table[:, 0] - table[:, 1]
+    shift = fields["margin"] if args.loss == "margin_bt" else 0.0
+    scale = fields["margin"] if args.loss == "scaled_bt" else 1.0
+    losses = scale * bt_loss(margins - shift, fields["label_prob"])
+    return losses + args.center_coef * table.sum(1).square()
+
+
+def ordered_right(table: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of an example's pairs that are in the right order, and their mean margin. -> (B,), (B,)"""
+    better = ranks[:, :, None] < ranks[:, None, :]
+    margins = table[:, :, None] - table[:, None, :]
+    pairs = better.sum((1, 2))
+    return ((margins > 0) & better).sum((1, 2)) / pairs, (margins * better).sum((1, 2)) / pairs
+
+
+def loss_and_metrics(scorer: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of a row, all summed; the caller picks the denominators."""
+    rewards = models.rewards(scorer, row)  # (sequences, A); a dummy row has none and a loss of exactly zero
+    table, target = arrange(rewards, row.fields, args)
+    loss = example_losses(table, target, row.fields, args).sum()
+    rewards, table = rewards.detach(), table.detach()
+    if args.loss == "regression":
+        own = {"mae": regression_loss(table, target).sqrt().sum()}
+    else:
+        right, margins = ordered_right(table, target)
+        own = {"accuracy": right.sum(), "margin": margins.sum()}
+    metrics = {
+        "loss": loss.detach(),
+        "mean_reward": rewards.sum(),
+        "reward_std": rewards.square().sum(),  # made a standard deviation by `means`
+        **own,
+    }
+    return loss, metrics
+
+
+def count_losses(batch: list[data.Example], args: Args) -> int:
+    """The one denominator of a batch's loss, over all rows and ranks: its examples, or its known labels."""
+    if args.loss != "regression":
+        return len(batch)
+    return max(1, sum(not math.isnan(label) for example in batch for label in example.fields.values()))
+
+
+def means(totals: dict[str, float], batch: list[data.Example], args: Args) -> dict[str, float]:
+    """Metrics of a batch from their sums over all its rows and ranks."""
+    num_labels = len(batch[0].fields) if args.loss == "regression" else 1
+    num_rewards = sum(len(example.sequences) for example in batch) * num_labels
+    square, mean = totals.pop("reward_std") / num_rewards, totals.pop("mean_reward") / num_rewards
+    metrics = {f"train/{name}": total / count_losses(batch, args) for name, total in totals.items()}
+    spread = math.sqrt(max(0.0, square - mean**2))
+    return metrics | {"train/mean_reward": mean, "train/reward_std": spread}
+
+
+def evaluation(rewards: Tensor, examples: list[data.Example], args: Args) -> dict[str, float]:
+    """Metrics of held-out examples from their rewards (sequences, A), on the host."""
+    fields = {name: torch.tensor([e.fields[name] for e in examples]) for name in examples[0].fields}
+    table, target = arrange(rewards, fields, args)
+    metrics = {
+        "loss": example_losses(table, target, fields, args).sum().item() / count_losses(examples, args),
+        "mean_reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "min_reward": rewards.min().item(),
+        "max_reward": rewards.max().item(),
+    }
+    if args.loss == "regression":
+        for k, name in enumerate(fields):
+            known = ~target[:, k].isnan()
+            both = pd.DataFrame({"found": table[known, k].numpy(), "label": target[known, k].numpy()})
+            metrics[f"mae/{name}"] = float((both.found - both.label).abs().mean())
+            metrics[f"pearson/{name}"] = float(both.corr().iloc[0, 1])
+            metrics[f"spearman/{name}"] = float(both.corr("spearman").iloc[0, 1])
+        return metrics
+    right, margins = ordered_right(table, target)
+    low, high = wilson_interval(right.sum().item(), len(right))
+    lengths = torch.tensor([float(mask.sum()) for e in examples for _, mask in e.sequences])
+    by_length, _ = ordered_right(*arrange(lengths[:, None], fields, args))
+    ties = (ordered_right(-arrange(lengths[:, None], fields, args)[0], target)[0] + by_length).mean().item()
+    longer = by_length.mean().item() + (1 - ties) / 2  # equal lengths are a coin flip
+    return metrics | {
+        "accuracy": right.mean().item(),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "length_accuracy": max(longer, 1 - longer),
+        "margin": margins.mean().item(),
+        "calibration_error": calibration_error(table, target),
+    }
+
+
+def wilson_interval(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share, Wilson 1927."""
+    share, spread = hits / count, z**2 / count
+    middle = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+
+
+def calibration_error(table: Tensor, ranks: Tensor, num_bins: int = 10) -> float:
+    """Expected |confidence - accuracy| of sigmoid(margin) over pairs, Guo et al. 2017, in equal bins."""
+    i, j, k = (ranks[:, :, None] < ranks[:, None, :]).nonzero(as_tuple=True)
+    margins = table[i, j] - table[i, k]
+    confidence = torch.sigmoid(margins.abs())  # 1/2 to 1
+    bins = ((confidence - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
+    gaps = torch.zeros(num_bins).index_add(0, bins, confidence - (margins > 0).float())
+    return gaps.abs().sum().item() / len(margins)
+
+
+def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[data.Example]]:
+    """Held-out examples by the name of their file, which prefixes their metrics where there are several."""
+    sources = [source for source, _ in data.read_sources(args.eval_dataset or args.dataset)]
+    names = [f"{Path(source).name.split('.')[0]}/" for source in sources] if len(sources) > 1 else [""]
+    sets, start = {}, 0
+    for name, (size, _) in zip(names, eval_set.parts, strict=True):
+        sets[name] = eval_set[start : start + size]
+        start += size
+    return sets
+
+
+def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval) in the form the loss needs."""
+    if args.loss == "regression":
+        return data.load_ratings(args, tokenizer)
+    if args.loss in ("kwise", "plackett_luce"):
+        return data.load_ranked(args, tokenizer)
+    datasets = data.load_pairs(args, tokenizer, whole=True)
+    if args.loss == "scaled_bt" and not all(example.fields["margin"] > 0 for example in datasets[0]):
+        raise dist.RunError(
+            "scaled_bt weighs each pair by its margin; expected a margin above 0 in every one"
+        )
+    return datasets
+
+
+def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Any, device: torch.device) -> Path:
+    """Write the records of a file again with the rewards of their responses; complete or not at all.
+
+    A response gets `reward`, or from an attribute model `label`, so that the result is a file of ratings; a
+    preference gets `chosen_reward` and `rejected_reward`, `responses` get `rewards`. Stopped, it goes on from
+    the records done when called again with the same model.
+
+    Returns:
+        the file written: x.scored.jsonl for x.jsonl, beside it.
+    """
+    records, names = data.read_file(Path(source).expanduser()), models.output_names(scorer)
+    target = Path(source).expanduser().with_name(Path(source).name.split(".")[0] + ".scored.jsonl")
+    key = hashlib.sha256(f"{args.model} {len(records)}".encode()).hexdigest()[:8]
+    unfinished = target.with_name(f"{target.name}.{key}.part")
+    lines = dist.from_main(lambda: unfinished.read_text().splitlines(True) if unfinished.exists() else [])
+    done = [line for line in lines if line.endswith("\n")]  # a kill tears the last line
+    if dist.is_main():
+        unfinished.write_text("".join(done))
+    for start in range(len(done), len(records), 256):
+        chunk = records[start : start + 256]
+        found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
+        examples = [data.Example([sequence], "") for sequences in found for sequence in sequences]
+        rewards = iter(models.score(scorer, examples, args, device).tolist())
+        if dist.is_main():
+            with unfinished.open("a") as file:
+                for (value, _), sequences in zip(chunk, found, strict=True):
+                    outputs = [next(rewards) for _ in sequences]
+                    file.write(json.dumps(value | with_rewards(value, outputs, names)) + "\n")
+        dist.all_sum({})
+        if dist.stop_requested():
+            raise dist.RunError(
+                f"stopped after {start + len(chunk)} records; the same command goes on from there"
+            )
+    if dist.is_main():
+        os.replace(unfinished, target)
+        print(f"{len(records):,} records scored: {target}", flush=True)
+    dist.barrier()
+    return target
+
+
+def with_rewards(value: dict, outputs: list[list[float]], names: list[str]) -> dict[str, Any]:
+    """The fields that scoring adds to a record, from the outputs for each of its responses."""
+    labels = [output[0] if len(names) == 1 else dict(zip(names, output, strict=True)) for output in outputs]
+    if value.get("responses") is not None:
+        return {"rewards": labels}
+    if len(labels) == 2:
+        return {"chosen_reward": labels[0], "rejected_reward": labels[1]}
+    return {"reward" if len(names) == 1 else "label": labels[0]}
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A padding token that cannot end a response: transformers reads the score at the last other token."""
+    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
+    return next(token for token in special if token is not None and token != data.end_token(tokenizer))
+
+
+def main(args: Args) -> None:
+    # setup
+    device = dist.init(args.seed)
+    if args.score:
+        tokenizer = data.load_tokenizer(args.model, args.chat_template)
+        scorer = models.load_scorer(args.model, device, args, trainable=False)
+        score_file(scorer, tokenizer, args.score, args, device)
+        return
+    log = Log(args, __file__, SHOWN, TOY)
+
+    # data
+    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    train_set, eval_set = load_examples(args, tokenizer)
+    num_steps = data.num_steps(train_set, args)
+    if not log.begin(num_steps):
+        return
+
+    # models
+    names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]
+    scorer = models.load_scorer(args.model, device, args, names)
+    scorer.config.reward_mean = scorer.config.reward_std = (
+        None  # of the model it starts from, if that has them
+    )
+    optimizer = torch.optim.AdamW(models.parameter_groups(scorer, args.weight_decay), betas=(0.9, 0.95))
+    parts = {"policy": (scorer, optimizer)}
+    resumed = checkpoint.resume(args, parts)
+    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
+
+    def evaluate() -> dict[str, float]:
+        metrics = {}
+        for name, examples in eval_sets(eval_set, args).items():
+            found = evaluation(models.score(scorer, examples, args, device).cpu(), examples, args)
+            metrics |= {f"eval/{name}{metric}": value for metric, value in found.items()}
+        return metrics
+
+    if start_step == 0:
+        log(0, num_steps, evaluate())
+
+    for step in range(start_step + 1, num_steps + 1):
+        # update
+        step_start = time.perf_counter()
+        batch = data.batch(train_set, step, args)  # the same on every rank
+        num_losses = count_losses(batch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * models.lr_factor(step, num_steps, args)
+        totals = Counter()
+        for row in data.rows(batch, args.micro_batch_tokens, device):  # this rank's share, equally many rows
+            loss, metrics = loss_and_metrics(scorer, row, args)
+            (loss / num_losses).backward()  # gradients add over rows and ranks: the mean over the batch
+            totals.update(metrics)
+        grad_norm = models.clip_grad_norm(scorer, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        seconds = time.perf_counter() - step_start
+
+        # evaluate
+        num_tokens += sum(example.num_tokens for example in batch)
+        metrics = {
+            "train/epoch": step * args.batch_size / train_set.epoch_size,
+            "train/num_tokens": num_tokens,
+            "train/learning_rate": optimizer.param_groups[0]["lr"],
+            "train/grad_norm": sums.pop("grad_norm"),
+        }
+        metrics |= means(sums, batch, args) | models.speed(scorer, batch, seconds)
+        stop = dist.stop_requested()
+        if step % args.eval_every == 0 or step == num_steps:
+            metrics |= evaluate()
+
+        # log and save
+        log(step, num_steps, metrics)
+        if step % args.save_every == 0 or step == num_steps or stop:
+            checkpoint.save(args, step, parts, num_tokens=num_tokens)
+        if stop and step < num_steps:
+            return log.finish(stopped_at=step)
+
+    # centre on training responses, at most 1,024 examples
+    rewards = models.score(scorer, train_set[:: -(-len(train_set) // 1024)], args, device)
+    scorer.config.reward_mean = rewards.mean(0).tolist()
+    scorer.config.reward_std = rewards.std(0, correction=0).clamp(min=1e-6).tolist()
+    scorer.config.pad_token_id = pad_token(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(scorer.config.pad_token_id)
+    checkpoint.export(args, scorer, tokenizer)
+    log.finish()
+
+
+if __name__ == "__main__":
+    dist.run(main, parse(Args, TOY))
