@@ -352,7 +352,7 @@ def wrong(where: str, found: Any, expected: str) -> dist.RunError:
     return dist.RunError(f"{where}: found {found}; expected {expected}")
 
 
-def read_sources(names: str) -> list[tuple[str, float]]:
+def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
     sources = []
     for name in map(str.strip, names.split(",")):
@@ -360,7 +360,7 @@ def read_sources(names: str) -> list[tuple[str, float]]:
         if not star or Path(name).expanduser().exists():
             source, weight = name, "1"
         if not source or not re.fullmatch(r"\d*\.?\d+", weight) or float(weight) == 0:
-            raise wrong("dataset", names, "names joined by commas, each with an optional *weight above 0")
+            raise wrong(what, names, "names joined by commas, each with an optional *weight above 0")
         sources.append((source, float(weight)))
     return sources
 

@@ -55,8 +55,17 @@ def load_function(spec: str) -> Callable:
 class Log:
     """The run folder. `log(step, metrics)` appends a row; numbers under eval/ make the table at the end."""
 
-    def __init__(self, args: Any, script: str, show: tuple[str, ...], toy: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        args: Any,
+        script: str,
+        show: tuple[str, ...],
+        toy: dict[str, Any] | None = None,
+        fixed: tuple[str, ...] = (),
+    ):
+        """fixed: fields of CHANGEABLE that do alter this script's numbers."""
         self.args, self.show, self.wandb = args, show, None
+        self.changeable = set(CHANGEABLE) - set(fixed)
         self.first_step: int | None = None  # of this process, for the time left
         if os.environ.get("WANDB_SWEEP_ID"):  # runs of a sweep must not share a folder
             args.track = True
@@ -84,7 +93,7 @@ class Log:
         if last and (folder / "args.json").exists():  # without a checkpoint there is nothing to resume
             before = json.loads((folder / "args.json").read_text())
             for name, value in asdict(args).items():
-                if name not in CHANGEABLE and name in before and before[name] != value:
+                if name not in self.changeable and name in before and before[name] != value:
                     raise dist.RunError(
                         f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: "
                         "give that value to resume it, another output_dir, or --overwrite to start anew"
@@ -183,11 +192,16 @@ class Log:
         left = (now - self.started) / max(1, step - self.first_step) * (num_steps - step)
         return pace + f"  eta {int(left // 60)}:{int(left % 60):02d}"
 
-    def samples(self, step: int, policy: Any, tokenizer: Any, dataset: data.Dataset) -> dict[str, float]:
+    def samples(
+        self, step: int, policy: Any, tokenizer: Any, dataset: data.Dataset, reward: Callable | None = None
+    ) -> dict[str, float]:
         """Answer the first num_samples distinct prompts, judge the answers and append both to samples.jsonl.
 
+        Args:
+            reward: a collective, (examples, texts) -> list of float.
+
         Returns:
-            eval/ended, the share that stopped by itself, and eval/judge/<score>, means; on rank 0 only.
+            eval/ended, the share that stopped by itself, eval/reward and eval/judge/<score>, on rank 0.
         """
         chosen: dict[str, data.Example] = {}
         for example in dataset:
@@ -200,6 +214,7 @@ class Log:
         prompts = [data.encode_prompt(tokenizer, example.prompt) for example in chosen.values()]
         settings = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.args.temperature}
         samples = generate(policy, tokenizer, prompts, **settings, seed=self.args.seed, step=step)
+        rewards = reward([*chosen.values()], [sample.text for sample in samples]) if reward else []
         if not dist.is_main():
             return {}
         judge, rows = self._judge(), []
@@ -209,6 +224,8 @@ class Log:
             rows.append(
                 {"step": step, "prompt": prompt, "response": sample.text, "ended": sample.ended, **scores}
             )
+        for row, value in zip(rows, rewards, strict=False):
+            row["reward"] = value
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb:
@@ -218,7 +235,8 @@ class Log:
             self.wandb.log({"samples": table}, step=step)
         names = list(rows[0])[3:]
         return {
-            f"eval/{'' if name == 'ended' else 'judge/'}{name}": sum(row[name] for row in rows) / len(rows)
+            f"eval/{'' if name in ('ended', 'reward') else 'judge/'}{name}": sum(row[name] for row in rows)
+            / len(rows)
             for name in names
         }
 
