@@ -13,8 +13,10 @@ import torch
 from conftest import DATA, read_metrics
 
 import dpo
+import ppo
+import reward_model
 import sft
-from common import data
+from common import data, dist, models
 
 pytestmark = pytest.mark.real
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -80,3 +82,38 @@ def test_sft_on_instructions(gguf: str, tmp_path: Path) -> None:
     rows = read_metrics(tmp_path)
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
     assert "Paris" in answer(tmp_path / "model", "What is the capital of France?")
+
+
+def test_reward_model_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path) -> None:
+    flags = {**settings(gguf, "hh_harmless.jsonl.gz", tmp_path), "eval_dataset": few_pairs}
+    flags.pop("num_samples")
+    reward_model.main(reward_model.Args(**flags, learning_rate=1e-5))
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["step"] == 3 and 0 < rows[-1]["train/loss"] < 3
+
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    (record,) = data.read_file(Path(few_pairs))[:1]
+    found = [torch.tensor(tokens)[None] for tokens, _ in data.read_responses(tokenizer, *record)]
+    theirs = torch.stack([plain(tokens.long()).logits[0, 0] for tokens in found])
+    args = reward_model.Args()
+    scorer = models.load_scorer(str(tmp_path), dist.init(1), args, trainable=False)
+    scorer.config.reward_mean = None
+    sequences = data.read_responses(tokenizer, *record)
+    ours = models.score(scorer, [data.Example(sequences, "")], args, torch.device("cpu"))[:, 0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_ppo_on_gsm8k_with_a_verifiable_reward(gguf: str, tmp_path: Path) -> None:
+    flags = settings(gguf, "gsm8k_train.jsonl.gz", tmp_path)
+    flags.pop("max_length")
+    flags |= {"reward": "recipes.rewards:final_number", "rollout_size": 16, "batch_size": 16}
+    flags |= {"max_new_tokens": 128, "max_prompt_length": 256, "missing_eos": "keep"}
+    ppo.main(ppo.Args(**{**flags, "max_steps": 2}))
+    ppo.main(ppo.Args(**flags))  # goes on from step 2
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(abs(row["train/objective/kl"]) < 1 for row in rows[1:])
+    assert all(row["train/sampler_logp_gap_max"] < 1e-3 for row in rows[1:])
