@@ -42,6 +42,8 @@ class Example:
     """numbers that travel with the example into Row.fields"""
     record: dict = field(default_factory=dict)
     """the record as it was read, for judges and reward functions"""
+    label: str = ""
+    """the line of attributes asked for, which a generation for this example starts after"""
 
     @property
     def num_tokens(self) -> int:
@@ -181,8 +183,8 @@ BREAK = "\ufdd0"  # Unicode keeps this out of texts: where `tokenize` cuts
 
 def model_folder(model: str) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
-    if model == "toy":
-        return str(toy_folder() / "model"), None
+    if model in ("toy", "toy/attribute_model"):
+        return str(toy_folder() / (model.partition("/")[2] or "model")), None
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -258,9 +260,9 @@ def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
     a template the turns are plain text and joined as they stand.
     """
     if tokenizer.chat_template is None:
-        return "".join(m["content"] for m in messages)
+        return "".join(m.get("label", "") + m["content"] for m in messages)
     plain = functools.partial(special_tokens(tokenizer).sub, lambda m: m[0][0] + BREAK + m[0][1:])
-    messages = [{**m, "content": plain(m["content"])} for m in messages]
+    messages = [{"role": m["role"], "content": m.get("label", "") + plain(m["content"])} for m in messages]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_reply)
 
 
@@ -304,6 +306,7 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Sequ
     for i in spans:
         is_reply = messages[i]["role"] == "assistant"
         before = render(tokenizer, messages[:i], is_reply) if i else opening(tokenizer, messages[0])
+        before += messages[i].get("label", "")  # context, never trained
         turn = text if i == spans[-1] else render(tokenizer, messages[: i + 1], False)
         if not (text.startswith(turn) and turn.startswith(before)):
             raise ValueError("the chat template rewrites earlier turns; set another one with --chat_template")
@@ -326,10 +329,11 @@ def opening(tokenizer: Any, message: dict[str, str]) -> str:
     return os.path.commonprefix(both)
 
 
-def encode_prompt(tokenizer: Any, prompt: Messages | str) -> list[int]:
-    """Tokens a generation starts from: messages under the template, a string as plain text."""
+def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
+    """Tokens to generate from: messages under the template, a string as plain text; then the label."""
     plain = isinstance(prompt, str)
-    return list(tokenize(tokenizer, prompt if plain else render(tokenizer, prompt, True), plain))
+    text = prompt if plain else render(tokenizer, prompt, True)
+    return list(tokenize(tokenizer, text + label, plain))
 
 
 def common_prefix(a: Any, b: Any) -> int:
@@ -636,6 +640,44 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
+def label_line(attributes: dict[str, float]) -> str:
+    """The line before a conditioned reply: name:value of each attribute that is known, joined by commas."""
+    return (
+        ",".join(f"{name}:{value:.0f}" for name, value in attributes.items() if not math.isnan(value)) + "\n"
+    )
+
+
+def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -> str:
+    """A label line from NeMo-Aligner's string or a dict; "" without a label.
+
+    Raises:
+        RunError: a value outside 0 to 4, or an attribute that is none of `names`, where these are given.
+    """
+    if not label:
+        return ""
+    attributes = read_label({"label": label}, where)
+    if isinstance(label, dict):  # a dict has no order of its own
+        known = [*names] or [*ATTRIBUTES, *sorted(attributes.keys() - set(ATTRIBUTES))]
+        attributes = {name: attributes.pop(name) for name in known if name in attributes} | attributes
+    for name, value in attributes.items():
+        if value not in range(5):
+            raise wrong(where, f"{name}:{value:g}", "a whole number from 0 to 4")
+        if names and name not in names:
+            raise wrong(where, f"the attribute {name}", f"one of {', '.join(names)}")
+    return label_line(attributes)
+
+
+def attach_labels(value: dict, turns: Messages, where: str) -> None:
+    """Put the label line of each reply with it, in a record that NeMo-Aligner calls VALUE_TO_TEXT."""
+    given = first(value, CONVERSATIONS)
+    if value.get("type") != "VALUE_TO_TEXT" or not isinstance(given, list):
+        return
+    for turn, source in zip(turns[len(turns) - len(given) :], given, strict=True):
+        line = read_line(first(source, ("label", "attributes")), where)
+        if line and turn["role"] == "assistant":
+            turn["label"] = line
+
+
 def regroup(records: list[Record], kind: str) -> list[Record]:
     """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
     grouped = []
@@ -695,6 +737,7 @@ def load_sft(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
             return Example([sequence], prompt="")
         prompt, response = read_exchange(tokenizer, value, where)
         trained = trained_turns(value, prompt + response)
+        attach_labels(value, prompt + response, where)
         tokens, mask = encode_response(tokenizer, prompt, response, trained)
         return Example([(tokens, mask | args.train_on_prompt)], prompt)
 

@@ -198,9 +198,10 @@ class Log:
         """Answer the first num_samples distinct prompts, judge the answers and append both to samples.jsonl.
 
         Args:
-            reward: a collective, (examples, texts) -> list of float.
+            reward: a collective, (examples, texts) -> list of float, or of dicts of scores.
 
         Returns:
+            eval/follow/mae/<score> and /pearson/ of the scores an example's label asks for and those found,
             eval/ended, the share that stopped by itself, eval/reward and eval/judge/<score>, on rank 0.
         """
         chosen: dict[str, data.Example] = {}
@@ -208,10 +209,10 @@ class Log:
             if len(chosen) == self.args.num_samples:
                 break
             if example.prompt:
-                chosen.setdefault(json.dumps(example.prompt), example)
+                chosen.setdefault(json.dumps([example.prompt, example.label]), example)
         if not chosen:
             return {}
-        prompts = [data.encode_prompt(tokenizer, example.prompt) for example in chosen.values()]
+        prompts = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in chosen.values()]
         settings = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.args.temperature}
         samples = generate(policy, tokenizer, prompts, **settings, seed=self.args.seed, step=step)
         rewards = reward([*chosen.values()], [sample.text for sample in samples]) if reward else []
@@ -221,11 +222,10 @@ class Log:
         for example, sample in zip(chosen.values(), samples, strict=True):
             prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
             scores = judge(prompt, sample.text) if judge else {}
-            rows.append(
-                {"step": step, "prompt": prompt, "response": sample.text, "ended": sample.ended, **scores}
-            )
+            row = {"step": step, "prompt": prompt, "label": example.label, "response": sample.text}
+            rows.append({**row, "ended": sample.ended, **scores})
         for row, value in zip(rows, rewards, strict=False):
-            row["reward"] = value
+            row |= {**value, **row} if isinstance(value, dict) else {"reward": value}
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb:
@@ -233,12 +233,10 @@ class Log:
 
             table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
             self.wandb.log({"samples": table}, step=step)
-        names = list(rows[0])[3:]
-        return {
-            f"eval/{'' if name in ('ended', 'reward') else 'judge/'}{name}": sum(row[name] for row in rows)
-            / len(rows)
-            for name in names
-        }
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[4:]}
+        plain = ("ended", "reward")
+        metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
+        return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
 
     def _judge(self) -> Callable | None:
         spec = self.args.judge or ("toy.language:judge" if self.args.dataset == "toy" else "")
@@ -276,6 +274,21 @@ class Log:
             before = f"{first[name]:.3f}" if name in first else ""
             table.add_row(name[5:], before, f"{last[name]:.3f}")
         Console().print(table)
+
+
+def following(rows: list[dict]) -> dict[str, float]:
+    """How well scores follow the labels asked for: follow/mae/<score>, follow/pearson/ if these differ."""
+    import pandas as pd
+
+    metrics = {}
+    items = [[item.split(":") for item in row["label"].strip().split(",") if item] for row in rows]
+    asked = pd.DataFrame([dict(item) for item in items])
+    for name in asked.columns.intersection(pd.DataFrame(rows).columns):
+        both = pd.DataFrame({"asked": asked[name].astype(float), "found": [r[name] for r in rows]}).dropna()
+        metrics[f"follow/mae/{name}"] = float((both.asked - both.found).abs().mean())
+        if both.asked.nunique() > 1 and both.found.nunique() > 1:
+            metrics[f"follow/pearson/{name}"] = float(both.corr().iloc[0, 1])
+    return metrics
 
 
 def _read_rows(path: Path) -> list[dict]:
