@@ -1,8 +1,8 @@
 r"""SteerLM 2.0: a policy that follows attributes, trained towards the exact conditional distribution
 
 Section 4.5 of HelpSteer2 (Wang et al., 2024), https://arxiv.org/abs/2406.08673. With x a prompt and a the
-wanted attributes, the target is the posterior P(y|a, x) ~ P(a|x, y) P(y|x), Eq. 1. Of n responses sampled from
-Q', the policy of the last iteration, each has the weight it should have and the one the policy gives it:
+wanted attributes, the target is the posterior P(y|a, x) ~ P(a|x, y) P(y|x), Eq. 1. Of n responses sampled
+from Q', the policy of the last iteration, each has the weight it should have and the one the policy gives:
 
     w'_i = softmax_i( log P(a|x, y_i) + log P(y_i|x) - log Q'(y_i|a, x) )      Eq. 6, 7
     b'_i = softmax_i( log Q(y_i|a, x) - log Q'(y_i|a, x) )                     Eq. 9, 10
@@ -19,6 +19,7 @@ Metrics, results and departures from the papers: docs/steerlm2.md
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -231,20 +232,13 @@ def backward(policy: nn.Module, batch: list[data.Example], args: Args, device: t
         totals.update(metrics)
     if large:
         n = len(large[0].sequences)
-        single = [
-            data.Example([s], "", {"at": float(i)})
-            for i, s in enumerate(s for g in large for s in g.sequences)
-        ]
-        logps = torch.zeros(len(single), device=device)
-        with torch.no_grad():
-            for row in data.rows(single, args.micro_batch_tokens, device):
-                logps[row.example_ids] = response_logps(policy, row, args)
-        logps = dist.sum_over_ranks(logps).view(-1, n).requires_grad_()  # (G, n)
+        sequences = [sequence for group in large for sequence in group.sequences]
+        logps = sequence_logps(policy, sequences, args, device).view(-1, n).requires_grad_()  # (G, n)
         fields = {k: torch.tensor([g.fields[k] for g in large], device=device) for k in large[0].fields}
         log_w, sampler_logps = tables(fields)
         loss = group_loss(logps, sampler_logps, log_w).sum()
         (gradient,) = torch.autograd.grad(loss / len(batch), logps)  # -(w' - b') / groups
-        for row in data.rows(single, args.micro_batch_tokens, device):
+        for row in data.rows([data.Example([s], "") for s in sequences], args.micro_batch_tokens, device):
             (response_logps(policy, row, args) * gradient.flatten()[row.example_ids]).sum().backward()
         weights = log_w.softmax(1)
         share = 1 / dist.world_size()  # every rank has the same sums
@@ -267,6 +261,9 @@ def wanted_sets(args: Args, names: list[str]) -> list[dict[str, float]]:
     """The sets of wanted attributes, each of them an output of the attribute model, in its order."""
     sets = []
     for text in args.attributes.split(";"):
+        item = r"[^:,]+:\s*-?\d+\.?\d*"
+        if not re.fullmatch(rf"{item}(,{item})*", text.strip()):
+            raise data.wrong("attributes", repr(text), "name:value joined by commas, values 0 to 4")
         line = data.read_line(text.strip(), "attributes", names)
         given = dict(item.split(":") for item in line.strip().split(","))
         sets.append({name: float(given[name]) for name in names if name in given})
@@ -319,6 +316,8 @@ def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -
     label = data.read_line(group.get("label"), where) if labelled else ""
     sequences = []
     for reply in data.as_messages(replies, where):
+        if reply["role"] != "assistant":
+            raise data.wrong(where, f"a response from {reply['role']}", "responses from Assistant")
         sequences.append(data.encode_response(tokenizer, prompt, [{**reply, "label": label}]))
     return sequences
 
@@ -368,19 +367,22 @@ def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
     """A file of groups as examples of n sequences, with log w and log Q' as fields.
 
     Raises:
-        RunError: a group without its scores, or of another size than the first.
+        RunError: a group without its scores or its label, or of another size than the first.
     """
     records = data.read_file(path)
+    any_label = any(record.value.get("label") for record in records)
 
     def encode(record: data.Record) -> data.Example:
         group, where = record
         sequences = read_group(tokenizer, group, where)
+        if any_label and not group.get("label"):
+            raise data.wrong(where, "no label", "one, as in other groups")
         fields = {}
         for i, reply in enumerate(group["responses"]):
             found = [data.number(reply.get(name), where, name) for name in SCORES]
             fields[f"log_w{i}"] = (found[0] + found[1] - found[2]) / args.weight_temperature
             fields[f"log_q{i}"] = found[2]
-        size = len(records[0].value["responses"])
+        size = len(records[0].value.get("responses") or ())
         if len(sequences) != size:
             raise data.wrong(where, f"{len(sequences)} responses", f"{size}, as in the first group")
         return data.Example(sequences, "", fields)
@@ -391,7 +393,9 @@ def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
-    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature"))
+    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature", "num_epochs"))
+    if args.temperature <= 0:
+        raise dist.RunError("temperature 0 is greedy and has no probabilities to weigh; expected more than 0")
     if not args.attribute_model:
         raise dist.RunError(
             "attribute_model is not set: a run of reward_model.py --loss regression, or its folder"
@@ -404,6 +408,8 @@ def main(args: Args) -> None:
     num_groups = (
         len(data.read_file(Path(args.groups))) if args.groups else min(args.num_prompts, len(prompts))
     )
+    if num_groups < args.batch_size:
+        raise data.wrong("groups", f"{num_groups} an iteration", f"batch_size, {args.batch_size}, or more")
     steps_each = args.num_epochs * -(-num_groups // args.batch_size)
     num_steps = num_iterations * steps_each if args.max_steps < 0 else args.max_steps
     if not log.begin(num_steps):
@@ -426,8 +432,8 @@ def main(args: Args) -> None:
     def make_groups(number: int) -> Path:
         """Sample and score an iteration's groups with the policy as it is; a file that exists is kept."""
         path = Path(args.groups or f"{args.output_dir}/groups_{number + 1}.jsonl")
-        if dist.from_main(path.exists):
-            return path
+        if dist.from_main(lambda: path.exists() and bool(args.groups or start_step)):
+            return path  # one without a checkpoint may be of other settings
         sampled = replace(args, batch_size=num_groups, max_steps=num_iterations)
         chosen = [
             replace(e, label=wanted[i % len(wanted)])

@@ -157,6 +157,40 @@ def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tens
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def write_lines(path: Path, items: list, key: str, work: Callable[[list], list[dict]]) -> None:
+    """Write work(items) as JSON lines, 256 items at a time; not done, the next call goes on where it stopped.
+
+    Args:
+        key: what the lines depend on besides the items; another key starts anew.
+        work: a collective; every rank gets the same items and returns as many records.
+
+    Raises:
+        RunError: a stop was asked for; what is done stays.
+    """
+    digest = hashlib.sha256(f"{key} {len(items)}".encode()).hexdigest()[:8]
+    unfinished = path.with_name(f"{path.name}.{digest}.part")
+
+    def begin() -> int:
+        lines = unfinished.read_text().splitlines(True) if unfinished.exists() else []
+        done = [line for line in lines if line.endswith("\n")]  # a kill tears the last line
+        unfinished.write_text("".join(done))
+        return len(done)
+
+    for start in range(dist.from_main(begin), len(items), 256):
+        records = work(items[start : start + 256])
+        if dist.is_main():
+            with unfinished.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        dist.all_sum({})
+        if dist.stop_requested():
+            raise dist.RunError(
+                f"{path}: stopped after {start + len(records)} lines; the same command goes on there"
+            )
+    if dist.is_main():
+        os.replace(unfinished, path)
+    dist.barrier()
+
+
 def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
     """compute(), a collective, or its result from an earlier run with the same model files and key."""
     folder, file = data.model_folder(model)

@@ -550,6 +550,8 @@ class Args:
     """toy, a run folder, a Hugging Face folder, a hub id or a .gguf file"""
     system: str = ""
     """system message"""
+    attributes: str = ""
+    """wanted attributes of a conditioned model, as helpfulness:4,toxicity:0"""
     temperature: float = 1.0
     """0 takes the most likely token"""
     max_new_tokens: int = 512
@@ -565,6 +567,7 @@ def main(args: Args) -> None:
     options = SimpleNamespace(dtype="auto", sharding="full", compile=False)
     policy = models.load(args.model, device, options, trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
+    label = data.read_line(args.attributes, "attributes")
     shown = ""
 
     def show(sample: Sample) -> None:
@@ -577,7 +580,7 @@ def main(args: Args) -> None:
         while True:
             text, shown = args.question or input("\n> "), ""
             messages.append({"role": "user", "content": text})
-            prompt = data.encode_prompt(tokenizer, messages if tokenizer.chat_template else text)
+            prompt = data.encode_prompt(tokenizer, messages if tokenizer.chat_template else text, label)
             (reply,) = generate(
                 policy,
                 tokenizer,

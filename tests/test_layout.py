@@ -82,7 +82,7 @@ def arguments(script: str) -> dict[str, tuple[str, str]]:
 
 def test_a_field_of_two_scripts_has_one_type_and_one_help_sentence() -> None:
     own = {"dataset", "batch_size", "loss", "max_length"}  # say what the script's examples are
-    own |= {"max_new_tokens", "temperature"}  # of samples to look at, or to learn from
+    own |= {"max_new_tokens", "temperature", "num_epochs"}  # of samples to look at, or to learn from
     seen: dict[str, tuple[str, str, str]] = {}
     for script in SCRIPTS:
         for name, (kind, text) in arguments(script).items():

@@ -1,0 +1,547 @@
+"""steerlm2.py: its weights, loss and Beta likelihood by hand, its groups and scores, and short runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import read_metrics
+from torch import Tensor
+
+import dpo
+import steerlm2
+from common import data, dist, models
+from common.generate import Sample
+
+LOG_W = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)  # w' = (1, 2, 5) / 8
+LOG_B = torch.tensor([[0.0, 0.0, math.log(2)]], dtype=torch.float64)  # b' = (1, 1, 2) / 4
+ZEROS = torch.zeros(1, 3, dtype=torch.float64)
+
+
+def loss_of(logps: Tensor, sampler_logps: Tensor, log_w: Tensor) -> float:
+    return steerlm2.group_loss(logps, sampler_logps, log_w).item()
+
+
+# by hand
+
+
+def test_weights_and_loss_by_hand() -> None:
+    weights = LOG_W.softmax(1)
+    torch.testing.assert_close(weights, torch.tensor([[0.125, 0.25, 0.625]], dtype=torch.float64))
+    assert (1 / weights.square().sum()).item() == pytest.approx(2.1333, abs=1e-4)
+    # .125 log(.125 / .25) + .25 log(.25 / .25) + .625 log(.625 / .5)
+    assert loss_of(LOG_B, ZEROS, LOG_W) == pytest.approx(0.0528213, abs=1e-7)
+
+
+def test_before_any_step_the_loss_is_log_n_minus_the_entropy_of_the_weights() -> None:
+    # b' = 1/3: log 3 + .125 log .125 + .25 log .25 + .625 log .625
+    assert loss_of(LOG_B, LOG_B, LOG_W) == pytest.approx(0.1983562, abs=1e-7)
+
+
+def test_the_gradient_is_eq_11() -> None:
+    logps = LOG_B.clone().requires_grad_()
+    steerlm2.group_loss(logps, ZEROS, LOG_W).sum().backward()
+    # -(w' - b') = -(.125 - .25, .25 - .25, .625 - .5)
+    expected = torch.tensor([[0.125, 0.0, -0.125]], dtype=torch.float64)
+    torch.testing.assert_close(logps.grad, expected, rtol=0, atol=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    log_w, sampler, logps = (
+        3 * torch.randn(5, 10, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
+    logps.requires_grad_()
+    steerlm2.group_loss(logps, sampler, log_w).sum().backward()
+    expected = (logps - sampler).softmax(1) - log_w.softmax(1)
+    torch.testing.assert_close(logps.grad, expected.detach(), rtol=0, atol=1e-9)
+
+
+def test_two_responses_of_which_one_has_all_weight_are_dpo_with_beta_1() -> None:
+    log_w = torch.tensor([[0.0, -1e4]])
+    logps, sampler = torch.tensor([[-7.0, -9.2]]), torch.tensor([[-7.1, -9.0]])  # margin .1 + .2
+    assert loss_of(logps, sampler, log_w) == pytest.approx(0.554355, abs=1e-6)
+    assert loss_of(logps, sampler, log_w) == pytest.approx(
+        dpo.dpo_loss(torch.tensor(0.3), 1.0).item(), abs=1e-6
+    )
+
+
+# limits
+
+
+def test_where_the_policy_has_the_weights_loss_and_gradient_are_zero() -> None:
+    sampler = torch.tensor([[-3.0, -8.0, -1.0]], dtype=torch.float64)
+    logps = (LOG_W + sampler - 11.0).requires_grad_()
+    loss = steerlm2.group_loss(logps, sampler, LOG_W)
+    loss.sum().backward()
+    assert abs(loss.item()) < 1e-12 and logps.grad.abs().max() < 1e-12
+
+
+def test_a_constant_added_to_a_column_changes_nothing() -> None:
+    sampler = ZEROS - 2.0
+    plain = loss_of(LOG_B, sampler, LOG_W)
+    assert loss_of(LOG_B + 40, sampler, LOG_W) == pytest.approx(plain, abs=1e-12)
+    assert loss_of(LOG_B, sampler - 40, LOG_W) == pytest.approx(plain, abs=1e-12)
+    assert loss_of(LOG_B, sampler, LOG_W + 40) == pytest.approx(plain, abs=1e-12)
+
+
+def test_a_group_of_one_has_no_loss() -> None:
+    assert loss_of(torch.tensor([[-3.0]]), torch.tensor([[-5.0]]), torch.tensor([[2.0]])) == 0.0
+
+
+def test_weights_far_apart_stay_finite() -> None:
+    logps = torch.tensor([[-3000.0, 0.0]], requires_grad=True)
+    loss = steerlm2.group_loss(logps, torch.zeros(1, 2), torch.tensor([[0.0, -3000.0]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(3000) and logps.grad.tolist() == [[-1.0, 1.0]]
+
+
+# P(a|x, y)
+
+BETA_TABLE = [
+    (1.0, "fifths", (0.305, 0.641, 0.054, 0.0, 0.0)),
+    (1.0, "nearest", (0.059, 0.855, 0.086, 0.0, 0.0)),
+    (2.0, "fifths", (0.001, 0.163, 0.673, 0.163, 0.001)),
+    (2.0, "nearest", (0.0, 0.109, 0.782, 0.109, 0.0)),
+    (3.0, "fifths", (0.0, 0.0, 0.054, 0.641, 0.305)),
+    (3.0, "nearest", (0.0, 0.0, 0.086, 0.855, 0.059)),
+    (3.8, "fifths", (0.0, 0.0, 0.0, 0.009, 0.991)),
+    (3.8, "nearest", (0.0, 0.0, 0.0, 0.067, 0.933)),
+]
+
+
+@pytest.mark.parametrize(("predicted", "edges", "expected"), BETA_TABLE)
+def test_the_beta_table(predicted: float, edges: str, expected: tuple[float, ...]) -> None:
+    probs = steerlm2.beta_logprobs(torch.tensor(predicted), 24.0, edges).exp()
+    torch.testing.assert_close(probs, torch.tensor(expected), rtol=0, atol=1e-3)
+
+
+def test_a_bin_in_the_tail_by_hand() -> None:
+    # log P(a = 4 | r = 3), alpha 18, beta 6: of the mass above .8, and above .875
+    for edges, value in (("fifths", -1.1864), ("nearest", -2.8355)):
+        logprobs = steerlm2.beta_logprobs(torch.tensor(3.0), 24.0, edges)
+        assert logprobs[4].item() == pytest.approx(value, abs=1e-3)
+
+
+@pytest.mark.parametrize("edges", ["nearest", "fifths"])
+@pytest.mark.parametrize("predicted", [-1.0, 0.0, 4.0, 5.0])
+def test_predictions_at_and_past_the_ends_are_finite(predicted: float, edges: str) -> None:
+    logprobs = steerlm2.beta_logprobs(torch.tensor(predicted), 24.0, edges)
+    assert logprobs.isfinite().all() and logprobs.exp().sum().item() == pytest.approx(1, abs=1e-6)
+    assert logprobs.argmax().item() == (0 if predicted <= 0 else 4)
+
+
+@pytest.mark.parametrize(("edges", "is_calibrated"), [("nearest", True), ("fifths", False)])
+def test_nearest_edges_are_calibrated_and_fifths_are_not(edges: str, is_calibrated: bool) -> None:
+    grid = torch.linspace(0, 4, 81)
+    means = steerlm2.beta_logprobs(grid, 24.0, edges).exp() @ torch.arange(5.0)
+    assert ((means - grid).abs().max().item() <= 0.15) == is_calibrated
+
+
+def test_attributes_are_independent() -> None:
+    args = steerlm2.Args()
+    predicted, wanted = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([[1.0, 4.0], [2.0, 1.0]])
+    found = steerlm2.attribute_logps(predicted, wanted, args)
+    # log(.855) - 2.8355, and log(.782) + log(.109)
+    torch.testing.assert_close(found, torch.tensor([-2.9922, -2.4623]), rtol=0, atol=5e-3)
+
+
+NAMES = ["verbosity", "toxicity", "helpfulness"]
+
+
+def test_wanted_sets_are_in_the_order_of_the_attribute_model() -> None:
+    args = steerlm2.Args(attributes="toxicity:0,verbosity:1; helpfulness:4")
+    sets = steerlm2.wanted_sets(args, NAMES)
+    assert sets == [{"verbosity": 1.0, "toxicity": 0.0}, {"helpfulness": 4.0}]
+    assert [data.label_line(s) for s in sets] == ["verbosity:1,toxicity:0\n", "helpfulness:4\n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("humor:1", "the attribute humor"),
+        ("toxicity:5", "toxicity:5"),
+        ("toxicity:-1", "toxicity:-1"),
+        ("toxicity:0.5", "toxicity:0.5"),
+        ("toxicity", "name:value"),
+        ("toxicity:0;", "name:value"),
+        ("", "name:value"),
+    ],
+)
+def test_attributes_that_cannot_be_wanted(text: str, message: str) -> None:
+    with pytest.raises(dist.RunError, match=message):
+        steerlm2.wanted_sets(steerlm2.Args(attributes=text), NAMES)
+
+
+# groups
+
+
+def a_group(*responses: str, label: str | None = "helpfulness:4,verbosity:1", **changes: Any) -> dict:
+    """NeMo-Aligner's record."""
+    scores = [dict(zip(steerlm2.SCORES, (-1.0 - i, -3.0, -2.0 - 2 * i), strict=True)) for i in range(9)]
+    replies = [{"from": "Assistant", "value": r, **s} for r, s in zip(responses, scores, strict=False)]
+    prompt = [{"from": "User", "value": "2+2?"}]
+    return {"system": "Be brief.", "prompt_turns": prompt, "label": label, "responses": replies, **changes}
+
+
+def write(path: Path, groups: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    return path
+
+
+def test_with_and_without_label_the_same_tokens_are_scored(tokenizer: Any) -> None:
+    end, group = data.end_token(tokenizer), a_group("four of them", "2")
+    both = [steerlm2.read_group(tokenizer, group, "here", labelled) for labelled in (True, False)]
+    for reply, labelled, plain in zip(("four of them", "2"), *both, strict=True):
+        expected = [*data.tokenize(tokenizer, reply), end]  # so no token of the label
+        for tokens, mask in (labelled, plain):
+            assert tokens[mask].tolist() == expected and mask[-len(expected) :].all()
+        context = labelled[0][~labelled[1]].tolist()
+        assert tokenizer.decode(context).endswith("helpfulness:4,verbosity:1\n")
+        assert "helpfulness" not in tokenizer.decode(plain[0].tolist())
+
+
+def test_a_sampled_response_starts_where_a_scored_one_does(tokenizer: Any) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    start = data.encode_prompt(tokenizer, prompt, "helpfulness:4,verbosity:1\n")
+    ((tokens, mask),) = steerlm2.read_group(tokenizer, a_group("4"), "here")
+    assert tokens[~mask].tolist() == start
+
+
+def nemo_record() -> dict:
+    group = a_group("4", "22")
+    for reply, scores in zip(group["responses"], ((-1.2, -3.0, -2.5), (-9.1, -6.0, -5.0)), strict=True):
+        reply |= dict(zip(steerlm2.SCORES, scores, strict=True))
+    return group
+
+
+def test_nemo_aligners_record_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "groups.jsonl", [nemo_record()])
+    (group,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args())
+    log_w, sampler = steerlm2.tables({k: torch.tensor([v]) for k, v in group.fields.items()})
+    # log w = -1.2 - 3 + 2.5 and -9.1 - 6 + 5
+    torch.testing.assert_close(log_w, torch.tensor([[-1.7, -10.1]]))
+    torch.testing.assert_close(log_w.softmax(1), torch.tensor([[0.99978, 0.00022]]), rtol=0, atol=1e-5)
+    assert sampler.tolist() == [[-2.5, -5.0]]
+    (group,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args(weight_temperature=2.0))
+    assert group.fields["log_w1"] == pytest.approx(-5.05) and group.fields["log_q1"] == -5.0
+
+
+def test_ten_or_more_responses_keep_their_order() -> None:
+    fields = {f"log_{x}{i}": torch.tensor([float(i)]) for i in range(12) for x in "wq"}
+    log_w, sampler = steerlm2.tables(fields)
+    assert log_w.tolist() == sampler.tolist() == [[float(i) for i in range(12)]]
+
+
+def no_score() -> dict:
+    group = a_group("a", "b")
+    del group["responses"][1]["log(P(y|x))"]
+    return group
+
+
+TWO_TURNS = [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (a_group("a"), "found 1 responses; expected 2"),
+        (a_group("a", "b", "c"), "found 3 responses; expected 2"),
+        (no_score(), r"log\(P\(y\|x\)\) None; expected a number"),
+        (a_group("a", "b", label=None), "found no label"),
+        (a_group("a", "b", label="verbosity:5"), "verbosity:5; expected a whole number from 0 to 4"),
+        (a_group("a", "b", prompt_turns=TWO_TURNS), "an odd number"),
+        (a_group("a", "b", responses=None), "and responses"),
+        (a_group("a", "b", responses=[{"from": "User", "value": "a"}] * 2), "a response from user"),
+    ],
+)
+def test_a_wrong_group_is_named(tokenizer: Any, tmp_path: Path, group: dict, message: str) -> None:
+    path = write(tmp_path / "groups.jsonl", [a_group("a", "b"), group])
+    with pytest.raises(dist.RunError, match=f"groups.jsonl:2: .*{message}"):
+        steerlm2.read_groups(path, tokenizer, steerlm2.Args())
+
+
+def test_groups_that_all_lack_a_label_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "groups.jsonl", [a_group("a", label=None), a_group("b", label=None)])
+    assert len(steerlm2.read_groups(path, tokenizer, steerlm2.Args())) == 2
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, ended: list[bool]) -> None:
+    samples = [Sample(i // 2, i % 2, [1], [2], [0.0], end, f"reply {i}") for i, end in enumerate(ended)]
+    monkeypatch.setattr(steerlm2, "generate", lambda *args, **kwargs: samples)
+
+
+def test_groups_with_a_response_cut_off_are_dropped_and_counted(
+    tokenizer: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    system = {"role": "system", "content": "Be kind."}
+    prompts = [
+        data.Example([], [system, {"role": "user", "content": f"{i}?"}], label="toxicity:0\n")
+        for i in range(3)
+    ]
+    args = steerlm2.Args(num_responses=2)
+    scripted(monkeypatch, [True, True, True, False, True, True])
+    first, last = steerlm2.sample_groups(None, tokenizer, prompts, 0, args)
+    assert "1 dropped, a response was cut off" in capsys.readouterr().out
+    assert first["system"] == "Be kind." and first["prompt_turns"] == [{"from": "User", "value": "0?"}]
+    assert [reply["value"] for reply in last["responses"]] == ["reply 4", "reply 5"]
+    assert last["label"] == "toxicity:0"
+    scripted(monkeypatch, [True, False] * 3)
+    with pytest.raises(dist.RunError, match="no group is left"):
+        steerlm2.sample_groups(None, tokenizer, prompts, 0, args)
+
+
+# through the model
+
+TEXTS = [
+    "one",
+    "the cat lives in the house",
+    "you can feed the horse some hay. happy to help",
+    "no",
+    "a cow says moo",
+]
+
+
+def made_up(folder: Path, count: int = 6) -> Path:
+    """Groups of three responses, of very different lengths."""
+    groups = []
+    for i in range(count):
+        replies = [" and ".join([TEXTS[(i + k) % 5]] * (1 + 3 * (i % 2))) for k in range(3)]
+        groups.append(a_group(*replies, prompt_turns=[{"from": "User", "value": TEXTS[i % 5] + "?"}]))
+    return write(folder / "groups.jsonl", groups)
+
+
+def test_a_dummy_row_has_no_loss_and_a_zero_gradient(
+    tiny_model: str, device: torch.device, tmp_path: Path
+) -> None:
+    args = steerlm2.Args(model=tiny_model)
+    policy = models.load(tiny_model, device, args)
+    groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
+    loss, metrics = steerlm2.loss_and_metrics(policy, data.make_row(groups, [], device), args)
+    loss.backward()
+    assert loss.item() == 0.0 and all(value.item() == 0 for value in metrics.values())
+    assert models.clip_grad_norm(policy, 1.0).item() == 0.0
+
+
+def test_a_group_larger_than_a_micro_batch_has_the_same_gradient(
+    tiny_model: str, device: torch.device, tmp_path: Path
+) -> None:
+    args = steerlm2.Args(model=tiny_model, micro_batch_tokens=100_000)
+    policy = models.load(tiny_model, device, args)
+    groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
+    sizes = sorted(group.num_tokens for group in groups)
+    found = []
+    for limit in (100_000, sizes[3] - 1, 20):  # none, some and all are larger
+        changed = steerlm2.Args(model=tiny_model, micro_batch_tokens=limit)
+        sums = steerlm2.backward(policy, list(groups), changed, device)
+        grads = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
+        policy.zero_grad()
+        found.append(({name: value.item() for name, value in sums.items()}, grads))
+    assert sizes[0] < sizes[3] - 1 < sizes[-1]
+    for sums, grads in found[1:]:
+        assert sums == pytest.approx(found[0][0], rel=1e-5)
+        assert (grads - found[0][1]).norm() <= 1e-5 * found[0][1].norm()
+        torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-5)
+
+
+# runs
+
+TINY = {
+    "attribute_model": "toy/attribute_model",
+    "attributes": "helpfulness:4,verbosity:1",
+    "batch_size": 3,
+    "learning_rate": 3e-3,
+    "warmup_steps": 1,
+    "num_samples": 0,
+    "micro_batch_tokens": 100_000,
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The toy's first prompts."""
+    folder = tmp_path_factory.mktemp("prompts")
+    for split in ("train", "test"):
+        lines = (toy / "prompts" / f"{split}.jsonl").read_text().splitlines(keepends=True)[:64]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+def run(folder: str, **settings: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) after each step of a run; called here and on the two ranks."""
+    steerlm2.main(steerlm2.Args(**settings, output_dir=folder))
+    return [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(folder) if row["step"]]
+
+
+def assert_same(ours: list, theirs: list, steps: int) -> None:
+    assert len(ours) == len(theirs) == steps
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5), f"{ours}\n{theirs}"
+
+
+def test_runs_on_a_file_of_groups_do_not_depend_on_ranks_or_micro_batches(
+    tiny_model: str, prompts: str, tmp_path: Path, two_ranks: Any
+) -> None:
+    groups = str(made_up(tmp_path, 7))  # 3, 3, then 1 group of this pass and 2 of the next
+    settings = {**TINY, "model": tiny_model, "dataset": prompts, "groups": groups, "num_epochs": 1}
+    alone = run(str(tmp_path / "one"), **settings)
+    assert abs(alone[0][0] - alone[-1][0]) > 0.01
+    for limit in (100_000, 150):
+        limited = {**settings, "micro_batch_tokens": limit}
+        ours, also = two_ranks("test_steerlm2:run", folder=str(tmp_path / f"two_{limit}"), **limited)
+        assert ours == also
+        assert_same(ours, [list(x) for x in alone], 3)
+
+
+def test_nemo_aligners_record_is_trained_on(tiny_model: str, prompts: str, tmp_path: Path) -> None:
+    groups = str(write(tmp_path / "groups.jsonl", [nemo_record()] * 2))
+    changed = {"batch_size": 2, "model": tiny_model, "dataset": prompts, "groups": groups, "num_epochs": 3}
+    losses = [loss for loss, _ in run(str(tmp_path / "run"), **{**TINY, **changed})]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert not list((tmp_path / "run").glob("groups*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"attribute_model": ""}, "attribute_model is not set"),
+        ({"temperature": 0.0}, "temperature 0 is greedy"),
+        ({"num_prompts": 2}, "found 2 an iteration; expected batch_size, 3, or more"),
+    ],
+)
+def test_settings_that_cannot_be_run(
+    tiny_model: str, prompts: str, tmp_path: Path, changed: dict, message: str
+) -> None:
+    with pytest.raises(dist.RunError, match=message):
+        run(str(tmp_path), **{**TINY, "model": tiny_model, "dataset": prompts, **changed})
+
+
+SAMPLED = {
+    "attribute_model": "toy/attribute_model",
+    "attributes": "toxicity:0,verbosity:1;toxicity:4,verbosity:1",
+    "num_prompts": 12,
+    "num_responses": 4,
+    "num_epochs": 1,
+    "batch_size": 4,
+    "learning_rate": 3e-4,
+    "warmup_steps": 1,
+    "max_new_tokens": 48,
+    "num_samples": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def sampled(prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations of three steps, in a folder where a run without a checkpoint left a file of groups."""
+    folder = tmp_path_factory.mktemp("sampled")
+    write(folder / "groups_1.jsonl", [a_group("stale")] * 12)
+    run(str(folder), **SAMPLED, dataset=prompts)
+    return folder
+
+
+def test_every_response_is_scored_by_the_three_models(sampled: Path, device: torch.device) -> None:
+    lines = [json.loads(line) for line in (sampled / "groups_1.jsonl").read_text().splitlines()]
+    assert {line["label"] for line in lines} == {"verbosity:1,toxicity:0", "verbosity:1,toxicity:4"}
+    args, tokenizer = steerlm2.Args(), data.load_tokenizer("toy")
+    policy = models.load("toy", device, args, trainable=False)
+    scorer = models.load_scorer("toy/attribute_model", device, args, trainable=False)
+    names = models.output_names(scorer)
+    for line in lines[:2]:
+        found = {name: torch.tensor([reply[name] for reply in line["responses"]]) for name in steerlm2.SCORES}
+        plain = steerlm2.read_group(tokenizer, line, "", labelled=False)
+        predicted = models.score(scorer, [data.Example(plain, "")], args, device)
+        expected = torch.zeros(len(plain))
+        for item in line["label"].split(","):
+            name, value = item.split(":")
+            expected += steerlm2.beta_logprobs(predicted[:, names.index(name)])[:, int(value)]
+        torch.testing.assert_close(found["log(P(a|x,y))"], expected, rtol=1e-4, atol=1e-4)
+        for name, sequences in (
+            ("log(P(y|x))", plain),
+            ("log(Q(y|a,x))", steerlm2.read_group(tokenizer, line, "")),
+        ):
+            expected = steerlm2.sequence_logps(policy, sequences, args, device)
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_stored_logps_of_the_sampler_are_those_of_the_training_forward(
+    sampled: Path, device: torch.device
+) -> None:
+    args = steerlm2.Args()
+    policy = models.load("toy", device, args)
+    groups = steerlm2.read_groups(sampled / "groups_1.jsonl", data.load_tokenizer("toy"), args)
+    for row in data.rows(list(groups), 0, device):
+        _, sampler = steerlm2.tables(row.fields)
+        logps = steerlm2.response_logps(policy, row, args).view(sampler.shape)
+        assert ((logps - sampler).abs() <= 1e-5 * sampler.abs().clamp(min=1)).all()
+
+
+def test_an_iteration_starts_at_its_sampler(sampled: Path) -> None:
+    rows = {row["step"]: row for row in read_metrics(sampled)}
+    settings = steerlm2.Args(**SAMPLED, max_steps=6)
+    for number, step in ((1, 1), (2, 4)):
+        groups = steerlm2.read_groups(
+            sampled / f"groups_{number}.jsonl", data.load_tokenizer("toy"), settings
+        )
+        batch = data.batch(groups, step, settings)
+        log_w = torch.tensor([[e.fields[f"log_w{i}"] for i in range(4)] for e in batch])
+        entropy = torch.distributions.Categorical(logits=log_w).entropy().mean().item()
+        assert rows[step]["train/kl"] == pytest.approx(0, abs=1e-5)
+        assert rows[step]["train/loss"] == pytest.approx(math.log(4) - entropy, abs=1e-5)
+    assert abs(rows[2]["train/kl"]) > 1e-4  # and moves away from it
+
+
+def test_a_run_stopped_within_an_iteration_resumes_on_its_groups(
+    sampled: Path, prompts: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(str(folder), **SAMPLED, dataset=prompts, max_steps=2)
+    written = (folder / "groups_1.jsonl").stat().st_mtime_ns
+    ours = run(str(folder), **SAMPLED, dataset=prompts)
+    assert (folder / "groups_1.jsonl").stat().st_mtime_ns == written
+    straight = [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(sampled) if row["step"]]
+    assert ours == straight and len(ours) == 6
+    with pytest.raises(dist.RunError, match="num_epochs"):
+        run(str(folder), **{**SAMPLED, "num_epochs": 2}, dataset=prompts)
+
+
+def test_two_ranks_sample_score_and_train_alike(
+    sampled: Path, prompts: str, tmp_path: Path, two_ranks: Any
+) -> None:
+    folder = tmp_path / "run"
+    ours, also = two_ranks("test_steerlm2:run", folder=str(folder), **SAMPLED, dataset=prompts)
+    straight = [[row["train/loss"], row["train/grad_norm"]] for row in read_metrics(sampled) if row["step"]]
+    assert ours == also
+    assert_same(ours, straight, 6)
+
+
+# learning
+
+
+def following(folder: Path, **settings: Any) -> tuple[dict, dict]:
+    """The first and the last evaluation, on the same prompts."""
+    steerlm2.main(steerlm2.Args(**{**steerlm2.TOY, **settings}, output_dir=str(folder)))
+    rows = [row for row in read_metrics(folder) if "eval/follow/mae/toxicity" in row]
+    return rows[0], rows[-1]
+
+
+def test_a_run_on_the_toy_world_follows_toxicity_better(prompts: str, tmp_path: Path) -> None:
+    settings = {
+        "num_prompts": 48,
+        "num_responses": 6,
+        "batch_size": 16,
+        "num_iterations": 1,
+        "num_samples": 64,
+    }
+    judge = "toy.language:judge"
+    before, after = following(tmp_path, **settings, dataset=prompts, judge=judge, max_steps=10)
+    assert after["eval/follow/mae/toxicity"] < before["eval/follow/mae/toxicity"]
+
+
+@pytest.mark.slow
+def test_three_seeds_follow_better_than_their_starting_policy(tmp_path: Path) -> None:
+    gains = []
+    for seed in (1, 2, 3):
+        before, after = following(tmp_path / str(seed), num_prompts=96, num_iterations=1, seed=seed)
+        for name in ("toxicity", "verbosity"):
+            gains.append(before[f"eval/follow/mae/{name}"] - after[f"eval/follow/mae/{name}"])
+    print(f"gain in mean absolute error: {gains}")
+    assert sum(gains) / len(gains) > 0.1
