@@ -237,8 +237,9 @@ def group_advantages(returns: Tensor, valid: Tensor, kind: str) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """Unit variance, and mean 0 with shift, over all tokens of a rollout; biased variance. (R, L)"""
-    mean = (x * mask).sum() / mask.sum()
-    variance = ((x - mean).square() * mask).sum() / mask.sum()
+    count = mask.sum().clamp(min=1)  # 0 where every response of a rollout was cut off and is masked
+    mean = (x * mask).sum() / count
+    variance = ((x - mean).square() * mask).sum() / count
     return (x - mean * shift) * (variance + 1e-8).rsqrt() * mask
 
 
@@ -473,14 +474,14 @@ def roll_out(
         "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
         "objective/kl_coef": torch.tensor(kl_coef),
         "objective/ref_perplexity": (-(ref_logps * mask).sum() / mask.sum()).exp(),
-        "frac_reward_zero_std": (groups.std(1, correction=0) == 0).float().mean(),
+        "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "completions/mean_length": lengths.float().mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - ended.float().mean(),
         "val/num_eos_tokens": ended.sum(),
         "val/explained_variance": 1 - explained,
-        "advantages_std": (squared_deviations(advantages, counted) / counted.sum()).sqrt(),
+        "advantages_std": (squared_deviations(advantages, counted) / counted.sum().clamp(min=1)).sqrt(),
         "sampler_logp_gap_mean": gap.mean(),
         "sampler_logp_gap_max": gap.max(),
     }
@@ -491,7 +492,7 @@ def roll_out(
 
 def squared_deviations(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of squared deviations from the mean over the tokens of a mask. -> scalar"""
-    return ((x - (x * mask).sum() / mask.sum()).square() * mask).sum()
+    return ((x - (x * mask).sum() / mask.sum().clamp(min=1)).square() * mask).sum()
 
 
 # ------------------------------------------------------------------------------------------------ the updates
@@ -595,7 +596,8 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
     parts, value_model = {"policy": (policy, optimizer)}, None
     if args.advantage == "gae":
-        start = next((reward.name for reward in rewards if reward.scorer), args.model)
+        alike = (r.name for r in rewards if r.scorer and r.tokenizer.get_vocab() == tokenizer.get_vocab())
+        start = next(alike, args.model)  # it reads the policy's tokens
         value_model = models.load_scorer(start, device, args, ["value"], zero_head=True)
         groups = models.parameter_groups(value_model, args.weight_decay)
         value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))

@@ -252,8 +252,8 @@ def evaluation(rewards: Tensor, examples: list[data.Example], args: Args) -> dic
     low, high = wilson_interval(right.sum().item(), len(right))
     lengths = torch.tensor([float(mask.sum()) for e in examples for _, mask in e.sequences])
     by_length, _ = ordered_right(*arrange(lengths[:, None], fields, args))
-    ties = (ordered_right(-arrange(lengths[:, None], fields, args)[0], target)[0] + by_length).mean().item()
-    longer = by_length.mean().item() + (1 - ties) / 2  # equal lengths are a coin flip
+    unequal = by_length + ordered_right(-arrange(lengths[:, None], fields, args)[0], target)[0]
+    longer = (by_length + (1 - unequal) / 2).mean().item()  # equal lengths are a coin flip
     return metrics | {
         "accuracy": right.mean().item(),
         "accuracy_low": low,
@@ -285,7 +285,9 @@ def calibration_error(table: Tensor, ranks: Tensor, num_bins: int = 10) -> float
 def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[data.Example]]:
     """Held-out examples by the name of their file, which prefixes their metrics where there are several."""
     sources = [source for source, _ in data.read_sources(args.eval_dataset or args.dataset)]
-    names = [f"{Path(source).name.split('.')[0]}/" for source in sources] if len(sources) > 1 else [""]
+    stems = [Path(source).name.split(".")[0] for source in sources]
+    names = [f"{x}/" if stems.count(x) == 1 else f"{x}_{i}/" for i, x in enumerate(stems, 1)]
+    names = names if len(names) > 1 else [""]
     sets, start = {}, 0
     for name, (size, _) in zip(names, eval_set.parts, strict=True):
         sets[name] = eval_set[start : start + size]
@@ -383,9 +385,7 @@ def main(args: Args) -> None:
     # models
     names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]
     scorer = models.load_scorer(args.model, device, args, names)
-    scorer.config.reward_mean = scorer.config.reward_std = (
-        None  # of the model it starts from, if that has them
-    )
+    scorer.config.reward_mean = scorer.config.reward_std = None  # not those of the model it starts from
     optimizer = torch.optim.AdamW(models.parameter_groups(scorer, args.weight_decay), betas=(0.9, 0.95))
     parts = {"policy": (scorer, optimizer)}
     resumed = checkpoint.resume(args, parts)

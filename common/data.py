@@ -720,7 +720,7 @@ def read_responses(tokenizer: Any, value: dict, where: str) -> list[Sequence]:
     if value.get("responses") is not None:
         prompt = read_prompt(tokenizer, value, where)
         sides = [as_turns(tokenizer, response, where, "assistant") for response in value["responses"]]
-    elif first(value, ("chosen", "chosen_response")) is not None:
+    elif first(value, ("chosen", "chosen_response", "preference_strength")) is not None:
         prompt, *sides, _ = read_pair(tokenizer, value, where)
     else:
         prompt, response = read_exchange(tokenizer, value, where)
@@ -767,12 +767,11 @@ def load_ranked(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
             ranks = [1.0, 2.0]
         else:
             responses, ranks = value["responses"], value.get("ranks")
-            lists = isinstance(responses, list) and isinstance(ranks, list)
-            if not lists or len(responses) != len(ranks) or len(set(map(str, ranks))) < 2:
+            ranks = [number(rank, where, "ranks") for rank in ranks] if isinstance(ranks, list) else []
+            if not isinstance(responses, list) or len(responses) != len(ranks) or len(set(ranks)) < 2:
                 raise wrong(where, value, "responses and as many ranks, not all equal")
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
-            ranks = [number(rank, where, "ranks") for rank in ranks]
         fields = {f"rank_{k}": rank for k, rank in enumerate(ranks)}
         return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
 

@@ -380,8 +380,64 @@ def test_comparisons_in_pairs_of_lines(families: dict, tmp_path: Path) -> None:
     one, two = load("pairs", write(tmp_path, *lines), families["chatml"])
     assert [scored(families["chatml"], s) for s in one.sequences] == [[f"7{END}"], [f"8{END}"]]
     assert [scored(families["chatml"], s) for s in two.sequences] == [[f"8{END}"], [f"7{END}"]]
-    with pytest.raises(dist.RunError, match=r"odd.jsonl:3: found a chosen text; expected a rejected"):
+    with pytest.raises(dist.RunError, match=r"odd.jsonl:3: found one text of a pair; expected the other"):
         load("pairs", write(tmp_path, *lines[:3], name="odd.jsonl"), families["chatml"])
+
+
+def test_the_sign_of_a_strength_tells_the_side_and_its_size_is_the_margin(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def helpsteer(one: str, two: str, strength: float) -> list[dict]:
+        return [{"prompt": "3+4?", "response_1": one, "response_2": two, "preference_strength": strength}]
+
+    def nemo(one: str, two: str, strength: float) -> list[dict]:
+        label = [strength, -100, -100] if one == "7" else [-100, strength, -100]  # the first known value
+        return [{"text": f"{NEMO}{reply}\n<extra_id_2>", "label": label} for reply in (one, two)]
+
+    for name, make in (("columns", helpsteer), ("lines", nemo)):
+        records = [*make("7", "8", -2), *make("8", "7", 3), *make("7", "8", 0)]  # negative: the first
+        source = write(tmp_path, *records, name=f"{name}.jsonl")
+        for example, margin in zip(load("pairs", source, families["chatml"]), (2.0, 3.0), strict=True):
+            texts = [scored(families["chatml"], s) for s in example.sequences]
+            assert texts == [[f"7{END}"], [f"8{END}"]] and example.prompt == [ASK]
+            assert example.fields["margin"] == margin
+        assert f"{name}.jsonl: 1 pairs without a preference dropped" in capsys.readouterr().out
+
+
+def test_lines_of_a_pair_with_other_labels_are_refused(families: dict, tmp_path: Path) -> None:
+    lines = [{"text": f"{NEMO}{reply}\n<extra_id_2>", "label": [-int(reply)]} for reply in "78"]
+    with pytest.raises(dist.RunError, match="data.jsonl:1: found one text of a pair; expected the other"):
+        load("pairs", write(tmp_path, *lines), families["chatml"])
+
+
+def test_rankings_have_a_rank_for_each_response_and_no_number_beyond(families: dict, tmp_path: Path) -> None:
+    records = [
+        {"prompt": "3+4?", "responses": ["8", "7", [SEVEN]], "ranks": [2, 1, 1]},
+        {"prompt": [ASK], "chosen": [SEVEN], "rejected": [EIGHT]},
+        {"prompt": "3+4?", "response_1": "8", "response_2": "7", "preference_strength": 1},
+    ]
+    three, two, turned = load("ranked", write(tmp_path, *records), families["chatml"])
+    replies = [[scored(families["chatml"], s) for s in e.sequences] for e in (three, two, turned)]
+    assert replies == [[[f"{x}{END}"] for x in texts] for texts in ("877", "78", "78")]
+    assert three.fields == {"rank_0": 2.0, "rank_1": 1.0, "rank_2": 1.0}
+    assert two.fields["rank_0"] == 1 and two.fields["rank_1"] == 2 and math.isnan(two.fields["rank_2"])
+    long = {"prompt": "3+4?", "responses": ["7", "8 " * 200], "ranks": [1, 2]}
+    kept = load("ranked", write(tmp_path, records[0], long), families["chatml"], max_length=100)
+    assert len(kept) == 1  # never cut
+
+
+def test_responses_of_any_record_can_be_scored(families: dict) -> None:
+    records = [
+        ({"prompt": "3+4?", "responses": ["7", "8", "9"]}, "789"),
+        ({"prompt": "3+4?", "response_1": "8", "response_2": "7", "preference_strength": 1}, "78"),
+        *((record, "78") for record in PAIRS),
+        ({"text": f"{NEMO}7\n<extra_id_2>", "label": [-2, -100]}, "7"),
+        ({"messages": [ASK, SEVEN]}, "7"),
+        ({"prompt": "3+4?", "response": "7"}, "7"),
+    ]
+    for record, replies in records:
+        found = data.read_responses(families["chatml"], record, "here")
+        assert [scored(families["chatml"], s) for s in found] == [[f"{reply}{END}"] for reply in replies]
 
 
 def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
@@ -474,7 +530,15 @@ def test_the_examples_of_the_docs_page_load(families: dict, tmp_path: Path, kind
 
 
 def test_the_docs_page_has_examples_of_every_kind() -> None:
-    assert [kind for kind, _ in blocks()] == ["sft", "pairs", "pairs", "prompts", "ratings"]
+    assert [kind for kind, _ in blocks()] == [
+        "sft",
+        "pairs",
+        "pairs",
+        "pairs",
+        "ranked",
+        "prompts",
+        "ratings",
+    ]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
@@ -565,6 +629,10 @@ BAD = [
         '{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: a"}',
         r":2: found .*end with an assistant turn",
     ),
+    ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1.0]}', r":2: found .*not all equal"),
+    ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', r":2: found .*as many ranks"),
+    ("ranked", '{"prompt": "a", "responses": ["b", "c"]}', r":2: found .*as many ranks"),
+    ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, null]}', r":2: found ranks None"),
     ("prompts", '{"answer": "7"}', r":2: found the fields answer; expected one of prompt, instruction"),
     ("prompts", '{"prompt": [{"role": "assistant", "content": "b"}]}', r":2: .*ends with a turn of the user"),
 ]

@@ -11,6 +11,7 @@ STEPS = 6
 BASE = {
     "sft": {"max_grad_norm": 0.5},
     "dpo": {"max_grad_norm": 0.5, "beta": 0.5, "sft_coef": 0.1},
+    "reward_model": {"max_grad_norm": 0.5, "center_coef": 0.1},
 }
 COMMON = {
     "max_steps": STEPS,
@@ -28,7 +29,8 @@ COMMON = {
 def run(script: str, folder: str, **settings: Any) -> list[tuple[float, float, float | None]]:
     """(loss, gradient norm, held-out loss) after each step of a run; called here and on the two ranks."""
     module = importlib.import_module(script)
-    module.main(module.Args(**{**COMMON, **BASE[script], **settings}, output_dir=folder))
+    common = {name: value for name, value in COMMON.items() if hasattr(module.Args, name)}
+    module.main(module.Args(**{**common, **BASE[script], **settings}, output_dir=folder))
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [(row["train/loss"], row["train/grad_norm"], row.get("eval/loss")) for row in rows]

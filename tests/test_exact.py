@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dpo
+import reward_model
 import sft
 from common import data, models
 
@@ -163,6 +164,173 @@ def test_e1_the_gradient_vanishes_at_the_optimum(tiny: str, device: torch.device
         norms.append(models.clip_grad_norm(policy, 0.0).item())
         policy.zero_grad()
     report("E1 gradient norm at p = q, of that at uniform p", norms[0] / norms[1], 1e-5)
+
+
+# E5: reward models recover the reward
+
+
+def descend(parameter: Tensor, make_loss: Any) -> None:
+    """LBFGS to the minimum."""
+    search = torch.optim.LBFGS(
+        [parameter], max_iter=200, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        loss = make_loss()
+        loss.backward()
+        return loss
+
+    search.step(closure)
+
+
+def bt_recovery(num_pairs: int = 200_000, seed: int = 0) -> tuple[float, float]:
+    """Scores of 8 answers from labels drawn under known rewards. -> max |z|, chi2 / 7"""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(8, generator=generator, dtype=torch.float64)
+    ref = torch.randn(8, generator=generator, dtype=torch.float64).softmax(0)
+    i, j = (torch.multinomial(ref, num_pairs, replacement=True, generator=generator) for _ in range(2))
+    i, j = i[i != j], j[i != j]
+    first = torch.rand(len(i), generator=generator) < torch.sigmoid(rewards[i] - rewards[j])
+    won, lost = torch.where(first, i, j), torch.where(first, j, i)
+    scores = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    descend(scores, lambda: reward_model.bt_loss(scores[won] - scores[lost]).mean())
+    s = scores.detach()
+    q = torch.sigmoid(s[won] - s[lost])
+    information = torch.zeros(8, 8, dtype=torch.float64)  # Fisher's, of these pairs
+    for a, b, sign in ((won, lost, -1), (lost, won, -1), (won, won, 1), (lost, lost, 1)):
+        information.index_put_((a, b), sign * q * (1 - q), accumulate=True)
+    d = (s - s.mean()) - (rewards - rewards.mean())
+    z = d / torch.linalg.pinv(information, rtol=1e-9, hermitian=True).diagonal().sqrt()
+    return z.abs().max().item(), (d @ information @ d).item() / 7
+
+
+def test_e5_bradley_terry_recovers_the_scores_as_well_as_can_be() -> None:
+    z, chi2 = bt_recovery()
+    report("E5 tabular max |z|", z, 4.0)
+    report("E5 tabular chi2 / 7", chi2, 3.0)
+    assert chi2 > 0.2 and z > 0.2
+
+
+@pytest.mark.parametrize("loss", ["kwise", "plackett_luce"])
+def test_e5_rankings_recover_the_scores_too(loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(6, generator=generator)
+    gumbel = -torch.log(-torch.log(torch.rand(50_000, 6, generator=generator)))
+    shown = torch.rand(50_000, 6, generator=generator).argsort(1)[:, :4]  # 4 of 6, ranked by reward + Gumbel
+    ranks = 1.0 + (rewards + gumbel).gather(1, shown).argsort(1, descending=True).argsort(1)
+    scores = torch.zeros(6, requires_grad=True)
+    make = reward_model.kwise_loss if loss == "kwise" else reward_model.plackett_luce_loss
+    descend(scores, lambda: make(scores[shown], ranks).mean())
+    gap = (scores.detach() - scores.mean().detach()) - (rewards - rewards.mean())
+    report(f"E5 {loss} max error", gap.abs().max().item(), 0.03)
+
+
+def reward_run(tiny: str, device: torch.device, num_steps: int = 400, num_pairs: int = 256) -> dict:
+    """Train on pairs of draws from the reference with drawn labels. -> how close its rewards come"""
+    log_ref = load(tiny, device)[1]
+    args = reward_model.Args()
+    torch.manual_seed(0)  # the new head
+    scorer = models.load_scorer(tiny, device, args, ["reward"])
+    rng, ref = np.random.default_rng(0), log_ref.exp().double().numpy()
+    ref /= ref.sum()
+    sequences, rewards = [sequence(a) for a in ANSWERS], REWARDS.double().numpy()
+
+    def loss(step: int) -> Tensor:
+        i, j = rng.choice(len(ANSWERS), (2, num_pairs), p=ref)
+        first = rng.random(num_pairs) < 1 / (1 + np.exp(rewards[j] - rewards[i]))
+        won, lost = np.where(first, i, j), np.where(first, j, i)
+        fields = {"label_prob": 1.0, "margin": 0.0}
+        pairs = [
+            data.Example([sequences[a], sequences[b]], "", fields) for a, b in zip(won, lost, strict=True)
+        ]
+        row = data.make_row(pairs, list(range(num_pairs)), device)
+        return reward_model.loss_and_metrics(scorer, row, args)[0] / num_pairs
+
+    minimise(scorer, num_steps, loss)
+    found = models.rewards(scorer, everything(device))[:, 0].detach().double().numpy()
+    e, f = (x - (ref * x).sum() for x in (found - rewards, found))
+    true = rewards - (ref * rewards).sum()
+    both = np.outer(ref, ref) * ~np.eye(len(ref), dtype=bool)
+    both /= both.sum()
+    right = 1 / (1 + np.exp(rewards[None] - rewards[:, None]))
+    chosen = np.sign(found[:, None] - found[None])
+    return {
+        "rms": np.sqrt((ref * e**2).sum()),
+        "correlation": (ref * f * true).sum() / np.sqrt((ref * f**2).sum() * (ref * true**2).sum()),
+        "accuracy": (both * np.where(chosen > 0, right, np.where(chosen < 0, 1 - right, 0.5))).sum(),
+        "ceiling": (both * np.maximum(right, 1 - right)).sum(),
+    }
+
+
+@pytest.mark.slow
+def test_e5_a_reward_model_recovers_the_reward_and_must_fail_if_read_one_token_early(
+    tiny: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = reward_run(tiny, device)
+    report("E5 RMS", found["rms"], 0.15)
+    report("E5 1 - correlation", 1 - found["correlation"], 0.03)
+    report("E5 accuracy below its ceiling", abs(found["ceiling"] - found["accuracy"]), 0.01)
+
+    def early(scorer: Any, row: data.Row) -> Tensor:
+        return scorer(row, row.cu_seqlens[1 : row.num_segments + 1].long() - 2)
+
+    monkeypatch.setattr(models, "rewards", early)
+    found = reward_run(tiny, device)
+    print(f"E5 read one token early: RMS {found['rms']:.2g}, correlation {found['correlation']:.2g}")
+    assert found["rms"] > 0.15 and found["correlation"] < 0.97
+
+
+def ratings_of(num_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy labels of two attributes of the 85 answers, 0 to 4. -> answers, labels with gaps, P(label)"""
+    mean = torch.stack([2 + REWARDS / 2, 2 - REWARDS / 2], 1).clamp(0.5, 3.5)
+    p = (-((torch.arange(5.0) - mean[..., None]) ** 2)).softmax(-1)  # (85, 2, 5)
+    drawn = torch.randint(len(ANSWERS), (num_draws,), generator=generator)
+    labels = torch.multinomial(p[drawn].flatten(0, 1), 1, generator=generator).view(-1, 2).float()
+    labels[torch.rand(num_draws, generator=generator) < 0.4, 1] = float("nan")
+    return drawn, labels, p
+
+
+def excess(found: Tensor, p: Tensor) -> Tensor:
+    """(MSE - E[Var], E[Var]) of each attribute, over all answers. -> (2, 2)"""
+    best = (p * torch.arange(5.0)).sum(-1)
+    variance = (p * (torch.arange(5.0) - best[..., None]) ** 2).sum(-1)
+    return torch.stack([(found - best).square().mean(0), variance.mean(0)])
+
+
+@pytest.mark.parametrize("trap", [False, True])
+def test_e5_regression_on_noisy_labels_reaches_their_variance(trap: bool) -> None:
+    drawn, labels, p = ratings_of(200_000, torch.Generator().manual_seed(0))
+    labels = labels.nan_to_num() if trap else labels  # the trap: no label taken for a 0
+    table = torch.zeros(len(ANSWERS), 2, requires_grad=True)
+    descend(table, lambda: reward_model.regression_loss(table[drawn], labels).sum() / (~labels.isnan()).sum())
+    over, variance = excess(table.detach(), p)
+    if trap:
+        assert (over / variance)[1] > 0.1
+    else:
+        report("E5 tabular (MSE - E[Var]) / E[Var]", (over / variance).max().item(), 0.005)
+
+
+@pytest.mark.slow
+def test_e5_an_attribute_model_reaches_the_variance(tiny: str, device: torch.device) -> None:
+    args = reward_model.Args(loss="regression")
+    scorer = models.load_scorer(tiny, device, args, ["helpfulness", "verbosity"])
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(step: int) -> Tensor:
+        drawn, labels, _ = ratings_of(256, generator)
+        fields = [dict(zip(["helpfulness", "verbosity"], row, strict=True)) for row in labels.tolist()]
+        batch = [
+            data.Example([sequence(ANSWERS[i])], "", f) for i, f in zip(drawn.tolist(), fields, strict=True)
+        ]
+        row = data.make_row(batch, list(range(len(batch))), device)
+        total = reward_model.loss_and_metrics(scorer, row, args)[0]
+        return total / reward_model.count_losses(batch, args)
+
+    minimise(scorer, 400, loss)
+    found = models.rewards(scorer, everything(device)).detach()
+    over, variance = excess(found, ratings_of(1, generator)[2])
+    report("E5 (MSE - E[Var]) / E[Var]", (over / variance).max().item(), 0.05)
 
 
 # E6: DPO's optimum is pi_ref exp(r / beta) / Z

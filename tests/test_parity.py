@@ -16,6 +16,7 @@ import transformers
 from conftest import make_tiny_model
 
 import dpo
+import reward_model
 import sft
 from common import data, models
 
@@ -372,3 +373,76 @@ def test_twenty_dpo_steps_are_trls(
         (row,) = data.rows(batch, ONE_ROW, device)
         ours.append(step(dpo.loss_and_metrics(policy, ref_policy, row, args)[0] / len(batch), optimizer))
     assert_same_course(ours, theirs)
+
+
+# ----------------------------------------------------------------------------------------------- reward model
+
+
+@pytest.fixture(scope="module")
+def tiny_scorer(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, tokenizer: Any) -> str:
+    """A random model with a score head, as both sides load it."""
+    torch.manual_seed(2)
+    scorer = models.read_scorer(tiny_model, None, ["reward"], zero_head=False)
+    assert tokenizer.pad_token_id != data.end_token(tokenizer)  # else TRL reads one token early
+    folder = tmp_path_factory.mktemp("scorer")
+    scorer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def reward_sides(
+    records: list[dict], tokenizer: Any, model: str, device: torch.device, folder: Path, **ours: Any
+) -> tuple[Any, data.Dataset, torch.nn.Module, reward_model.Args]:
+    """TRL's trainer, and our pairs, scorer and arguments, on the same records and weights."""
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    keys = ("prompt", "chosen", "rejected", "margin")
+    trainer = trl.RewardTrainer(
+        model=plain.train(),
+        args=trl.RewardConfig(
+            **trl_settings(folder / "trl"), center_rewards_coefficient=ours.get("center_coef")
+        ),
+        train_dataset=datasets.Dataset.from_list([{k: r[k] for k in keys if k in r} for r in records]),
+        processing_class=tokenizer,
+    )
+    source = write_lines(folder / "train.jsonl", records)
+    args = reward_model.Args(model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
+    pairs = data.load_pairs(args, tokenizer, whole=True)[0]
+    return trainer, pairs, models.load_scorer(model, device, args, ["reward"]), args
+
+
+@pytest.mark.parametrize("name", ["plain", "margin", "centred"])
+def test_the_reward_model_loss_and_metrics_are_trls(
+    name: str, toy: Path, tokenizer: Any, tiny_scorer: str, device: torch.device, tmp_path: Path
+) -> None:
+    records = read_lines(toy / "pairs" / "train.jsonl", 12)
+    if name == "margin":
+        records = [record | {"margin": 0.5 * (i % 4)} for i, record in enumerate(records)]
+    ours = {"margin": {"loss": "margin_bt"}, "centred": {"center_coef": 0.3}}.get(name, {})
+    trainer, pairs, scorer, args = reward_sides(records, tokenizer, tiny_scorer, device, tmp_path, **ours)
+    batch = whole_batch(trainer)
+    assert ("margin" in batch) == (name == "margin")
+    tokens = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert tokens == [pair.sequences[side][0].tolist() for side in (0, 1) for pair in pairs]
+    their_loss = trainer.compute_loss(trainer.model, dict(batch))
+    their_loss.backward()
+    theirs = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+
+    (row,) = data.rows(pairs, ONE_ROW, device)
+    loss, metrics = reward_model.loss_and_metrics(scorer, row, args)
+    (loss / len(pairs)).backward()
+    close(loss / len(pairs), their_loss)
+    close(grad_norm(scorer), grad_norm(trainer.model))
+    ours = reward_model.means({key: value.item() for key, value in metrics.items()}, pairs, args)
+    for key in ("mean_reward", "accuracy", "margin"):
+        close(ours[f"train/{key}"], theirs[key])
+    evaluation = reward_model.evaluation(models.rewards(scorer, row).detach(), in_order(pairs, row), args)
+    close(evaluation["min_reward"], theirs["min_reward"])
+    close(evaluation["max_reward"], theirs["max_reward"])
+    close(evaluation["loss"], their_loss)
+
+
+def in_order(pairs: list[data.Example], row: data.Row) -> list[data.Example]:
+    return [pairs[i] for i in row.example_ids.tolist()]

@@ -1,0 +1,647 @@
+"""ppo.py: its equations by hand, its rollouts with samples made by hand, what it refuses, and short runs."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_metrics
+from torch import Tensor
+
+import ppo
+from common import checkpoint, data, dist, models
+from common.generate import Sample
+
+
+def close(found: Tensor, expected: Any, tolerance: float = 1e-4) -> None:
+    expected = torch.tensor(expected, dtype=found.dtype)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def prefix_mask(*lengths: int) -> Tensor:
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
+
+
+# generalized advantage estimation
+
+R, V, ONES = torch.tensor([[-0.1, 0.0, 1.0]]), torch.tensor([[0.5, 0.4, 0.2]]), torch.ones(1, 3)
+
+
+def test_gae_with_lambda_0_is_the_one_step_error() -> None:
+    values, rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    advantages = ppo.gae(rewards, values, torch.ones(1, 4), gamma=0.5, gae_lambda=0.0)
+    # .5 * 1 - 0, .5 * 2 - 1, 1 + .5 * 3 - 2, 0 - 3
+    close(advantages, [[0.5, 0.0, 0.5, -3.0]])
+    close(advantages + values, [[0.5, 1.0, 2.5, 0.0]])
+
+
+def test_gae_with_lambda_95_by_hand() -> None:
+    # deltas -.1 + .4 - .5 = -.2, .2 - .4 = -.2, 1 - .2 = .8; -.2 + .95 * .8 = .56, -.2 + .95 * .56 = .332
+    advantages = ppo.gae(R, V, ONES, gamma=1.0, gae_lambda=0.95)
+    close(advantages, [[0.332, 0.56, 0.8]])
+    close(advantages + V, [[0.832, 0.96, 1.0]])
+
+
+def test_gae_with_lambda_1_is_the_reward_to_go_less_the_value() -> None:
+    advantages = ppo.gae(R, V, ONES, gamma=1.0, gae_lambda=1.0)
+    close(advantages, [[0.4, 0.6, 0.8]])
+    close(advantages + V, [[0.9, 1.0, 1.0]])
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_what_stands_past_the_end_of_a_response_changes_nothing(gae_lambda: float) -> None:
+    alone = ppo.gae(R, V, ONES, 0.9, gae_lambda)
+    junk = torch.tensor([[7.0, -9.0]])
+    rewards, values = torch.cat([R, junk], 1), torch.cat([V, 3 * junk], 1)
+    padded = ppo.gae(rewards, values, torch.tensor([[1.0, 1, 1, 0, 0]]), 0.9, gae_lambda)
+    close(padded, [[*alone[0].tolist(), 0.0, 0.0]], 1e-6)
+
+
+# rewards
+
+
+def test_the_score_stands_at_the_last_token() -> None:
+    mask = prefix_mask(2, 4)
+    rewards = ppo.token_rewards(torch.tensor([1.0, 2.0]), mask, -mask, mask, kl_coef=0.0)
+    close(rewards, [[0.0, 1, 0, 0], [0, 0, 0, 2]])
+
+
+def test_a_larger_gap_to_the_reference_lowers_token_rewards() -> None:
+    logps, ref_logps = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    rewards = ppo.token_rewards(torch.tensor([3.0]), logps, ref_logps, torch.ones(1, 2), kl_coef=0.1)
+    close(rewards, [[-0.05, 3.1]])  # -.1 * .5; 3 - .1 * -1
+    wider = ppo.token_rewards(torch.tensor([3.0]), logps, ref_logps - 1, torch.ones(1, 2), kl_coef=0.1)
+    assert (wider < rewards).all()
+
+
+def test_token_rewards_add_up_to_score_less_penalty() -> None:
+    mask, (logps, ref_logps) = prefix_mask(3, 1, 5), torch.randn(2, 3, 5)
+    scores = torch.randn(3)
+    total = ppo.token_rewards(scores, logps, ref_logps, mask, 0.3).sum(1)
+    torch.testing.assert_close(total, scores - 0.3 * ((logps - ref_logps) * mask).sum(1))
+
+
+def test_kl_estimators_over_five_outcomes() -> None:
+    policy, uniform = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), torch.full((5,), 0.2)
+    kl = (policy * (policy / uniform).log()).sum().item()
+    assert kl == pytest.approx(0.2171, abs=5e-5)
+    assert (policy * ppo.k3(policy.log(), uniform.log())).sum().item() == pytest.approx(kl, abs=1e-6)
+    assert (policy * (policy / uniform).log().abs()).sum().item() == pytest.approx(0.5807, abs=5e-5)  # not it
+
+
+def test_k3_is_never_negative() -> None:
+    # log(ref / pi) = 1 and -1: e - 2 and 1 / e
+    close(ppo.k3(torch.tensor([-2.0, -1.0, -1.0]), torch.tensor([-1.0, -2.0, -1.0])), [0.71828, 0.36788, 0.0])
+
+
+# advantages of a group
+
+GROUP, ALL = torch.tensor([[1.0, 0.0, -3.0, 5.0]]), torch.ones(1, 4, dtype=torch.bool)
+
+
+def test_rloo_compares_with_the_mean_of_the_others() -> None:
+    # baselines 2/3, 1, 2, -2/3
+    close(ppo.group_advantages(GROUP, ALL, "rloo"), [[1 / 3, -1.0, -5.0, 17 / 3]])
+
+
+def test_rloo_without_a_masked_response() -> None:
+    # of 2, 7, -1: the others' means are 3, .5, 4.5
+    valid = torch.tensor([[True, True, True, False]])
+    found = ppo.group_advantages(torch.tensor([[2.0, 7.0, -1.0, 99.0]]), valid, "rloo")
+    close(found, [[-1.0, 6.5, -5.5, 0.0]])
+
+
+def test_grpo_divides_by_the_corrected_deviation() -> None:
+    # mean .75, squared deviations sum to 32.75: (32.75 / 3)^.5 = 3.3040; over 4 it would be .0874 first
+    close(ppo.group_advantages(GROUP, ALL, "grpo"), [[0.0757, -0.2270, -1.1350, 1.2863]])
+
+
+def test_dr_grpo_does_not_divide() -> None:
+    close(ppo.group_advantages(GROUP, ALL, "dr_grpo"), [[0.25, -0.75, -3.75, 4.25]])
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
+def test_a_group_all_alike_or_all_masked_has_no_advantage(kind: str) -> None:
+    close(ppo.group_advantages(torch.full((1, 4), 0.5), ALL, kind), [[0.0] * 4])
+    close(ppo.group_advantages(GROUP, ~ALL, kind), [[0.0] * 4])
+
+
+# whitening
+
+
+def test_whitening_by_hand() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # mean 2.5, biased variance 1.25
+    close(ppo.whiten(x, torch.ones(2, 2)), [[-1.3416, -0.4472], [0.4472, 1.3416]])
+    close(ppo.whiten(x, torch.ones(2, 2), shift=False), [[0.8944, 1.7889], [2.6833, 3.5777]])
+
+
+def test_masked_tokens_do_not_enter_whitening() -> None:
+    x, mask = torch.tensor([[1.0, 2.0, 50.0], [3.0, 4.0, -9.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 0]])
+    close(ppo.whiten(x, mask), [[-1.3416, -0.4472, 0.0], [0.4472, 1.3416, 0.0]])
+
+
+def test_whitening_nothing_is_zero() -> None:
+    close(ppo.whiten(torch.ones(2, 3), torch.zeros(2, 3)), [[0.0] * 3] * 2)
+
+
+# losses
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss"), [(1, 1.5, -1.2), (1, 0.5, -0.5), (-1, 1.5, 1.5), (-1, 0.5, 0.8)]
+)
+def test_the_clip_by_hand(advantage: float, ratio: float, loss: float) -> None:
+    found = ppo.policy_losses(torch.tensor([ratio]), torch.tensor([float(advantage)]), 0.2, 0.2)
+    close(found, [loss])
+
+
+def test_the_clip_has_a_range_of_its_own_above() -> None:
+    ratios = torch.tensor([1.5, 0.5])
+    close(ppo.policy_losses(ratios, torch.tensor([1.0, -1.0]), 0.2, 0.28), [-1.28, 0.8])
+
+
+def test_a_clipped_token_has_no_gradient() -> None:
+    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5], requires_grad=True)
+    ppo.policy_losses(ratio, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.2).sum().backward()
+    assert ratio.grad.tolist() == [0.0, -1.0, 1.0, 0.0]
+
+
+def test_the_value_loss_by_hand() -> None:
+    # V 1, old .5, return 2: (1 - 2)^2 = 1, clipped to .7: 1.69; half of the worse
+    args = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([2.0])
+    assert ppo.value_losses(*args, 0.2).item() == pytest.approx(0.845, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weights"),
+    [
+        ("token_mean", [[1 / 4, 0, 0], [0, 0, 0], [1 / 4, 1 / 4, 1 / 4]]),  # 4 tokens
+        ("sequence_mean", [[1 / 2, 0, 0], [0, 0, 0], [1 / 6, 1 / 6, 1 / 6]]),  # 2 responses of 1 and 3
+        ("sequence_sum", [[1 / 2, 0, 0], [0, 0, 0], [1 / 2, 1 / 2, 1 / 2]]),
+        ("constant", [[1 / 20, 0, 0], [0, 0, 0], [1 / 20, 1 / 20, 1 / 20]]),  # max_new_tokens 10
+    ],
+)
+def test_token_weights_by_hand(reduction: str, weights: list) -> None:
+    mask = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 1]])  # the second is masked
+    found = ppo.token_weights(mask, reduction, max_new_tokens=10)
+    close(found, weights, 1e-7)
+    if reduction in ("token_mean", "sequence_mean"):
+        assert found.sum().item() == pytest.approx(1.0)
+    assert not ppo.token_weights(0 * mask, reduction, 10).any()
+
+
+# control and bookkeeping
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(6.0, 0.15), (6.6, 0.15 * 1.0064), (60.0, 0.15 * 1.0128), (0.0, 0.15 * 0.9872)],
+)
+def test_kl_coef_moves_by_a_clipped_share_of_the_error(kl: float, expected: float) -> None:
+    # target 6: errors 0, .1, and 9 and -1 clipped to +-.2; times 640 / 10,000
+    args = ppo.Args(kl_target=6.0, kl_horizon=10_000.0)
+    assert ppo.adapt_kl_coef(0.15, kl, 640, args) == pytest.approx(expected, rel=1e-9)
+
+
+def test_running_statistics_of_two_rollouts_are_those_of_all_scores() -> None:
+    first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-4.0, 0.5])
+    running: dict[str, float] = {}
+    ppo.normalize(first, running)
+    found = ppo.normalize(second, running)
+    both = torch.cat([first, second])
+    torch.testing.assert_close(found, (second - both.mean()) / both.std(correction=0))
+    assert running["count"] == 5
+
+
+def test_minibatches_cover_each_response_once_an_epoch() -> None:
+    args = ppo.Args(seed=3, batch_size=4, num_ppo_epochs=2)
+    chosen = ppo.minibatches(10, 7, args)
+    assert [len(part) for part in chosen] == [4, 4, 2] * 2
+    epochs = [sum(chosen[:3], []), sum(chosen[3:], [])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2 and epochs[0] != epochs[1]
+    np.random.seed(99)  # noqa: NPY002
+    torch.manual_seed(99)
+    assert chosen == ppo.minibatches(10, 7, args) != ppo.minibatches(10, 8, args)
+    assert chosen != ppo.minibatches(10, 7, ppo.Args(seed=4, batch_size=4, num_ppo_epochs=2))
+
+
+def test_steps_are_whole_rollouts() -> None:
+    def counted(**settings: Any) -> tuple[int, int]:
+        prompts = data.Dataset([([data.Example([], "")] * 100, 1.0)])
+        return ppo.count_steps(prompts, ppo.Args(rollout_size=16, samples_per_prompt=2, **settings))
+
+    # 32 responses in batches of 10: 4 steps, twice
+    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=9) == (2, 8)
+    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=16) == (2, 8)
+    assert counted(batch_size=32, num_epochs=2) == (12, 1)  # 200 prompts, of which 8 are left over
+
+
+# rollouts with samples made by hand
+
+
+def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings: Any) -> tuple:
+    """roll_out for responses of 3, 1, 4, 2, ... tokens to one prompt, which score 1, 2, 3, ..."""
+    rng, samples = np.random.default_rng(0), []
+    prompt = rng.integers(10, 60, 5).tolist()
+    for i, end in enumerate(ended):
+        tokens = rng.integers(10, 60, (3, 1, 4, 2)[i]).tolist()
+        samples.append(Sample(0, i, prompt, tokens, [0.0] * len(tokens), end, ""))
+    args = ppo.Args(**{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
+    scores = torch.arange(1.0, 1 + len(ended), device=device)
+    return *ppo.roll_out([], samples, scores, policy, None, None, 0.0, {}, args), args
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: str, device: torch.device) -> Any:
+    return models.load(tiny_model, device, ppo.Args(model=tiny_model))
+
+
+def first_advantages(rollout: ppo.Rollout) -> list[float]:
+    return rollout.advantages[:, 0].tolist()  # with lambda 1 and no values: the score
+
+
+def test_a_response_cut_off_gets_the_penalty_instead_of_its_score(policy: Any, device: Any) -> None:
+    rollout, metrics, _ = made(device, policy, (True, False, True), missing_eos_penalty=-5.0)
+    assert first_advantages(rollout) == [1.0, -5.0, 3.0]
+    assert rollout.mask.sum(1).tolist() == [3, 1, 4]
+    assert metrics["train/completions/clipped_ratio"] == pytest.approx(1 / 3)
+    assert metrics["train/val/num_eos_tokens"] == 2
+    assert metrics["train/objective/scores"] == 2.0  # of what was scored, not of the penalty
+    lengths = [metrics[f"train/completions/{name}_length"] for name in ("min", "mean", "max")]
+    assert lengths == pytest.approx([1, 8 / 3, 4])
+
+
+def test_a_response_cut_off_is_kept_or_masked(policy: Any, device: torch.device) -> None:
+    rollout, _, _ = made(device, policy, (True, False, True), missing_eos="keep")
+    assert first_advantages(rollout) == [1.0, 2.0, 3.0]
+    rollout, _, _ = made(device, policy, (True, False, True), missing_eos="mask")
+    assert rollout.mask.sum(1).tolist() == [3, 0, 4]
+
+
+def test_a_masked_response_is_no_baseline_for_the_others(policy: Any, device: torch.device) -> None:
+    group = {"advantage": "rloo", "samples_per_prompt": 4, "missing_eos": "mask"}
+    rollout, _, _ = made(device, policy, (True, True, True, False), **group)
+    assert first_advantages(rollout) == pytest.approx([-1.5, 0.0, 1.5, 0.0])  # of 1, 2, 3
+
+
+def test_a_masked_response_has_no_gradient(policy: Any, device: torch.device) -> None:
+    rollout, _, args = made(device, policy, (True, False), missing_eos="mask")
+    row = data.make_row(rollout.sequences, [1], device)
+    loss, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    assert loss.item() == 0.0 and metrics["policy/entropy_avg"].item() == 0.0
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_a_rollout_all_masked_has_a_loss_of_zero_and_finite_metrics(
+    policy: Any, device: torch.device, whitened: bool
+) -> None:
+    settings = {"missing_eos": "mask", "whiten_rewards": whitened}
+    rollout, metrics, args = made(device, policy, (False, False), **settings)
+    row = data.make_row(rollout.sequences, [0, 1], device)
+    loss, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    assert loss.item() == 0.0 and all(math.isfinite(value) for value in metrics.values())
+
+
+def test_scores_are_clipped(policy: Any, device: torch.device) -> None:
+    rollout, _, _ = made(device, policy, (True, True, True), reward_clip=1.5)
+    assert first_advantages(rollout) == [1.0, 1.5, 1.5]
+
+
+@pytest.mark.parametrize(("last", "share"), [(0.1, 1.0), (0.2, 0.0)])
+def test_a_group_all_alike_is_counted_whatever_its_score(
+    policy: Any, device: torch.device, last: float, share: float
+) -> None:
+    args = ppo.Args(kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
+    samples = [Sample(0, i, [11, 12], [20], [0.0], True, "") for i in range(7)]
+    scores = torch.tensor([0.1] * 6 + [last], device=device)  # the std of seven times .1 is 7e-9
+    _, metrics = ppo.roll_out([], samples, scores, policy, None, None, 0.0, {}, args)
+    assert metrics["train/frac_reward_zero_std"] == share
+
+
+def test_returns_are_those_before_whitening(policy: Any, device: torch.device) -> None:
+    rollout, _, _ = made(device, policy, (True, True), whiten_advantages=True)
+    assert rollout.returns[:, 0].tolist() == [1.0, 2.0]
+    # advantages 1, 1, 1 and 2: mean 1.25, deviation 3^.5 / 4
+    assert first_advantages(rollout) == pytest.approx([-1 / 3**0.5, 3**0.5], abs=1e-4)
+
+
+def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.device) -> None:
+    together, _, _ = made(device, policy, (True, True, True))
+    for i, sequence in enumerate(together.sequences):
+        alone = models.token_logps(policy, data.make_row([sequence], [0], device)).detach()
+        torch.testing.assert_close(together.logps[i, : len(alone)], alone, atol=1e-5, rtol=0)
+        assert not together.logps[i, len(alone) :].any()
+
+
+# the loss through the model
+
+
+def test_gradients_raise_what_scored_well_and_k3_pulls_back(policy: Any, device: torch.device) -> None:
+    rollout, _, args = made(device, policy, (True, True), kl_placement="loss")
+    row = data.make_row(rollout.sequences, [0, 1], device)
+    plain, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    # scores 1 on three tokens, 2 on one, ratio 1: the loss is minus the mean advantage
+    assert plain.item() == pytest.approx(-5 / 4, abs=1e-5)
+    away = rollout._replace(ref_logps=rollout.logps - 1)  # k3 of log(ref / pi) = -1 is 1 / e
+    pulled, _ = ppo.loss_and_metrics(policy, row, away, 0.1, args)
+    assert (pulled - plain).item() == pytest.approx(0.1 / math.e, abs=1e-5)
+
+
+def test_entropy_is_maximised(policy: Any, device: torch.device) -> None:
+    rollout, _, args = made(device, policy, (True, True))
+    row = data.make_row(rollout.sequences, [0, 1], device)
+    plain, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    args.entropy_coef = 0.5
+    more, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    assert (more - plain).item() == pytest.approx(-0.5 * metrics["policy/entropy_avg"].item(), abs=1e-5)
+
+
+# rewards of a run
+
+
+def fondness(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    """How many times a reply says "the", the bandit's arm."""
+    assert all(
+        isinstance(prompt, list) and "answer" in e for prompt, e in zip(prompts, examples, strict=True)
+    )
+    return [float(len(re.findall(r"\bthe\b", text.lower()))) for text in responses]
+
+
+def length(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    return [float(len(text)) for text in responses]
+
+
+def raises(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    raise KeyError("nothing\nof the sort")
+
+
+def nan(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    return [float("nan")] * len(prompts)
+
+
+def too_few(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    return [1.0]
+
+
+ASKED = [
+    data.Example([], prompt=[{"role": "user", "content": text}], record={"answer": ""}) for text in "pqr"
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"test_ppo:raises raised KeyError: .*'content': 'p'"),
+        ("nan", r"test_ppo:nan gave nan for 'a b' to .*'content': 'p'"),
+        ("too_few", r"test_ppo:too_few gave 1 numbers for 3 responses.*'content': 'p'"),
+    ],
+)
+def test_a_bad_reward_function_is_named_with_the_prompt(name: str, message: str, device: Any) -> None:
+    args = ppo.Args(reward=f"test_ppo:{name}")
+    with pytest.raises(dist.RunError, match=message):
+        ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+
+
+def make_scorer(folder: Path, model: str, tokenizer: Any, names: list[str], seed: int = 0) -> str:
+    torch.manual_seed(seed)
+    scorer = models.read_scorer(model, None, names, zero_head=False)
+    scorer.config.pad_token_id = tokenizer.pad_token_id
+    scorer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, tokenizer: Any) -> str:
+    return make_scorer(tmp_path_factory.mktemp("scorer"), tiny_model, tokenizer, ["reward"])
+
+
+def test_a_reward_model_scores_prompt_and_response(reward_model: str, tokenizer: Any, device: Any) -> None:
+    args = ppo.Args(reward=reward_model)
+    found = ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+    plain = models.read_pretrained(reward_model, auto_class="AutoModelForSequenceClassification")
+    for i, text in enumerate(["a b", "c", "d"]):
+        tokens, _ = data.encode_response(tokenizer, ASKED[i].prompt, [{"role": "assistant", "content": text}])
+        expected = plain(torch.tensor(tokens[None], dtype=torch.long)).logits[0, 0].item()
+        assert found[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_rewards_are_their_weighted_sum(reward_model: str, device: torch.device) -> None:
+    def scores(reward: str) -> Tensor:
+        args = ppo.Args(reward=reward)
+        return ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+
+    mixed = scores(f"{reward_model}*0.5,test_ppo:length*2")
+    torch.testing.assert_close(mixed, 0.5 * scores(reward_model) + 2 * torch.tensor([3.0, 1.0, 1.0]))
+
+
+def test_an_attribute_model_is_no_reward(
+    tmp_path: Path, tiny_model: str, tokenizer: Any, device: torch.device
+) -> None:
+    folder = make_scorer(tmp_path, tiny_model, tokenizer, ["helpfulness", "verbosity"])
+    with pytest.raises(dist.RunError, match="helpfulness, verbosity; expected one"):
+        ppo.load_rewards(ppo.Args(reward=folder), device)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward": ""}, "reward is not set"),
+        ({"advantage": "rloo"}, "samples_per_prompt to 2 or more"),
+        ({"temperature": 0.0}, "temperature 0 is greedy"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target adapts kl_coef"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(dist.RunError, match=message):
+        ppo.main(ppo.Args(**{**ppo.TOY, "output_dir": str(tmp_path / "run"), **settings}))
+
+
+# short runs
+
+
+def run(folder: Path, **settings: Any) -> list[dict]:
+    small = {"rollout_size": 16, "batch_size": 16, "max_new_tokens": 20, "num_samples": 0, "warmup_steps": 0}
+    args = {**ppo.TOY, **small, "max_steps": 1, "output_dir": str(folder), **settings}
+    ppo.main(ppo.Args(**args))
+    return read_metrics(folder)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_at_the_first_update_nothing_has_moved(tmp_path: Path, temperature: float) -> None:
+    row = run(tmp_path, temperature=temperature)[1]
+    assert row["train/objective/kl"] == 0 and row["train/objective/k3"] == 0
+    assert row["train/policy/clipfrac_avg"] == 0 and row["train/val/clipfrac_avg"] == 0
+    assert row["train/val/ratio"] == pytest.approx(1, abs=1e-5) and row["train/val/ratio_var"] < 1e-9
+    assert row["train/policy/approxkl_avg"] < 1e-9
+    # a minibatch of the whole rollout: the mean of whitened advantages
+    assert row["train/loss/policy_avg"] == pytest.approx(0, abs=1e-5)
+    assert row["train/advantages_std"] == pytest.approx(1, abs=1e-3)
+    assert row["train/sampler_logp_gap_max"] < 1e-4
+    assert row["train/frac_reward_zero_std"] == 1  # one response a prompt
+    # values are 0 at first: half the mean square of returns, and nothing explained
+    assert row["train/val/explained_variance"] <= 1e-6 < row["train/loss/value_avg"]
+    assert {f"train/time/{name}" for name in ("rollout", "scoring", "advantages", "value", "policy")} <= set(
+        row
+    )
+
+
+def test_without_kl_or_critic_neither_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = [], models.load
+    monkeypatch.setattr(
+        models, "load", lambda *a, **k: loaded.append(k.get("trainable", True)) or load(*a, **k)
+    )
+    monkeypatch.setattr(models, "load_scorer", lambda *a, **k: pytest.fail("a value model"))
+    row = run(tmp_path, advantage="dr_grpo", samples_per_prompt=2, rollout_size=8, kl_coef=0.0)[1]
+    assert loaded == [True]
+    assert "train/loss/value_avg" not in row and row["train/frac_reward_zero_std"] < 1
+
+
+def test_value_warmup_leaves_the_policy_alone(tmp_path: Path) -> None:
+    rows = run(tmp_path, max_steps=3, value_warmup_steps=2, kl_coef=0.1)
+    assert ["train/loss" in row for row in rows[1:]] == [False, False, True]
+    assert rows[3]["train/objective/kl"] == 0
+    losses = [row["train/loss/value_avg"] for row in rows[1:]]
+    assert all(loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"advantage": "gae", "rollout_size": 32},
+        {"advantage": "rloo", "loss_reduction": "sequence_sum"},
+        {"advantage": "grpo", "loss_reduction": "sequence_mean", "kl_placement": "loss", "kl_coef": 0.02},
+        {"advantage": "dr_grpo", "loss_reduction": "constant", "kl_coef": 0.0},
+    ],
+    ids=lambda settings: settings["advantage"],
+)
+def test_a_bandit_learns_its_word(tmp_path: Path, settings: dict) -> None:
+    base = {"reward": "test_ppo:fondness", "learning_rate": 1e-3, "batch_size": 16, "kl_coef": 0.02}
+    base |= {"samples_per_prompt": 1 if settings["advantage"] == "gae" else 4, "rollout_size": 8}
+    rows = run(tmp_path, **{**base, **settings, "max_steps": 24})
+    scores = [row["train/objective/scores"] for row in rows[1:]]
+    assert np.mean(scores[-4:]) > 1.5 * np.mean(scores[:4]), scores
+
+
+def test_lora_has_the_reference_with_its_adapters_off(tmp_path: Path) -> None:
+    rows = run(tmp_path, lora_rank=4, learning_rate=1e-2, max_steps=2)
+    assert rows[1]["train/objective/kl"] == 0 < abs(rows[2]["train/objective/kl"])
+    assert (tmp_path / "model" / "adapter_config.json").exists()
+
+
+def captured_value_start(monkeypatch: pytest.MonkeyPatch) -> list:
+    started, load_scorer = [], models.load_scorer
+
+    def watched(model: str, *rest: Any, **more: Any) -> Any:
+        scorer = load_scorer(model, *rest, **more)
+        if more.get("zero_head"):
+            started.append((model, scorer.score.weight.full_tensor().abs().max().item()))
+        return scorer
+
+    monkeypatch.setattr(models, "load_scorer", watched)
+    return started
+
+
+def test_the_value_model_starts_from_the_reward_model_with_a_zero_head(
+    tmp_path: Path, reward_model: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = captured_value_start(monkeypatch)
+    reward = f"toy.language:reward,{reward_model}*0.5"
+    row = run(tmp_path, model=tiny_model, reward=reward, missing_eos="keep")[1]
+    assert started == [(reward_model, 0.0)]
+    assert math.isfinite(row["train/loss/value_avg"])
+
+
+def test_a_reward_model_with_other_tokens_is_no_start_for_the_value_model(
+    tmp_path: Path, reward_model: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_tokenizer = data.load_tokenizer
+
+    def other(model: str, *rest: Any) -> Any:
+        found = load_tokenizer(model, *rest)
+        if model == reward_model:
+            found.add_tokens(["<another>"])
+        return found
+
+    monkeypatch.setattr(data, "load_tokenizer", other)
+    started = captured_value_start(monkeypatch)
+    run(tmp_path, model=tiny_model, reward=reward_model, missing_eos="keep")
+    assert started == [(tiny_model, 0.0)]
+
+
+def test_prompts_over_max_prompt_length_are_dropped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [json.dumps({"prompt": text, "answer": ""}) for text in ("Hi. " * 40, "Hi.", "Hello.", "Sure.")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    more = {"dataset": str(tmp_path), "max_prompt_length": 30, "rollout_size": 3, "batch_size": 3}
+    run(tmp_path / "run", **more)
+    assert "0 cut, 1 dropped, by max_prompt_length 30" in capsys.readouterr().out
+
+
+# stop and resume
+
+HALF: dict[str, Any] = {
+    "rollout_size": 16,
+    "batch_size": 8,
+    "num_ppo_epochs": 2,  # 4 steps a rollout
+    "kl_target": 0.5,
+    "kl_horizon": 100.0,
+    "normalize_reward": True,
+    "entropy_coef": 0.01,
+    "num_samples": 4,
+    "eval_every": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run(tmp_path_factory.mktemp("whole") / "run", **HALF, max_steps=8)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rollout of two, by a stop asked for while it was being used."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "stop_requested", lambda: True)
+        run(folder, **HALF, max_steps=8)
+    return folder
+
+
+def test_a_stop_waits_for_the_end_of_the_rollout(stopped: Path) -> None:
+    rows = read_metrics(stopped)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert checkpoint.newest(ppo.Args(output_dir=str(stopped))).name == "step_00000004"
+    numbers = json.loads((stopped / "checkpoints" / "step_00000004" / "numbers.json").read_text())
+    assert numbers["running"]["count"] == 16 and numbers["kl_coef"] != ppo.Args.kl_coef
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 0.9}, {"max_new_tokens": 24}], ids=str)
+def test_what_the_policy_learns_from_may_not_change_on_resume(stopped: Path, changed: dict) -> None:
+    with pytest.raises(dist.RunError, match=f"holds a run with {next(iter(changed))}"):
+        run(stopped, **{**HALF, **changed}, max_steps=8)
+
+
+def test_resuming_changes_no_number(whole: list[dict], stopped: Path) -> None:
+    rows = run(stopped, **HALF, max_steps=8)
+    assert [row["step"] for row in rows] == [row["step"] for row in whole] == list(range(9))
+    timed = re.compile("time/|tokens_per_second")
+    for ours, theirs in zip(rows, whole, strict=True):
+        assert set(ours) == set(theirs)
+        for name in ours:
+            if not timed.search(name):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-6), (ours["step"], name)
+
+
+def test_the_last_row_of_a_rollout_has_the_held_out_reward(whole: list[dict]) -> None:
+    assert [row["step"] for row in whole if "eval/reward" in row] == [0, 4, 8]
+    assert whole[4]["train/objective/kl_coef"] == pytest.approx(0.05)
+    # 16 responses, kl 0 at first: error clipped to -.2, .05 * (1 - .2 * 16 / 100)
+    assert whole[8]["train/objective/kl_coef"] == pytest.approx(0.05 * 0.968, rel=1e-5)
