@@ -110,8 +110,8 @@ class Log:
                         f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: "
                         "give that value to resume it, another output_dir, or --overwrite to start anew"
                     )
-        done = (folder / "model").is_dir()  # nothing follows the last row
-        keep = math.inf if done else int(last.name[5:]) if last else -1
+        done = math.inf if (folder / "model").is_dir() else -1  # a pipeline has a model but no checkpoints
+        keep = int(last.name[5:]) if last else done
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
             _replace(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
