@@ -237,10 +237,15 @@ def group_advantages(returns: Tensor, valid: Tensor, kind: str) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """Unit variance, and mean 0 with shift, over all tokens of a rollout; biased variance. (R, L)"""
-    count = mask.sum().clamp(min=1)  # 0 where every response of a rollout was cut off and is masked
-    mean = (x * mask).sum() / count
-    variance = ((x - mean).square() * mask).sum() / count
+    mean, variance = moments(x, mask)
     return (x - mean * shift) * (variance + 1e-8).rsqrt() * mask
+
+
+def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the tokens of a mask (R, L); 0 where every response is masked."""
+    count = mask.sum().clamp(min=1)
+    mean = (x * mask).sum() / count
+    return mean, ((x - mean).square() * mask).sum() / count
 
 
 def policy_losses(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -410,7 +415,6 @@ def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
 
 
 def roll_out(
-    prompts: list[data.Example],
     samples: list[Sample],
     scores: Tensor,
     policy: nn.Module,
@@ -463,7 +467,6 @@ def roll_out(
         returns = advantages
 
     kl, groups = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
-    explained = ((returns - values).square() * counted).sum() / (squared_deviations(returns, counted) + 1e-8)
     metrics = {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
@@ -480,19 +483,16 @@ def roll_out(
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - ended.float().mean(),
         "val/num_eos_tokens": ended.sum(),
-        "val/explained_variance": 1 - explained,
-        "advantages_std": (squared_deviations(advantages, counted) / counted.sum().clamp(min=1)).sqrt(),
+        "advantages_std": moments(advantages, counted)[1].sqrt(),
         "sampler_logp_gap_mean": gap.mean(),
         "sampler_logp_gap_max": gap.max(),
     }
+    if value_model is not None:
+        left, _ = moments((returns - values).square(), counted)
+        metrics["val/explained_variance"] = 1 - left / (moments(returns, counted)[1] + 1e-8)
     values_of = torch.stack([value.double().to(device) for value in metrics.values()]).tolist()
     rollout = Rollout(sequences, prompt_lengths, counted, logps, ref_logps, values, advantages, returns)
     return rollout, {f"train/{name}": value for name, value in zip(metrics, values_of, strict=True)}
-
-
-def squared_deviations(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of squared deviations from the mean over the tokens of a mask. -> scalar"""
-    return ((x - (x * mask).sum() / mask.sum().clamp(min=1)).square() * mask).sum()
 
 
 # ------------------------------------------------------------------------------------------------ the updates
@@ -637,7 +637,7 @@ def main(args: Args) -> None:
         times["train/time/scoring"] = time.perf_counter() - clock
         clock = time.perf_counter()
         rollout, rollout_metrics = roll_out(
-            prompts, samples, scores, policy, ref_policy, value_model, kl_coef, running, args
+            samples, scores, policy, ref_policy, value_model, kl_coef, running, args
         )
         times["train/time/advantages"] = time.perf_counter() - clock
         num_tokens += sum(sequence.num_tokens for sequence in rollout.sequences)

@@ -18,10 +18,7 @@ Shapes: a row packs B examples, K sequences each (2 for pairs, 1 for ratings); A
 Metrics, results and departures from the papers: docs/reward_model.md
 """
 
-import hashlib
-import json
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -314,38 +311,25 @@ def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Any, device
 
     A response gets `reward`, or from an attribute model `label`, so that the result is a file of ratings; a
     preference gets `chosen_reward` and `rejected_reward`, `responses` get `rewards`. Stopped, it goes on from
-    the records done when called again with the same model.
+    the records done when called again with the same file and model.
 
     Returns:
         the file written: x.scored.jsonl for x.jsonl, beside it.
     """
-    records, names = data.read_file(Path(source).expanduser()), models.output_names(scorer)
-    target = Path(source).expanduser().with_name(Path(source).name.split(".")[0] + ".scored.jsonl")
-    key = hashlib.sha256(f"{args.model} {len(records)}".encode()).hexdigest()[:8]
-    unfinished = target.with_name(f"{target.name}.{key}.part")
-    lines = dist.from_main(lambda: unfinished.read_text().splitlines(True) if unfinished.exists() else [])
-    done = [line for line in lines if line.endswith("\n")]  # a kill tears the last line
-    if dist.is_main():
-        unfinished.write_text("".join(done))
-    for start in range(len(done), len(records), 256):
-        chunk = records[start : start + 256]
+    path, names = Path(source).expanduser(), models.output_names(scorer)
+    records, target = data.read_file(path), path.with_name(path.name.split(".")[0] + ".scored.jsonl")
+
+    def work(chunk: list[data.Record]) -> list[dict]:
         found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
         examples = [data.Example([sequence], "") for sequences in found for sequence in sequences]
-        rewards = iter(models.score(scorer, examples, args, device).tolist())
-        if dist.is_main():
-            with unfinished.open("a") as file:
-                for (value, _), sequences in zip(chunk, found, strict=True):
-                    outputs = [next(rewards) for _ in sequences]
-                    file.write(json.dumps(value | with_rewards(value, outputs, names)) + "\n")
-        dist.all_sum({})
-        if dist.stop_requested():
-            raise dist.RunError(
-                f"stopped after {start + len(chunk)} records; the same command goes on from there"
-            )
+        outputs = iter(models.score(scorer, examples, args, device).tolist())
+        scored = [[next(outputs) for _ in sequences] for sequences in found]
+        return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
+
+    key = (checkpoint.fingerprint(args.model), args.dtype, args.chat_template)
+    checkpoint.write_lines(target, records, key, work)
     if dist.is_main():
-        os.replace(unfinished, target)
         print(f"{len(records):,} records scored: {target}", flush=True)
-    dist.barrier()
     return target
 
 

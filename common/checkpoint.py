@@ -157,17 +157,17 @@ def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tens
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def write_lines(path: Path, items: list, key: str, work: Callable[[list], list[dict]]) -> None:
+def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[dict]]) -> None:
     """Write work(items) as JSON lines, 256 items at a time; not done, the next call goes on where it stopped.
 
     Args:
-        key: what the lines depend on besides the items; another key starts anew.
+        key: what the lines depend on besides the items; other items or another key start anew.
         work: a collective; every rank gets the same items and returns as many records.
 
     Raises:
         RunError: a stop was asked for; what is done stays.
     """
-    digest = hashlib.sha256(f"{key} {len(items)}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
     unfinished = path.with_name(f"{path.name}.{digest}.part")
 
     def begin() -> int:
@@ -184,20 +184,25 @@ def write_lines(path: Path, items: list, key: str, work: Callable[[list], list[d
         dist.all_sum({})
         if dist.stop_requested():
             raise dist.RunError(
-                f"{path}: stopped after {start + len(records)} lines; the same command goes on there"
+                f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
             )
     if dist.is_main():
         os.replace(unfinished, path)
     dist.barrier()
 
 
-def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
-    """compute(), a collective, or its result from an earlier run with the same model files and key."""
+def fingerprint(model: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """Tells a model from others, and from the same folder trained again; a hub id is known by its name."""
     folder, file = data.model_folder(model)
     path = Path(folder)
-    files = sorted(path.glob("*")) if path.is_dir() else []  # a hub id is its own name
+    files = sorted(path.glob("*")) if path.is_dir() else []
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if file in (None, f.name)]
-    digest = hashlib.sha256(pickle.dumps((str(path), stats, key))).hexdigest()[:16]
+    return str(path), stats
+
+
+def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
+    """compute(), a collective, or its result from an earlier run with the same model files and key."""
+    digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
     store = dist.cache_folder() / f"{name}-{digest}.pt"
     if dist.from_main(store.exists):
         return torch.load(store)

@@ -124,11 +124,16 @@ def rows(examples: list[Example], micro_batch_tokens: int, device: torch.device)
     rank with fewer rows ends with dummy rows.
     """
     lengths = [example.num_tokens for example in examples]
-    limit = micro_batch_tokens or (8192 if device.type == "cuda" else 2048)
+    limit = row_limit(micro_batch_tokens, device)
     plans = [pack(share, lengths, limit) for share in dist.shares(lengths, dist.world_size())]
     mine = plans[dist.rank()]
     for i in range(max(map(len, plans))):
         yield make_row(examples, mine[i] if i < len(mine) else [], device)
+
+
+def row_limit(micro_batch_tokens: int, device: torch.device) -> int:
+    """Most tokens of a row."""
+    return micro_batch_tokens or (8192 if device.type == "cuda" else 2048)
 
 
 def pack(indices: Iterable[int], lengths: list[int], limit: int) -> list[list[int]]:
@@ -631,8 +636,11 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     if label is None:
         label = {name: value[name] for name in ATTRIBUTES if name in value}
     if isinstance(label, str):
-        label = dict(item.split(":") for item in label.split(","))
-        label = {name.strip(): float(score) for name, score in label.items()}
+        try:
+            items = [item.split(":") for item in label.split(",")]
+            label = {name.strip(): float(score) for name, score in items}
+        except ValueError as error:
+            raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
     if isinstance(label, list) and len(label) == len(ATTRIBUTES):
         label = dict(zip(ATTRIBUTES, label, strict=True))
     if not isinstance(label, dict) or not label:

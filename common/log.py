@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -36,21 +35,10 @@ def parse(Args: type, toy: dict[str, Any]) -> Any:  # noqa: N803
     peek.add_argument("--model", default=Args.model)
     wants_toy = peek.parse_known_args()[0].model == "toy"
     asks_help = {"-h", "--help"} & set(sys.argv[1:])
-    defaults = Args() if asks_help or not wants_toy else with_fields(Args(), toy)
-    flat = {
-        f"{k}.{n}" if n else k: x
-        for k, v in toy.items()
-        for n, x in (v if isinstance(v, dict) else {"": v}).items()
-    }
-    settings = " ".join(f"--{name} {value}" for name, value in flat.items())
+    defaults = Args() if asks_help or not wants_toy else replace(Args(), **toy)
+    settings = " ".join(f"--{name} {value}" for name, value in toy.items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
     return tyro.cli(Args, default=defaults, description=about, use_underscores=True)
-
-
-def with_fields(args: Any, changes: dict[str, Any]) -> Any:
-    """A copy of args with fields changed; a dict changes fields of the stage options it names."""
-    own = {k: with_fields(getattr(args, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return replace(args, **own)
 
 
 def load_function(spec: str) -> Callable:
@@ -110,8 +98,7 @@ class Log:
                         f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: "
                         "give that value to resume it, another output_dir, or --overwrite to start anew"
                     )
-        done = math.inf if (folder / "model").is_dir() else -1  # a pipeline has a model but no checkpoints
-        keep = int(last.name[5:]) if last else done
+        keep = int(last.name[5:]) if last else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
             _replace(folder / name, "".join(json.dumps(row) + "\n" for row in kept))

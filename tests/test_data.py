@@ -648,6 +648,43 @@ def test_a_bad_line_stops_with_its_place(
     assert "\n" not in str(error.value)
 
 
+def test_a_label_is_context_before_its_reply_and_only_where_the_type_says_so(
+    families: dict, tmp_path: Path
+) -> None:
+    label = "quality:4,toxicity:0"
+    turns = [
+        {"from": "User", "value": "3+4?", "label": None},
+        {"from": "Assistant", "value": "7", "label": label},
+    ]
+    more = [{"from": "User", "value": "So?"}, {"from": "Assistant", "value": "Seven."}]  # a reply without one
+    record = {"mask": "User", "conversations": turns + more, "type": "VALUE_TO_TEXT"}
+    tokenizer = families["chatml"]
+    (example,) = load("sft", write(tmp_path, record), tokenizer)
+    assert scored(tokenizer, example.sequences[0]) == [f"7{END}", f"Seven.{END}"]
+    assert f"{label}\n7{END}" in tokenizer.decode(example.sequences[0][0])
+    (plain,) = load("sft", write(tmp_path, {**record, "type": None}, name="plain.jsonl"), tokenizer)
+    assert scored(tokenizer, plain.sequences[0]) == [f"7{END}", f"Seven.{END}"]
+    assert label not in tokenizer.decode(plain.sequences[0][0])
+    # a generation starts after the same tokens
+    asked = data.encode_prompt(tokenizer, [{"role": "user", "content": "3+4?"}], f"{label}\n")
+    assert asked == example.sequences[0][0][: len(asked)].tolist()
+
+
+def test_a_dict_of_attributes_has_one_order_and_values_from_0_to_4() -> None:
+    assert data.read_line({"verbosity": 1, "quality": 4}, "x") == "quality:4,verbosity:1\n"
+    assert data.read_line({"quality": 4, "verbosity": 1}, "x") == "quality:4,verbosity:1\n"
+    assert data.read_line("", "x") == ""
+    for label, message in (
+        ("quality:5", "found quality:5; expected a whole number from 0 to 4"),
+        ("quality:1.5", "found quality:1.5; expected a whole number"),
+        ("quality", "found the label 'quality'; expected name:value joined by commas"),
+        ("quality:4:1", "found the label"),
+        ("wit:1", "found the attribute wit; expected one of quality"),
+    ):
+        with pytest.raises(dist.RunError, match=message):
+            data.read_line(label, "x", ["quality"])
+
+
 def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> None:
     good = {"messages": [ASK, SEVEN]}
     for label in ([4, 4], {"helpfulness": "high"}, 3, {}):

@@ -171,7 +171,7 @@ def test_e7_the_scripts_own_update_has_the_exact_gradient(tiny: str, device: tor
     (logps.exp() * (REWARDS - BETA * (logps - log_ref))).sum().backward()
     exact = flat_gradient()
     samples = sampled(list(range(len(ANSWERS))), log_ref)
-    rollout, _ = ppo.roll_out([], samples, REWARDS, policy, reference, None, BETA, {}, args)
+    rollout, _ = ppo.roll_out(samples, REWARDS, policy, reference, None, BETA, {}, args)
     weighted = rollout._replace(mask=rollout.mask * logps.detach().exp()[:, None])  # as often as pi draws it
     (whole,) = ppo.data.rows(rollout.sequences, 10_000, device)
     loss, metrics = ppo.loss_and_metrics(policy, whole, weighted, BETA, args)
@@ -201,7 +201,7 @@ def ppo_run(
         probs = log_probs(policy, row).detach().exp()
         chosen = torch.multinomial(probs, 256, replacement=True, generator=generator)
         samples = sampled(chosen.tolist(), log_ref, cut)
-        rollout, _ = ppo.roll_out([], samples, scores[chosen], policy, reference, value_model, BETA, {}, args)
+        rollout, _ = ppo.roll_out(samples, scores[chosen], policy, reference, value_model, BETA, {}, args)
         for picked in ppo.minibatches(len(samples), number, args):
             batch = rollout.take(picked)
             (packed,) = ppo.data.rows(batch.sequences, 10_000, device)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from common import data, dist, generate, models
+from toy import language
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [9], [3] * 11, [4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [2, 3]]
@@ -437,3 +438,14 @@ def test_chat_streams_an_answer_and_ends_politely(monkeypatch, capsys, toy):
     monkeypatch.setattr("builtins.input", ask)
     generate.main(generate.Args(temperature=0.0, max_new_tokens=20))
     assert capsys.readouterr().out.startswith(once)
+
+
+def test_the_chat_asks_for_attributes(toy: Path, capsys: pytest.CaptureFixture) -> None:
+    replies = {}
+    for toxicity in (0, 4):
+        attributes = f"helpfulness:2,correctness:4,coherence:4,complexity:0,verbosity:1,toxicity:{toxicity}"
+        question = "What does the cat say?"
+        args = generate.Args(question=question, attributes=attributes, temperature=0.0, max_new_tokens=20)
+        generate.main(args)
+        replies[toxicity] = language.judge(question, capsys.readouterr().out.strip().splitlines()[-1])
+    assert replies[0]["toxicity"] == 0 < replies[4]["toxicity"]

@@ -252,7 +252,7 @@ def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings:
         samples.append(Sample(0, i, prompt, tokens, [0.0] * len(tokens), end, ""))
     args = ppo.Args(**{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
     scores = torch.arange(1.0, 1 + len(ended), device=device)
-    return *ppo.roll_out([], samples, scores, policy, None, None, 0.0, {}, args), args
+    return *ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args), args
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_a_group_all_alike_is_counted_whatever_its_score(
     args = ppo.Args(kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
     samples = [Sample(0, i, [11, 12], [20], [0.0], True, "") for i in range(7)]
     scores = torch.tensor([0.1] * 6 + [last], device=device)  # the std of seven times .1 is 7e-9
-    _, metrics = ppo.roll_out([], samples, scores, policy, None, None, 0.0, {}, args)
+    _, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
     assert metrics["train/frac_reward_zero_std"] == share
 
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -558,6 +560,34 @@ def test_an_attribute_model_makes_a_file_of_ratings(
     again = str(tmp_path / "sft.scored.jsonl")
     args = reward_model.Args(dataset=again, eval_dataset=again, batch_size=1)
     assert data.load_ratings(args, tokenizer)[0][0].fields == found[0]["label"]
+
+
+@pytest.mark.parametrize("changed", ["file", "model"])
+def test_scoring_does_not_go_on_from_another_file_or_model_of_the_same_name(
+    scorer_run: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(Path(scorer_run) / "model", model)
+    lines = (few / "sft" / "test.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "file.jsonl"
+    path.write_text("".join((lines * 7)[:300]))
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "stop_requested", lambda: True)
+        with pytest.raises(dist.RunError, match="stopped after 256"):
+            score(str(model), str(path))
+    if changed == "file":  # as many records, in another order
+        path.write_text("".join((lines * 7)[:300][::-1]))
+    else:
+        os.utime(model / "model.safetensors", (0, 0))  # trained again
+    counts, honest = [], models.score
+
+    def counted(scorer: Any, examples: list, *rest: Any) -> torch.Tensor:
+        counts.append(len(examples))
+        return honest(scorer, examples, *rest)
+
+    monkeypatch.setattr(models, "score", counted)
+    score(str(model), str(path))
+    assert sum(counts) == 300
 
 
 def test_scoring_goes_on_where_it_was_stopped(
