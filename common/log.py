@@ -5,14 +5,16 @@ Only rank 0 writes. Metrics go to the file in full and to the console in part, a
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,16 @@ def parse(Args: type, toy: dict[str, Any]) -> Any:  # noqa: N803
     peek.add_argument("--model", default=Args.model)
     wants_toy = peek.parse_known_args()[0].model == "toy"
     asks_help = {"-h", "--help"} & set(sys.argv[1:])
-    defaults = Args() if asks_help or not wants_toy else replace(Args(), **toy)
-    settings = " ".join(f"--{name} {value}" for name, value in toy.items())
+    defaults = Args() if asks_help or not wants_toy else with_fields(Args(), toy)
+    settings = " ".join(f"--{name} {value}" for name, value in _flat(toy).items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
     return tyro.cli(Args, default=defaults, description=about, use_underscores=True)
+
+
+def with_fields(args: Any, changes: dict[str, Any]) -> Any:
+    """A copy of args with fields changed; a dict changes fields of the stage options it names."""
+    own = {k: with_fields(getattr(args, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return replace(args, **own)
 
 
 def load_function(spec: str) -> Callable:
@@ -53,7 +61,12 @@ def load_function(spec: str) -> Callable:
 
 
 class Log:
-    """The run folder. `log(step, metrics)` appends a row; numbers under eval/ make the table at the end."""
+    """The run folder. `log(step, metrics)` appends a row; numbers under eval/ make the table at the end.
+
+    A pipeline is a script with the Args of others among its own; its steps are its stages.
+    """
+
+    running: "Log | None" = None  # the pipeline a stage of which is running
 
     def __init__(
         self,
@@ -65,6 +78,8 @@ class Log:
     ):
         """fixed: fields of CHANGEABLE that do alter this script's numbers."""
         self.args, self.show, self.wandb = args, show, None
+        self.outer = Log.running  # the pipeline that this run is a stage of
+        self.is_pipeline = any(is_dataclass(getattr(args, f.name)) for f in fields(args))
         self.changeable = set(CHANGEABLE) - set(fixed)
         self.first_step: int | None = None  # of this process, for the time left
         if os.environ.get("WANDB_SWEEP_ID"):  # runs of a sweep must not share a folder
@@ -90,23 +105,29 @@ class Log:
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
         last = checkpoint.newest(args)
-        if last and (folder / "args.json").exists():  # without a checkpoint there is nothing to resume
-            before = json.loads((folder / "args.json").read_text())
-            for name, value in asdict(args).items():
-                if name not in self.changeable and name in before and before[name] != value:
+        # without a checkpoint there is nothing to resume, but for the stages of a pipeline
+        if (last or self.is_pipeline) and (folder / "args.json").exists():
+            before, now = _flat(json.loads((folder / "args.json").read_text())), _flat(asdict(args))
+            for name, value in now.items():
+                changeable = name.rsplit(".")[-1] in self.changeable
+                if not changeable and name in before and before[name] != value:
                     raise dist.RunError(
                         f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: "
                         "give that value to resume it, another output_dir, or --overwrite to start anew"
                     )
-        keep = int(last.name[5:]) if last else -1
+        keep = int(last.name[5:]) if last else math.inf if self.is_pipeline else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
             _replace(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+            if self.is_pipeline:  # samples are written before their row of metrics
+                keep = max((row["step"] for row in kept), default=-1)
         return _read_rows(folder / "metrics.jsonl")
 
     def _start_wandb(self) -> None:
         """Online if logged in, else offline; never asks, and a failure to start only costs the tracking."""
-        if not self.args.track:
+        if self.outer:
+            self.wandb = self.outer.wandb
+        if self.outer or not self.args.track:
             return
         id_file = self.folder / "wandb_id"
         try:
@@ -143,6 +164,38 @@ class Log:
             self._start_wandb()
         return not done
 
+    def stage(self, main: Callable, args: Any) -> bool:
+        """Run the main of another script in its own folder, unless that is complete.
+
+        Its metrics go into this run's W&B run, under the folder's name.
+
+        Returns:
+            False if a stop was asked for; the stage has saved and the pipeline must end too.
+        """
+        folder = Path(args.output_dir)
+        dist.all_sum({})
+        if not dist.stop_requested() and not dist.from_main((folder / "model").is_dir):
+            if dist.is_main():
+                print(f"\nstage {folder.name}", flush=True)
+            Log.running, before = self, Log.running
+            try:
+                main(args)
+            finally:
+                Log.running = before
+            gc.collect()  # FSDP's modules refer to themselves
+            dist.all_sum({})
+        if dist.stop_requested() and dist.is_main():
+            print(f"stopped in or after {folder.name}; the same command goes on from there", flush=True)
+        return not dist.stop_requested() and dist.from_main((folder / "model").is_dir)
+
+    def _track(self, step: int, values: dict[str, Any]) -> None:
+        """Send to W&B. Stages count their steps anew, so these are a metric there and not W&B's own step."""
+        if self.wandb and self.outer:
+            values = {f"{self.folder.name}/{name}": value for name, value in {**values, "step": step}.items()}
+            self.wandb.define_metric(f"{self.folder.name}/*", step_metric=f"{self.folder.name}/step")
+        if self.wandb:
+            self.wandb.log(values, step=None if self.outer or self.is_pipeline else step)
+
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
 
@@ -163,8 +216,7 @@ class Log:
         self.rows.append(row)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
+        self._track(step, metrics)
         now = time.perf_counter()
         if self.first_step is None:
             self.first_step, self.started, self.printed = step, now, now
@@ -232,7 +284,7 @@ class Log:
             import wandb
 
             table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
-            self.wandb.log({"samples": table}, step=step)
+            self._track(step, {"samples": table})
         means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[4:]}
         plain = ("ended", "reward")
         metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
@@ -253,7 +305,7 @@ class Log:
         else:
             self._table()
             print(f"model, metrics, samples and curves are in {self.folder}", flush=True)
-        if self.wandb:
+        if self.wandb and not self.outer:
             self.wandb.finish()
 
     def _table(self) -> None:
@@ -289,6 +341,14 @@ def following(rows: list[dict]) -> dict[str, float]:
         if both.asked.nunique() > 1 and both.found.nunique() > 1:
             metrics[f"follow/pearson/{name}"] = float(both.corr().iloc[0, 1])
     return metrics
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options of stages by the names they have on the command line: sft.learning_rate."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _read_rows(path: Path) -> list[dict]:

@@ -1,8 +1,10 @@
 """What a run writes, what it refuses, and how it stops."""
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from conftest import ROOT, read_metrics
 import dpo
 import sft
 from common import checkpoint, dist, log
+from sft import Args as SftArgs
 
 
 def settings(few: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -194,6 +197,109 @@ def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(ours) == 1 and "nowhere.jsonl" in ours[0] and "no such file" in ours[0]
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
+
+
+# pipelines: scripts that run the main of others as stages
+
+
+@dataclasses.dataclass
+class Pipeline:
+    model: str = "toy"
+    dataset: str = "toy"
+    output_dir: str = "runs/pipeline"
+    overwrite: bool = False
+    seed: int = 1
+    track: bool = False
+    wandb_project: str = "cleanalign"
+    run_name: str = ""
+    sft: SftArgs = dataclasses.field(default_factory=SftArgs)
+
+
+def pipeline(few: str, folder: str, num_stages: int = 2, **more: Any) -> list[int]:
+    """Trains in num_stages folders, one after the other. -> the steps its log knew when it began."""
+    args = Pipeline(output_dir=folder, **more)
+    dist.init(args.seed)
+    options = {**sft.TOY, "max_steps": 3, "batch_size": 8, "eval_every": 2, "num_samples": 2}
+    args.sft = sft.Args(**options, max_new_tokens=8, dataset=f"{few}/sft", seed=args.seed)
+    run = log.Log(args, __file__, ())
+    known = [row["step"] for row in run.rows]
+    if not run.begin(num_stages):
+        return known
+    for number in range(1, num_stages + 1):
+        if not run.stage(sft.main, dataclasses.replace(args.sft, output_dir=f"{folder}/{number}_sft")):
+            return known
+        if number not in known:
+            run(number, num_stages, {"eval/number": float(number)})
+    (Path(folder) / "model").mkdir(exist_ok=True)
+    run.finish()
+    return known
+
+
+def test_options_of_a_stage_are_nested_and_explicit_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = {"seed": 3, "sft": {"batch_size": 8, "max_steps": 5}}
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--sft.max_steps=7"])
+    args = log.parse(Pipeline, toy)
+    assert (args.seed, args.sft.batch_size, args.sft.max_steps) == (3, 8, 7)
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--model=other"])
+    assert log.parse(Pipeline, toy) == Pipeline(model="other")
+
+
+def test_a_finished_stage_is_not_run_again_and_its_row_is_kept(few: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert pipeline(str(few), str(folder), num_stages=1) == []
+    shutil.rmtree(folder / "model")
+    stamp = (folder / "1_sft" / "metrics.jsonl").stat().st_mtime_ns
+    assert pipeline(str(few), str(folder)) == [1]
+    assert (folder / "1_sft" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+    with pytest.raises(dist.RunError, match="with seed 1, now 2"):
+        pipeline(str(few), str(folder), seed=2)
+
+
+def test_a_stop_in_a_stage_ends_the_pipeline(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, folder = log.Log.__call__, tmp_path / "run"
+
+    def interrupted(self: Any, step: int, num_steps: int, metrics: dict) -> None:
+        honest(self, step, num_steps, metrics)
+        if self.outer and step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Log, "__call__", interrupted)
+        pipeline(str(few), str(folder))
+    assert checkpoint.newest(sft.Args(output_dir=str(folder / "1_sft")))
+    assert not (folder / "1_sft" / "model").exists() and not (folder / "2_sft").exists()
+    pipeline(str(few), str(folder))
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+
+
+def test_the_stages_of_a_pipeline_share_its_wandb_run(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    sent = []
+
+    class Run:
+        id = "one"
+
+        def log(self, values: dict, step: int | None) -> None:
+            sent.append((step, {name: value for name, value in values.items() if "step" in name}))
+
+        def define_metric(self, name: str, step_metric: str) -> None:
+            assert name.removesuffix("*") == step_metric.removesuffix("step")
+
+        def finish(self) -> None:
+            sent.append("finish")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr(wandb, "login", lambda **_: False)
+    pipeline(str(few), str(tmp_path / "run"), num_stages=1, track=True)
+    assert sent.pop() == "finish" and "finish" not in sent
+    stage = [values["1_sft/step"] for _, values in sent if "1_sft/step" in values]
+    assert sorted(set(stage)) == [0, 1, 2, 3] and {step for step, _ in sent} == {None}
 
 
 # W&B
