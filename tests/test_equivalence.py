@@ -12,6 +12,15 @@ BASE = {
     "sft": {"max_grad_norm": 0.5},
     "dpo": {"max_grad_norm": 0.5, "beta": 0.5, "sft_coef": 0.1},
     "reward_model": {"max_grad_norm": 0.5, "center_coef": 0.1},
+    "ppo": {
+        "max_grad_norm": 0.5,
+        "reward": "test_equivalence:brevity",
+        "missing_eos": "keep",
+        "rollout_size": 16,
+        "max_new_tokens": 24,
+        "value_learning_rate": 5e-3,
+        "kl_coef": 0.1,
+    },
 }
 COMMON = {
     "max_steps": STEPS,
@@ -26,22 +35,39 @@ COMMON = {
 }
 
 
-def run(script: str, folder: str, **settings: Any) -> list[tuple[float, float, float | None]]:
-    """(loss, gradient norm, held-out loss) after each step of a run; called here and on the two ranks."""
+COMPARED = [
+    "train/loss",
+    "train/grad_norm",
+    "eval/loss",
+    "train/objective/kl",
+    "train/objective/scores",
+    "train/loss/value_avg",
+    "train/value_grad_norm",
+    "train/num_tokens",
+]
+
+
+def brevity(prompts: list, responses: list[str], examples: list) -> list[float]:
+    """A reward that differs from response to response."""
+    return [-len(set(response)) / 10 for response in responses]
+
+
+def run(script: str, folder: str, **settings: Any) -> list[dict[str, float]]:
+    """What is compared after each step of a run; called here and on the two ranks."""
     module = importlib.import_module(script)
     common = {name: value for name, value in COMMON.items() if hasattr(module.Args, name)}
     module.main(module.Args(**{**common, **BASE[script], **settings}, output_dir=folder))
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [(row["train/loss"], row["train/grad_norm"], row.get("eval/loss")) for row in rows]
+    return [{name: row[name] for name in COMPARED if name in row} for row in rows]
 
 
 def assert_same(ours: list, theirs: list) -> None:
     assert len(ours) == len(theirs) == STEPS
     for a, b in zip(ours, theirs, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert (x is None) == (y is None)
-            assert x is None or abs(x - y) <= 1e-5 * max(1.0, abs(y)), f"{ours}\n{theirs}"
+        assert a.keys() == b.keys()
+        for name in a:
+            assert abs(a[name] - b[name]) <= 1e-5 * max(1.0, abs(b[name])), f"{name}\n{ours}\n{theirs}"
 
 
 @pytest.fixture(scope="module", params=list(BASE))
@@ -55,8 +81,9 @@ def canonical(script: str, tiny_model: str, tmp_path_factory: pytest.TempPathFac
     return run(script, str(tmp_path_factory.mktemp(script) / "run"), model=tiny_model)
 
 
-def test_the_run_moves_the_weights(canonical: list) -> None:
-    assert abs(canonical[-1][2] - canonical[2][2]) > 0.01  # held-out loss after steps 6 and 3
+def test_the_run_moves_the_weights(script: str, canonical: list) -> None:
+    measure = "train/objective/kl" if script == "ppo" else "eval/loss"
+    assert abs(canonical[-1][measure] - canonical[2][measure]) > 0.01  # after steps 6 and 3
 
 
 def test_a_gradient_twice_too_big_would_be_noticed(
@@ -96,9 +123,10 @@ def test_two_ranks(
 
 
 def test_a_rank_with_dummy_rows_only(script: str, tiny_model: str, tmp_path: Path, two_ranks: Any) -> None:
-    alone = run(script, str(tmp_path / "one"), model=tiny_model, batch_size=1)
-    folder = str(tmp_path / "two")
-    ours, _ = two_ranks("test_equivalence:run", script=script, folder=folder, model=tiny_model, batch_size=1)
+    settings = {"script": script, "model": tiny_model, "batch_size": 1}
+    settings |= {"rollout_size": 2} if script == "ppo" else {}
+    alone = run(folder=str(tmp_path / "one"), **settings)
+    ours, _ = two_ranks("test_equivalence:run", folder=str(tmp_path / "two"), **settings)
     assert_same(ours, alone)
 
 
