@@ -299,10 +299,11 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
     if args.loss in ("kwise", "plackett_luce"):
         return data.load_ranked(args, tokenizer)
     datasets = data.load_pairs(args, tokenizer, whole=True)
-    if args.loss == "scaled_bt" and not all(example.fields["margin"] > 0 for example in datasets[0]):
-        raise dist.RunError(
-            "scaled_bt weighs each pair by its margin; expected a margin above 0 in every one"
-        )
+    positive = [example.fields["margin"] > 0 for example in datasets[0]]
+    if args.loss == "scaled_bt" and not all(positive):
+        raise data.wrong("scaled_bt", "pairs without margin", "a margin above 0, their weight, in each")
+    if args.loss == "margin_bt" and not any(positive):
+        raise data.wrong("margin_bt", "no pair with a margin", "the field margin; without it this is bt")
     return datasets
 
 

@@ -426,7 +426,9 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
     if not names:
         raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
     keep = is_scorer and not zero_head
-    if keep and len(has) != len(names) and not set(names) <= set(has):
+    # what transformers calls outputs that nobody named
+    unnamed = len(has) == len(names) and all(name.startswith("LABEL_") for name in has)
+    if keep and not unnamed and not set(names) <= set(has):
         raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
     config = copy.deepcopy(source.config)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -444,7 +446,7 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         if zero_head:
             model.score.weight.zero_()
         elif keep:
-            rows = [has.index(name) for name in names] if set(names) <= set(has) else range(len(names))
+            rows = range(len(names)) if unnamed else [has.index(name) for name in names]
             model.score.weight.copy_(source.score.weight[list(rows)])
         else:  # Stiennon et al. 2020, in their code
             model.score.weight.normal_(std=(width + 1) ** -0.5)

@@ -628,9 +628,10 @@ def test_scoring_goes_on_where_it_was_stopped(
 # bad input
 
 
-def test_weights_need_margins(few: Path, tiny_model: str, tmp_path: Path) -> None:
-    with pytest.raises(dist.RunError, match="expected a margin above 0 in every one"):
-        run(tmp_path, tiny_model, few / "pairs", loss="scaled_bt")
+@pytest.mark.parametrize("loss", ["scaled_bt", "margin_bt"])
+def test_losses_with_margins_need_margins(few: Path, tiny_model: str, tmp_path: Path, loss: str) -> None:
+    with pytest.raises(dist.RunError, match=f"{loss}: found .*margin; expected "):
+        run(tmp_path, tiny_model, few / "pairs", loss=loss)
 
 
 def test_equal_ranks_rank_nothing(tiny_model: str, tmp_path: Path) -> None:
@@ -645,6 +646,24 @@ def test_an_attribute_must_be_one_of_the_models(
 ) -> None:
     with pytest.raises(dist.RunError, match=r"has the outputs .*toxicity.*, not wit"):
         run(tmp_path, str(attribute_run[0]), few / "pairs", attribute="wit")
+
+
+def test_a_reward_model_of_one_output_keeps_its_name(scorer_run: str, few: Path, tmp_path: Path) -> None:
+    with pytest.raises(dist.RunError, match=r"has the outputs reward, not wit"):
+        run(tmp_path / "wit", scorer_run, few / "pairs", attribute="wit")
+
+
+def test_a_foreign_reward_model_without_names_gets_one(
+    scorer_run: str, few: Path, tmp_path: Path, device: torch.device
+) -> None:
+    folder = shutil.copytree(Path(scorer_run) / "model", tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    scorer = models.load_scorer(str(folder), device, reward_model.Args(), ["reward"])
+    assert models.output_names(scorer) == ["reward"]
+    kept = load_file(folder / "model.safetensors")["score.weight"]
+    torch.testing.assert_close(dict(models.full_weights(scorer))["score.weight"], kept)
 
 
 def test_a_model_without_a_score_head_scores_nothing(few: Path, tiny_model: str, tmp_path: Path) -> None:
