@@ -264,10 +264,12 @@ def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
     A special token that a message spells out stays text: a BREAK after its first character hides it. Without
     a template the turns are plain text and joined as they stand.
     """
+    labels = [labelled(tokenizer, m.get("label", "")) for m in messages]
     if tokenizer.chat_template is None:
-        return "".join(m.get("label", "") + m["content"] for m in messages)
+        return "".join(label + m["content"] for label, m in zip(labels, messages, strict=True))
     plain = functools.partial(special_tokens(tokenizer).sub, lambda m: m[0][0] + BREAK + m[0][1:])
-    messages = [{"role": m["role"], "content": m.get("label", "") + plain(m["content"])} for m in messages]
+    turns = zip(labels, messages, strict=True)
+    messages = [{"role": m["role"], "content": label + plain(m["content"])} for label, m in turns]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_reply)
 
 
@@ -311,7 +313,7 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Sequ
     for i in spans:
         is_reply = messages[i]["role"] == "assistant"
         before = render(tokenizer, messages[:i], is_reply) if i else opening(tokenizer, messages[0])
-        before += messages[i].get("label", "")  # context, never trained
+        before += labelled(tokenizer, messages[i].get("label", ""))  # context, never trained
         turn = text if i == spans[-1] else render(tokenizer, messages[: i + 1], False)
         if not (text.startswith(turn) and turn.startswith(before)):
             raise ValueError("the chat template rewrites earlier turns; set another one with --chat_template")
@@ -338,7 +340,13 @@ def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> li
     """Tokens to generate from: messages under the template, a string as plain text; then the label."""
     plain = isinstance(prompt, str)
     text = prompt if plain else render(tokenizer, prompt, True)
-    return list(tokenize(tokenizer, text + label, plain))
+    return list(tokenize(tokenizer, text + labelled(tokenizer, label), plain))
+
+
+def labelled(tokenizer: Any, line: str) -> str:
+    """A label line as it stands before a reply: after the template's label_token, where it sets one."""
+    token = re.search(r"set label_token = '(.*?)'", tokenizer.chat_template or "") if line else None
+    return token[1] + line if token else line
 
 
 def common_prefix(a: Any, b: Any) -> int:

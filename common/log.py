@@ -89,7 +89,7 @@ class Log:
         self.folder = Path(args.output_dir)
         self.rows: list[dict] = dist.from_main(self._open)
         self.script = script
-        if dist.is_main() and args.model == "toy" and toy is not None:
+        if dist.is_main() and args.model == "toy" and toy is not None and not self.outer:
             used = " ".join(f"{k}={v}" for k, v in toy.items() if getattr(args, k) == v)
             print(f"toy world: {used}; for real: --model <hub id or folder> --dataset <file>", flush=True)
 
@@ -99,7 +99,7 @@ class Log:
         if args.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
             shutil.rmtree(folder, ignore_errors=True)
         try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (folder if self.is_pipeline else folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
         except OSError as error:
@@ -177,12 +177,13 @@ class Log:
         if not dist.stop_requested() and not dist.from_main((folder / "model").is_dir):
             if dist.is_main():
                 print(f"\nstage {folder.name}", flush=True)
+            gc.collect()  # FSDP's modules refer to themselves
             Log.running, before = self, Log.running
             try:
                 main(args)
             finally:
                 Log.running = before
-            gc.collect()  # FSDP's modules refer to themselves
+            gc.collect()
             dist.all_sum({})
         if dist.stop_requested() and dist.is_main():
             print(f"stopped in or after {folder.name}; the same command goes on from there", flush=True)

@@ -1,0 +1,459 @@
+r"""SteerLM: fine-tuning conditioned on attributes, which users then ask for
+
+Dong et al. 2023, https://arxiv.org/abs/2310.05344. Every response of the training data is preceded by a line
+of attribute values, v, that a model predicts; bad responses stay, with honest labels:
+
+    1. attribute model: regression on rated responses (reward_model.py)
+    2. annotate:        v = attribute model(x, y), clamped and rounded, for each response           Eq. 2
+    3. fine-tune:       loss = -(1/N) sum_t log pi(y_t | v, x, y_<t), the line is context (sft.py)
+    4. bootstrap:       y' ~ pi(. | x, v'), v' a line of high quality; annotate y', train again      Eq. 3, 4
+    5. ask:             for each attribute and value 0-4, what the responses score
+
+    python steerlm.py --help
+    torchrun --nproc_per_node=8 steerlm.py --model meta-llama/Llama-3.1-8B --chat_template chatml \
+        --ratings nvidia/HelpSteer2 --dataset chats.jsonl
+
+Each stage has its folder in output_dir; one that is complete is not run again.
+
+Metrics, results and departures from the papers: docs/steerlm.md
+"""
+
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import reward_model
+import sft
+from common import checkpoint, data, dist, models
+from common.generate import generate
+from common.log import Log, load_function, parse
+from reward_model import Args as RewardArgs
+from sft import Args as SftArgs
+
+TOY = dict(
+    ratings="toy",
+    attributes="verbosity:1,toxicity:0",
+    num_bootstrap_rounds=1,
+    num_bootstrap_prompts=256,
+    max_new_tokens=48,
+    num_samples=32,
+    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
+    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=120, eval_every=120, num_samples=0),
+)
+SHOWN = ("follow/mae", "follow/pearson")
+EXTENSION = (
+    "{%- if add_generation_prompt and attributes is defined -%}"
+    "{{- (label_token | default('')) + attributes + '\\n' -}}{%- endif -%}"
+)
+
+
+@dataclass
+class Args:
+    """SteerLM, all stages."""
+
+    model: str = "toy"
+    """policy to start from: toy, a run folder, a Hugging Face folder, a hub id, a .gguf file"""
+    dataset: str = "toy"
+    """conversations to annotate and train on: toy, .jsonl/.json/.parquet file, folder, hub/name"""
+    ratings: str = "nvidia/HelpSteer2"
+    """rated responses, to train the attribute model on"""
+    output_dir: str = f"runs/{Path(__file__).stem}"
+    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    overwrite: bool = False
+    """start anew in output_dir instead of resuming the run there"""
+    seed: int = 1
+    """orders data and samples"""
+    chat_template: str = ""
+    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+
+    # stages
+    attribute_model: str = ""
+    """regression model of the attributes: a run of reward_model.py or its model folder"""
+    annotated: str = ""
+    """folder or file annotated before; its lines replace stage 2"""
+    conditioned_model: str = ""
+    """policy that follows label lines already, a run or a model folder; replaces stage 3"""
+    attributes: str = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
+    """attributes to condition on, and the values that a question about another one keeps, 0 to 4"""
+    num_bootstrap_rounds: int = 0
+    """times to sample from the model, annotate and train again"""
+    num_bootstrap_prompts: int = 20000
+    """prompts of such a round"""
+    bootstrap_top_k: int = 50
+    """sample from this many likeliest tokens"""
+    max_new_tokens: int = 512
+    """most tokens of a response"""
+    temperature: float = 1.0
+    """of sampling in a bootstrap round; the following table is greedy, as in the paper"""
+    reward_model: RewardArgs = field(default_factory=lambda: RewardArgs(learning_rate=2e-6, num_epochs=2))
+    """options of the attribute model's training"""
+    sft: SftArgs = field(default_factory=lambda: SftArgs(learning_rate=5e-6, num_epochs=2, num_samples=0))
+    """options of fine-tuning"""
+
+    # bookkeeping
+    num_samples: int = 32
+    """prompts answered and judged at each evaluation"""
+    judge: str = ""
+    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
+    track: bool = False
+    """log to Weights & Biases too: online if logged in, else offline"""
+    wandb_project: str = "cleanalign"
+    """W&B project"""
+    run_name: str = ""
+    """W&B run name"""
+
+
+class Scorer(NamedTuple):
+    """The attribute model, its own tokenizer, and the names of its outputs."""
+
+    model: nn.Module
+    tokenizer: Any
+    names: list[str]
+
+    def __call__(self, replies: list[data.Sequence], args: Args, device: torch.device) -> list[dict]:
+        """Attribute values of encoded replies, before rounding; a collective."""
+        outputs = models.score(self.model, [data.Example([reply], "") for reply in replies], args.sft, device)
+        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------- annotation
+
+
+def clamp_and_round(score: float) -> int:
+    """A value of the scale 0 to 4; halves go to the even neighbour, as Python and NeMo-Aligner round."""
+    return round(min(4.0, max(0.0, score)))
+
+
+def wanted(args: Args, names: list[str]) -> dict[str, float]:
+    """`attributes` as numbers, in the order of the attribute model's outputs.
+
+    Raises:
+        RunError: one is no output of the model, or its value is not 0 to 4.
+    """
+    line = data.read_line(args.attributes, "attributes", names).strip()
+    if not line:
+        raise data.wrong("attributes", "none", f"name:value of some of {', '.join(names)}, joined by commas")
+    given = dict(item.split(":") for item in line.split(","))
+    return {name: float(given[name]) for name in names if name in given}
+
+
+def annotate(
+    scorer: Scorer,
+    tokenizer: Any,
+    records: list[data.Record],
+    target: Path,
+    key: Any,
+    args: Args,
+    device: torch.device,
+) -> None:
+    """Write conversations with a label on every reply of the assistant, in our form and in NeMo-Aligner's.
+
+    A reply is scored after the turns before it, without labels. Interrupted, the next call goes on.
+
+    Args:
+        target: the file to write; NeMo-Aligner's twin goes into the folder nemo beside it.
+        key: what the labels depend on besides the records.
+    """
+    kept = wanted(args, scorer.names)
+
+    def read(record: data.Record) -> tuple[list[dict], list[data.Sequence]]:
+        prompt, response = data.read_exchange(tokenizer, *record)
+        turns = prompt + response
+        replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
+
+    def label(chunk: list[data.Record]) -> list[dict]:
+        conversations = dist.parallel_map(read, chunk)
+        values = iter(scorer([reply for _, replies in conversations for reply in replies], args, device))
+        for turns, _ in conversations:
+            for turn in turns:
+                if turn["role"] == "assistant":
+                    found = next(values)
+                    rounded = {name: clamp_and_round(found[name]) for name in kept}
+                    turn["label"] = data.label_line(rounded).strip()
+        return [{"messages": turns, "type": "VALUE_TO_TEXT"} for turns, _ in conversations]
+
+    if dist.is_main():
+        target.parent.mkdir(exist_ok=True)
+    dist.barrier()
+    if dist.from_main(target.exists):
+        return
+    checkpoint.write_lines(target, records, key, label)
+    if dist.is_main():
+        written = [record.value["messages"] for record in data.read_file(target)]
+        twin = target.parent / "nemo" / target.name
+        twin.parent.mkdir(exist_ok=True)
+        twin.write_text("".join(json.dumps(in_nemo_form(messages)) + "\n" for messages in written))
+        labels = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
+        counts = Counter(item for items in labels for item in items)
+        for name in kept:
+            histogram = "  ".join(f"{value}: {counts[f'{name}:{value}']:,}" for value in range(5))
+            print(f"annotated {target.parent.name}/{target.name}  {name:<12} {histogram}", flush=True)
+
+
+def in_nemo_form(messages: list[dict]) -> dict:
+    """A labelled conversation as NeMo-Aligner's chat data has it."""
+    turns = [m for m in messages if m["role"] != "system"]
+    system = "".join(m["content"] for m in messages if m["role"] == "system")
+    said = [{"from": m["role"].capitalize(), "value": m["content"], "label": m.get("label")} for m in turns]
+    return {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
+
+
+def load_annotated(options: SftArgs, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval) conversations to condition on.
+
+    Raises:
+        RunError: a reply without a label; it would be trained without the line that users ask with.
+    """
+    for record, where in data.read_records(options.dataset, "train", "sft"):
+        turns = next((record[name] for name in data.CONVERSATIONS if name in record), [])
+        replies = [t for t in turns if str(t.get("role", t.get("from"))).lower() in ("assistant", "gpt")]
+        if record.get("type") != "VALUE_TO_TEXT" or not all(turn.get("label") for turn in replies):
+            raise data.wrong(where, "a reply without label", "type VALUE_TO_TEXT and a label on each reply")
+    return data.load_sft(options, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def high_quality(examples: list[data.Example]) -> list[str]:
+    """Distinct label lines of the data with the best quality (helpfulness), of these the least toxicity."""
+    turns = [turn for e in examples for name in data.CONVERSATIONS for turn in e.record.get(name, ())]
+    lines = sorted({data.read_line(turn["label"], "label") for turn in turns if turn.get("label")})
+
+    def goodness(line: str) -> tuple[int, int]:
+        values = dict(item.split(":") for item in line.strip().split(","))
+        return int(values.get("quality", values.get("helpfulness", 0))), -int(values.get("toxicity", 0))
+
+    best = max(map(goodness, lines))
+    return [line for line in lines if goodness(line) == best]
+
+
+def sample_best(
+    model: str, examples: list[data.Example], tokenizer: Any, number: int, args: Args, device: torch.device
+) -> list[data.Record]:
+    """New replies to prompts of the data, each asked for by one of its lines of high quality.       Eq. 3"""
+    lines, rng = high_quality(examples), random.Random(f"{args.seed} {number}")
+    examples = [example for example in examples if example.prompt]
+    chosen = rng.sample(examples, min(len(examples), args.num_bootstrap_prompts))
+    tokens = [data.encode_prompt(tokenizer, e.prompt, rng.choice(lines)) for e in chosen]
+    policy = models.load(model, device, args.sft, trainable=False)
+    samples = generate(
+        policy,
+        tokenizer,
+        tokens,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.bootstrap_top_k,
+        seed=args.seed,
+        step=number,
+    )
+    records = []
+    for example, sample in zip(chosen, samples, strict=True):
+        turns = [*example.prompt, {"role": "assistant", "content": sample.text}]
+        records += [data.Record({"messages": turns}, "bootstrap")] if sample.ended else []
+    if dist.is_main():
+        print(
+            f"bootstrap {number}: {len(chosen) - len(records):,} of {len(chosen):,} replies cut off, left out"
+        )
+    return records
+
+
+# -------------------------------------------------------------------------------------- following
+
+
+def follow(
+    policy: nn.Module,
+    scorer: Scorer,
+    tokenizer: Any,
+    examples: list[data.Example],
+    step: int,
+    args: Args,
+    device: torch.device,
+) -> list[dict]:
+    """Ask for every value of every attribute, the others as in `attributes`, and score the greedy answers.
+
+    Returns:
+        rows of what was asked and what was found, by the judge if there is one, else by the attribute model.
+    """
+    usual = wanted(args, scorer.names)
+    asked = [(name, value, example) for name in usual for value in range(5) for example in examples]
+    lines = [data.label_line({**usual, name: float(value)}) for name, value, _ in asked]
+    tokens = [
+        data.encode_prompt(tokenizer, e.prompt, line) for (_, _, e), line in zip(asked, lines, strict=True)
+    ]
+    samples = generate(policy, tokenizer, tokens, max_new_tokens=args.max_new_tokens, temperature=0)
+    exchanges = [
+        (example.prompt, sample.text) for (_, _, example), sample in zip(asked, samples, strict=True)
+    ]
+    spec = args.judge or ("toy.language:judge" if args.dataset == "toy" else "")
+    if spec:
+        judge = load_function(spec)
+        found = [judge(prompt[-1]["content"], text) for prompt, text in exchanges]
+        if missing := usual.keys() - found[0].keys():
+            raise data.wrong(f"judge {spec}", f"no {', '.join(missing)} in its scores", "all of `attributes`")
+    else:
+        replies = [(prompt, [{"role": "assistant", "content": text}]) for prompt, text in exchanges]
+        found = scorer([data.encode_response(scorer.tokenizer, *reply) for reply in replies], args, device)
+    rows = []
+    for (name, value, example), line, sample, scores in zip(asked, lines, samples, found, strict=True):
+        row = {"step": step, "prompt": example.prompt[-1]["content"], "label": line, "response": sample.text}
+        rows.append(row | {"ended": sample.ended, "varied": name, "asked": value, **scores})
+    return rows
+
+
+def follow_metrics(rows: list[dict]) -> dict[str, float]:
+    """For each attribute, over the answers in which its value was varied: MAE, Pearson's and Spearman's r."""
+    import pandas as pd
+
+    metrics, parts = {}, pd.DataFrame(rows).groupby("varied", sort=False)
+    for name, part in parts:
+        both = part[["asked", name]].astype(float)
+        metrics[f"eval/follow/mae/{name}"] = float((both.asked - both[name]).abs().mean())
+        # a constant correlates with nothing
+        varies = both[name].nunique() > 1
+        metrics[f"eval/follow/pearson/{name}"] = float(both.corr().iloc[0, 1]) if varies else 0.0
+        metrics[f"eval/follow/spearman/{name}"] = float(both.corr("spearman").iloc[0, 1]) if varies else 0.0
+        for value, scores in both.groupby("asked")[name]:
+            metrics[f"follow/found/{name}/{value:.0f}"] = float(scores.mean())
+    for kind in ("mae", "pearson", "spearman"):
+        metrics[f"eval/follow/{kind}"] = sum(metrics[f"eval/follow/{kind}/{n}"] for n, _ in parts) / len(
+            parts
+        )
+    metrics["eval/follow/mean_words"] = sum(len(row["response"].split()) for row in rows) / len(rows)
+    metrics["eval/follow/ended"] = sum(row["ended"] for row in rows) / len(rows)
+    return metrics
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Heat map: mean score of the answers, for each attribute and value asked for."""
+    import matplotlib
+    import pandas as pd
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    parts = pd.DataFrame(rows).groupby("varied", sort=False)
+    means = {name: part.groupby("asked")[name].mean() for name, part in parts}
+    table = pd.DataFrame(means).T  # attributes x values
+    figure, axis = plt.subplots(figsize=(6, 0.6 * len(table) + 1.4))
+    image = axis.imshow(table, vmin=0, vmax=4, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(table.columns)), table.columns)
+    axis.set_yticks(range(len(table)), table.index)
+    axis.set_xlabel("value asked for")
+    for y, x in [(y, x) for y in range(len(table)) for x in range(len(table.columns))]:
+        value = table.iloc[y, x]
+        axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < 2.5 else "black")
+    figure.colorbar(image, label="mean score of the answers")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def export(args: Args, last: str) -> None:
+    """model/: the last stage's; its chat template takes `attributes` from users of apply_chat_template."""
+    if dist.is_main():
+        target = Path(args.output_dir) / "model"
+        unfinished = target.with_name("model.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(data.model_folder(last)[0], unfinished)
+        tokenizer = data.load_tokenizer(str(unfinished))
+        if tokenizer.chat_template:
+            tokenizer.chat_template += EXTENSION
+            tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, target)
+    dist.barrier()
+
+
+def main(args: Args) -> None:
+    # setup
+    device = dist.init(args.seed)
+    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature"))
+    known = {row["step"] for row in log.rows}  # the evaluations made before
+    folder, num_rounds = Path(args.output_dir), args.num_bootstrap_rounds
+    shared = dict(seed=args.seed, chat_template=args.chat_template, overwrite=False, track=False)
+    given = args.conditioned_model
+    if given and not dist.from_main(lambda: Path(data.model_folder(given)[0]).is_dir()):
+        raise data.wrong("conditioned_model", given, "a run or a model's folder")
+    if not log.begin(num_rounds + 1):
+        return
+
+    # 1. attribute model
+    attribute_model = args.attribute_model or str(folder / "1_attribute_model")
+    if not args.attribute_model:
+        options = replace(
+            args.reward_model, model=args.model, dataset=args.ratings, loss="regression", **shared
+        )
+        if not log.stage(reward_model.main, replace(options, output_dir=attribute_model)):
+            return
+
+    def load_scorer() -> Scorer:
+        scorer = models.load_scorer(attribute_model, device, args.sft, trainable=False)
+        scorer.config.reward_mean = None  # the scale of the labels
+        return Scorer(scorer, data.load_tokenizer(attribute_model), models.output_names(scorer))
+
+    wanted(args, load_scorer().names)  # an unknown attribute ends the run here
+
+    # 2. annotate
+    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    annotated = Path(args.annotated or folder / "2_annotated")
+    if not args.annotated:
+        key = (args.dataset, args.attributes, checkpoint.fingerprint(attribute_model))
+        for split in ("train", "test"):
+            # of the toy world its ratings: their replies are good and bad
+            sources = [name for name, _ in data.read_sources(args.dataset)]
+            parts = [data.read_records(name, split, "ratings") for name in sources]
+            records = [record for part in parts for record in part or ()]
+            if records:
+                annotate(load_scorer(), tokenizer, records, annotated / f"{split}.jsonl", key, args, device)
+    options = replace(args.sft, dataset=str(annotated), eval_dataset="", **shared)
+    train_set, eval_set = load_annotated(options, tokenizer)
+    prompts = [example for example in eval_set if example.prompt][: args.num_samples]
+
+    def evaluate(model: str, number: int) -> None:
+        """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
+        if number not in known:
+            policy = models.load(model, device, args.sft, trainable=False)
+            rows = follow(policy, load_scorer(), tokenizer, prompts, number, args, device)
+            if dist.is_main():
+                with open(folder / "samples.jsonl", "a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                draw(rows, folder / "follow.png")
+            log(number, num_rounds + 1, follow_metrics(rows))
+
+    evaluate(args.model, 0)
+
+    # 3. fine-tune
+    last = args.conditioned_model or str(folder / "3_sft")
+    conditioned = replace(options, model=args.model, output_dir=last)
+    if not args.conditioned_model and not log.stage(sft.main, conditioned):
+        return
+    evaluate(last, 1)
+
+    # 4. bootstrap
+    for number in range(1, num_rounds + 1):
+        sampled = folder / f"4_bootstrap_{number}"
+        if not dist.from_main((sampled / "train.jsonl").exists):
+            records = sample_best(last, train_set, tokenizer, number, args, device)
+            key = (args.attributes, checkpoint.fingerprint(attribute_model))
+            annotate(load_scorer(), tokenizer, records, sampled / "train.jsonl", key, args, device)
+        before, last = last, str(folder / f"5_sft_{number}")
+        both = replace(options, dataset=f"{annotated},{sampled}", model=before, output_dir=last)
+        if not log.stage(sft.main, both):
+            return
+        evaluate(last, number + 1)
+
+    export(args, last)
+    log.finish()
+
+
+if __name__ == "__main__":
+    dist.run(main, parse(Args, TOY))

@@ -1,0 +1,470 @@
+"""SteerLM: labels, conditioned text, stages that run once, and replies that follow what is asked."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import read_metrics
+
+import sft
+import steerlm
+from common import checkpoint, data, dist, log
+from reward_model import Args as RewardArgs
+from sft import Args as SftArgs
+
+NAMES = ["helpfulness", "verbosity", "toxicity"]
+ASK = {"role": "user", "content": "3+4?"}
+
+
+# labels
+
+
+@pytest.mark.parametrize(
+    ("score", "value"), [(4.7, 4), (-0.3, 0), (2.5, 2), (3.5, 4), (3.49, 3), (0.5, 0), (1.0, 1)]
+)
+def test_scores_are_clamped_then_rounded_halves_to_even(score: float, value: int) -> None:
+    assert steerlm.clamp_and_round(score) == value
+
+
+def test_attributes_are_in_the_order_of_the_model() -> None:
+    args = steerlm.Args(attributes="toxicity:0, helpfulness:4")
+    assert list(steerlm.wanted(args, NAMES).items()) == [("helpfulness", 4.0), ("toxicity", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ("wit:4", "found the attribute wit; expected one of helpfulness, verbosity, toxicity"),
+        ("verbosity:5", "found verbosity:5; expected a whole number from 0 to 4"),
+        ("verbosity:1.5", "found verbosity:1.5; expected a whole number"),
+        ("verbosity", "expected name:value joined by commas"),
+        ("", "found none; expected name:value of some of helpfulness"),
+    ],
+)
+def test_attributes_that_cannot_be_asked_for(attributes: str, message: str) -> None:
+    with pytest.raises(dist.RunError, match=message):
+        steerlm.wanted(steerlm.Args(attributes=attributes), NAMES)
+
+
+def test_the_default_attributes_are_helpsteer2s() -> None:
+    assert list(steerlm.wanted(steerlm.Args(), [*data.ATTRIBUTES])) == [*data.ATTRIBUTES[4:]]
+
+
+def labelled(label: str | None) -> data.Example:
+    record = {"messages": [ASK, {"role": "assistant", "content": "7", "label": label}]}
+    return data.Example([], "", record=record)
+
+
+def test_high_quality_is_the_best_there_is_and_then_the_least_toxic() -> None:
+    lines = ["quality:3,toxicity:0,verbosity:1", "quality:3,toxicity:0,verbosity:4", "quality:3,toxicity:2"]
+    others = ["quality:2,toxicity:0", "quality:1,toxicity:0"]
+    examples = [labelled(line) for line in [*others, *lines, *lines, None]]
+    assert steerlm.high_quality(examples) == [lines[0] + "\n", lines[1] + "\n"]
+    assert steerlm.high_quality([labelled("helpfulness:1"), labelled("helpfulness:4")]) == ["helpfulness:4\n"]
+
+
+def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, ASK]
+    turns.append({"role": "assistant", "content": "7", "label": "verbosity:1"})
+    twin = steerlm.in_nemo_form(turns)
+    assert twin == {
+        "system": "Be brief.",
+        "mask": "User",
+        "type": "VALUE_TO_TEXT",
+        "conversations": [
+            {"from": "User", "value": "3+4?", "label": None},
+            {"from": "Assistant", "value": "7", "label": "verbosity:1"},
+        ],
+    }
+    sets = []
+    for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
+        (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
+        path = str(tmp_path / "data.jsonl")
+        options = SftArgs(dataset=path, eval_dataset=path, batch_size=2)
+        sets.append(steerlm.load_annotated(options, tokenizer)[0][0].sequences[0])
+    for ours, theirs in zip(*sets, strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+# conditioned text
+
+EXTRA_ID = (
+    "{%- set label_token = '<extra_id_2>' -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'system' -%}{{- '<extra_id_0>System\\n' + m.content + '\\n' -}}"
+    "{%- else -%}{{- '<extra_id_1>' + m.role | capitalize + '\\n' + m.content + '\\n' -}}{%- endif -%}"
+    "{%- if loop.last and m.role == 'assistant' -%}{{- '<extra_id_1>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<extra_id_1>Assistant\\n' -}}{%- endif -%}"
+)
+
+
+@pytest.fixture
+def nemo_tokenizer(tiny_model: str, tmp_path: Path) -> Any:
+    """A tokenizer with NeMo-Aligner's template and its special tokens."""
+    tokenizer = data.load_tokenizer(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(3)]})
+    shutil.copy(Path(tiny_model) / "config.json", tmp_path)
+    shutil.copy(Path(tiny_model) / "model.safetensors", tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "extra_id.jinja").write_text(EXTRA_ID)
+    return data.load_tokenizer(str(tmp_path), str(tmp_path / "extra_id.jinja"))
+
+
+def test_the_label_line_stands_after_the_header_and_is_never_trained(tokenizer: Any) -> None:
+    turns = [ASK, {"role": "assistant", "content": "7", "label": "verbosity:1\n"}]
+    turns += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    tokens, mask = data.encode_response(tokenizer, turns[:1], turns[1:])
+    text = tokenizer.decode(tokens).replace(" ", "")
+    assert text.endswith("<|assistant|>verbosity:1\n7<|end|><|user|>Sure?<|end|><|assistant|>Yes.<|end|>")
+    assert tokenizer.decode(tokens[mask]).replace(" ", "") == "7<|end|>Yes.<|end|>"
+
+
+def test_a_template_may_put_a_token_before_the_label(nemo_tokenizer: Any) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, ASK]
+    asked = nemo_tokenizer.decode(data.encode_prompt(nemo_tokenizer, turns, "quality:4,toxicity:0\n"))
+    expected = "<extra_id_0>System\nBe brief.\n<extra_id_1>User\n3+4?\n<extra_id_1>Assistant\n"
+    expected += "<extra_id_2>quality:4,toxicity:0\n"
+    assert asked.replace(" ", "") == expected.replace(" ", "")
+    reply = {"role": "assistant", "content": "7", "label": "quality:4,toxicity:0\n"}
+    tokens, mask = data.encode_response(nemo_tokenizer, turns, [reply])
+    assert nemo_tokenizer.decode(tokens).replace(" ", "") == (expected + "7\n<extra_id_1>").replace(" ", "")
+    assert nemo_tokenizer.decode(tokens[mask]).replace(" ", "") == "7\n<extra_id_1>"
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "nemo_tokenizer"])
+def test_plain_transformers_asks_with_the_same_tokens(which: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(which)
+    ours = data.encode_prompt(tokenizer, [ASK], "verbosity:1\n")
+    template = tokenizer.chat_template + steerlm.EXTENSION
+    ask = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
+    theirs = tokenizer.apply_chat_template([ASK], attributes="verbosity:1", **ask)
+    assert tokenizer(theirs, add_special_tokens=False)["input_ids"] == ours
+    assert tokenizer.apply_chat_template([ASK], **ask) == data.render(tokenizer, [ASK], True)
+
+
+def test_a_label_in_the_text_of_a_user_stays_text(nemo_tokenizer: Any) -> None:
+    label = nemo_tokenizer.convert_tokens_to_ids("<extra_id_2>")
+    turns = [{"role": "user", "content": "Say <extra_id_2>quality:4"}]
+    assert label not in data.encode_prompt(nemo_tokenizer, turns)
+
+
+# following
+
+
+def row(asked: int, found: float, varied: str = "verbosity") -> dict:
+    return {"varied": varied, "asked": asked, varied: found, "response": "a b", "ended": True}
+
+
+def test_following_by_hand() -> None:
+    # errors 0, 1, 1; deviations -1, 0, 1 and -1, 0, 1 of the found 0, 1, 2 shifted by one
+    metrics = steerlm.follow_metrics([row(0, 1.0), row(1, 2.0), row(2, 2.0)])
+    assert metrics["eval/follow/mae/verbosity"] == pytest.approx(2 / 3)
+    assert metrics["eval/follow/pearson/verbosity"] == pytest.approx(math.sqrt(3) / 2)
+    assert metrics["follow/found/verbosity/0"] == 1.0
+    assert metrics["eval/follow/mae"] == metrics["eval/follow/mae/verbosity"]
+    assert metrics["eval/follow/mean_words"] == 2 and metrics["eval/follow/ended"] == 1
+
+
+def test_answers_all_alike_follow_nothing() -> None:
+    metrics = steerlm.follow_metrics([row(value, 2.0) for value in range(5)])
+    assert metrics["eval/follow/pearson/verbosity"] == 0 and metrics["eval/follow/mae/verbosity"] == 1.2
+
+
+def test_an_attribute_is_measured_where_it_was_varied() -> None:
+    rows = [row(0, 0.0), row(4, 4.0), {**row(0, 4.0, "toxicity"), "verbosity": 4.0}]
+    metrics = steerlm.follow_metrics([*rows, {**row(4, 0.0, "toxicity"), "verbosity": 0.0}])
+    assert metrics["eval/follow/mae/verbosity"] == 0 and metrics["eval/follow/pearson/toxicity"] == -1
+
+
+# the pipeline
+
+
+@pytest.fixture(scope="module")
+def ratings(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few rated conversations, two of them equal."""
+    folder = tmp_path_factory.mktemp("ratings")
+    for split, count in (("train", 40), ("test", 12)):
+        lines = (toy / "ratings" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join([*lines[:count], lines[0]]))
+    return folder
+
+
+SHORT = {"max_steps": 2, "batch_size": 8, "eval_every": 2, "num_samples": 0, "learning_rate": 1e-3}
+
+
+def settings(folder: Path, ratings: Path, **more: Any) -> steerlm.Args:
+    base = {
+        "output_dir": str(folder),
+        "dataset": str(ratings),
+        "attribute_model": "toy/attribute_model",
+        "judge": "toy.language:judge",
+        "attributes": "toxicity:0,verbosity:1",
+        "num_bootstrap_rounds": 1,
+        "num_bootstrap_prompts": 6,
+        "num_samples": 2,
+        "max_new_tokens": 32,
+    }
+    return steerlm.Args(**{**base, **more}, sft=SftArgs(**SHORT))
+
+
+def run(folder: str, ratings: str, **more: Any) -> dict[str, str]:
+    """What a run wrote, by file; called here and on the two ranks."""
+    steerlm.main(settings(Path(folder), Path(ratings), **more))
+    files = ["2_annotated/train.jsonl", "2_annotated/nemo/test.jsonl", "4_bootstrap_1/train.jsonl"]
+    return {name: (Path(folder) / name).read_text() for name in [*files, "samples.jsonl", "metrics.jsonl"]}
+
+
+@pytest.fixture(scope="module")
+def whole(ratings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("steerlm") / "run"
+    return folder, run(str(folder), str(ratings))
+
+
+def test_every_reply_is_labelled_and_equal_conversations_stay(whole: tuple, ratings: Path) -> None:
+    records = [json.loads(line) for line in whole[1]["2_annotated/train.jsonl"].splitlines()]
+    replies = [turn for record in records for turn in record["messages"] if turn["role"] == "assistant"]
+    given = [json.loads(line) for line in (ratings / "train.jsonl").read_text().splitlines()]
+    assert len(records) == len(given) == 41 and records[-1] == records[0]
+    said = [turn["content"] for record in given for turn in record["messages"] if turn["role"] == "assistant"]
+    assert [turn["content"] for turn in replies] == said
+    assert all(turn["label"].startswith("verbosity:") for turn in replies)  # the model's order
+    assert {record["type"] for record in records} == {"VALUE_TO_TEXT"}
+
+
+def test_labels_are_those_of_the_judge_mostly(whole: tuple) -> None:
+    from toy.language import judge
+
+    records = [json.loads(line)["messages"] for line in whole[1]["2_annotated/train.jsonl"].splitlines()]
+    pairs = [(turns[i - 1]["content"], turns[i]) for turns in records for i in range(1, len(turns))]
+    right = [
+        abs(float(reply["label"].split(":")[-1]) - judge(question, reply["content"])["toxicity"]) < 1
+        for question, reply in pairs
+        if "label" in reply
+    ]
+    assert sum(right) / len(right) > 0.8
+
+
+def test_a_run_leaves_its_stages_a_table_and_a_model(whole: tuple) -> None:
+    folder = whole[0]
+    assert {p.name for p in folder.iterdir()} >= {"2_annotated", "3_sft", "4_bootstrap_1", "5_sft_1", "model"}
+    assert (folder / "follow.png").stat().st_size > 5000 and (folder / "curves.png").exists()
+    rows = read_metrics(folder)
+    assert [r["step"] for r in rows] == [0, 1, 2] and "eval/follow/spearman/toxicity" in rows[-1]
+    samples = [json.loads(line) for line in whole[1]["samples.jsonl"].splitlines()]
+    assert len(samples) == 3 * 2 * 5 * 2  # evaluations, attributes, values, prompts
+    asked = [s["label"] for s in samples[:10:2]]
+    assert asked == [f"verbosity:{value},toxicity:0\n" for value in range(5)]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    last = AutoModelForCausalLM.from_pretrained(folder / "5_sft_1" / "model")
+    for ours, theirs in zip(model.parameters(), last.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert "attributes is defined" in data.load_tokenizer(str(folder)).chat_template
+
+
+def test_bootstrap_asks_for_the_best_lines_and_labels_what_came(whole: tuple) -> None:
+    records = [json.loads(line) for line in whole[1]["4_bootstrap_1/train.jsonl"].splitlines()]
+    assert 0 < len(records) <= 6
+    assert all("label" in turn for r in records for turn in r["messages"] if turn["role"] == "assistant")
+    metrics = read_metrics(whole[0] / "5_sft_1")
+    assert metrics[0]["eval/loss"] != read_metrics(whole[0] / "3_sft")[0]["eval/loss"]
+
+
+def test_two_ranks_write_the_same_files(whole: tuple, ratings: Path, tmp_path: Path, two_ranks: Any) -> None:
+    ours, _ = two_ranks("test_steerlm:run", folder=str(tmp_path / "run"), ratings=str(ratings))
+    for name in ("2_annotated/train.jsonl", "2_annotated/nemo/test.jsonl", "4_bootstrap_1/train.jsonl"):
+        assert ours[name] == whole[1][name]
+    for a, b in zip(ours["metrics.jsonl"].splitlines(), whole[1]["metrics.jsonl"].splitlines(), strict=True):
+        assert json.loads(a) == pytest.approx(json.loads(b), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["2_annotated", "3_sft", "4_bootstrap_1", "5_sft_1", "model"])
+def test_a_run_cut_off_goes_on_where_it_was(whole: tuple, ratings: Path, tmp_path: Path, stage: str) -> None:
+    """What an earlier kill leaves: the stages before, without the rows of what came after."""
+    order = ["2_annotated", "3_sft", "4_bootstrap_1", "5_sft_1", "model"]
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    for later in order[order.index(stage) :]:
+        shutil.rmtree(folder / later)
+    kept = {"2_annotated": 0, "3_sft": 1, "4_bootstrap_1": 2, "5_sft_1": 2, "model": 3}[stage]
+    lines = whole[1]["metrics.jsonl"].splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:kept]))
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("[2-5]*/*") if p.is_file()}
+    again = run(str(folder), str(ratings))
+    assert again["metrics.jsonl"] == whole[1]["metrics.jsonl"]
+    assert again["samples.jsonl"] == whole[1]["samples.jsonl"]
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_artefacts_replace_stages(whole: tuple, ratings: Path, tmp_path: Path) -> None:
+    done = whole[0]
+    more = {"annotated": str(done / "2_annotated"), "conditioned_model": str(done / "3_sft")}
+    steerlm.main(settings(tmp_path / "run", ratings, **more, num_bootstrap_rounds=0))
+    assert not list((tmp_path / "run").glob("[1-5]_*"))
+    ours, theirs = read_metrics(tmp_path / "run")[-1], read_metrics(done)[1]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_attribute_model_is_trained_on_the_ratings(ratings: Path, tmp_path: Path) -> None:
+    args = settings(tmp_path / "run", ratings, attribute_model="", num_bootstrap_rounds=0)
+    less = {name: value for name, value in SHORT.items() if name != "num_samples"}
+    args = dataclasses.replace(args, ratings=str(ratings), reward_model=RewardArgs(**less))
+    args.attributes = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
+    steerlm.main(args)
+    config = json.loads((tmp_path / "run" / "1_attribute_model" / "model" / "config.json").read_text())
+    assert list(config["id2label"].values())[:5] == [*data.ATTRIBUTES[4:]]
+    label = json.loads((tmp_path / "run" / "2_annotated" / "train.jsonl").read_text().split("\n")[0])
+    assert label["messages"][-1]["label"].startswith("helpfulness:")
+
+
+def test_without_a_judge_the_attribute_model_scores(whole: tuple, ratings: Path, tmp_path: Path) -> None:
+    more = {"annotated": str(whole[0] / "2_annotated"), "conditioned_model": "toy", "judge": ""}
+    steerlm.main(settings(tmp_path / "run", ratings, **more, num_bootstrap_rounds=0))
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
+    assert sample["toxicity"] != int(sample["toxicity"])  # a prediction, not a count
+
+
+def test_a_stop_while_annotating_ends_the_run_and_nothing_is_asked_twice(
+    whole: tuple, ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (ratings / "train.jsonl").read_text().splitlines(keepends=True)
+    many = tmp_path / "many"
+    many.mkdir()
+    (many / "train.jsonl").write_text("".join(lines[:30] * 10))
+    honest, counts = steerlm.Scorer.__call__, []
+
+    def interrupted(self: Any, replies: list, *rest: Any) -> list:
+        counts.append(len(replies))
+        if len(counts) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, replies, *rest)
+
+    monkeypatch.setattr(steerlm.Scorer, "__call__", interrupted)
+    args = settings(tmp_path / "run", many, conditioned_model="toy", num_bootstrap_rounds=0)
+    with pytest.raises(dist.RunError, match="stopped after 256 records; the same command goes on"):
+        steerlm.main(args)
+    steerlm.main(args)
+    written = (tmp_path / "run" / "2_annotated" / "train.jsonl").read_text()
+    assert len(written.splitlines()) == 300
+    assert len(counts) == 2 and sum(counts) == written.count('"role": "assistant"')
+
+
+def test_a_stop_in_a_stage_ends_the_run(
+    ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = log.Log.__call__
+
+    def interrupted(self: Any, step: int, *rest: Any) -> None:
+        honest(self, step, *rest)
+        if self.outer and step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(log.Log, "__call__", interrupted)
+    steerlm.main(settings(tmp_path / "run", ratings))
+    assert checkpoint.newest(SftArgs(output_dir=str(tmp_path / "run" / "3_sft")))
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "4_bootstrap_1").exists()
+
+
+def test_stages_keep_no_weights_alive(
+    ratings: Path, whole: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each stage, and after the last, no FSDP module of an earlier one is left."""
+    import gc
+
+    from torch.distributed.fsdp import FSDPModule
+
+    found, honest = [], sft.main
+
+    def count() -> int:
+        return sum(isinstance(x, FSDPModule) for x in gc.get_objects())
+
+    def counted(args: Any) -> None:
+        found.append(count())
+        honest(args)
+
+    gc.collect()
+    before = count()
+    monkeypatch.setattr(sft, "main", counted)
+    steerlm.main(settings(tmp_path / "run", ratings))
+    gc.collect()
+    assert len(found) == 2 and {*found, count()} == {before}
+
+
+# bad input
+
+
+@pytest.mark.parametrize("kind", ["unlabelled", "untyped"])
+def test_annotated_data_must_have_a_label_on_each_reply(
+    whole: tuple, ratings: Path, tmp_path: Path, kind: str
+) -> None:
+    records = [json.loads(line) for line in whole[1]["2_annotated/train.jsonl"].splitlines()]
+    if kind == "untyped":
+        del records[3]["type"]
+    else:
+        del next(t for t in records[3]["messages"] if t["role"] == "assistant")["label"]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(dist.RunError, match=r"train.jsonl:4: found a reply without label; expected type"):
+        steerlm.main(settings(tmp_path / "run", ratings, annotated=str(path)))
+
+
+def test_an_unknown_attribute_ends_the_run_before_work_starts(ratings: Path, tmp_path: Path) -> None:
+    with pytest.raises(dist.RunError, match="found the attribute wit; expected one of"):
+        steerlm.main(settings(tmp_path / "run", ratings, attributes="wit:4"))
+    assert not (tmp_path / "run" / "2_annotated").exists()
+
+
+def test_a_judge_has_to_know_the_attributes(ratings: Path, tmp_path: Path) -> None:
+    with pytest.raises(dist.RunError, match="found no toxicity in its scores; expected all of"):
+        steerlm.main(settings(tmp_path / "run", ratings, judge="test_steerlm:verbosity_only"))
+
+
+def verbosity_only(prompt: str, response: str) -> dict[str, float]:
+    return {"verbosity": float(len(response.split()))}
+
+
+def test_a_conditioned_model_is_a_folder(ratings: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        dist.RunError, match=r"conditioned_model: found nowhere/x; expected a run or a model's"
+    ):
+        steerlm.main(settings(tmp_path / "run", ratings, conditioned_model="nowhere/x"))
+    assert not (tmp_path / "run" / "2_annotated").exists()
+
+
+# learning
+
+
+@pytest.mark.slow
+def test_the_default_run_follows_what_is_asked(tmp_path: Path) -> None:
+    args = log.with_fields(steerlm.Args(output_dir=str(tmp_path / "run")), steerlm.TOY)
+    steerlm.main(args)
+    rows = read_metrics(tmp_path / "run")
+    for name in ("verbosity", "toxicity"):
+        assert rows[-1][f"eval/follow/pearson/{name}"] > 0.8
+        assert rows[-1][f"eval/follow/mae/{name}"] < rows[0][f"eval/follow/mae/{name}"]
+
+    # with the labels of other conversations the model learns to ignore them
+    records = [
+        json.loads(line) for line in (tmp_path / "run/2_annotated/train.jsonl").read_text().splitlines()
+    ]
+    turns = [t for record in records for t in record["messages"] if "label" in t]
+    for turn, other in zip(turns, turns[len(turns) // 2 :] + turns[: len(turns) // 2], strict=True):
+        turn["shuffled"] = other["label"]
+    for turn in turns:
+        turn["label"] = turn.pop("shuffled")
+    (tmp_path / "shuffled.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = {
+        "annotated": str(tmp_path / "shuffled.jsonl"),
+        "num_bootstrap_rounds": 0,
+        "output_dir": str(tmp_path / "no"),
+    }
+    more["attribute_model"] = str(tmp_path / "run" / "1_attribute_model")
+    steerlm.main(dataclasses.replace(args, **more))
+    assert read_metrics(tmp_path / "no")[-1]["eval/follow/pearson"] < 0.5
