@@ -398,6 +398,9 @@ def main(args: Args) -> None:
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     prompts, eval_set = data.load_prompts(args, tokenizer)
+    for example in prompts:
+        if sum(turn["role"] != "system" for turn in example.prompt) % 2 == 0:
+            raise data.wrong("dataset", f"the prompt {example.prompt}", "turns of user and assistant in turn")
     num_iterations = 1 if args.groups else args.num_iterations
     num_groups = (
         len(data.read_file(Path(args.groups))) if args.groups else min(args.num_prompts, len(prompts))

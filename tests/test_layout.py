@@ -96,7 +96,10 @@ def test_a_field_of_two_scripts_has_one_type_and_one_help_sentence() -> None:
 def test_a_script_has_its_page_its_row_and_its_sweep(script: str) -> None:
     page = (ROOT / "docs" / f"{script}.md").read_text()
     assert re.findall(r"^## (.+)$", page, re.MULTILINE) == HEADINGS
-    assert f"[docs/{script}.md](docs/{script}.md)" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text().splitlines()
+    (row,) = [line for line in readme if f"[docs/{script}.md](docs/{script}.md)" in line]
+    num_lines = len((ROOT / f"{script}.py").read_text().splitlines())
+    assert f"| {num_lines} |" in row
     assert (ROOT / "sweeps" / f"{script}.yaml").exists()
 
 

@@ -415,6 +415,15 @@ def test_settings_that_cannot_be_run(
         run(str(tmp_path), **{**TINY, "model": tiny_model, "dataset": prompts, **changed})
 
 
+def test_prompts_must_alternate(tiny_model: str, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "3+4?"}, {"role": "user", "content": "Well?"}]
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in (turns, "3+4?", "2+2?", "1+1?")]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    with pytest.raises(dist.RunError, match="expected turns of user and assistant in turn"):
+        path = str(tmp_path / "prompts.jsonl")
+        run(str(tmp_path / "run"), **TINY, model=tiny_model, dataset=path, eval_dataset=path)
+
+
 SAMPLED = {
     "attribute_model": "toy/attribute_model",
     "attributes": "toxicity:0,verbosity:1;toxicity:4,verbosity:1",
