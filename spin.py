@@ -38,11 +38,11 @@ from common.generate import generate
 from common.log import Log, parse
 
 TOY = dict(
-    beta=0.3,
+    beta=1.0,
     num_iterations=3,
     num_epochs=1,
-    num_prompts=512,
-    learning_rate=2e-4,
+    num_prompts=1024,
+    learning_rate=5e-4,
     warmup_steps=2,
     batch_size=64,
     max_new_tokens=48,

@@ -43,7 +43,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_there_are_scripts() -> None:
-    assert {"sft", "dpo", "reward_model", "ppo"} <= set(SCRIPTS)
+    assert {"sft", "dpo", "reward_model", "ppo", "spin"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -83,6 +83,7 @@ def arguments(script: str) -> dict[str, tuple[str, str]]:
 def test_a_field_of_two_scripts_has_one_type_and_one_help_sentence() -> None:
     own = {"dataset", "batch_size", "loss", "max_length"}  # say what the script's examples are
     own |= {"max_new_tokens", "temperature", "num_epochs"}  # of samples to look at, or to learn from
+    own |= {"beta", "learning_rate"}  # one value, or one for each iteration
     seen: dict[str, tuple[str, str, str]] = {}
     for script in SCRIPTS:
         for name, (kind, text) in arguments(script).items():
