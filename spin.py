@@ -338,19 +338,19 @@ def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any])
     return data.Dataset([(pairs, 1.0)])
 
 
-def describe(pairs: list[data.Example], tokenizer: Any, prefix: str) -> dict[str, float]:
+def describe(pairs: list[data.Example], tokenizer: Any) -> dict[str, float]:
     """What the two sides of an iteration's pairs look like apart from what they say."""
     end = data.end_token(tokenizer)
     real, generated = ([response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1))
     lengths = [len(tokens) for tokens in generated]
     return {
-        f"{prefix}/generated/length": sum(lengths) / len(pairs),
-        f"{prefix}/generated/max_length": max(lengths),
-        f"{prefix}/generated/ended_frac": sum(tokens[-1] == end for tokens in generated) / len(pairs),
-        f"{prefix}/generated/equals_real_frac": sum(map(list.__eq__, real, generated)) / len(pairs),
-        f"{prefix}/real/length": sum(map(len, real)) / len(pairs),
-        f"{prefix}/real/ended_frac": sum(tokens[-1] == end for tokens in real) / len(pairs),
-        f"{prefix}/real_vs_generated_format_accuracy": format_accuracy(real, generated, end),
+        "eval/generated/length": sum(lengths) / len(pairs),
+        "eval/generated/max_length": max(lengths),
+        "eval/generated/ended_frac": sum(tokens[-1] == end for tokens in generated) / len(pairs),
+        "eval/generated/equals_real_frac": sum(map(list.__eq__, real, generated)) / len(pairs),
+        "eval/real/length": sum(map(len, real)) / len(pairs),
+        "eval/real/ended_frac": sum(tokens[-1] == end for tokens in real) / len(pairs),
+        "eval/real_vs_generated_format_accuracy": format_accuracy(real, generated, end),
     }
 
 
@@ -471,7 +471,7 @@ def main(args: Args) -> None:
         for row in data.rows(eval_pairs, args.micro_batch_tokens, device):
             with torch.no_grad():
                 totals.update(loss_and_metrics(policy, row, now)[1])
-        metrics = means(dist.all_sum(totals), eval_pairs, "eval") | describe(eval_pairs, tokenizer, "eval")
+        metrics = means(dist.all_sum(totals), eval_pairs, "eval") | describe(eval_pairs, tokenizer)
 
         def compare(examples: list[data.Example], texts: list[str]) -> list:
             if judge := log.judge():

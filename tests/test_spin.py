@@ -485,11 +485,8 @@ def test_a_kill_while_sampling_repeats_nothing_and_changes_nothing(
     (unfinished,) = folder.glob("generated_*.part")
     # as if it had died after 11 lines and a part of the next
     done = (straight[0] / f"generated_{number}.jsonl").read_text().splitlines(keepends=True)
-    opponent = [
-        json.loads((f / f"held_out_{number}.jsonl").read_text().splitlines()[0])["opponent"]
-        for f in (straight[0], folder)
-    ]
-    assert opponent[0] == opponent[1]
+    names = [lines(f, number, "held_out")[0]["opponent"] for f in (straight[0], folder)]
+    assert names[0] == names[1]
     unfinished.write_text("".join(done[:11]) + done[11][:30])
     sampled.clear()
     with monkeypatch.context() as patch:
@@ -522,6 +519,26 @@ def test_a_finished_run_takes_a_further_iteration(
     folder = str(tmp_path / "run")
     run(folder, **settings, num_iterations=2)
     assert_same(run(folder, **settings), straight[1])
+
+
+def test_every_iteration_has_a_fresh_optimizer(
+    straight: tuple[Path, list], settings: dict, device: torch.device
+) -> None:
+    args = spin.Args(**RUN, **settings, output_dir=str(straight[0]))
+    policy = models.load(args.model, device, args)
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
+    checkpoint.resume(args, {"policy": (policy, optimizer)})
+    assert {state["step"].item() for state in optimizer.state.values()} == {4.0}  # of 10
+
+
+def test_a_stop_while_sampling_ends_in_peace(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "stop_requested", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        dist.run(spin.main, spin.Args(**RUN, **settings, output_dir=str(tmp_path)))
+    assert ended.value.code == 0
+    assert "stopped after 48 records; the same command goes on" in capsys.readouterr().err
 
 
 def test_the_checkpoint_says_which_samples_it_goes_with(straight: tuple[Path, list]) -> None:
