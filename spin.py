@@ -446,7 +446,7 @@ def main(args: Args) -> None:
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(args, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    run = resumed.get("run") or fingerprint(log, args, [*prompts, *eval_set])
+    run = resumed.get("run") or dist.from_main(lambda: fingerprint(log, args, [*prompts, *eval_set]))
 
     def begin(number: int, step: int) -> tuple[Args, data.Dataset, data.Dataset]:
         """An iteration's settings and its pairs, to train and to evaluate on."""

@@ -430,7 +430,14 @@ def test_two_ranks_and_small_rows_give_the_same_run(
         assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6], ids=["in iteration 0", "in iteration 1", "between 1 and 2"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(1, id="in iteration 0", marks=pytest.mark.slow),
+        pytest.param(4, id="in iteration 1"),
+        pytest.param(6, id="between 1 and 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_on_two_ranks(
     steps: int, straight: tuple[Path, list], settings: dict, tmp_path: Path, two_ranks: Any
 ) -> None:
@@ -458,7 +465,7 @@ def test_a_resume_that_plays_anew_within_an_iteration_is_refused(settings: dict,
         run(str(folder), **settings)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_kill_while_sampling_repeats_nothing_and_changes_nothing(
     number: int,
     straight: tuple[Path, list],
