@@ -165,7 +165,7 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
         work: a collective; every rank gets the same items and returns as many records.
 
     Raises:
-        RunError: a stop was asked for; what is done stays.
+        Stopped: a stop was asked for; what is done stays.
     """
     digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
     unfinished = path.with_name(f"{path.name}.{digest}.part")
@@ -183,7 +183,7 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
                 file.writelines(json.dumps(record) + "\n" for record in records)
         dist.all_sum({})
         if dist.stop_requested():
-            raise dist.RunError(
+            raise dist.Stopped(
                 f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
             )
     if dist.is_main():

@@ -25,6 +25,10 @@ class RunError(ValueError):
     """An end of the run that one line explains: what, where, and what was expected."""
 
 
+class Stopped(RunError):
+    """A stop that was asked for came while there was no step to end; what is done stays."""
+
+
 def init(seed: int) -> torch.device:
     """Join the process group torchrun describes, or form one of a single process. Safe to call again."""
     cuda = torch.cuda.is_available()
@@ -183,6 +187,7 @@ def run(main: Any, args: Any) -> None:
     try:
         main(args)
     except RunError as error:
+        stopped = isinstance(error, Stopped)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line a node: its disk may be what differs
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+            print(error if stopped else f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(0 if stopped else 1)

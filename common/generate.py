@@ -78,6 +78,7 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 1,
     step: int = 0,
+    first_index: int = 0,
     max_batch: int = 0,
     stream: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
@@ -92,6 +93,7 @@ def generate(
         temperature: 0 takes the most likely token.
         top_k, top_p: draw from the top_k likeliest tokens; of these, the fewest that hold top_p of the mass.
         stop: strings that end a reply, which is cut after the token completing one.
+        first_index: the prompt index of the first prompt, where these are a part of all.
         max_batch: most rows decoded together on a rank, 0: 64 on CPU, 256 on GPU; speed and memory only.
         stream: called with each reply of this rank as it grows.
 
@@ -107,7 +109,7 @@ def generate(
     costs = [len(prompt) + max_new_tokens for prompt in prompts]
     mine = dist.shares(costs, dist.world_size())[dist.rank()]  # longest prompts first
     samples = [
-        Sample(i, k, [*map(int, prompts[i])], [], [], False, "")
+        Sample(first_index + i, k, [*map(int, prompts[i])], [], [], False, "")
         for i in mine
         for k in range(samples_per_prompt)
     ]

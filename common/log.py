@@ -23,9 +23,9 @@ from common.generate import generate
 
 # a run may resume with these changed: they alter its length, what it records or how it fits, no number
 CHANGEABLE = """
-    output_dir overwrite max_steps num_epochs eval_dataset eval_every save_every keep_checkpoints num_samples
-    max_new_tokens temperature judge micro_batch_tokens activation_checkpointing compile sharding merge_lora
-    precompute_ref track wandb_project run_name
+    output_dir overwrite max_steps num_epochs num_iterations eval_dataset eval_every save_every
+    keep_checkpoints num_samples max_new_tokens temperature judge micro_batch_tokens activation_checkpointing
+    compile sharding merge_lora precompute_ref track wandb_project run_name
 """.split()  # noqa: SIM905
 
 
@@ -271,7 +271,7 @@ class Log:
         rewards = reward([*chosen.values()], [sample.text for sample in samples]) if reward else []
         if not dist.is_main():
             return {}
-        judge, rows = self._judge(), []
+        judge, rows = self.judge(), []
         for example, sample in zip(chosen.values(), samples, strict=True):
             prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
             scores = judge(prompt, sample.text) if judge else {}
@@ -291,7 +291,8 @@ class Log:
         metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
         return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
 
-    def _judge(self) -> Callable | None:
+    def judge(self) -> Callable | None:
+        """What scores a reply, if anything does."""
         spec = self.args.judge or ("toy.language:judge" if self.args.dataset == "toy" else "")
         return load_function(spec) if spec else None
 

@@ -21,6 +21,14 @@ BASE = {
         "value_learning_rate": 5e-3,
         "kl_coef": 0.1,
     },
+    "spin": {  # iterations of 2 and 4 steps
+        "max_grad_norm": 0.5,
+        "beta": 0.5,
+        "num_iterations": 2,
+        "num_epochs": 1,
+        "num_prompts": 16,
+        "max_new_tokens": 12,
+    },
 }
 COMMON = {
     "max_steps": STEPS,

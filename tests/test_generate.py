@@ -235,6 +235,8 @@ def test_samples_do_not_depend_on_the_batch(policy):
         assert same(replies(policy, max_batch=max_batch, **settings), samples)
     alone = replies(policy, PROMPTS[:1], **settings)
     assert same(alone, samples[:4])
+    rest = replies(policy, PROMPTS[1:], first_index=1, **settings)
+    assert same(rest, samples[4:]) and rest[0].prompt_index == 1
 
 
 def test_samples_do_not_depend_on_how_often_the_host_looks(policy, monkeypatch):

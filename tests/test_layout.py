@@ -43,7 +43,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_there_are_scripts() -> None:
-    assert {"sft", "dpo", "reward_model", "ppo", "steerlm", "steerlm2"} <= set(SCRIPTS)
+    assert {"sft", "dpo", "reward_model", "ppo", "spin", "steerlm", "steerlm2"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -84,6 +84,7 @@ def test_a_field_of_two_scripts_has_one_type_and_one_help_sentence() -> None:
     own = {"dataset", "batch_size", "loss", "max_length"}  # say what the script's examples are
     own |= {"max_new_tokens", "temperature", "num_epochs"}  # of samples to look at, or to learn from
     own |= {"attributes"}  # one set to go back to, or several to learn
+    own |= {"beta", "learning_rate"}  # one value, or one for each iteration
     seen: dict[str, tuple[str, str, str]] = {}
     for script in SCRIPTS:
         for name, (kind, text) in arguments(script).items():
@@ -112,7 +113,7 @@ def test_every_metric_of_a_script_is_explained_on_its_page(script: str) -> None:
         assert names and not [name for name in names if f"`{name}" not in page]
         return
     names = set(re.findall(r'^        "([\w/]+)":', source[source.index("    metrics = {") :], re.MULTILINE))
-    assert names and not [name for name in names if f"`{name}`" not in page]
+    assert names and not [name for name in names if f"`{name.removeprefix('eval/')}`" not in page]
 
 
 def commands(path: Path) -> list[str]:

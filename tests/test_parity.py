@@ -18,6 +18,7 @@ from conftest import make_tiny_model
 import dpo
 import reward_model
 import sft
+import spin
 from common import data, models
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -373,6 +374,50 @@ def test_twenty_dpo_steps_are_trls(
         (row,) = data.rows(batch, ONE_ROW, device)
         ours.append(step(dpo.loss_and_metrics(policy, ref_policy, row, args)[0] / len(batch), optimizer))
     assert_same_course(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------------- spin
+
+
+@pytest.mark.parametrize(("loss", "theirs"), [("logistic", "sigmoid"), ("hinge", "hinge")])
+def test_the_spin_loss_and_metrics_are_trls_dpo_on_real_and_generated(
+    loss: str,
+    theirs: str,
+    toy: Path,
+    tokenizer: Any,
+    tiny_model: str,
+    tiny_reference: str,
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    records = read_lines(toy / "pairs" / "train.jsonl", 12)
+    settings = {"beta": 0.3, "loss_type": [theirs]}
+    trainer, pairs, policy, opponent, _ = dpo_sides(
+        records, tokenizer, tiny_model, tiny_reference, device, tmp_path, settings
+    )
+    their_loss = trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
+    their_loss.backward()
+    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+    args = spin.Args(beta=0.3, loss=loss)
+    pairs = [
+        spin.make_pair(data.Example(pair.sequences[:1], ""), spin.response_tokens(pair.sequences[1]))
+        for pair in pairs
+    ]
+    for pair, logps in zip(pairs, spin.opponent_logps(opponent, pairs, args, device), strict=True):
+        pair.fields = dict(zip(spin.LOGPS, logps, strict=True))
+    (row,) = data.rows(pairs, ONE_ROW, device)
+    ours, metrics = spin.loss_and_metrics(policy, row, args)
+    (ours / len(pairs)).backward()
+    close(ours / len(pairs), their_loss)
+    close(grad_norm(policy), grad_norm(trainer.model))
+    found = spin.means(metrics, pairs, "train")
+    words = {"chosen": "real", "rejected": "generated"}
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "entropy"):
+        group, _, side = name.partition("/")
+        close(found[f"train/{group}/{words.get(side, side)}" if side else f"train/{name}"], logged[name])
+    for side, word in words.items():
+        close(found[f"train/logps/{word}"], logged[f"logps/{side}"])
 
 
 # ----------------------------------------------------------------------------------------------- reward model

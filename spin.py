@@ -1,0 +1,538 @@
+"""Self-Play Fine-Tuning (Chen et al., 2024), https://arxiv.org/abs/2401.01335
+
+In each iteration the policy plays against the opponent pi_t, itself as it was when the iteration began. It
+learns to tell the responses of the data (real, y) from those the opponent samples (generated, y'):
+
+    r(x, y) = beta * log(pi(y|x) / pi_t(y|x))          Eq. 4.6; beta is the paper's lambda
+    loss    = ell(r(x, y) - r(x, y')), ell(z) = log(1 + exp(-z))        Eq. 4.7
+
+Minimised exactly, pi_(t+1) ~ pi_t^(1 - 1/beta) p_data^(1/beta) (Theorem 5.4): where policy and data agree,
+nothing moves.
+
+    python spin.py --help
+    torchrun --nproc_per_node=8 spin.py --model runs/sft --dataset demonstrations.jsonl
+
+Shapes: a row packs B pairs as 2B sequences end to end (real, generated, real, ...), N tokens in all;
+N_targets of them are response tokens, the ones that are scored.
+
+Metrics, results and departures from the paper: docs/spin.md
+"""
+
+import bisect
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import checkpoint, data, dist, models
+from common.generate import generate
+from common.log import Log, parse
+
+TOY = dict(
+    beta=1.0,
+    num_iterations=3,
+    num_epochs=1,
+    num_prompts=1024,
+    learning_rate=5e-4,
+    warmup_steps=2,
+    batch_size=64,
+    max_new_tokens=48,
+    num_samples=200,
+)
+SHOWN = ("iteration", "loss", "rewards/accuracies", "rewards/margins", "nll", "distance", "grad_norm")
+LOGPS = ("ref_real_logps", "ref_generated_logps")  # log pi_t of the two sides of a pair
+
+
+@dataclass
+class Args:
+    """Self-Play Fine-Tuning."""
+
+    model: str = "toy"
+    """policy to start from: toy, a run folder, a Hugging Face folder, a hub id, a .gguf file"""
+    dataset: str = "toy"
+    """demonstrations: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
+    eval_dataset: str = ""
+    """held-out data; default: the data set's test split, else 5 % of its prompts"""
+    output_dir: str = f"runs/{Path(__file__).stem}"
+    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    overwrite: bool = False
+    """start anew in output_dir instead of resuming the run there"""
+    seed: int = 1
+    """orders data and samples"""
+    chat_template: str = ""
+    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+
+    # algorithm
+    loss: Literal["logistic", "hinge"] = "logistic"
+    """the convex ell of Eq. 4.7"""
+    beta: float | list[float] = 0.1
+    """pull towards the opponent; larger stays closer; one value, or one for each iteration"""
+    num_iterations: int = 3
+    """times that the policy becomes the sampler"""
+    num_epochs: int | list[int] = 2
+    """passes over the pairs of an iteration; one value, or one for each iteration"""
+    num_prompts: int = 50000
+    """prompts sampled in an iteration"""
+    mix_previous: bool = True
+    """train on the samples of the iteration before as well"""
+    max_new_tokens: int = 512
+    """most tokens of a response, real or generated; a longer one is cut, and counted"""
+    temperature: float = 1.0
+    """of sampling"""
+    top_p: float = 1.0
+    """sample from the fewest tokens that hold this much of the mass"""
+
+    # optimization
+    learning_rate: float | list[float] = 5e-7
+    """peak learning rate, reached anew in every iteration; one value, or one for each iteration"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """after warm-up: constant, or down to min_lr_ratio at the last step"""
+    warmup_steps: int = 150
+    """steps of linear warm-up"""
+    min_lr_ratio: float = 0.1
+    """the last step's share of the peak learning rate, for linear and cosine"""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only"""
+    max_grad_norm: float = 1.0
+    """clip the global gradient norm to this; 0 never clips"""
+    max_steps: int = -1
+    """optimizer steps; -1: as many as num_epochs takes"""
+    batch_size: int = 64
+    """pairs per optimizer step, over all ranks"""
+    micro_batch_tokens: int = 0
+    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
+    max_length: int = 1024
+    """tokens of prompt and response; a prompt without room for max_new_tokens more is dropped, and counted"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters; 0 trains all weights"""
+    lora_alpha: float = 16.0
+    """LoRA's scale is lora_alpha / lora_rank"""
+    lora_target: str = "all-linear"
+    """modules that get adapters: all-linear, or names joined by commas"""
+    merge_lora: bool = False
+    """fold the adapters into the exported model instead of writing a peft folder"""
+    sharding: Literal["full", "hybrid", "none"] = "full"
+    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """recompute activations in backward; auto: for models of a billion parameters or more"""
+    compile: bool = False
+    """torch.compile each decoder block"""
+
+    # bookkeeping
+    eval_every: int = 100
+    """optimizer steps between evaluations"""
+    save_every: int = 500
+    """optimizer steps between checkpoints"""
+    keep_checkpoints: int = 1
+    """how many of the newest checkpoints stay on disk"""
+    num_samples: int = 16
+    """prompts answered and judged at each evaluation"""
+    judge: str = ""
+    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
+    track: bool = False
+    """log to Weights & Biases too: online if logged in, else offline"""
+    wandb_project: str = "cleanalign"
+    """W&B project"""
+    run_name: str = ""
+    """W&B run name"""
+
+
+def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:
+    """Eq. 4.7 for each pair.
+
+    Args:
+        h: (B,) log-ratio of real minus that of generated, log(pi/pi_t) each, in nats.
+
+    Returns:
+        losses (B,).
+    """
+    return -F.logsigmoid(beta * h) if ell == "logistic" else (1 - beta * h).relu()
+
+
+def response_logps(token_logps: Tensor, row: data.Row) -> Tensor:
+    """log pi(y|x) of every pair in a row: the sum of log p over response tokens. -> (B, 2)"""
+    return models.segment_sum(token_logps, row.target_segments, row.num_segments).view(-1, 2)
+
+
+@torch.no_grad()
+def opponent_logps(
+    policy: nn.Module, pairs: list[data.Example], args: Args, device: torch.device
+) -> list[list[float]]:
+    """[log pi_t(y|x), log pi_t(y'|x)] of each pair, while the policy is the opponent."""
+    logps = torch.zeros(len(pairs), 2, device=device)
+    for row in data.rows(pairs, args.micro_batch_tokens, device):
+        logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
+    return dist.sum_over_ranks(logps).tolist()  # each pair was scored by one rank
+
+
+def loss_and_metrics(policy: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of a row, both summed over its pairs; the caller picks the denominator."""
+    stats = models.token_stats(policy, row)  # (N_targets,) each
+    logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
+    lengths = response_logps(torch.ones_like(stats.logps), row)
+    mean_logits = response_logps(stats.mean_logit, row) / lengths
+    ref_logps = torch.stack([row.fields[name] for name in LOGPS], 1)
+    ratios = logps - ref_logps
+    loss = spin_loss(ratios[:, 0] - ratios[:, 1], args.beta, args.loss).sum()
+    real, generated = (args.beta * ratios.detach()).unbind(1)
+    metrics = {
+        "loss": loss.detach(),
+        "rewards/real": real.sum(),
+        "rewards/generated": generated.sum(),
+        "rewards/margins": (real - generated).sum(),
+        "rewards/accuracies": (real > generated).sum(),
+        "logps/real": logps[:, 0].detach().sum(),
+        "logps/generated": logps[:, 1].detach().sum(),
+        "logits/real": mean_logits[:, 0].sum(),
+        "logits/generated": mean_logits[:, 1].sum(),
+        "nll": -logps[:, 0].detach().sum(),
+        "entropy": stats.entropy.detach().sum(),
+        "mean_token_accuracy": stats.accuracy.sum(),
+    }
+    return loss, metrics
+
+
+def means(totals: dict[str, float], batch: list[data.Example], prefix: str) -> dict[str, float]:
+    """Metrics of a batch from their sums over all its rows and ranks."""
+    num_targets = sum(pair.num_targets for pair in batch)
+    num_real = sum(int(pair.sequences[0][1].sum()) for pair in batch)
+    counts = {"nll": num_real, "entropy": num_targets, "mean_token_accuracy": num_targets}
+    return {f"{prefix}/{k}": v / counts.get(k, len(batch)) for k, v in totals.items()}
+
+
+# ------------------------------------------------------------------------------------------------- self-play
+
+
+def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval): the last reply of each conversation after all that comes before it, one sequence.
+
+    Real responses are cut where generated ones are, so that their length tells nothing.
+    """
+
+    def encode(value: dict, where: str) -> data.Example:
+        if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
+            value = {**value, "messages": value["real"]}
+        prompt, response = data.read_exchange(tokenizer, value, where)
+        data.attach_labels(value, prompt + response, where)
+        tokens, mask = data.encode_response(tokenizer, prompt, response)
+        end = int(mask.argmax()) + args.max_new_tokens if mask.any() else 0
+        if end > args.max_length:
+            mask[:] = False  # nothing is scored, so it is dropped and counted
+        label = response[0].get("label", "") if response else ""
+        return data.Example([(tokens[:end], mask[:end])], prompt, label=label)
+
+    datasets = data.load(args, "sft", encode)
+    for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):
+        num_cut = sum(response_tokens(e.sequences[0])[-1] != data.end_token(tokenizer) for e in examples)
+        if dist.is_main() and num_cut:
+            print(f"sft: {num_cut:,} responses to {name} cut, by max_new_tokens {args.max_new_tokens}")
+    return datasets
+
+
+def prompt_tokens(sequence: data.Sequence) -> list[int]:
+    tokens, mask = sequence
+    return tokens[: mask.argmax()].tolist()
+
+
+def response_tokens(sequence: data.Sequence) -> list[int]:
+    tokens, mask = sequence
+    return tokens[mask].tolist()
+
+
+def decode(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def make_pair(example: data.Example, generated: list[int], **logps: float) -> data.Example:
+    """Real and generated after the same prompt tokens; `generated` as sampled, never text encoded anew."""
+    prompt = prompt_tokens(example.sequences[0])
+    tokens = np.array(prompt + generated, np.int32)
+    sampled = (tokens, np.arange(len(tokens)) >= len(prompt))
+    return data.Example([example.sequences[0], sampled], example.prompt, logps)
+
+
+def play(
+    policy: nn.Module,
+    tokenizer: Any,
+    examples: list[data.Example],
+    earlier: list[dict],
+    path: Path,
+    origin: dict[str, Any],
+    first: int,
+    args: Args,
+    device: torch.device,
+) -> None:
+    """Write the pairs of an iteration, one a line: a sample for each example, then those of `earlier` lines.
+
+    All are scored by the policy as it is, the opponent: training needs no more of it. Stopped, the next call
+    goes on where it was.
+
+    Args:
+        origin: iteration, opponent and seed of the samples.
+        first: index of the first sample among all of the iteration, for its random numbers.
+    """
+
+    def is_done() -> bool:
+        if not path.exists():
+            return False
+        with path.open() as file:
+            record = json.loads(file.readline())
+        return record | origin == record
+
+    def work(chunk: list[int]) -> list[dict]:
+        fresh = [examples[i] for i in chunk if i < len(examples)]
+        records, samples = [], []
+        if fresh:
+            samples = generate(
+                policy,
+                tokenizer,
+                [prompt_tokens(example.sequences[0]) for example in fresh],
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=args.seed,
+                step=origin["iteration"],
+                first_index=first + chunk[0],
+            )
+        for example, sample in zip(fresh, samples, strict=True):
+            real = response_tokens(example.sequences[0])
+            texts = {"prompt": example.prompt, "real": decode(tokenizer, real)}
+            texts |= {"generated": sample.text, "ended": sample.ended}
+            records.append(origin | texts | {"real_tokens": real, "generated_tokens": sample.tokens})
+        records += [earlier[i - len(examples)] for i in chunk if i >= len(examples)]
+        asked = [examples[i % len(examples)] for i in chunk]
+        pairs = [make_pair(e, r["generated_tokens"]) for e, r in zip(asked, records, strict=True)]
+        logps = opponent_logps(policy, pairs, args, device)
+        return [r | dict(zip(LOGPS, both, strict=True)) for r, both in zip(records, logps, strict=True)]
+
+    if not dist.from_main(is_done):
+        checkpoint.write_lines(path, [*range(len(examples) + len(earlier))], origin, work)
+
+
+def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any]) -> data.Dataset:
+    """The pairs that `play` wrote for these examples.
+
+    Raises:
+        RunError: the file is of another origin or other data; the opponent it would need is gone.
+    """
+    pairs = []
+    for i, (record, where) in enumerate(data.read_file(path)):
+        example = examples[i % len(examples)]
+        if i == 0 and record | origin != record:
+            raise data.wrong(where, f"a sample of {record['opponent']}", f"one of {origin['opponent']}")
+        if record["real_tokens"] != response_tokens(example.sequences[0]):
+            raise data.wrong(where, "another response", "that of the data, which has changed; --overwrite")
+        logps = {name: record[name] for name in LOGPS}
+        pairs.append(make_pair(example, record["generated_tokens"], **logps))
+    return data.Dataset([(pairs, 1.0)])
+
+
+def describe(pairs: list[data.Example], tokenizer: Any) -> dict[str, float]:
+    """What the two sides of an iteration's pairs look like apart from what they say."""
+    end = data.end_token(tokenizer)
+    real, generated = ([response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1))
+    lengths = [len(tokens) for tokens in generated]
+    return {
+        "eval/generated/length": sum(lengths) / len(pairs),
+        "eval/generated/max_length": max(lengths),
+        "eval/generated/ended_frac": sum(tokens[-1] == end for tokens in generated) / len(pairs),
+        "eval/generated/equals_real_frac": sum(map(list.__eq__, real, generated)) / len(pairs),
+        "eval/real/length": sum(map(len, real)) / len(pairs),
+        "eval/real/ended_frac": sum(tokens[-1] == end for tokens in real) / len(pairs),
+        "eval/real_vs_generated_format_accuracy": format_accuracy(real, generated, end),
+    }
+
+
+def format_accuracy(real: list[list[int]], generated: list[list[int]], end: int) -> float:
+    """How often length, first token and end token alone tell real from generated; 1/2 is a fair game.
+
+    Naive Bayes with counts from every second pair, tried on the others, and the other way round.
+    """
+
+    def features(tokens: list[int]) -> list[tuple[str, int]]:
+        return [("length", len(tokens).bit_length()), ("first", tokens[0]), ("ends", tokens.count(end))]
+
+    right = 0.0
+    for half in (0, 1):
+        counts = [Counter(f for t in side[half::2] for f in features(t)) for side in (real, generated)]
+        for label, side in enumerate((real, generated)):
+            for tokens in side[1 - half :: 2]:
+                odds = sum(math.log((counts[0][f] + 1) / (counts[1][f] + 1)) for f in features(tokens))
+                right += 0.5 if odds == 0 else (odds > 0) == (label == 0)
+    return right / (len(real) + len(generated))
+
+
+def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]]) -> dict[str, float]:
+    """Wasserstein-1 distance between two equally many scores, each name alone, and the mean over names."""
+    found = {}
+    for name in scores[0]:
+        ours, theirs = (sorted(s[name] for s in side) for side in (scores, real_scores))
+        found[f"distance/{name}"] = sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+    return {"distance": sum(found.values()) / len(found), **found}
+
+
+def of_iteration(args: Args, number: int) -> Args:
+    """The settings of one iteration; the last value of a list serves all later ones."""
+    chosen = {}
+    for name in ("beta", "learning_rate", "num_epochs"):
+        value = getattr(args, name)
+        chosen[name] = value[min(number, len(value) - 1)] if isinstance(value, list) else value
+    return replace(args, **chosen, max_steps=-1)
+
+
+def boundaries(num_prompts: int, args: Args) -> list[int]:
+    """The optimizer steps after which iterations 0, 1, ... begin, then that at which the last one ends."""
+    steps = [0]
+    for number in range(args.num_iterations):
+        num_pairs = num_prompts * (2 if args.mix_previous and number > 0 else 1)
+        num_examples = of_iteration(args, number).num_epochs * num_pairs
+        steps.append(steps[-1] + -(-num_examples // args.batch_size))
+    return steps
+
+
+def fingerprint(log: Log, args: Args, examples: list[data.Example]) -> str:
+    """Tells samples of this run from those of other settings, models or data."""
+    settings = {name: value for name, value in asdict(args).items() if name not in log.changeable}
+    digest = hashlib.sha256(repr((checkpoint.fingerprint(args.model), settings)).encode())
+    for example in examples:
+        digest.update(example.sequences[0][0].tobytes())
+    return digest.hexdigest()[:8]
+
+
+def check(args: Args) -> None:
+    """Refuse settings that cannot go together, before any work starts."""
+    if args.temperature <= 0:
+        raise dist.RunError("temperature 0 is greedy; self-play samples, expected more than 0")
+    if args.max_new_tokens >= args.max_length:
+        raise data.wrong("max_new_tokens", args.max_new_tokens, f"less than max_length, {args.max_length}")
+    for name in ("beta", "learning_rate", "num_epochs"):
+        if getattr(args, name) == []:
+            raise data.wrong(name, "nothing", "one value, or one for each iteration")
+
+
+def main(args: Args) -> None:
+    # setup
+    device = dist.init(args.seed)
+    check(args)
+    log = Log(
+        args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature", "num_epochs", "eval_dataset")
+    )
+
+    # data
+    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    train_set, eval_set = load_demonstrations(args, tokenizer)
+    prompts = [train_set[i] for i in train_set.order(args.seed, 0)[: args.num_prompts]]
+    if len(prompts) < args.batch_size:
+        raise data.wrong("num_prompts", len(prompts), f"batch_size, {args.batch_size}, or more")
+    begins = boundaries(len(prompts), args)
+    num_steps = begins[-1] if args.max_steps < 0 else min(args.max_steps, begins[-1])
+    if not log.begin(num_steps):
+        return
+
+    # models
+    policy = models.load(args.model, device, args)
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
+    parts = {"policy": (policy, optimizer)}
+    resumed = checkpoint.resume(args, parts)
+    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
+    run = resumed.get("run") or dist.from_main(lambda: fingerprint(log, args, [*prompts, *eval_set]))
+
+    def begin(number: int, step: int) -> tuple[Args, data.Dataset, data.Dataset]:
+        """An iteration's settings and its pairs, to train and to evaluate on."""
+        folder, earlier = Path(args.output_dir), []
+        origin = {"iteration": number, "opponent": f"step {begins[number]} of {run}", "seed": args.seed}
+        held_out, generated = (folder / f"{name}_{number}.jsonl" for name in ("held_out", "generated"))
+        if step == begins[number]:  # the policy is the opponent
+            optimizer.state.clear()
+            if args.mix_previous and number > 0:
+                lines = data.read_file(folder / f"generated_{number - 1}.jsonl")
+                earlier = [line.value for line in lines if line.value["iteration"] == number - 1]
+            play(policy, tokenizer, eval_set, [], held_out, origin, 0, args, device)
+            play(policy, tokenizer, prompts, earlier, generated, origin, len(eval_set), args, device)
+        pairs = (read_pairs(generated, prompts, origin), read_pairs(held_out, eval_set, origin))
+        return of_iteration(args, number), *pairs
+
+    number = max(0, bisect.bisect_right(begins, min(start_step, num_steps - 1)) - 1)
+    now, train_pairs, eval_pairs = begin(number, start_step)
+
+    def evaluate(step: int) -> dict[str, float]:
+        totals, apart = Counter(), {}
+        for row in data.rows(eval_pairs, args.micro_batch_tokens, device):
+            with torch.no_grad():
+                totals.update(loss_and_metrics(policy, row, now)[1])
+        metrics = means(dist.all_sum(totals), eval_pairs, "eval") | describe(eval_pairs, tokenizer)
+
+        def compare(examples: list[data.Example], texts: list[str]) -> list:
+            if judge := log.judge():
+                asked = [example.prompt[-1]["content"] for example in examples]
+                real = [decode(tokenizer, response_tokens(example.sequences[0])) for example in examples]
+                apart.update(distances(*([*map(judge, asked, side)] for side in (texts, real))))
+            return []
+
+        metrics |= log.samples(step, policy, tokenizer, eval_set, compare)
+        return metrics | {f"eval/{name}": value for name, value in apart.items()}
+
+    if start_step == 0:
+        log(0, num_steps, evaluate(step=0))
+
+    for step in range(start_step + 1, num_steps + 1):
+        # generate: the policy becomes the opponent
+        if step > begins[number + 1]:
+            number += 1
+            now, train_pairs, eval_pairs = begin(number, step - 1)
+        done, length = step - begins[number], begins[number + 1] - begins[number]
+
+        # update
+        step_start = time.perf_counter()
+        batch = data.batch(train_pairs, done, now)  # the same on every rank
+        for group in optimizer.param_groups:
+            group["lr"] = now.learning_rate * models.lr_factor(done, length, args)
+        totals = Counter()
+        for row in data.rows(batch, args.micro_batch_tokens, device):  # this rank's share, equally many rows
+            loss, metrics = loss_and_metrics(policy, row, now)
+            (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
+            totals.update(metrics)
+        grad_norm = models.clip_grad_norm(policy, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        seconds = time.perf_counter() - step_start
+
+        # evaluate
+        num_tokens += sum(example.num_tokens for example in batch)
+        metrics = {
+            "train/iteration": number,
+            "train/epoch": done * args.batch_size / train_pairs.epoch_size,
+            "train/num_tokens": num_tokens,
+            "train/learning_rate": optimizer.param_groups[0]["lr"],
+            "train/grad_norm": sums.pop("grad_norm"),
+        }
+        metrics |= means(sums, batch, "train") | models.speed(policy, batch, seconds)
+        stop = dist.stop_requested()
+        if step % args.eval_every == 0 or done == length or step == num_steps:
+            metrics |= evaluate(step)
+
+        # log and save: always before the policy becomes the opponent
+        log(step, num_steps, metrics)
+        if step % args.save_every == 0 or done == length or step == num_steps or stop:
+            checkpoint.save(args, step, parts, num_tokens=num_tokens, run=run)
+        if stop and step < num_steps:
+            return log.finish(stopped_at=step)
+
+    checkpoint.export(args, policy, tokenizer)
+    log.finish()
+
+
+if __name__ == "__main__":
+    dist.run(main, parse(Args, TOY))
