@@ -28,6 +28,7 @@ Metrics, results and departures from the paper: docs/cai.md
 
 import gc
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -88,7 +89,9 @@ TOY = dict(
     dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
 )
 SHOWN = ()
-OWN = "model dataset output_dir overwrite seed chat_template track wandb_project run_name reward score loss"
+OWN = (
+    "model dataset output_dir overwrite seed chat_template track wandb_project run_name reward score".split()
+)
 BACKOFF = 1.0  # seconds before a server is asked for the second time; doubled each time after
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
@@ -387,7 +390,7 @@ def ask_judge(
     return [*messages, user(comparison(prompt, principle, first, second))]
 
 
-# -------------------------------------------------------------------------- who replies, criticises and judges
+# ------------------------------------------------------------------------- who replies, criticises and judges
 
 
 class Reply(NamedTuple):
@@ -596,8 +599,10 @@ def post(body: dict, args: Args) -> dict[str, Any]:
                 raise dist.RunError(f"judge_url {url}: {problem}, {error.read()[:200]!r}") from error
             if (error.headers.get("Retry-After") or "").isdigit():
                 wait = max(wait, float(error.headers["Retry-After"]))
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {data.first_line(error)}"  # no connection, no JSON, no choice
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"{type(error).__name__}: {data.first_line(error)}"
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            problem = f"an answer of another form ({type(error).__name__})"
     raise dist.RunError(
         f"judge_url {url}: gave up after {attempt + 1} tries, the last with {problem}; what was answered is "
         "kept, the same command goes on from there"
@@ -831,7 +836,7 @@ def check(args: Args) -> None:
     for stage in ("sft", "reward_model", "ppo", "dpo"):
         options = getattr(args, stage)
         for f in fields(options):
-            if f.name in OWN.split() and getattr(options, f.name) != f.default:
+            if f.name in OWN and getattr(options, f.name) != f.default:
                 raise dist.RunError(f"{stage}.{f.name} is set by the pipeline; leave it out")
     if args.judge_url and not args.judge_model:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
@@ -884,6 +889,11 @@ def mixed(*sources: Any) -> str:
     return ",".join(str(source) for source in sources if source)
 
 
+def show(numbers: dict[str, float]) -> None:
+    if dist.is_main():
+        print("  ".join(f"{name} {value:.3g}" for name, value in numbers.items()), flush=True)
+
+
 def export(model: str, folder: Path) -> None:
     """model/: a copy of the last stage's."""
 
@@ -923,9 +933,9 @@ def main(args: Args) -> None:
         """Answers to held-out red-team and ordinary prompts, judged."""
         if step in done:
             return
-        policy, metrics = models.load(model, device, args.sft, trainable=False), dict(more)
+        speaker, metrics = Model(model, args, device), dict(more)
         for kind, examples in (("red_team", red_team), ("ordinary", ordinary)):
-            found = log.samples(step, policy, tokenizer, examples, describe)
+            found = log.samples(step, speaker.policy, speaker.tokenizer, examples, describe)
             for name, value in found.items():
                 metrics[f"eval/judge/{kind}_{name.rpartition('/')[2]}"] = value
         log(step, 2, metrics)
@@ -958,6 +968,7 @@ def main(args: Args) -> None:
             return
         records = read_lines(revisions)
         numbers = revision_metrics(records)
+        show(numbers)
         train_file = folder / "1_revisions" / "sft.jsonl"
         save_lines(train_file, lambda: [x for record in records for x in demonstrations_of(record)])
 
@@ -978,6 +989,7 @@ def main(args: Args) -> None:
             return
         records = read_lines(judged)
         numbers = judge_metrics(records, args)
+        show(numbers)
         if not numbers["judge/num_pairs"]:
             raise data.wrong(str(judged), "no pair with a label", "a judge that prefers one of two replies")
         pairs = str(folder / "3_pairs" / "pairs.jsonl")
