@@ -89,9 +89,9 @@ TOY = dict(
     dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
 )
 SHOWN = ()
-OWN = (
-    "model dataset output_dir overwrite seed chat_template track wandb_project run_name reward score".split()
-)
+# fields of a stage that the pipeline sets
+OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
+OWN |= {"track", "wandb_project", "run_name"}
 BACKOFF = 1.0  # seconds before a server is asked for the second time; doubled each time after
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
