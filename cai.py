@@ -213,7 +213,7 @@ def option_prob(logps: Tensor) -> Tensor:
 
 def average_orders(p_ab: float, p_ba: float) -> float:
     """P(a is better) from P(A) with a listed first and P(A) with b listed first."""
-    return (p_ab + 1 - p_ba) / 2
+    return 0.5 + (p_ab - p_ba) / 2  # (p_ab + 1 - p_ba) / 2, and exactly 1/2 for equals
 
 
 def position_bias(p_ab: float, p_ba: float) -> float:
