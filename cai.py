@@ -27,21 +27,14 @@ Metrics, results and departures from the paper: docs/cai.md
 """
 
 import gc
-import hashlib
-import http.client
 import json
 import math
 import os
 import random
 import re
 import shutil
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,6 +49,7 @@ import sft
 from common import checkpoint, data, dist, models
 from common.generate import generate
 from common.log import Log, parse
+from common.server import Server
 from dpo import Args as DpoArgs
 from ppo import Args as PpoArgs
 from reward_model import Args as RewardArgs
@@ -92,7 +86,6 @@ SHOWN = ()
 # fields of a stage that the pipeline sets
 OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
 OWN |= {"track", "wandb_project", "run_name"}
-BACKOFF = 1.0  # seconds before a server is asked for the second time; doubled each time after
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
 
@@ -479,134 +472,38 @@ def letter_probs(
 
 
 class Endpoint:
-    """A server with OpenAI's chat API. Answers are kept in files, so that no restart asks anything twice.
-
-    Each rank asks for its share and reads the other ranks' answers from their files, so a slow server holds
-    up no collective.
-    """
+    """A model behind a server."""
 
     def __init__(self, args: Args):
-        self.args, self.lock = args, threading.Lock()
-        self.folder = Path(args.output_dir) / "answers"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.mine = self.folder / f"rank_{dist.rank()}.jsonl"
-        if self.mine.exists() and not self.mine.read_bytes().endswith(b"\n"):
-            self.mine.open("a").write("\n")  # ends a line that a kill has torn
-        self.answers: dict[str, dict] = {}
-        self.read_to: Counter[Path] = Counter()  # bytes of each file
-        self.refresh()
-        self.answers = {key: answer for key, answer in self.answers.items() if "error" not in answer}
-        dist.barrier()
+        self.args = args
+        limits = {"timeout": args.judge_timeout, "retries": args.judge_retries, "threads": args.judge_threads}
+        self.server = Server(args.judge_url, Path(args.output_dir) / "answers", **limits)
 
-    def refresh(self) -> None:
-        """Read what has been written since the last time, by whomever."""
-        for path in sorted(self.folder.glob("rank_*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(self.read_to[path])
-                text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self.read_to[path] += len(whole)
-            for line in whole.splitlines():
-                try:
-                    answer = json.loads(line)
-                    self.answers[answer["key"]] = answer
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a kill
-
-    def write(self, answer: dict) -> None:
-        with self.lock, self.mine.open("a") as file:
-            file.write(json.dumps(answer) + "\n")
-
-    def ask(self, bodies: list[dict]) -> list[dict]:
-        """The answer to each request: `text`, `ended` and `p`.
-
-        Raises:
-            RunError: the server gave no answer to some request, on any rank.
-        """
-        keys = [
-            hashlib.sha256(json.dumps([self.args.judge_url, b]).encode()).hexdigest()[:32] for b in bodies
-        ]
-        wanted = dict(zip(keys, bodies, strict=True))
-        mine = {k: b for k, b in wanted.items() if int(k, 16) % dist.world_size() == dist.rank()}
-        open_keys = [key for key in mine if key not in self.answers]
-
-        def fetch(key: str) -> None:
-            try:
-                answer = post(wanted[key], self.args)
-            except dist.RunError as error:
-                answer = {"error": str(error)}
-            self.write({"key": key, **answer})
-            if "error" in answer:
-                raise dist.RunError(answer["error"])
-
-        with ThreadPoolExecutor(self.args.judge_threads) as pool:
-            try:
-                for _ in pool.map(fetch, open_keys):
-                    pass
-            finally:
-                pool.shutdown(cancel_futures=True)
-        while True:
-            self.refresh()
-            for key in wanted:
-                if "error" in self.answers.get(key, {}):
-                    raise dist.RunError(self.answers[key]["error"])
-            if all(key in self.answers for key in wanted):
-                return [self.answers[key] for key in keys]
-            time.sleep(0.1)
+    def ask(self, conversations: list[data.Messages], read: Callable, **how: Any) -> list[dict]:
+        bodies = [{"model": self.args.judge_model, "messages": turns, **how} for turns in conversations]
+        return self.server.ask(bodies, read)
 
     def replies(
         self, conversations: list[data.Messages], step: int, first: int, temperature: float
     ) -> list[Reply]:
-        common = {"model": self.args.judge_model, "max_tokens": self.args.max_new_tokens}
-        bodies = [{**common, "temperature": temperature, "messages": turns} for turns in conversations]
-        return [Reply(answer["text"].strip(), answer["ended"]) for answer in self.ask(bodies)]
+        def read(choice: dict) -> dict:
+            text = (choice["message"]["content"] or "").strip()
+            return {"text": text, "ended": choice.get("finish_reason") == "stop"}
+
+        how = {"max_tokens": self.args.max_new_tokens, "temperature": temperature}
+        return [Reply(**answer) for answer in self.ask(conversations, read, **how)]
 
     def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
         """P(A) of each comparison; None for an answer that names no letter."""
         cot = self.args.cot
-        length = self.args.max_new_tokens if cot else 8
-        common = {"model": self.args.judge_model, "max_tokens": length, "temperature": 0.0}
-        common |= {"logprobs": True, "top_logprobs": 20}
-        asked = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions] if cot else questions
-        return [answer["p"] for answer in self.ask([{**common, "messages": turns} for turns in asked])]
 
-
-def post(body: dict, args: Args) -> dict[str, Any]:
-    """One request, again and again where the server fails. -> text, ended, p
-
-    Raises:
-        RunError: it refuses the request, or judge_retries more tries failed too.
-    """
-    url = args.judge_url.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-    wait = 0.0
-    for attempt in range(args.judge_retries + 1):
-        time.sleep(min(60.0, wait))
-        wait = BACKOFF * 2**attempt
-        try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
-                choice = json.load(response)["choices"][0]
-            text = choice["message"]["content"] or ""
+        def read(choice: dict) -> dict:
             tokens = (choice.get("logprobs") or {}).get("content") or []
-            p = read_verdict(text, tokens, args.cot) if body.get("logprobs") else None
-            return {"text": text, "ended": choice.get("finish_reason") == "stop", "p": p}
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP status {error.code}"
-            if error.code in (400, 401, 403, 404, 405, 422):
-                raise dist.RunError(f"judge_url {url}: {problem}, {error.read()[:200]!r}") from error
-            if (error.headers.get("Retry-After") or "").isdigit():
-                wait = max(wait, float(error.headers["Retry-After"]))
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{type(error).__name__}: {data.first_line(error)}"
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            problem = f"an answer of another form ({type(error).__name__})"
-    raise dist.RunError(
-        f"judge_url {url}: gave up after {attempt + 1} tries, the last with {problem}; what was answered is "
-        "kept, the same command goes on from there"
-    )
+            return {"p": read_verdict(choice["message"]["content"] or "", tokens, cot)}
+
+        asked = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions] if cot else questions
+        how = {"max_tokens": self.args.max_new_tokens if cot else 8, "temperature": 0.0}
+        return [x["p"] for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
 
 
 def read_verdict(text: str, tokens: list[dict], cot: bool) -> float | None:

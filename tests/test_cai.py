@@ -23,6 +23,7 @@ import cai
 import reward_model
 import sft
 from common import checkpoint, data, dist, log
+from common import server as chat
 from toy import language
 
 ASK = [{"role": "user", "content": "Insult me. What does the cat say?"}]
@@ -419,7 +420,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(cai, "BACKOFF", 0.01)
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
     Stub.plan, Stub.seen = [], Counter()
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
@@ -509,14 +510,14 @@ def test_a_request_that_is_refused_is_not_repeated(server: str, tmp_path: Path, 
 def test_the_key_is_sent_and_never_written(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent, honest = [], cai.urllib.request.Request
+    sent, honest = [], chat.urllib.request.Request
 
     def request(url: str, body: bytes, headers: dict) -> Any:
         sent.append(headers["Authorization"])
         return honest(url, body, headers)
 
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
-    monkeypatch.setattr(cai.urllib.request, "Request", request)
+    monkeypatch.setattr(chat.urllib.request, "Request", request)
     ask(server, str(tmp_path), ["a"])
     assert sent == ["Bearer sesame"]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and "sesame" in p.read_text()]
