@@ -259,6 +259,13 @@ def test_each_part_of_the_address_changes_the_samples(policy):
     assert same(replies(policy, [[5, 6, 7]] * 2, samples_per_prompt=2), base)
 
 
+def test_a_part_of_a_list_gives_the_samples_of_the_whole(policy):
+    prompts = [[5, 6, 7], [5, 6], [5, 6, 7], [5]]
+    whole = [sample.tokens for sample in replies(policy, prompts)]
+    assert [sample.tokens for sample in replies(policy, prompts[2:], first_index=2)] == whole[2:]
+    assert [sample.tokens for sample in replies(policy, prompts[2:])] != whole[2:]
+
+
 def test_long_runs_reuse_rows(policy, monkeypatch):
     """Rows are refilled, a prompt is prefilled once for all its samples, and the tail shrinks."""
     prefilled, sizes = [], []
