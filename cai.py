@@ -398,6 +398,7 @@ class Model:
         self.path, self.args, self.device = path, args, device
         self.tokenizer = load_tokenizer(path, args)
         self.policy = models.load(path, device, args.sft, trainable=False)
+        self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
 
     def replies(
         self,
@@ -407,11 +408,16 @@ class Model:
         temperature: float,
         samples_per_prompt: int = 1,
     ) -> list[Reply]:
-        """samples_per_prompt replies to each, a function of (seed, step, first + place in the list)."""
+        """samples_per_prompt replies to each, a function of (seed, step, first + place in the list).
+
+        A conversation too long for the model gets an empty one that has not ended.
+        """
+        prompts = [data.encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        fits = [len(tokens) < self.limit for tokens in prompts]
         samples = generate(
             self.policy,
             self.tokenizer,
-            [data.encode_prompt(self.tokenizer, conversation) for conversation in conversations],
+            [tokens if ok else tokens[-1:] for tokens, ok in zip(prompts, fits, strict=True)],
             max_new_tokens=self.args.max_new_tokens,
             temperature=temperature,
             samples_per_prompt=samples_per_prompt,
@@ -419,17 +425,27 @@ class Model:
             step=step,
             first_index=first,
         )
-        return [Reply(sample.text.strip(), sample.ended) for sample in samples]
+        return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
 
     def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
-        """P(A) of each comparison; None where the reasoning was cut off."""
+        """P(A) of each comparison; None where the reasoning was cut off, or all is too long for the model."""
         leads = [Reply("", True)] * len(questions)
         if self.args.cot:
             questions = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions]
             thoughts = self.replies(questions, 0, 0, temperature=0.0)
             leads = [Reply(thought.text + CONCLUSION, thought.ended) for thought in thoughts]
-        probs = letter_probs(self.policy, self.tokenizer, questions, leads, self.args, self.device)
-        return [p if lead.ended else None for p, lead in zip(probs, leads, strict=True)]
+
+        def encode(item: tuple[data.Messages, Reply]) -> data.Example:
+            return data.Example(encode_options(self.tokenizer, item[0], item[1].text), "")
+
+        examples = dist.parallel_map(encode, list(zip(questions, leads, strict=True)))
+        short = [example.num_tokens < 2 * self.limit for example in examples]
+        usable = [i for i, lead in enumerate(leads) if lead.ended and short[i]]
+        probs: list[float | None] = [None] * len(questions)
+        found = letter_probs(self.policy, [examples[i] for i in usable], self.args, self.device)
+        for i, p in zip(usable, found, strict=True):
+            probs[i] = p
+        return probs
 
 
 def load_tokenizer(path: str, args: Args) -> Any:
@@ -450,25 +466,13 @@ def encode_options(tokenizer: Any, question: data.Messages, lead: str) -> list[d
 
 
 @torch.no_grad()
-def letter_probs(
-    policy: Any,
-    tokenizer: Any,
-    questions: list[data.Messages],
-    leads: list[Reply],
-    args: Args,
-    device: torch.device,
-) -> list[float]:
-    """P(A) of each question after its lead, from packed forwards that hold both options side by side."""
-
-    def encode(item: tuple[data.Messages, Reply]) -> data.Example:
-        return data.Example(encode_options(tokenizer, item[0], item[1].text), "")
-
-    examples = dist.parallel_map(encode, list(zip(questions, leads, strict=True)))
+def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: torch.device) -> list[float]:
+    """P(A) of each example, from one packed forward for both of its options."""
     table = torch.zeros(len(examples), 2, device=device)
     for row in data.rows(examples, args.sft.micro_batch_tokens, device) if examples else ():
         logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
         table[row.example_ids] = logps.view(-1, 2)
-    return option_prob(dist.sum_over_ranks(table)).tolist()  # each question was scored by one rank
+    return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
 
 
 class Endpoint:
@@ -879,7 +883,7 @@ def main(args: Args) -> None:
     gc.collect()
 
     # 3. AI feedback
-    pairs = args.pairs
+    pairs, numbers = args.pairs, {}
     if not pairs:
         judged = folder / "3_pairs" / "comparisons.jsonl"
         if not generated(compare_replies, prompts, sl_model, path=judged):

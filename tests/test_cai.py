@@ -298,16 +298,27 @@ def test_reasoning_comes_before_the_letter_and_a_cut_off_one_is_no_verdict(
         seen.extend(conversations)
         return [cai.Reply("The reply is kind.", i != 1) for i in range(len(conversations))]
 
-    def letter_probs(policy: Any, tokenizer: Any, asked: list, leads: list, *rest: Any) -> list[float]:
-        assert asked == seen and asked[0][-1]["content"].endswith(cai.THINK)
-        assert leads[0].text == "The reply is kind." + cai.CONCLUSION
-        return [0.99] * len(asked)
+    def letter_probs(policy: Any, examples: list, *rest: Any) -> list[float]:
+        assert len(examples) == 2 and seen[0][-1]["content"].endswith(cai.THINK)
+        text = model.tokenizer.decode(examples[0].sequences[0][0])
+        assert text.endswith(f"{cai.THINK}<|end|><|assistant|>The reply is kind.{cai.CONCLUSION}(A")
+        return [0.99] * len(examples)
 
     monkeypatch.setattr(cai.Model, "replies", replies)
     monkeypatch.setattr(cai, "letter_probs", letter_probs)
     assert model.verdicts(questions()[:3]) == [0.99, None, 0.99]
     item = {"a": {"text": "x"}, "b": {"text": "y"}, "p_ab": [0.99], "p_ba": [0.01]}
     assert cai.read_comparison(item, args) == 0.6 and cai.read_comparison(item, judge_args()) > 0.98
+
+
+def test_what_is_too_long_for_the_model_gets_no_reply_and_no_verdict(device: torch.device) -> None:
+    args = judge_args(max_new_tokens=4)
+    model = cai.Model("toy", args, device)
+    long = [cai.user("Hi. " * 1100)]
+    replies = model.replies([ASK, long, ASK], 0, 0, 0.0)
+    assert replies[1] == ("", False) and replies[0] == replies[2] and replies[0].text
+    probs = model.verdicts([questions()[0], long, questions()[0]])
+    assert probs[1] is None and probs[0] == pytest.approx(probs[2], abs=1e-6)
 
 
 # labels
