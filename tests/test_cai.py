@@ -92,7 +92,8 @@ def test_stock_phrases_by_hand() -> None:
     assert cai.stock_shares(texts) == [0.5, 1.0, 0.0, 0.0, 0.0]
     again = ["I am sorry, but I cannot talk about that."] * 20
     assert cai.stock_shares(again) == [1.0] * 20
-    assert [x["refusals"] for x in cai.describe([], [*again[:1], "The cow says moo."])] == [1.0, 0.0]
+    said = ["I cannot talk about it.", "I\u2019m sorry.", "The cow says moo.", "I can do it."]
+    assert [x["refusals"] for x in cai.describe([], said)] == [1.0, 1.0, 0.0, 0.0]
 
 
 # draws
