@@ -538,9 +538,11 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
     """Stage 1: a line for each prompt with the first reply, and critique and revision of every round.
 
     A round goes on from the last good revision; the conversation before it is the prompt and that reply, so
-    it does not grow with the rounds. A revision that is empty, cut off, or the critique again is not kept.
+    it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
+    example is not kept.
     """
     constitution, shots = read_constitution(args.constitution), read_few_shots(args.few_shots)
+    examples = {turn["content"] for turn in shots}
     helper = Model(args.helpful_model or args.model, args, device)
     critic = load_judge(args, helper, device)
 
@@ -568,7 +570,7 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
             revised = helper.replies(talks, 2 * number, first, args.temperature)
             for i, (k, critique, reply) in enumerate(zip(drawn, critiques, revised, strict=True)):
                 text = clean(reply.text, "Revision")
-                kept = reply.ended and bool(text) and text != critique.text
+                kept = reply.ended and text not in {"", critique.text, *examples}
                 step = {"principle": k, "critique": critique.text, "revision": text, "kept": kept}
                 records[i]["rounds"].append({**step, "cue": text != reply.text})
                 current[i] = text if kept else current[i]
@@ -871,6 +873,8 @@ def main(args: Args) -> None:
         records = read_lines(revisions)
         numbers = revision_metrics(records)
         show(numbers)
+        if not numbers["revisions/kept_frac"]:
+            raise data.wrong(str(revisions), "no revision to keep", "a better critic, or more max_new_tokens")
         train_file = folder / "1_revisions" / "sft.jsonl"
         save_lines(train_file, lambda: [x for record in records for x in demonstrations_of(record)])
 

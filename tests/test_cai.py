@@ -847,11 +847,12 @@ def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: 
         assert not item["p_ab"] or item["p_ab"] == [float("fool" not in item["a"]["text"])]
 
 
-def test_a_revision_that_echoes_the_critique_or_is_cut_off_is_not_kept(
+def test_a_revision_that_is_cut_off_or_echoes_the_critique_or_an_example_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     script = [cai.Reply("You fool.", True), cai.Reply("Critique: It is rude.", True)]
     ends = [cai.Reply("It is rude.", True), cai.Reply("Revision: Meow.", True), cai.Reply("Meow and", False)]
+    ends += [cai.Reply("F", True)]
     seen: list = []
 
     def replies(self: Any, conversations: list, step: int, *rest: Any) -> list[cai.Reply]:
@@ -861,17 +862,26 @@ def test_a_revision_that_echoes_the_critique_or_is_cut_off_is_not_kept(
         )
 
     monkeypatch.setattr(cai.Model, "replies", replies)
-    cai.make_revisions([ASK], tmp_path / "r.jsonl", judge_args(num_revisions=3), device)
+    args = judge_args(num_revisions=4, few_shots=save(tmp_path, [SAID]))
+    cai.make_revisions([ASK], tmp_path / "r.jsonl", args, device)
     (record,) = read(tmp_path / "r.jsonl")
     assert [(s["revision"], s["kept"], s["cue"]) for s in record["rounds"]] == [
         ("It is rude.", False, False),
         ("Meow.", True, True),
         ("Meow and", False, False),
+        ("F", False, False),  # the revision of the example
     ]
-    assert [s["critique"] for s in record["rounds"]] == ["It is rude."] * 3
+    assert [s["critique"] for s in record["rounds"]] == ["It is rude."] * 4
     # a round starts from the last good reply
-    starts = [talk[1]["content"] for talk in seen if len(talk) == 3]
-    assert starts == ["You fool.", "You fool.", "Meow."]
+    starts = [talk[7]["content"] for talk in seen if len(talk) == 9]
+    assert starts == ["You fool.", "You fool.", "Meow.", "Meow."]
+
+
+def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> None:
+    record = {"prompt": ASK, "initial": "You fool.", "ended": True}
+    record["rounds"] = [{"principle": 0, "critique": "", "revision": "", "kept": False, "cue": False}]
+    with pytest.raises(dist.RunError, match="found no revision to keep; expected a better critic"):
+        cai.main(small(tmp_path / "run", world, revisions=save(tmp_path, record)))
 
 
 @pytest.mark.parametrize(
