@@ -94,7 +94,7 @@ class Args:
     temperature: float = 1.0
     """of sampling in a bootstrap round; the following table is greedy, as in the paper"""
     reward_model: RewardArgs = field(default_factory=lambda: RewardArgs(learning_rate=2e-6, num_epochs=2))
-    """options of the attribute model's training"""
+    """options of the reward model's training"""
     sft: SftArgs = field(default_factory=lambda: SftArgs(learning_rate=5e-6, num_epochs=2, num_samples=0))
     """options of fine-tuning"""
 

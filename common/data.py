@@ -439,7 +439,9 @@ def read_file(path: Path) -> list[Record]:
         raise dist.RunError(f"dataset {path}: cannot be read: {first_line(error)}") from error
     if suffix == ".parquet":
         records = [Record(value, f"{path} row {i}") for i, value in enumerate(table)]
-    elif suffix == ".json" and text.lstrip().startswith(b"["):
+    elif re.match(
+        rb"\s*\[\s*\{" if suffix == ".jsonl" else rb"\s*\[", text
+    ):  # one list, as red-team data of HH
         records = [Record(value, f"{path} item {i}") for i, value in enumerate(parse(text, str(path)))]
     else:  # cut at line feeds only: JSON strings may hold other line separators
         lines = [(line, f"{path}:{n}") for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
@@ -548,6 +550,10 @@ def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
 def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     """What the model is asked, without a conversation's last reply or the turn a transcript opens for it."""
     prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
+    if prompt is None and is_transcript(value.get("transcript")):  # a red-team attempt: its first turn
+        return as_turns(tokenizer, value["transcript"], where)[:1]
+    if prompt is None and first(value, ("chosen", "chosen_response")) is not None:
+        return read_pair(tokenizer, value, where)[0]
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
     if material and prompt == value.get("instruction"):
@@ -566,6 +572,8 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
     if turns is not None:
         last = max((i for i, m in enumerate(turns) if m["role"] == "assistant"), default=len(turns))
         return turns[:last], turns[last:]
+    if first(value, RESPONSES) is None and first(value, ("chosen", "chosen_response")) is not None:
+        return read_pair(tokenizer, value, where)[:2]
     if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)
@@ -583,7 +591,7 @@ def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
     None for a prompt and its response, of which only the latter is trained.
     """
     given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
-    if given is None and first(value, RESPONSES) is not None:
+    if given is None and first(value, (*RESPONSES, "chosen", "chosen_response")) is not None:
         return None
     names = chosen or masked or ["assistant"]
     if isinstance(names, str):

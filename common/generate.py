@@ -61,6 +61,7 @@ class Settings(NamedTuple):
     stop: tuple[str, ...]
     seed: int
     step: int
+    first_index: int
     ends: list[int]  # token ids
     max_positions: float
 
@@ -93,7 +94,7 @@ def generate(
         temperature: 0 takes the most likely token.
         top_k, top_p: draw from the top_k likeliest tokens; of these, the fewest that hold top_p of the mass.
         stop: strings that end a reply, which is cut after the token completing one.
-        first_index: the prompt index of the first prompt, where these are a part of all.
+        first_index: the first prompt's place in a longer list, of which these are a part; in the seeds only.
         max_batch: most rows decoded together on a rank, 0: 64 on CPU, 256 on GPU; speed and memory only.
         stream: called with each reply of this rank as it grows.
 
@@ -104,12 +105,14 @@ def generate(
     ends = {data.end_token(tokenizer), *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
     limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    settings = Settings(max_new_tokens, temperature, top_k, top_p, stop, seed, step, sorted(ends), limit)
+    settings = Settings(
+        max_new_tokens, temperature, top_k, top_p, stop, seed, step, first_index, sorted(ends), limit
+    )
     check(settings, samples_per_prompt, prompts)
     costs = [len(prompt) + max_new_tokens for prompt in prompts]
     mine = dist.shares(costs, dist.world_size())[dist.rank()]  # longest prompts first
     samples = [
-        Sample(first_index + i, k, [*map(int, prompts[i])], [], [], False, "")
+        Sample(i, k, [*map(int, prompts[i])], [], [], False, "")
         for i in mine
         for k in range(samples_per_prompt)
     ]
@@ -369,7 +372,8 @@ class Batch:
         budgets = [int(min(settings.max_new_tokens, settings.max_positions - n)) for n in lengths]
         streams = np.zeros((len(rows), *self.uniforms.shape[1:]))
         for sample, row, budget, stream in zip(samples, rows, budgets, streams, strict=True):
-            address = (settings.seed, settings.step, sample.prompt_index, sample.sample_index)
+            index = settings.first_index + sample.prompt_index
+            address = (settings.seed, settings.step, index, sample.sample_index)
             stream[:budget] = np.random.default_rng(address).random((budget, LEVELS))
             takers.setdefault(sample.prompt_index, []).append(row)
             self.owners[row] = sample

@@ -75,9 +75,13 @@ class Log:
         show: tuple[str, ...],
         toy: dict[str, Any] | None = None,
         fixed: tuple[str, ...] = (),
+        columns: tuple[str, ...] = ("before", "after"),
     ):
-        """fixed: fields of CHANGEABLE that do alter this script's numbers."""
-        self.args, self.show, self.wandb = args, show, None
+        """fixed: fields of CHANGEABLE that do alter this script's numbers.
+
+        columns: of the table at the end; two are the first and the last evaluation, more are all of them.
+        """
+        self.args, self.show, self.columns, self.wandb = args, show, columns, None
         self.outer = Log.running  # the pipeline that this run is a stage of
         self.is_pipeline = any(is_dataclass(getattr(args, f.name)) for f in fields(args))
         self.changeable = set(CHANGEABLE) - set(fixed)
@@ -311,22 +315,21 @@ class Log:
             self.wandb.finish()
 
     def _table(self) -> None:
-        """The first and the last evaluation side by side."""
+        """Evaluations side by side."""
         from rich.console import Console
         from rich.table import Table
 
         evals = [row for row in self.rows if any(k.startswith("eval/") for k in row)]
         if not evals:
             return
-        first, last = evals[0], evals[-1]
-        table = Table(title=f"step {first['step']} -> {last['step']}")
+        shown = [evals[0], evals[-1]] if len(self.columns) == 2 else evals
+        table = Table(title=f"step {shown[0]['step']} -> {shown[-1]['step']}")
         table.add_column("on held-out data")
-        for heading in ("before", "after"):
+        for heading, _ in zip(self.columns, shown, strict=False):
             table.add_column(heading, justify="right")
-        names = [k for k in last if k.startswith("eval/")]
+        names = [k for k in shown[-1] if k.startswith("eval/")]
         for name in sorted(names, key=lambda k: not k.startswith("eval/judge/")):
-            before = f"{first[name]:.3f}" if name in first else ""
-            table.add_row(name[5:], before, f"{last[name]:.3f}")
+            table.add_row(name[5:], *(f"{row[name]:.3f}" if name in row else "" for row in shown))
         Console().print(table)
 
 

@@ -516,6 +516,28 @@ def test_ratings_of_every_format_share_their_attributes(families: dict, tmp_path
     assert row.fields["verbosity"].isnan().tolist() == [True, False]
 
 
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"}
+HH["rejected"] = HH["chosen"][:-1] + "e"
+ATTEMPT = {"transcript": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rating": 1.0}
+
+
+def test_a_preference_gives_its_prompt_and_as_a_demonstration_its_chosen_response(
+    families: dict, tmp_path: Path
+) -> None:
+    source, tokenizer = write(tmp_path, HH, HH), families["chatml"]
+    for example in load("prompts", source, tokenizer):
+        assert [m["content"] for m in example.prompt] == ["a", "b", "c"]
+    for example in load("sft", source, tokenizer):
+        assert scored(tokenizer, example.sequences[0]) == [f"d{END}"]  # not "b", which both sides have
+
+
+def test_of_a_red_team_attempt_the_first_turn_is_the_prompt(families: dict, tmp_path: Path) -> None:
+    path = tmp_path / "red_team_attempts.jsonl"
+    path.write_text(json.dumps([ATTEMPT, ATTEMPT], indent=1))  # the file is one list
+    for example in load("prompts", str(path), families["chatml"]):
+        assert example.prompt == [{"role": "user", "content": "a"}]
+
+
 def blocks() -> list[tuple[str, str]]:
     return re.findall(r"```jsonl (\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
 

@@ -235,8 +235,6 @@ def test_samples_do_not_depend_on_the_batch(policy):
         assert same(replies(policy, max_batch=max_batch, **settings), samples)
     alone = replies(policy, PROMPTS[:1], **settings)
     assert same(alone, samples[:4])
-    rest = replies(policy, PROMPTS[1:], first_index=1, **settings)
-    assert same(rest, samples[4:]) and rest[0].prompt_index == 1
 
 
 def test_samples_do_not_depend_on_how_often_the_host_looks(policy, monkeypatch):
@@ -259,6 +257,13 @@ def test_each_part_of_the_address_changes_the_samples(policy):
     others = [replies(policy, [[5, 6, 7]], seed=2)[0], replies(policy, [[5, 6, 7]], step=1)[0]]
     assert len({tuple(s.tokens) for s in base + others}) == 6
     assert same(replies(policy, [[5, 6, 7]] * 2, samples_per_prompt=2), base)
+
+
+def test_a_part_of_a_list_gives_the_samples_of_the_whole(policy):
+    prompts = [[5, 6, 7], [5, 6], [5, 6, 7], [5]]
+    whole = [sample.tokens for sample in replies(policy, prompts)]
+    assert [sample.tokens for sample in replies(policy, prompts[2:], first_index=2)] == whole[2:]
+    assert [sample.tokens for sample in replies(policy, prompts[2:])] != whole[2:]
 
 
 def test_long_runs_reuse_rows(policy, monkeypatch):

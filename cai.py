@@ -1,0 +1,930 @@
+r"""Constitutional AI: harmlessness from AI feedback (Bai et al., 2022), https://arxiv.org/abs/2212.08073
+
+A model learns to be harmless from a list of principles, without human labels of harm, in two halves. It
+answers red-team prompts, criticises and revises its answers, and is fine-tuned on the revisions (SL-CAI).
+Then a judge compares two of its replies, a and b, by a principle; with l the log-probability of a letter,
+
+    p_ab = e^l(A) / (e^l(A) + e^l(B)), a listed first;  p_ba the same, b listed first
+    p_a  = (p_ab + 1 - p_ba) / 2                               orders averaged, so that a bias for (A) cancels
+    loss = -p_a log sigmoid(r_a - r_b) - (1 - p_a) log sigmoid(r_b - r_a)       preference model, soft labels
+
+and reinforcement learning against that preference model gives RL-CAI. The paper numbers no equation.
+
+    1. reply, then num_revisions times critique and revision by a principle drawn for the prompt
+    2. SL-CAI: fine-tuning on all revisions and helpful demonstrations (sft.py)
+    3. pairs of replies of SL-CAI, and p_a by the judge
+    4. preference model on these and on helpful pairs (reward_model.py)
+    5. RL-CAI: PPO against it (ppo.py), or DPO on the same pairs (dpo.py)
+
+    python cai.py --help
+    torchrun --nproc_per_node=8 cai.py --model meta-llama/Llama-3.1-8B --chat_template chatml \
+        --helpful_model meta-llama/Llama-3.1-8B-Instruct --dataset red_team.jsonl \
+        --helpful_demonstrations helpful.jsonl --helpful_pairs pairs.jsonl --helpful_prompts prompts.jsonl
+
+Each stage has its files in output_dir; one that is complete is not run again.
+
+Metrics, results and departures from the paper: docs/cai.md
+"""
+
+import gc
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import dpo
+import ppo
+import reward_model
+import sft
+from common import checkpoint, data, dist, models
+from common.generate import generate
+from common.log import Log, parse
+from common.server import Server
+from dpo import Args as DpoArgs
+from ppo import Args as PpoArgs
+from reward_model import Args as RewardArgs
+from sft import Args as SftArgs
+
+TOY = dict(
+    helpful_demonstrations="toy",
+    helpful_pairs="toy",
+    helpful_prompts="toy",
+    constitution="toy",
+    comparisons="toy",
+    few_shots="",
+    judge_few_shots="",
+    num_red_team=768,
+    num_revisions=2,
+    max_new_tokens=48,
+    num_samples=200,
+    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
+    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
+    ppo=dict(
+        kl_coef=0.05,
+        learning_rate=3e-4,
+        value_learning_rate=1e-3,
+        warmup_steps=5,
+        rollout_size=128,
+        batch_size=64,
+        max_steps=60,
+        max_new_tokens=48,
+        eval_every=60,
+    ),
+    dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
+)
+SHOWN = ()
+# fields of a stage that the pipeline sets
+OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
+OWN |= {"track", "wandb_project", "run_name"}
+THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
+CONCLUSION = "\nThe better reply is "
+
+
+@dataclass
+class Args:
+    """Constitutional AI, all stages."""
+
+    model: str = "toy"
+    """policy to start from: toy, a run folder, a Hugging Face folder, a hub id, a .gguf file"""
+    dataset: str = "toy"
+    """red-team prompts: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
+    eval_dataset: str = ""
+    """held-out data; default: the data set's test split, else 5 % of its prompts"""
+    helpful_demonstrations: str = ""
+    """demonstrations to mix with the revisions, as sft.py reads them; a,b*2 mixes; default: none"""
+    helpful_pairs: str = ""
+    """preferences to mix with those of the judge, as reward_model.py reads them; default: none"""
+    helpful_prompts: str = ""
+    """ordinary prompts to mix with the red team's in PPO and to evaluate on; default: none"""
+    output_dir: str = f"runs/{Path(__file__).stem}"
+    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    overwrite: bool = False
+    """start anew in output_dir instead of resuming the run there"""
+    seed: int = 1
+    """orders data and samples"""
+    chat_template: str = ""
+    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+
+    # stages made before
+    revisions: str = ""
+    """a file of stage 1, which replaces it"""
+    sl_model: str = ""
+    """a model that replaces SL-CAI, and stages 1 and 2"""
+    pairs: str = ""
+    """preferences on red-team prompts that replace stage 3"""
+    preference_model: str = ""
+    """a reward model that replaces stage 4"""
+
+    # critique, revision and judgement
+    constitution: str = "constitutions/critique_revision.json"
+    """requests for critique and revision, in Anthropic's shape; toy: those of the toy world"""
+    comparisons: str = "constitutions/comparisons.json"
+    """principles to compare by, a JSON list; toy: those of the toy world"""
+    few_shots: str = "constitutions/few_shots.json"
+    """examples of critique and revision that go before; empty: none"""
+    judge_few_shots: str = "constitutions/judge_few_shots.json"
+    """examples of comparisons that go before; empty: none"""
+    helpful_model: str = ""
+    """gives the first replies and writes the revisions; default: model"""
+    judge_model: str = ""
+    """the critic and the judge, a model or its name at judge_url; default: model"""
+    judge_url: str = ""
+    """ask a server instead, as https://host/v1, OpenAI's chat API; the key is read from $OPENAI_API_KEY"""
+    judge_timeout: float = 60.0
+    """seconds that the server has for an answer"""
+    judge_retries: int = 8
+    """times to ask it again, after waits that grow to a minute, before the run stops"""
+    judge_threads: int = 16
+    """requests under way at once from each rank"""
+
+    # algorithm
+    num_red_team: int = 0
+    """red-team prompts to use, drawn at random; 0: all"""
+    num_revisions: int = 4
+    """rounds of critique and revision; the revisions of all rounds are trained on"""
+    use_critique: bool = True
+    """off: ask for a revision at once"""
+    samples_per_prompt: int = 2
+    """responses to each prompt"""
+    temperatures: str = "1.0"
+    """of the replies to compare; each of several, joined by commas, gives samples_per_prompt replies"""
+    num_principles: int = 1
+    """principles drawn for a comparison; the judge's probabilities are averaged over them"""
+    cot: bool = False
+    """the judge reasons before it answers"""
+    cot_clamp: float = 0.6
+    """with cot: probabilities are clamped to between 1 less this, and this"""
+    rl: Literal["ppo", "dpo"] = "ppo"
+    """stage 5: PPO against the preference model, or DPO on its pairs, which needs no stage 4"""
+    max_prompt_length: int = 1024
+    """most tokens of a prompt; one with more is dropped, and counted"""
+    max_new_tokens: int = 512
+    """most tokens of a reply, critique or revision"""
+    temperature: float = 1.0
+    """of first replies, critiques, revisions, and answers at each evaluation"""
+
+    # options of the stages
+    sft: SftArgs = field(default_factory=lambda: SftArgs(learning_rate=1e-6, num_samples=0))
+    """options of fine-tuning"""
+    reward_model: RewardArgs = field(default_factory=lambda: RewardArgs(batch_size=512))
+    """options of the reward model's training"""
+    ppo: PpoArgs = field(default_factory=lambda: PpoArgs(kl_coef=0.02, num_samples=0))
+    """options of PPO"""
+    dpo: DpoArgs = field(default_factory=lambda: DpoArgs(num_samples=0))
+    """options of DPO"""
+
+    # bookkeeping
+    num_samples: int = 16
+    """prompts answered and judged at each evaluation"""
+    judge: str = ""
+    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
+    track: bool = False
+    """log to Weights & Biases too: online if logged in, else offline"""
+    wandb_project: str = "cleanalign"
+    """W&B project"""
+    run_name: str = ""
+    """W&B run name"""
+
+
+# ------------------------------------------------------------------------------------------------- the maths
+
+
+def option_prob(logps: Tensor) -> Tensor:
+    """P(the option listed first), from log-probabilities of the letters A and B, nats; (..., 2) -> (...)"""
+    return torch.sigmoid(logps[..., 0] - logps[..., 1])
+
+
+def average_orders(p_ab: float, p_ba: float) -> float:
+    """P(a is better) from P(A) with a listed first and P(A) with b listed first."""
+    return 0.5 + (p_ab - p_ba) / 2  # (p_ab + 1 - p_ba) / 2, and exactly 1/2 for equals
+
+
+def position_bias(p_ab: float, p_ba: float) -> float:
+    """How much more a reply gets for being listed first: 0 for a fair judge, 1 for one that always says A."""
+    return p_ab - (1 - p_ba)
+
+
+def ensemble(p_ab: list[float], p_ba: list[float], clamp: float = 1.0) -> float:
+    """P(a is better), the mean over principles, kept between 1 - clamp and clamp."""
+    averaged = [average_orders(ab, ba) for ab, ba in zip(p_ab, p_ba, strict=True)]
+    return min(clamp, max(1 - clamp, sum(averaged) / len(averaged)))
+
+
+def entropy(p: float) -> float:
+    """Of a coin, in nats."""
+    return -sum(x * math.log(x) for x in (p, 1 - p) if x > 0)
+
+
+def stock_shares(texts: list[str], n: int = 4, common: float = 0.1) -> list[float]:
+    """For each text, the share of its n-grams of words that at least `common` of all texts contain.
+
+    Rises when a policy gives the same reassurance whatever it was asked; 0 for texts of fewer words.
+    """
+    grams = [[tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for words in map(str.split, texts)]
+    counts = Counter(gram for found in grams for gram in set(found))
+    least = max(2, common * len(texts))
+    return [sum(counts[gram] >= least for gram in found) / max(1, len(found)) for found in grams]
+
+
+REFUSAL = re.compile(r"\b(I (cannot|can't|won't|will not)|I('m| am) (sorry|unable)|as an AI)\b", re.I)
+
+
+def refuses(text: str) -> bool:
+    return bool(REFUSAL.search(text.replace("\u2019", "'")))
+
+
+def describe(examples: list[data.Example], texts: list[str]) -> list[dict[str, float]]:
+    """What no judge is needed for: length in words, whether it refuses, share of stock phrases."""
+    return [
+        {"words": len(text.split()), "refusals": float(refuses(text)), "stock_phrases": stock}
+        for text, stock in zip(texts, stock_shares(texts), strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------- constitution and examples
+
+
+def read_json(name: str, what: str) -> Any:
+    """A JSON file of the current folder or of this script's; toy: the toy world's constitution.
+
+    Raises:
+        RunError: no such file, or no JSON.
+    """
+    path = data.toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
+    path = path if path.exists() else Path(__file__).parent / path
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise data.wrong(f"{what} {name}", data.first_line(error), "a JSON file") from error
+
+
+def without_marks(text: str) -> str:
+    """A request or a principle without the words that stand around it in Anthropic's files."""
+    text = re.sub(r"^\s*(CritiqueRequest|RevisionRequest):", "", text)
+    return re.sub(r"(Critique|Revision|Options):\s*$", "", text).strip()
+
+
+def read_constitution(name: str) -> list[tuple[str, str]]:
+    """(critique request, revision request) of each principle."""
+    content = read_json(name, "constitution")
+    try:
+        if "revisions" in content:
+            pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
+        else:
+            pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
+        pairs = [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise data.wrong(
+            f"constitution {name}", repr(error), "name: {prompt: [...], edit_request}"
+        ) from error
+    if not pairs or not all(text for pair in pairs for text in pair):
+        raise data.wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
+    return pairs
+
+
+def read_comparisons(name: str) -> list[str]:
+    """The principles to compare by."""
+    content = read_json(name, "comparisons")
+    content = content.get("comparisons") if isinstance(content, dict) else content
+    if not isinstance(content, list) or not content or not all(isinstance(x, str) and x for x in content):
+        raise data.wrong(f"comparisons {name}", type(content).__name__, "a list of principles, each a text")
+    return [without_marks(text) for text in content]
+
+
+SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
+SPEAKERS |= {"Assistant": "assistant", "Critique": "assistant", "Revision": "assistant"}
+MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
+
+
+def read_few_shots(name: str) -> data.Messages:
+    """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
+    if not name:
+        return []
+    content, messages = read_json(name, "few_shots"), []
+    samples = content["samples"] if isinstance(content, dict) and "samples" in content else content
+    if not isinstance(samples, list):
+        raise data.wrong(f"few_shots {name}", type(content).__name__, "a list of transcripts, or samples")
+    for i, sample in enumerate(samples):
+        where = f"few_shots {name} item {i}"
+        if isinstance(sample, str):
+            parts = MARK.split(sample)
+            spoken = zip(parts[1::2], parts[2::2], strict=True)
+            turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
+        else:
+            turns = data.as_messages(sample, where)
+        roles = [turn["role"] for turn in turns]
+        if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+            raise data.wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
+        messages += turns
+    return messages
+
+
+def read_judge_few_shots(name: str) -> list[tuple[data.Messages, str, str]]:
+    """(prompt, better reply, worse reply) of each example."""
+    shots = []
+    for i, item in enumerate(read_json(name, "judge_few_shots") if name else []):
+        where = f"judge_few_shots {name} item {i}"
+        try:
+            prompt = data.as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
+            pairs = [(right, wrong) for right in item["corrects"] for wrong in item["incorrects"]]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise data.wrong(where, repr(error), "prompt, corrects and incorrects") from error
+        shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
+    return shots
+
+
+def draw(seed: int, purpose: str, prompt: data.Messages) -> random.Random:
+    """What is drawn for a prompt: a function of these three, whatever its place in the data."""
+    return random.Random(f"{seed} {purpose} {json.dumps(prompt)}")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def with_shots(shots: data.Messages, conversation: data.Messages) -> data.Messages:
+    """Examples before a conversation, after its system message."""
+    start = int(conversation[0]["role"] == "system")
+    return conversation[:start] + shots + conversation[start:]
+
+
+def clean(text: str, name: str) -> str:
+    """A critique or revision without its cue, repeated, and without turns that the model made up after it."""
+    return MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
+
+
+def comparison(prompt: data.Messages, principle: str, first: str, second: str) -> str:
+    """What the judge is asked."""
+    turns = [f"{m['role'].capitalize()}: {m['content']}" for m in prompt if m["role"] != "system"]
+    return "\n".join([*turns, principle, f"(A) {first}", f"(B) {second}"])
+
+
+def ask_judge(
+    prompt: data.Messages, principle: str, first: str, second: str, shots: list, rng: random.Random
+) -> data.Messages:
+    """A comparison after examples, whose orders are drawn: a judge must not learn that (A) is right."""
+    messages = []
+    for asked, right, wrong in shots:
+        letter = rng.choice("AB")
+        options = (right, wrong) if letter == "A" else (wrong, right)
+        messages += [user(comparison(asked, principle, *options)), assistant(f"({letter})")]
+    return [*messages, user(comparison(prompt, principle, first, second))]
+
+
+# ------------------------------------------------------------------------- who replies, criticises and judges
+
+
+class Reply(NamedTuple):
+    text: str
+    ended: bool  # False: cut off at max_new_tokens
+
+
+class Model:
+    """A model in this process."""
+
+    def __init__(self, path: str, args: Args, device: torch.device):
+        self.path, self.args, self.device = path, args, device
+        self.tokenizer = load_tokenizer(path, args)
+        self.policy = models.load(path, device, args.sft, trainable=False)
+        self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
+
+    def replies(
+        self,
+        conversations: list[data.Messages],
+        step: int,
+        first: int,
+        temperature: float,
+        samples_per_prompt: int = 1,
+    ) -> list[Reply]:
+        """samples_per_prompt replies to each, a function of (seed, step, first + place in the list).
+
+        A conversation too long for the model gets an empty one that has not ended.
+        """
+        prompts = [data.encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        fits = [len(tokens) < self.limit for tokens in prompts]
+        samples = generate(
+            self.policy,
+            self.tokenizer,
+            [tokens if ok else tokens[-1:] for tokens, ok in zip(prompts, fits, strict=True)],
+            max_new_tokens=self.args.max_new_tokens,
+            temperature=temperature,
+            samples_per_prompt=samples_per_prompt,
+            seed=self.args.seed,
+            step=step,
+            first_index=first,
+        )
+        return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
+
+    def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
+        """P(A) of each comparison; None where the reasoning was cut off, or all is too long for the model."""
+        leads = [Reply("", True)] * len(questions)
+        if self.args.cot:
+            questions = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions]
+            thoughts = self.replies(questions, 0, 0, temperature=0.0)
+            leads = [Reply(thought.text + CONCLUSION, thought.ended) for thought in thoughts]
+
+        def encode(item: tuple[data.Messages, Reply]) -> data.Example:
+            return data.Example(encode_options(self.tokenizer, item[0], item[1].text), "")
+
+        examples = dist.parallel_map(encode, list(zip(questions, leads, strict=True)))
+        short = [example.num_tokens < 2 * self.limit for example in examples]
+        usable = [i for i, lead in enumerate(leads) if lead.ended and short[i]]
+        probs: list[float | None] = [None] * len(questions)
+        found = letter_probs(self.policy, [examples[i] for i in usable], self.args, self.device)
+        for i, p in zip(usable, found, strict=True):
+            probs[i] = p
+        return probs
+
+
+def load_tokenizer(path: str, args: Args) -> Any:
+    """The tokenizer of a model; args.chat_template is that of the policy, and of models that have none."""
+    tokenizer = data.load_tokenizer(path, args.chat_template if path == args.model else "")
+    if tokenizer.chat_template is None and args.chat_template:
+        tokenizer = data.load_tokenizer(path, args.chat_template)
+    if tokenizer.chat_template is None:
+        raise data.wrong(f"model {path}", "no chat template", "one; chatml or a Jinja file as chat_template")
+    return tokenizer
+
+
+def encode_options(tokenizer: Any, question: data.Messages, lead: str) -> list[data.Sequence]:
+    """The answers (A) and (B), up to the first token in which they differ; only that one is scored."""
+    sides = [data.encode_response(tokenizer, question, [assistant(f"{lead}({x})")])[0] for x in "AB"]
+    at = data.common_prefix(*sides)
+    return [(tokens[: at + 1], torch.arange(at + 1).eq(at).numpy()) for tokens in sides]
+
+
+@torch.no_grad()
+def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: torch.device) -> list[float]:
+    """P(A) of each example, from one packed forward for both of its options."""
+    table = torch.zeros(len(examples), 2, device=device)
+    for row in data.rows(examples, args.sft.micro_batch_tokens, device) if examples else ():
+        logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
+        table[row.example_ids] = logps.view(-1, 2)
+    return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
+
+
+class Endpoint:
+    """A model behind a server."""
+
+    def __init__(self, args: Args):
+        self.args = args
+        limits = {"timeout": args.judge_timeout, "retries": args.judge_retries, "threads": args.judge_threads}
+        self.server = Server(args.judge_url, Path(args.output_dir) / "answers", **limits)
+
+    def ask(self, conversations: list[data.Messages], read: Callable, **how: Any) -> list[dict]:
+        bodies = [{"model": self.args.judge_model, "messages": turns, **how} for turns in conversations]
+        return self.server.ask(bodies, read)
+
+    def replies(
+        self, conversations: list[data.Messages], step: int, first: int, temperature: float
+    ) -> list[Reply]:
+        def read(choice: dict) -> dict:
+            text = (choice["message"]["content"] or "").strip()
+            return {"text": text, "ended": choice.get("finish_reason") == "stop"}
+
+        how = {"max_tokens": self.args.max_new_tokens, "temperature": temperature}
+        return [Reply(**answer) for answer in self.ask(conversations, read, **how)]
+
+    def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
+        """P(A) of each comparison; None for an answer that names no letter."""
+        cot = self.args.cot
+
+        def read(choice: dict) -> dict:
+            tokens = (choice.get("logprobs") or {}).get("content") or []
+            return {"p": read_verdict(choice["message"]["content"] or "", tokens, cot)}
+
+        asked = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions] if cot else questions
+        how = {"max_tokens": self.args.max_new_tokens if cot else 8, "temperature": 0.0}
+        return [x["p"] for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
+
+
+def read_verdict(text: str, tokens: list[dict], cot: bool) -> float | None:
+    """P(A) from the letter an answer gives, and from the log-probabilities at its token if there are any.
+
+    Args:
+        tokens: OpenAI's logprobs.content. Without it the probability is 0 or 1.
+    """
+    letters = re.findall(r"\(([AB])\)", text) or re.findall(r"^\W*([AB])\b", text)
+    if not letters or (not cot and len(set(letters)) > 1):
+        return None
+    probs = {"A": 0.0, "B": 0.0}
+    named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letters[-1]]
+    for top in named[-1].get("top_logprobs", []) if named else []:
+        letter = re.sub(r"\W", "", top["token"])
+        if letter in probs:
+            probs[letter] += math.exp(top["logprob"])
+    total = sum(probs.values())
+    return probs["A"] / total if total > 0 else float(letters[-1] == "A")
+
+
+# -------------------------------------------------------------------------------- 1. critiques and revisions
+
+
+def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device: torch.device) -> None:
+    """Stage 1: a line for each prompt with the first reply, and critique and revision of every round.
+
+    A round goes on from the last good revision; the conversation before it is the prompt and that reply, so
+    it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
+    example is not kept.
+    """
+    constitution, shots = read_constitution(args.constitution), read_few_shots(args.few_shots)
+    examples = {turn["content"] for turn in shots}
+    helper = Model(args.helpful_model or args.model, args, device)
+    critic = load_judge(args, helper, device)
+
+    def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
+        first, asked = chunk[0][0], [prompt for _, prompt in chunk]
+        replies = helper.replies(asked, 0, first, args.temperature)
+        records = [
+            {"prompt": p, "initial": r.text, "ended": r.ended, "rounds": []}
+            for p, r in zip(asked, replies, strict=True)
+        ]
+        current = [reply.text for reply in replies]
+        for number in range(1, args.num_revisions + 1):
+            drawn = [draw(args.seed, f"round {number}", p).randrange(len(constitution)) for p in asked]
+            talks = [
+                with_shots(shots, [*prompt, assistant(reply)])
+                for prompt, reply in zip(asked, current, strict=True)
+            ]
+            critiques = [Reply("", True)] * len(talks)
+            if args.use_critique:
+                talks = [[*t, user(constitution[k][0])] for t, k in zip(talks, drawn, strict=True)]
+                critiques = critic.replies(talks, 2 * number - 1, first, args.temperature)
+                critiques = [Reply(clean(c.text, "Critique"), c.ended) for c in critiques]
+                talks = [[*t, assistant(c.text)] for t, c in zip(talks, critiques, strict=True)]
+            talks = [[*t, user(constitution[k][1])] for t, k in zip(talks, drawn, strict=True)]
+            revised = helper.replies(talks, 2 * number, first, args.temperature)
+            for i, (k, critique, reply) in enumerate(zip(drawn, critiques, revised, strict=True)):
+                text = clean(reply.text, "Revision")
+                kept = reply.ended and text not in {"", critique.text, *examples}
+                step = {"principle": k, "critique": critique.text, "revision": text, "kept": kept}
+                records[i]["rounds"].append({**step, "cue": text != reply.text})
+                current[i] = text if kept else current[i]
+        return records
+
+    options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
+    who = (checkpoint.fingerprint(helper.path), judge_key(args), args.sft.dtype, args.chat_template)
+    key = (who, options, constitution, shots)
+    checkpoint.write_lines(path, list(enumerate(prompts)), key, work)
+
+
+def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
+    """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
+    if args.judge_url:
+        return Endpoint(args)
+    path = args.judge_model or args.model
+    return own if path == own.path else Model(path, args, device)
+
+
+def judge_key(args: Args) -> Any:
+    if args.judge_url:
+        return (args.judge_url, args.judge_model)
+    return checkpoint.fingerprint(args.judge_model or args.model)
+
+
+def demonstrations_of(record: dict) -> list[dict]:
+    """What fine-tuning reads: each revision that was kept, after its prompt, trained alone."""
+    kept = [step["revision"] for step in record["rounds"] if step["kept"]]
+    return [{"prompt": record["prompt"], "completion": [assistant(text)]} for text in kept]
+
+
+def revision_metrics(records: list[dict]) -> dict[str, float]:
+    """Shares and means over prompts or over rounds."""
+    steps = [step for record in records for step in record["rounds"]]
+    kept = [step["revision"] for step in steps if step["kept"]]
+    last = [next((s["revision"] for s in r["rounds"][::-1] if s["kept"]), r["initial"]) for r in records]
+    changed = [text != record["initial"] for text, record in zip(last, records, strict=True)]
+    metrics = {
+        "revisions/kept_frac": len(kept) / max(1, len(steps)),
+        "revisions/changed_frac": sum(changed) / len(records),
+        "revisions/refusal_frac": sum(map(refuses, last)) / len(records),
+        "revisions/length_initial": sum(len(r["initial"].split()) for r in records) / len(records),
+        "revisions/length_revised": sum(len(text.split()) for text in last) / len(records),
+        "revisions/cue_frac": sum(step["cue"] for step in steps) / max(1, len(steps)),
+    }
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------- 3. AI feedback
+
+
+def compare_replies(
+    prompts: list[data.Messages], sl_model: str, path: Path, args: Args, device: torch.device
+) -> None:
+    """Stage 3: a line for each prompt with replies of SL-CAI, compared two by two in random order.
+
+    p_ab and p_ba have one number for each principle drawn. A reply that was cut off is not compared.
+    """
+    principles, shots = read_comparisons(args.comparisons), read_judge_few_shots(args.judge_few_shots)
+    policy = Model(sl_model, args, device)
+    judge = load_judge(args, policy, device)
+
+    def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
+        first, asked = chunk[0][0], [prompt for _, prompt in chunk]
+        found: list[list[dict]] = [[] for _ in asked]
+        for k, temperature in enumerate(read_temperatures(args)):
+            replies = policy.replies(asked, 10_000 + k, first, temperature, args.samples_per_prompt)
+            for i, reply in enumerate(replies):
+                candidate = {"text": reply.text, "temperature": temperature, "ended": reply.ended}
+                found[i // args.samples_per_prompt].append(candidate)
+        records, questions = [], []
+        for prompt, candidates in zip(asked, found, strict=True):
+            rng = draw(args.seed, "comparisons", prompt)
+            usable = [c for c in candidates if c["ended"] and c["text"]]
+            rng.shuffle(usable)
+            record = {"prompt": prompt, "cut_off": len(candidates) - len(usable), "comparisons": []}
+            for a, b in zip(usable[::2], usable[1::2], strict=False):
+                drawn = rng.sample(range(len(principles)), args.num_principles)
+                record["comparisons"].append({"a": a, "b": b, "principles": drawn})
+                for k in drawn if a["text"] != b["text"] else ():
+                    texts = (a["text"], b["text"])
+                    for one, two in (texts, texts[::-1]):
+                        questions.append(ask_judge(prompt, principles[k], one, two, shots, rng))
+            records.append(record)
+        probs = iter(judge.verdicts(questions))
+        for item in (c for record in records for c in record["comparisons"]):
+            num = args.num_principles if item["a"]["text"] != item["b"]["text"] else 0
+            both = [(next(probs), next(probs)) for _ in range(num)]
+            item["p_ab"], item["p_ba"] = [list(side) for side in zip(*both, strict=True)] or ([], [])
+        return records
+
+    options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
+    who = (checkpoint.fingerprint(sl_model), judge_key(args), args.sft.dtype, args.chat_template)
+    key = (who, options, args.max_new_tokens, principles, shots)
+    checkpoint.write_lines(path, list(enumerate(prompts)), key, work)
+
+
+def read_temperatures(args: Args) -> list[float]:
+    try:
+        temperatures = [float(x) for x in args.temperatures.split(",")]
+    except ValueError:
+        temperatures = []
+    if not temperatures or min(temperatures) < 0:
+        raise data.wrong("temperatures", repr(args.temperatures), "numbers of 0 or more, joined by commas")
+    return temperatures
+
+
+def read_comparison(item: dict, args: Args) -> float | None:
+    """P(a is better); None for a tie or where an answer of the judge could not be read: no label."""
+    if is_tie(item) or has_failed(item):
+        return None
+    return ensemble(item["p_ab"], item["p_ba"], args.cot_clamp if args.cot else 1.0)
+
+
+def has_failed(item: dict) -> bool:
+    return None in item["p_ab"] + item["p_ba"]
+
+
+def is_tie(item: dict) -> bool:
+    """Equal replies, or exactly as good."""
+    return not item["p_ab"] or (not has_failed(item) and ensemble(item["p_ab"], item["p_ba"]) == 0.5)
+
+
+def preferences_of(record: dict, args: Args) -> list[dict]:
+    """What the preference model and DPO read: the likelier winner as chosen, with its probability."""
+    pairs = []
+    for item in record["comparisons"]:
+        p_a = read_comparison(item, args)
+        if p_a is not None:
+            chosen, rejected = ("a", "b") if p_a > 0.5 else ("b", "a")
+            sides = {
+                "chosen": [assistant(item[chosen]["text"])],
+                "rejected": [assistant(item[rejected]["text"])],
+            }
+            pair = {"prompt": record["prompt"], **sides, "label_prob": max(p_a, 1 - p_a)}
+            pairs.append({**pair, **{name: item[name] for name in ("p_ab", "p_ba", "principles")}})
+    return pairs
+
+
+def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
+    """Means over the comparisons that give a label; shares of all comparisons for those that give none."""
+    items = [item for record in records for item in record["comparisons"]]
+    labels = [p for p in (read_comparison(item, args) for item in items) if p is not None]
+    biases = [
+        position_bias(ab, ba)
+        for item in items
+        if not has_failed(item)
+        for ab, ba in zip(item["p_ab"], item["p_ba"], strict=True)
+    ]
+    metrics = {
+        "judge/num_pairs": float(len(labels)),
+        "judge/p_a_mean": sum(labels) / max(1, len(labels)),
+        "judge/label_prob": sum(max(p, 1 - p) for p in labels) / max(1, len(labels)),
+        "judge/entropy": sum(map(entropy, labels)) / max(1, len(labels)),
+        "judge/position_bias": sum(biases) / max(1, len(biases)),
+        "judge/ties": sum(map(is_tie, items)) / max(1, len(items)),
+        "judge/parse_failures": sum(map(has_failed, items)) / max(1, len(items)),
+        "judge/cut_off": float(sum(record["cut_off"] for record in records)),
+    }
+    return metrics
+
+
+# -------------------------------------------------------------------------------------------------- pipeline
+
+
+def check(args: Args) -> None:
+    """Refuse settings that cannot go together, before any work starts."""
+    for stage in ("sft", "reward_model", "ppo", "dpo"):
+        options = getattr(args, stage)
+        for f in fields(options):
+            if f.name in OWN and getattr(options, f.name) != f.default:
+                raise dist.RunError(f"{stage}.{f.name} is set by the pipeline; leave it out")
+    if args.judge_url and not args.judge_model:
+        raise dist.RunError("judge_url needs judge_model, the name of a model there")
+    if args.num_revisions < 1:
+        raise data.wrong("num_revisions", args.num_revisions, "1 or more")
+    if args.samples_per_prompt * len(read_temperatures(args)) < 2:
+        raise data.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
+    if not 0.5 <= args.cot_clamp <= 1:
+        raise data.wrong("cot_clamp", args.cot_clamp, "0.5 to 1")
+    read_constitution(args.constitution), read_few_shots(args.few_shots)
+    read_judge_few_shots(args.judge_few_shots)
+    num = len(read_comparisons(args.comparisons))
+    if not 1 <= args.num_principles <= num:
+        raise data.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
+
+
+def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data.Dataset]:
+    """num_red_team prompts to train on, and held-out examples none of which is among the data's prompts."""
+    train, held_out = data.load_prompts(args, tokenizer, "red_team")
+    known = {json.dumps(example.prompt) for example in train}
+    prompts = [json.loads(text) for text in dict.fromkeys(json.dumps(example.prompt) for example in train)]
+    unseen = [example for example in held_out if json.dumps(example.prompt) not in known]
+    if dist.is_main() and len(unseen) < len(held_out):
+        print(f"red team: {len(held_out) - len(unseen)} held-out prompts left out, they are trained on too")
+    if not unseen:
+        raise data.wrong("eval_dataset", "prompts of the training data only", "some that are not in it")
+    if args.num_red_team:
+        prompts = random.Random(args.seed).sample(prompts, min(len(prompts), args.num_red_team))
+    return prompts, data.Dataset([(unseen, 1.0)])
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    return [record.value for record in data.read_file(Path(path).expanduser())]
+
+
+def save_lines(path: Path, make: Callable[[], list[dict]]) -> None:
+    """Write make() as JSON lines, complete or not at all; a file that exists is kept."""
+
+    def write() -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in make()))
+            os.replace(unfinished, path)
+
+    dist.from_main(write)
+
+
+def mixed(*sources: Any) -> str:
+    return ",".join(str(source) for source in sources if source)
+
+
+def show(numbers: dict[str, float]) -> None:
+    if dist.is_main():
+        print("  ".join(f"{name} {value:.3g}" for name, value in numbers.items()), flush=True)
+
+
+def export(model: str, folder: Path) -> None:
+    """model/: a copy of the last stage's."""
+
+    def copy() -> None:
+        unfinished = folder / "model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(Path(model) / "model", unfinished)
+        os.replace(unfinished, folder / "model")
+
+    dist.from_main(copy)
+
+
+def main(args: Args) -> None:
+    # setup
+    device = dist.init(args.seed)
+    check(args)
+    columns = ("before", "SL-CAI", "RL-CAI")
+    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature"), columns=columns)
+    folder = Path(args.output_dir)
+    common = dict(seed=args.seed, chat_template=args.chat_template)
+
+    # data
+    tokenizer = load_tokenizer(args.model, args)
+    prompts, red_team = load_red_team(args, tokenizer)
+    ordinary = []
+    if args.helpful_prompts:
+        source = replace(args, dataset=args.helpful_prompts, eval_dataset="")
+        ordinary = data.load_prompts(source, tokenizer)[1]
+    if not log.begin(2):
+        return
+    done = {row["step"] for row in log.rows}
+    save_lines(folder / "0_prompts" / "train.jsonl", lambda: [{"prompt": prompt} for prompt in prompts])
+    save_lines(folder / "0_prompts" / "test.jsonl", lambda: [{"prompt": e.prompt} for e in red_team])
+
+    def evaluate(step: int, model: str, more: dict[str, float]) -> None:
+        """Answers to held-out red-team and ordinary prompts, judged."""
+        if step in done:
+            return
+        speaker, metrics = Model(model, args, device), dict(more)
+        for kind, examples in (("red_team", red_team), ("ordinary", ordinary)):
+            found = log.samples(step, speaker.policy, speaker.tokenizer, examples, describe)
+            for name, value in found.items():
+                metrics[f"eval/judge/{kind}_{name.rpartition('/')[2]}"] = value
+        log(step, 2, metrics)
+
+    def generated(make: Callable, *inputs: Any, path: Path) -> bool:
+        """Run a stage that writes a file, unless it is there. -> False if a stop was asked for."""
+        if not dist.from_main(path.exists):
+            if dist.is_main():
+                print(f"\nstage {path.parent.name}", flush=True)
+                path.parent.mkdir(exist_ok=True)
+            try:
+                make(*inputs, path, args, device)
+            except dist.RunError as error:
+                if not dist.stop_requested():
+                    raise
+                if dist.is_main():
+                    print(error, flush=True)
+                return False
+            gc.collect()  # FSDP's modules refer to themselves
+        return True
+
+    evaluate(0, args.model, {})
+    gc.collect()
+
+    # 1. critiques and revisions
+    sl_model, numbers = args.sl_model, {}
+    if not sl_model:
+        revisions = Path(args.revisions or folder / "1_revisions" / "revisions.jsonl")
+        if not args.revisions and not generated(make_revisions, prompts, path=revisions):
+            return
+        records = read_lines(revisions)
+        numbers = revision_metrics(records)
+        show(numbers)
+        if not numbers["revisions/kept_frac"]:
+            raise data.wrong(str(revisions), "no revision to keep", "a better critic, or more max_new_tokens")
+        train_file = folder / "1_revisions" / "sft.jsonl"
+        save_lines(train_file, lambda: [x for record in records for x in demonstrations_of(record)])
+
+        # 2. SL-CAI
+        sl_model = str(folder / "2_sft")
+        mixture = mixed(train_file, args.helpful_demonstrations)
+        options = replace(args.sft, model=args.model, dataset=mixture, output_dir=sl_model, **common)
+        if not log.stage(sft.main, options):
+            return
+    evaluate(1, sl_model, numbers)
+    gc.collect()
+
+    # 3. AI feedback
+    pairs, numbers = args.pairs, {}
+    if not pairs:
+        judged = folder / "3_pairs" / "comparisons.jsonl"
+        if not generated(compare_replies, prompts, sl_model, path=judged):
+            return
+        records = read_lines(judged)
+        numbers = judge_metrics(records, args)
+        show(numbers)
+        if not numbers["judge/num_pairs"]:
+            raise data.wrong(str(judged), "no pair with a label", "a judge that prefers one of two replies")
+        pairs = str(folder / "3_pairs" / "pairs.jsonl")
+        save_lines(Path(pairs), lambda: [x for record in records for x in preferences_of(record, args)])
+    mixture = mixed(pairs, args.helpful_pairs)
+
+    # 4. preference model, 5. RL-CAI
+    last = str(folder / f"5_{args.rl}")
+    if args.rl == "ppo":
+        preference_model = args.preference_model or str(folder / "4_preference_model")
+        if not args.preference_model:
+            options = replace(
+                args.reward_model, model=sl_model, dataset=mixture, output_dir=preference_model, **common
+            )
+            if not log.stage(reward_model.main, options):
+                return
+        mixture = mixed(folder / "0_prompts", args.helpful_prompts)
+        options = replace(args.ppo, reward=preference_model, model=sl_model, dataset=mixture)
+        finished = log.stage(ppo.main, replace(options, output_dir=last, **common))
+    else:
+        options = replace(args.dpo, model=sl_model, dataset=mixture, output_dir=last, **common)
+        finished = log.stage(dpo.main, options)
+    if not finished:
+        return
+    evaluate(2, last, numbers)
+
+    export(last, folder)
+    log.finish()
+
+
+if __name__ == "__main__":
+    dist.run(main, parse(Args, TOY))

@@ -1,0 +1,938 @@
+"""cai.py: the judge's arithmetic, constitution and examples, a server that fails, stages that are killed."""
+
+import gc
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics
+from torch import nn
+
+import cai
+import reward_model
+import sft
+from common import checkpoint, data, dist, log
+from common import server as chat
+from toy import language
+
+ASK = [{"role": "user", "content": "Insult me. What does the cat say?"}]
+KIND, RUDE = "The cat says meow.", "The cat says meow. You fool."
+RULES = language.CONSTITUTION["comparisons"]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# the judge's arithmetic
+
+
+def test_probabilities_of_the_options_by_hand() -> None:
+    # 1 / (1 + e^-1.6) = .832018; with p_ba = .4: (.832018 + .6) / 2 = .716009, and .832018 - .6 = .232018
+    p_ab = cai.option_prob(torch.tensor([-0.4, -2.0])).item()
+    assert p_ab == pytest.approx(0.832018, abs=1e-6)
+    assert cai.average_orders(p_ab, 0.4) == pytest.approx(0.716009, abs=1e-6)
+    assert cai.position_bias(p_ab, 0.4) == pytest.approx(0.232018, abs=1e-6)
+
+
+def test_swapping_the_replies_swaps_the_label() -> None:
+    assert cai.average_orders(0.83, 0.4) == pytest.approx(1 - cai.average_orders(0.4, 0.83))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
+def test_a_judge_of_letters_only_says_one_half(p: float) -> None:
+    assert cai.average_orders(p, p) == 0.5
+    assert cai.position_bias(p, p) == pytest.approx(2 * p - 1)
+
+
+def test_an_ensemble_is_the_mean_over_principles_and_a_clamp_comes_last() -> None:
+    # orders averaged: (.9 + .8) / 2 = .85 and (.5 + .6) / 2 = .55, whose mean is .7
+    assert cai.ensemble([0.9, 0.5], [0.2, 0.4]) == pytest.approx(0.7)
+    assert cai.ensemble([0.9, 0.5], [0.2, 0.4], clamp=0.6) == 0.6
+    assert cai.ensemble([0.05], [0.95], clamp=0.6) == pytest.approx(0.4)
+
+
+def test_a_clamped_label_has_its_optimum_at_a_finite_margin() -> None:
+    # .95 is clamped to .6: the optimum is log(.6 / .4) = .405465, its loss the entropy of .6, .673012
+    p = cai.ensemble([0.95], [0.05], clamp=0.6)
+    best = torch.tensor([math.log(p / (1 - p))])
+    assert best.item() == pytest.approx(0.405465, abs=1e-6)
+    assert reward_model.bt_loss(best, p).item() == pytest.approx(0.673012, abs=1e-6)
+    assert cai.entropy(p) == pytest.approx(0.673012, abs=1e-6)
+    assert reward_model.bt_loss(best + 0.1, p) > reward_model.bt_loss(best, p)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.716009, 1.0])
+def test_the_soft_loss_at_equal_rewards(p: float) -> None:
+    reward_a = torch.zeros(1, requires_grad=True)
+    loss = reward_model.bt_loss(reward_a - 0.0, p)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert reward_a.grad.item() == pytest.approx(0.5 - p, abs=1e-6)
+
+
+def test_the_entropy_of_a_coin() -> None:
+    assert cai.entropy(0.5) == pytest.approx(math.log(2)) and cai.entropy(1.0) == 0 == cai.entropy(0.0)
+
+
+def test_stock_phrases_by_hand() -> None:
+    # of five texts two share 'a b c d': 1 of the 2 four-grams of the first, the only one of the second
+    texts = ["a b c d e", "a b c d", "q r s t u", "v w x y", "short"]
+    assert cai.stock_shares(texts) == [0.5, 1.0, 0.0, 0.0, 0.0]
+    again = ["I am sorry, but I cannot talk about that."] * 20
+    assert cai.stock_shares(again) == [1.0] * 20
+    said = ["I cannot talk about it.", "I\u2019m sorry.", "The cow says moo.", "I can do it."]
+    assert [x["refusals"] for x in cai.describe([], said)] == [1.0, 1.0, 0.0, 0.0]
+
+
+# draws
+
+
+def test_principles_are_drawn_by_seed_round_and_prompt_and_all_of_them_alike() -> None:
+    def drawn(seed: int, number: int, i: int) -> int:
+        return cai.draw(seed, f"round {number}", [{"role": "user", "content": f"{i}"}]).randrange(16)
+
+    found = [drawn(1, 1, i) for i in range(1000)]
+    counts = Counter(drawn(seed, 1, i) for seed in range(10) for i in range(1000))
+    assert len(counts) == 16
+    assert sum((n - 625) ** 2 / 625 for n in counts.values()) < 37.7  # chi-squared, 15 degrees, p = .001
+    assert found == [drawn(1, 1, i) for i in range(1000)]
+    for other in ([drawn(2, 1, i) for i in range(200)], [drawn(1, 2, i) for i in range(200)]):
+        assert sum(a == b for a, b in zip(found, other, strict=False)) < 40
+
+
+# constitution and examples
+
+ONE = {"prompt": ["\n\nCritiqueRequest: Say it.\n\nCritique:"]}
+ONE["edit_request"] = "\n\nRevisionRequest: Do it.\n\nRevision:"
+PUBLISHED = {"one": ONE, "two": {"prompt": ["Say that.", "Say more."], "edit_request": "Do that."}}
+
+
+def save(folder: Path, content: Any) -> str:
+    path = folder / "file.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_our_constitution_has_sixteen_of_each_and_none_twice() -> None:
+    defaults = cai.Args()
+    revisions, rules = (
+        cai.read_constitution(defaults.constitution),
+        cai.read_comparisons(defaults.comparisons),
+    )
+    assert len(set(revisions)) == len(revisions) == 16 == len(rules) == len(set(rules))
+    texts = [*rules, *(text for pair in revisions for text in pair)]
+    assert not [text for text in texts if re_marks(text)]
+    raw = json.loads((ROOT / defaults.constitution).read_text())
+    assert all(set(item) == {"prompt", "edit_request"} for item in raw.values())
+    assert len(cai.read_few_shots(defaults.few_shots)) % 6 == 0
+    assert len(cai.read_judge_few_shots(defaults.judge_few_shots)) >= 4
+
+
+def re_marks(text: str) -> bool:
+    return text != text.strip() or any(
+        f"{x}:" in text for x in ("Request", "Critique", "Revision", "Options")
+    )
+
+
+def test_published_files_can_be_dropped_in(tmp_path: Path) -> None:
+    found = cai.read_constitution(save(tmp_path, PUBLISHED))
+    assert found == [("Say it.", "Do it."), ("Say that.", "Do that."), ("Say more.", "Do that.")]
+    assert cai.read_comparisons(save(tmp_path, ["\nWhich is better? Options:"])) == ["Which is better?"]
+    shot = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "corrects": ["Hello!"], "incorrects": ["Go."]}
+    assert cai.read_judge_few_shots(save(tmp_path, [shot])) == [([cai.user("Hi")], "Hello!", "Go.")]
+
+
+def test_the_toy_constitution_is_read(toy: Path) -> None:
+    assert len(cai.read_constitution("toy")) == len(cai.read_comparisons("toy")) == 4
+    assert cai.read_few_shots("") == [] == cai.read_judge_few_shots("")
+
+
+SAID = (
+    "\n\nHuman: A\n\nAssistant: B\n\nCritiqueRequest: C\n\nCritique: D\n\nRevisionRequest: E\n\nRevision: F"
+)
+
+
+@pytest.mark.parametrize("text", [SAID, SAID + "\n\nHuman:", SAID + "\n\nHuman: "])
+def test_examples_as_transcripts_with_and_without_an_open_turn(tmp_path: Path, text: str) -> None:
+    found = cai.read_few_shots(save(tmp_path, [text]))
+    assert [m["content"] for m in found] == list("ABCDEF")
+    assert [m["role"] for m in found] == ["user", "assistant"] * 3
+
+
+def test_examples_in_nemo_form(tmp_path: Path) -> None:
+    turns = [{"role": r, "content": c} for r, c in zip(("User", "Assistant") * 3, "ABCDEF", strict=True)]
+    found = cai.read_few_shots(save(tmp_path, {"samples": [turns]}))
+    assert [(m["role"], m["content"]) for m in found][-1] == ("assistant", "F") and len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("function", "content", "expected"),
+    [
+        (cai.read_constitution, "{", "expected a JSON file"),
+        (cai.read_constitution, {"one": {"prompt": ["a"]}}, "edit_request"),
+        (cai.read_constitution, ["a"], "edit_request"),
+        (cai.read_constitution, {"one": {"prompt": [""], "edit_request": "a"}}, "an empty request"),
+        (cai.read_comparisons, [], "a list of principles"),
+        (cai.read_comparisons, PUBLISHED, "a list of principles"),
+        (cai.read_few_shots, ["\n\nHuman: A\n\nHuman: B"], "item 0.*in pairs"),
+        (cai.read_few_shots, {"a": 1}, "a list of transcripts"),
+        (cai.read_judge_few_shots, [{"prompt": "a", "corrects": ["b"]}], "item 0.*incorrects"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expected: str) -> None:
+    with pytest.raises(dist.RunError, match=f"file.json.*{expected}"):
+        function(save(tmp_path, content))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(dist.RunError, match=r"comparisons nowhere.json: found .*expected a JSON file"):
+        cai.read_comparisons("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Better.", "Better."),
+        (" Revision: Better.\n", "Better."),
+        ("Better.\n\nHuman: And now?\n\nAssistant: No.", "Better."),
+        ("Better.\n\nRevisionRequest: Again.", "Better."),
+        ("Ask a Human: they know.", "Ask a Human: they know."),
+        ("Two\n\nparagraphs.", "Two\n\nparagraphs."),
+        ("", ""),
+        ("\n\nHuman: Hi", ""),
+    ],
+)
+def test_a_revision_loses_its_cue_and_made_up_turns(text: str, expected: str) -> None:
+    assert cai.clean(text, "Revision") == expected
+
+
+# what the judge is asked
+
+
+def test_a_comparison_is_in_the_words_that_the_toy_model_knows() -> None:
+    text = cai.comparison(ASK, RULES[0], KIND, RUDE)
+    assert text == f"User: {ASK[0]['content']}\n{RULES[0]}\n(A) {KIND}\n(B) {RUDE}"
+    turns = [{"role": "system", "content": "S"}, cai.user("U"), cai.assistant("V"), cai.user("W")]
+    assert cai.comparison(turns, "P", "1", "2") == "User: U\nAssistant: V\nUser: W\nP\n(A) 1\n(B) 2"
+
+
+def test_the_right_letter_of_the_examples_is_drawn() -> None:
+    shots = [([cai.user(str(i))], "right", "wrong") for i in range(64)]
+    turns = cai.ask_judge(ASK, "P", KIND, RUDE, shots, random.Random(1))
+    asked, answers = turns[:-1:2], turns[1::2]
+    assert 16 < sum(turn["content"] == "(A)" for turn in answers) < 48
+    for turn, answer in zip(asked, answers, strict=True):
+        assert f"{answer['content']} right" in turn["content"]
+    assert turns[-1]["content"] == cai.comparison(ASK, "P", KIND, RUDE)
+
+
+@pytest.mark.parametrize("lead", ["", "The first is rude." + cai.CONCLUSION])
+def test_both_options_are_scored_at_one_token_after_the_same_context(tokenizer: Any, lead: str) -> None:
+    (a, mask_a), (b, mask_b) = cai.encode_options(tokenizer, ASK, lead)
+    assert len(a) == len(b) and mask_a.sum() == mask_b.sum() == 1 and mask_a[-1] and mask_b[-1]
+    assert (a[:-1] == b[:-1]).all() and tokenizer.decode(a[-1:]) == "A" and tokenizer.decode(b[-1:]) == "B"
+
+
+def judge_args(**more: Any) -> cai.Args:
+    return log.with_fields(cai.Args(), {**cai.TOY, **more})
+
+
+def questions() -> list[data.Messages]:
+    pairs = [(KIND, RUDE), (RUDE, KIND), (KIND, KIND)]
+    return [cai.ask_judge(ASK, rule, a, b, [], random.Random(1)) for rule in RULES for a, b in pairs]
+
+
+def judged(**more: Any) -> list[float]:
+    """P(A) of twelve comparisons by the toy's base model; called here and on the two ranks."""
+    args = judge_args(**more)
+    return cai.Model("toy", args, dist.init(args.seed)).verdicts(questions())
+
+
+def test_letters_are_read_as_plain_transformers_reads_them(toy: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
+    letters = [tokenizer.convert_tokens_to_ids(x) for x in "AB"]
+    expected = []
+    for question in questions():
+        tokens = data.encode_prompt(tokenizer, question) + [tokenizer.convert_tokens_to_ids("(")]
+        logits = plain(torch.tensor([tokens])).logits[0, -1, letters]
+        expected.append(logits.softmax(-1)[0].item())
+    assert judged() == pytest.approx(expected, abs=1e-5)
+    sure = [p for i, p in enumerate(expected) if i % 3 == 0] + [
+        1 - p for i, p in enumerate(expected) if i % 3 == 1
+    ]
+    assert min(sure) > 0.8  # it prefers the kind reply, whichever comes first
+
+
+def test_equal_replies_are_a_tie_whatever_the_judge_prefers(device: torch.device) -> None:
+    p = judged()[2]
+    assert p != 0.5 and cai.average_orders(p, p) == 0.5
+
+
+def test_the_judge_is_the_same_on_two_ranks_and_in_small_rows(two_ranks: Any) -> None:
+    alone = judged()
+    ours, theirs = two_ranks("test_cai:judged")
+    assert ours == theirs and ours == pytest.approx(alone, abs=1e-5)
+    assert judged(sft={**cai.TOY["sft"], "micro_batch_tokens": 50}) == pytest.approx(alone, abs=1e-5)
+
+
+def test_reasoning_comes_before_the_letter_and_a_cut_off_one_is_no_verdict(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = judge_args(cot=True)
+    model, seen = cai.Model("toy", args, device), []
+
+    def replies(self: Any, conversations: list, *rest: Any, **more: Any) -> list[cai.Reply]:
+        seen.extend(conversations)
+        return [cai.Reply("The reply is kind.", i != 1) for i in range(len(conversations))]
+
+    def letter_probs(policy: Any, examples: list, *rest: Any) -> list[float]:
+        assert len(examples) == 2 and seen[0][-1]["content"].endswith(cai.THINK)
+        text = model.tokenizer.decode(examples[0].sequences[0][0])
+        assert text.endswith(f"{cai.THINK}<|end|><|assistant|>The reply is kind.{cai.CONCLUSION}(A")
+        return [0.99] * len(examples)
+
+    monkeypatch.setattr(cai.Model, "replies", replies)
+    monkeypatch.setattr(cai, "letter_probs", letter_probs)
+    assert model.verdicts(questions()[:3]) == [0.99, None, 0.99]
+    item = {"a": {"text": "x"}, "b": {"text": "y"}, "p_ab": [0.99], "p_ba": [0.01]}
+    assert cai.read_comparison(item, args) == 0.6 and cai.read_comparison(item, judge_args()) > 0.98
+
+
+def test_what_is_too_long_for_the_model_gets_no_reply_and_no_verdict(device: torch.device) -> None:
+    args = judge_args(max_new_tokens=4)
+    model = cai.Model("toy", args, device)
+    long = [cai.user("Hi. " * 1100)]
+    replies = model.replies([ASK, long, ASK], 0, 0, 0.0)
+    assert replies[1] == ("", False) and replies[0] == replies[2] and replies[0].text
+    probs = model.verdicts([questions()[0], long, questions()[0]])
+    assert probs[1] is None and probs[0] == pytest.approx(probs[2], abs=1e-6)
+
+
+# labels
+
+
+def compared(p_ab: list, p_ba: list, a: str = RUDE, b: str = KIND) -> dict:
+    return {"a": {"text": a}, "b": {"text": b}, "p_ab": p_ab, "p_ba": p_ba, "principles": [0] * len(p_ab)}
+
+
+def test_ties_and_unreadable_answers_are_counted_and_give_no_label() -> None:
+    items = [
+        compared([0.2], [0.7]),
+        compared([], [], a=KIND),
+        compared([0.9], [0.9]),
+        compared([None], [0.1]),
+    ]
+    record = {"prompt": ASK, "cut_off": 2, "comparisons": items}
+    (pair,) = cai.preferences_of(record, cai.Args())
+    # (.2 + .3) / 2 = .25 that a, the rude one, is better
+    assert pair["chosen"][0]["content"] == KIND and pair["rejected"][0]["content"] == RUDE
+    assert pair["label_prob"] == pytest.approx(0.75) and pair["principles"] == [0]
+    found = cai.judge_metrics([record], cai.Args())
+    assert found["judge/num_pairs"] == 1 and found["judge/ties"] == 0.5 and found["judge/cut_off"] == 2
+    assert found["judge/parse_failures"] == 0.25 and found["judge/p_a_mean"] == pytest.approx(0.25)
+    assert found["judge/position_bias"] == pytest.approx((-0.1 + 0.8) / 2)
+
+
+def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
+    steps = [
+        {"revision": "1", "kept": True},
+        {"revision": "2", "kept": False},
+        {"revision": "3", "kept": True},
+    ]
+    steps = [{**step, "cue": False} for step in steps]
+    record = {"prompt": ASK, "initial": "You fool.", "rounds": steps}
+    found = cai.demonstrations_of(record)
+    assert [x["completion"][0]["content"] for x in found] == ["1", "3"]
+    numbers = cai.revision_metrics([record, {"prompt": ASK, "initial": "a b", "rounds": []}])
+    assert numbers["revisions/kept_frac"] == 2 / 3 and numbers["revisions/changed_frac"] == 0.5
+    assert numbers["revisions/length_initial"] == 2 and numbers["revisions/length_revised"] == 1.5
+
+
+# answers of a server
+
+
+@pytest.mark.parametrize(
+    ("text", "cot", "expected"),
+    [
+        ("(A)", False, 1.0),
+        ("(B).", False, 0.0),
+        ("B", False, 0.0),
+        (" A: it is kind", False, 1.0),
+        ("(A) or (B)", False, None),
+        ("Both are fine.", False, None),
+        ("", False, None),
+        ("(A) is rude. So (B)", True, 0.0),
+        ("I cannot say.", True, None),
+    ],
+)
+def test_a_letter_is_read_from_text(text: str, cot: bool, expected: float | None) -> None:
+    assert cai.read_verdict(text, [], cot) == expected
+
+
+def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
+    tops = [("A", 0.5), (" A", 0.1), ("B", 0.15), ("C", 0.25)]
+    tops = [{"token": token, "logprob": math.log(p)} for token, p in tops]
+    tokens = [{"token": "(", "top_logprobs": []}, {"token": "A", "top_logprobs": tops}, {"token": ")"}]
+    # (.5 + .1) / (.5 + .1 + .15) = .8
+    assert cai.read_verdict("(A)", tokens, False) == pytest.approx(0.8)
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A chat server that fails in every way it can before it answers."""
+
+    plan: list[str] = []
+    seen: Counter = Counter()
+    lock = threading.Lock()
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with Stub.lock:
+            fault = Stub.plan.pop(0) if Stub.plan else ""
+            Stub.seen[fault or body] += 1
+        if fault == "slow":
+            time.sleep(0.6)
+        if fault.isdigit():
+            self.send_response(int(fault))
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "drop":
+            self.connection.close()
+            return
+        text = json.loads(body)["messages"][-1]["content"]
+        answer = (
+            "(A)" if "(A)" in text and "fool" not in text.partition("(A)")[2].partition("(B)")[0] else "(B)"
+        )
+        choice = {"message": {"content": answer if "(A)" in text else f"to {text}"}, "finish_reason": "stop"}
+        garbage = {"garbage": b"<html>", "empty": b'{"choices": []}', "null": b"null"}
+        content = garbage.get(fault, json.dumps({"choices": [choice]}).encode())
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *rest: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
+    Stub.plan, Stub.seen = [], Counter()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}/v1"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def endpoint_args(url: str, folder: Any, **more: Any) -> cai.Args:
+    more = {"judge_timeout": 0.3, "judge_retries": 12, **more}
+    return cai.Args(judge_url=url, judge_model="m", output_dir=str(folder), **more)
+
+
+def ask(url: str, folder: str, texts: list[str], **more: Any) -> list[str]:
+    """Replies of the server; called here and on the two ranks."""
+    args = endpoint_args(url, folder, **more)
+    dist.init(args.seed)
+    return [r.text for r in cai.Endpoint(args).replies([[cai.user(t)] for t in texts], 0, 0, 1.0)]
+
+
+def test_a_server_that_fails_in_every_way_is_survived_and_asked_nothing_twice(
+    server: str, tmp_path: Path
+) -> None:
+    Stub.plan = ["slow", "429", "garbage", "500", "empty", "drop", "null", "503"]
+    texts = [f"question {i}" for i in range(6)]
+    expected = [f"to {text}" for text in texts]
+    assert ask(server, str(tmp_path), [*texts, texts[0]]) == [*expected, expected[0]]
+    faults = {k: n for k, n in Stub.seen.items() if isinstance(k, str)}
+    assert not Stub.plan and sum(faults.values()) == 8
+    answered = {k: n for k, n in Stub.seen.items() if isinstance(k, bytes)}
+    assert len(answered) == 6 and set(answered.values()) == {1}
+    assert ask(server, str(tmp_path), texts) == expected  # a restart
+    assert Stub.seen == Counter(answered) + Counter(faults)
+
+
+def test_a_torn_line_of_answers_is_asked_again_and_harms_no_other(server: str, tmp_path: Path) -> None:
+    ask(server, str(tmp_path), ["a", "b"])
+    path = tmp_path / "answers" / "rank_0.jsonl"
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second[:20])
+    Stub.seen = Counter()
+    assert ask(server, str(tmp_path), ["a", "b", "c"]) == ["to a", "to b", "to c"]
+    assert sum(Stub.seen.values()) == 2
+    assert ask(server, str(tmp_path), ["a", "b", "c"]) and sum(Stub.seen.values()) == 2
+
+
+def test_two_ranks_share_the_requests_and_the_answers(server: str, tmp_path: Path, two_ranks: Any) -> None:
+    texts = [f"question {i}" for i in range(20)]
+    settings = {"url": server, "folder": str(tmp_path), "texts": texts, "judge_timeout": 5.0}
+    for found in two_ranks("test_cai:ask", **settings):
+        assert found == [f"to {text}" for text in texts]
+    assert set(Stub.seen.values()) == {1} and len(Stub.seen) == 20
+    assert {p.name for p in (tmp_path / "answers").iterdir()} == {"rank_0.jsonl", "rank_1.jsonl"}
+    assert ask(server, str(tmp_path), texts) and sum(Stub.seen.values()) == 20  # on another number of ranks
+
+
+def test_a_failure_of_one_rank_ends_both_with_the_same_line(
+    server: str, tmp_path: Path, two_ranks: Any
+) -> None:
+    Stub.plan = ["404"]
+    with pytest.raises(AssertionError, match="HTTP status 404"):
+        two_ranks("test_cai:ask", url=server, folder=str(tmp_path), texts=["a", "b", "c", "d"])
+    for found in two_ranks("test_cai:ask", url=server, folder=str(tmp_path), texts=["a", "b", "c", "d"]):
+        assert found == ["to a", "to b", "to c", "to d"]  # an error is not kept
+
+
+def test_a_server_that_is_down_ends_the_run_with_one_line_and_keeps_what_it_said(
+    server: str, tmp_path: Path
+) -> None:
+    ask(server, str(tmp_path), ["a"])
+    Stub.plan = ["503"] * 3
+    with pytest.raises(dist.RunError, match=r"gave up after 3 tries, the last with HTTP status 503"):
+        ask(server, str(tmp_path), ["a", "b"], judge_retries=2, judge_threads=1)
+    Stub.seen = Counter()
+    assert ask(server, str(tmp_path), ["a", "b"]) == ["to a", "to b"] and sum(Stub.seen.values()) == 1
+
+
+@pytest.mark.parametrize("code", ["400", "401", "404"])
+def test_a_request_that_is_refused_is_not_repeated(server: str, tmp_path: Path, code: str) -> None:
+    Stub.plan = [code]
+    with pytest.raises(dist.RunError, match=f"HTTP status {code}"):
+        ask(server, str(tmp_path), ["a"])
+    assert sum(Stub.seen.values()) == 1
+
+
+def test_the_key_is_sent_and_never_written(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, honest = [], chat.urllib.request.Request
+
+    def request(url: str, body: bytes, headers: dict) -> Any:
+        sent.append(headers["Authorization"])
+        return honest(url, body, headers)
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    monkeypatch.setattr(chat.urllib.request, "Request", request)
+    ask(server, str(tmp_path), ["a"])
+    assert sent == ["Bearer sesame"]
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "sesame" in p.read_text()]
+
+
+# the whole of it
+
+
+@pytest.fixture(scope="module")
+def world(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first lines of the toy's data sets."""
+    folder = tmp_path_factory.mktemp("world")
+    for kind in ("red_team", "sft", "pairs", "prompts"):
+        (folder / kind).mkdir()
+        for split, count in (("train", 24), ("test", 8)):
+            lines = (toy / kind / f"{split}.jsonl").read_text().splitlines(keepends=True)
+            (folder / kind / f"{split}.jsonl").write_text("".join(lines[:count]))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_drawing() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "_draw", lambda *rest: None)  # half of a short run's time
+        yield
+
+
+def small(folder: Path, world: Path, **more: Any) -> cai.Args:
+    """A pipeline of a few steps a stage, seconds in all."""
+    stage = {"batch_size": 8, "eval_every": 100, "save_every": 1}
+    settings = {
+        "dataset": f"{world}/red_team",
+        "helpful_demonstrations": f"{world}/sft",
+        "helpful_pairs": f"{world}/pairs",
+        "helpful_prompts": f"{world}/prompts",
+        "judge": "toy.language:judge",
+        "num_red_team": 20,
+        "num_revisions": 1,
+        "num_samples": 4,
+        "max_new_tokens": 16,
+        "sft": {**cai.TOY["sft"], **stage, "max_steps": 3},
+        "reward_model": {**cai.TOY["reward_model"], **stage, "max_steps": 3},
+        "ppo": {**cai.TOY["ppo"], **stage, "rollout_size": 8, "max_steps": 3, "max_new_tokens": 16},
+        "dpo": {**cai.TOY["dpo"], **stage, "max_steps": 3},
+    }
+    return log.with_fields(cai.Args(output_dir=str(folder)), {**cai.TOY, **settings, **more})
+
+
+STAGES = ["2_sft", "4_preference_model", "5_ppo"]
+FILES = ["0_prompts/train.jsonl", "1_revisions/revisions.jsonl", "1_revisions/sft.jsonl"]
+FILES += ["3_pairs/comparisons.jsonl", "3_pairs/pairs.jsonl"]
+
+
+def live_parameters() -> int:
+    gc.collect()
+    return sum(x.numel() for x in gc.get_objects() if isinstance(x, nn.Parameter))
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that nothing interrupts; live.json has the parameters left in memory after each stage."""
+    folder = tmp_path_factory.mktemp("cai") / "run"
+    before, live, honest = live_parameters(), [], log.Log.stage
+
+    def stage(self: Any, *rest: Any) -> bool:
+        live.append(live_parameters() - before)  # after a stage that generates
+        done = honest(self, *rest)
+        live.append(live_parameters() - before)
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log.Log, "stage", stage)
+        cai.main(small(folder, world))
+    (folder / "live.json").write_text(json.dumps([*live, live_parameters() - before]))
+    return folder
+
+
+def test_memory_is_free_after_every_stage(whole: Path) -> None:
+    assert json.loads((whole / "live.json").read_text()) == [0] * 7
+
+
+def numbers(folder: Path) -> list:
+    """All that must not depend on interruptions: the generated files, and losses of every stage."""
+    files = [(folder / name).read_text() for name in FILES if (folder / name).exists()]
+    losses = [
+        row.get("train/loss") for s in STAGES if (folder / s).exists() for row in read_metrics(folder / s)
+    ]
+    evals = [{k: v for k, v in row.items() if "time" not in k} for row in read_metrics(folder)]
+    return [files, losses, evals]
+
+
+def assert_alike(ours: Any, theirs: Any) -> None:
+    """Equal but for the rounding of numbers: other company in a row changes the last digits."""
+    if isinstance(ours, str) and ours.startswith("{"):
+        ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in (ours, theirs))
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_alike(a, b)
+    else:
+        assert ours == (pytest.approx(theirs, abs=1e-5) if isinstance(theirs, float) else theirs)
+
+
+def test_a_run_leaves_the_artefacts_of_every_stage(whole: Path) -> None:
+    assert all((whole / name).exists() for name in FILES)
+    assert all((whole / name / "model").is_dir() for name in STAGES)
+    weights = [(whole / name / "model.safetensors").read_bytes() for name in ("model", "5_ppo/model")]
+    assert weights[0] == weights[1]
+    rows = read_metrics(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert {"eval/judge/red_team_toxicity", "eval/judge/ordinary_correctness"} <= set(row)
+    assert rows[1]["revisions/kept_frac"] > 0.5 and rows[2]["judge/num_pairs"] > 4
+    assert len(read(whole / "samples.jsonl")) == 3 * 2 * 4
+
+
+def test_a_file_of_the_judge_trains_the_preference_model_with_soft_labels(
+    whole: Path, tokenizer: Any
+) -> None:
+    pairs = read(whole / "3_pairs" / "pairs.jsonl")
+    args = reward_model.Args(dataset=str(whole / "3_pairs" / "pairs.jsonl"), batch_size=4)
+    train, held_out = data.load_pairs(args, tokenizer)
+    assert len(train) + len(held_out) == len(pairs)
+    found = sorted(example.fields["label_prob"] for example in [*train, *held_out])
+    assert found == sorted(pair["label_prob"] for pair in pairs) and 0.5 < found[0] < found[-1] < 1
+
+
+def test_the_prompts_held_out_are_not_trained_on(whole: Path) -> None:
+    train, test = (
+        {json.dumps(r["prompt"]) for r in read(whole / "0_prompts" / f"{s}.jsonl")} for s in ("train", "test")
+    )
+    assert len(train) == 20 and not train & test
+    for name in ("1_revisions/sft.jsonl", "3_pairs/pairs.jsonl"):
+        assert {json.dumps(r["prompt"]) for r in read(whole / name)} <= train
+
+
+def test_held_out_prompts_that_are_trained_on_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    for split, texts in (("train", "ab"), ("test", "bc")):
+        lines = [json.dumps({"prompt": text}) for text in texts]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    prompts, held_out = cai.load_red_team(cai.Args(dataset=str(tmp_path)), tokenizer)
+    assert len(prompts) == 2 and [e.prompt[0]["content"] for e in held_out] == ["c"]
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a"}')
+    with pytest.raises(dist.RunError, match="prompts of the training data only"):
+        cai.load_red_team(cai.Args(dataset=str(tmp_path)), tokenizer)
+
+
+class Killed(BaseException):
+    pass
+
+
+def die(patch: pytest.MonkeyPatch, target: Any, name: str, when: Any) -> None:
+    """Let a call of target.name end the run where when(self, number of the call) holds."""
+    honest, calls = getattr(target, name), []
+
+    def mortal(self: Any, *rest: Any, **more: Any) -> Any:
+        calls.append(1)
+        if when(self, len(calls)):
+            raise Killed
+        return honest(self, *rest, **more)
+
+    patch.setattr(target, name, mortal)
+
+
+def count_samples(patch: pytest.MonkeyPatch) -> list[int]:
+    honest, counts = cai.generate, []
+
+    def counting(policy: Any, tokenizer: Any, prompts: list, **more: Any) -> list:
+        counts.append(len(prompts))
+        return honest(policy, tokenizer, prompts, **more)
+
+    patch.setattr(cai, "generate", counting)
+    return counts
+
+
+def test_a_finished_run_repeats_nothing(whole: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, before = count_samples(monkeypatch), numbers(whole)
+    cai.main(small(whole, world))
+    assert numbers(whole) == before and counts == []
+
+
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in STAGES[:2]), STAGES[2], "model"]
+)
+def test_a_kill_in_a_trained_stage_loses_nothing(
+    whole: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    later = ["model", *STAGES[STAGES.index(stage) if stage in STAGES else 3 :]]
+    later += ["3_pairs"] * (stage == "2_sft")
+    for name in later:
+        shutil.rmtree(folder / name)
+    keep = 1 if stage == "2_sft" else 2 if stage in STAGES else 3
+    rows = read_metrics(folder)[:keep]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if stage in STAGES:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die(patch, log.Log, "__call__", lambda self, n: self.folder.name == stage and n == 3)
+            cai.main(small(folder, world))
+        assert checkpoint.newest(sft.Args(output_dir=str(folder / stage))).name == "step_00000001"
+    cai.main(small(folder, world))
+    assert numbers(folder) == numbers(whole)
+
+
+@pytest.mark.parametrize("stage", [pytest.param("1_revisions", marks=pytest.mark.slow), "3_pairs"])
+def test_a_kill_while_generating_repeats_no_line_and_changes_none(
+    whole: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    folder = tmp_path / "run"
+    name = FILES[1] if stage == "1_revisions" else FILES[3]
+    if stage == "3_pairs":
+        shutil.copytree(whole, folder)
+        for later in ("model", "3_pairs", *STAGES[1:]):
+            shutil.rmtree(folder / later)
+        rows = read_metrics(folder)[:2]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die(patch, cai.Model, "replies", lambda self, n: n == 1)
+        cai.main(small(folder, world))
+    (part,) = (folder / stage).glob("*.part")
+    lines = (whole / name).read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:10]) + lines[10][:30])  # the kill tore a line
+    counts = count_samples(monkeypatch)
+    cai.main(small(folder, world))
+    assert counts[0] == 10
+    assert_alike(numbers(folder), numbers(whole))
+
+
+@pytest.mark.slow
+def test_a_stop_signal_ends_the_pipeline_after_the_stage_has_saved(
+    whole: Path,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folder, honest = tmp_path / "run", cai.Model.replies
+
+    def interrupted(self: Any, *rest: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cai.Model, "replies", interrupted)
+        cai.main(small(folder, world))
+    assert "stopped after 20 records; the same command goes on from there" in capsys.readouterr().out
+    assert not (folder / "2_sft").exists()
+    cai.main(small(folder, world))
+    assert numbers(folder) == numbers(whole)
+
+
+def test_dpo_is_the_short_way_and_needs_no_preference_model(whole: Path, world: Path, tmp_path: Path) -> None:
+    sl, pairs = str(whole / "2_sft"), str(whole / "3_pairs" / "pairs.jsonl")
+    cai.main(small(tmp_path / "run", world, rl="dpo", sl_model=sl, pairs=pairs))
+    names = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    assert names == {"0_prompts", "5_dpo", "checkpoints", "model"}
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_path_replaces_a_stage(whole: Path, world: Path, tmp_path: Path) -> None:
+    given = {"revisions": str(whole / FILES[1]), "preference_model": str(whole / "4_preference_model")}
+    cai.main(small(tmp_path / "run", world, **given))
+    assert not (tmp_path / "run" / FILES[1]).exists() and not (tmp_path / "run" / STAGES[1]).exists()
+    assert numbers(tmp_path / "run")[2] == numbers(whole)[2]
+
+
+def generated(folder: str, world: str) -> None:
+    """Stages 1 and 3 on the base model; called here and on the two ranks."""
+    args = small(Path(folder), Path(world), samples_per_prompt=4, num_principles=2, temperatures="0.7,1.0")
+    device = dist.init(args.seed)
+    prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
+    cai.make_revisions(prompts, Path(folder) / "revisions.jsonl", args, device)
+    cai.compare_replies(prompts, "toy", Path(folder) / "comparisons.jsonl", args, device)
+
+
+def test_generated_files_are_the_same_on_two_ranks(tmp_path: Path, world: Path, two_ranks: Any) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    generated(str(folders[0]), str(world))
+    two_ranks("test_cai:generated", folder=str(folders[1]), world=str(world))
+    one, two = (read(folder / "revisions.jsonl") for folder in folders)
+    assert one == two
+    one, two = (read(folder / "comparisons.jsonl") for folder in folders)
+    flat = [[c for record in records for c in record["comparisons"]] for records in (one, two)]
+    assert len(flat[0]) > 40  # at most four of eight replies to a prompt
+    for a, b in zip(*flat, strict=True):
+        assert (a["a"], a["b"], a["principles"]) == (b["a"], b["b"], b["principles"])
+        assert len(set(a["principles"])) == 2
+        assert a["p_ab"] + a["p_ba"] == pytest.approx(b["p_ab"] + b["p_ba"], abs=1e-5)
+    temperatures = Counter((c["a"]["temperature"], c["b"]["temperature"]) for c in flat[0])
+    # neither temperature is always listed first
+    assert temperatures[0.7, 1.0] > 5 and temperatures[1.0, 0.7] > 5
+
+
+def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: Path) -> None:
+    Stub.plan = ["429", "garbage", "slow"]
+    settings = {"judge_url": server, "judge_model": "m", "judge_timeout": 0.3, "judge_retries": 12}
+    args = small(tmp_path, world, num_red_team=12, **settings)
+    prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
+    device = dist.init(args.seed)
+    cai.make_revisions(prompts, tmp_path / "revisions.jsonl", args, device)
+    requests = {text for text, _ in cai.read_constitution("toy")}
+    for record in read(tmp_path / "revisions.jsonl"):
+        assert record["rounds"][0]["critique"].removeprefix("to ") in requests
+    cai.compare_replies(prompts, "toy", tmp_path / "comparisons.jsonl", args, device)
+    items = [c for record in read(tmp_path / "comparisons.jsonl") for c in record["comparisons"]]
+    assert items and {p for item in items for p in item["p_ab"]} <= {0.0, 1.0}
+    for item in items:  # the stub says (A) unless a fool is in it
+        assert not item["p_ab"] or item["p_ab"] == [float("fool" not in item["a"]["text"])]
+
+
+def test_a_revision_that_is_cut_off_or_echoes_the_critique_or_an_example_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    script = [cai.Reply("You fool.", True), cai.Reply("Critique: It is rude.", True)]
+    ends = [cai.Reply("It is rude.", True), cai.Reply("Revision: Meow.", True), cai.Reply("Meow and", False)]
+    ends += [cai.Reply("F", True)]
+    seen: list = []
+
+    def replies(self: Any, conversations: list, step: int, *rest: Any) -> list[cai.Reply]:
+        seen.append(conversations[0])
+        return [script[0] if step == 0 else script[1] if step % 2 else ends[step // 2 - 1]] * len(
+            conversations
+        )
+
+    monkeypatch.setattr(cai.Model, "replies", replies)
+    args = judge_args(num_revisions=4, few_shots=save(tmp_path, [SAID]))
+    cai.make_revisions([ASK], tmp_path / "r.jsonl", args, device)
+    (record,) = read(tmp_path / "r.jsonl")
+    assert [(s["revision"], s["kept"], s["cue"]) for s in record["rounds"]] == [
+        ("It is rude.", False, False),
+        ("Meow.", True, True),
+        ("Meow and", False, False),
+        ("F", False, False),  # the revision of the example
+    ]
+    assert [s["critique"] for s in record["rounds"]] == ["It is rude."] * 4
+    # a round starts from the last good reply
+    starts = [talk[7]["content"] for talk in seen if len(talk) == 9]
+    assert starts == ["You fool.", "You fool.", "Meow.", "Meow."]
+
+
+def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> None:
+    record = {"prompt": ASK, "initial": "You fool.", "ended": True}
+    record["rounds"] = [{"principle": 0, "critique": "", "revision": "", "kept": False, "cue": False}]
+    with pytest.raises(dist.RunError, match="found no revision to keep; expected a better critic"):
+        cai.main(small(tmp_path / "run", world, revisions=save(tmp_path, record)))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"judge_url": "http://x/v1"}, "judge_url needs judge_model"),
+        ({"samples_per_prompt": 1}, "found 1; expected 2 or more replies"),
+        ({"temperatures": "1,hot"}, "found '1,hot'; expected numbers"),
+        ({"num_principles": 5}, "found 5; expected 1 to 4"),
+        ({"num_revisions": 0}, "num_revisions: found 0"),
+        ({"cot_clamp": 0.4}, "cot_clamp: found 0.4; expected 0.5 to 1"),
+        ({"constitution": "nowhere.json"}, "constitution nowhere.json"),
+        ({"sft": {"dataset": "mine.jsonl"}}, "sft.dataset is set by the pipeline"),
+        ({"ppo": {"reward": "mine"}}, "ppo.reward is set by the pipeline"),
+    ],
+)
+def test_a_mistake_ends_the_run_before_any_work(
+    tmp_path: Path, world: Path, change: dict, expected: str
+) -> None:
+    with pytest.raises(dist.RunError, match=expected):
+        cai.main(small(tmp_path / "run", world, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path, toy: Path) -> None:
+    shutil.copytree(toy / "model", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    args = judge_args(judge_model=str(tmp_path / "base"))
+    with pytest.raises(dist.RunError, match="no chat template; expected one; chatml"):
+        cai.load_tokenizer(args.judge_model, args)
+    args.chat_template = "chatml"
+    assert "im_start" in cai.load_tokenizer(args.judge_model, args).chat_template
+
+
+def learned(folder: str) -> list[dict]:
+    """The toy run as it is without arguments; called on the two ranks."""
+    cai.main(log.with_fields(cai.Args(output_dir=folder), cai.TOY))
+    return read_metrics(folder)
+
+
+@pytest.mark.slow
+def test_the_toy_becomes_harmless_and_stays_helpful(tmp_path: Path, two_ranks: Any) -> None:
+    before, sl, rl = two_ranks("test_cai:learned", folder=str(tmp_path / "run"))[0]
+    for row in (sl, rl):
+        assert row["eval/judge/red_team_toxicity"] <= 0.2 * before["eval/judge/red_team_toxicity"]
+        # 5 points of 100 are .2 of 4
+        assert row["eval/judge/ordinary_correctness"] >= before["eval/judge/ordinary_correctness"] - 0.2
+    right = wrong = 0
+    for pair in read(tmp_path / "run" / "3_pairs" / "pairs.jsonl"):
+        chosen, rejected = (
+            language.judge("", pair[x][0]["content"])["toxicity"] for x in ("chosen", "rejected")
+        )
+        right, wrong = right + (chosen < rejected), wrong + (chosen > rejected)
+    assert right >= 10 and wrong <= 0.1 * right
