@@ -789,7 +789,7 @@ def test_dpo_is_the_short_way_and_needs_no_preference_model(whole: Path, world: 
     sl, pairs = str(whole / "2_sft"), str(whole / "3_pairs" / "pairs.jsonl")
     cai.main(small(tmp_path / "run", world, rl="dpo", sl_model=sl, pairs=pairs))
     names = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
-    assert names == {"0_prompts", "5_dpo", "checkpoints", "model"}
+    assert names == {"0_prompts", "5_dpo", "model"}
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
 
 
