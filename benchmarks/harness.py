@@ -226,3 +226,24 @@ def record(file: str, task: str, figures: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{file}.jsonl").open("a") as lines:
         lines.write(json.dumps({"task": task, **machine(), **figures}) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: Any) -> float:
+    """The update of sft.py on these examples. -> the loss, a mean over scored tokens"""
+    from collections import Counter
+
+    import sft
+    from common import data, dist, models
+
+    num_targets, totals = sft.count_targets(batch), Counter()
+    for row in data.rows(batch, row_tokens, device):
+        loss, metrics = sft.loss_and_metrics(policy, row)
+        (loss / num_targets).backward()
+        totals.update(metrics)
+    norm = models.clip_grad_norm(policy, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return dist.all_sum(totals, same={"grad_norm": norm})["loss"] / num_targets

@@ -641,11 +641,11 @@ def full_weights(model: nn.Module, merge_lora: bool = True) -> Iterator[tuple[st
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for AdamW: matrices decay, norms and biases do not."""
+    """The trainable parameters for AdamW: matrices decay, norms and biases do not; one kernel updates all."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay, "fused": True},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "fused": True},
     ]
 
 
