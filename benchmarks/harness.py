@@ -171,6 +171,15 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
+class NoText:
+    """A tokenizer for tokens that stand for nothing; its end token is outside the vocabulary."""
+
+    chat_template, eos_token_id = None, -1
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return ""
+
+
 def random_policy(config: Any, device: Any, trainable: bool = True, **options: Any) -> Any:
     """A random model as `models.load` makes it of a folder, without writing the folder."""
     from types import SimpleNamespace
@@ -247,3 +256,8 @@ def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: 
     optimizer.step()
     optimizer.zero_grad()
     return dist.all_sum(totals, same={"grad_norm": norm})["loss"] / num_targets
+
+
+def kindness(prompts: list, responses: list[str], examples: list) -> list[float]:
+    """A reward for `ppo.py --reward harness:kindness` that any model can earn."""
+    return [len(set(response.split())) / 100 for response in responses]
