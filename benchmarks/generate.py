@@ -12,21 +12,18 @@ sides take turns; the ratio is the median over rounds. Prints one JSON line.
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import transformers
 import tyro
+from harness import NoText
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from common import dist, generate, models  # noqa: E402
+from common import dist, generate, models
 
 transformers.logging.disable_progress_bar()
 
@@ -49,15 +46,6 @@ class Args:
     """spread of the log of the lengths; 0 makes all replies equally long"""
     max_length: int = 512
     """longest reply"""
-
-
-class NoText:
-    """A tokenizer for tokens that stand for nothing; its end token is outside the vocabulary."""
-
-    chat_template, eos_token_id = None, -1
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        return ""
 
 
 def main(args: Args) -> None:

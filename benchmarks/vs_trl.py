@@ -1,45 +1,32 @@
-"""CleanAlign and TRL side by side on a CPU: speed, memory, time to the first step, losses, lines that run.
+"""CleanAlign and TRL side by side: speed, memory, time to the first step, losses, lines that run.
 
+    python benchmarks/vs_trl.py all         the three below
     python benchmarks/vs_trl.py sft         packed on both sides
     python benchmarks/vs_trl.py dpo         TRL pads, as it has no padding-free DPO
-    python benchmarks/vs_trl.py head        memory of the chunked head against dense logits
+    python benchmarks/vs_trl.py reward      TRL pads
+    python benchmarks/vs_trl.py all --small --rounds 1
 
 Both sides get the same weights (a random Llama of 19M parameters, written once), the same conversations in
-the same order, AdamW in float32 and two threads, and run in turn, each in a process of its own. Conversations
-have the turns and lengths of HH-RLHF if ../shared/data holds it, else drawn ones like it, and random words.
-A JSON line with all figures is appended to benchmarks/results/vs_trl.jsonl, but not with --small.
+the same order, AdamW in float32 (on a GPU bfloat16 compute on float32 weights) and two threads, and run in
+turn, each in a process of its own. Conversations have the turns and lengths of HH-RLHF if ../shared/data
+holds it, else drawn ones like it, and random words. A JSON line with all figures is appended to
+benchmarks/results/vs_trl.jsonl, but not with --small.
 """
 
 import argparse
-import gzip
-import importlib.metadata
 import json
-import os
 import random
-import re
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results" / "vs_trl.jsonl"
-HH = ROOT.parent / "shared" / "data" / "hh_harmless.jsonl.gz"
-PACKAGES = ("torch", "transformers", "trl", "accelerate")
-CHARACTERS_PER_TOKEN = 4.3
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
-)
+from harness import ROOT, did_job, in_process, llama, peak_mib, record, turn_lengths, write_tokenizer
+
+TASKS = ("sft", "dpo", "reward")
 
 
 @dataclass
@@ -50,16 +37,17 @@ class Work:
     vocab_size: int = 32_000
     hidden_size: int = 256
     num_layers: int = 4
+    head_width: int = 32
     warmup_steps: int = 3
     num_steps: int = 8
     row_tokens: int = 2048
-    """tokens of a packed row: of ours for both tasks, of TRL's for SFT"""
+    """tokens of a packed row: of ours for all tasks, of TRL's for SFT"""
     rows_per_step: int = 2
     """sft: TRL takes one row a micro-batch, its fastest"""
     pairs_per_step: int = 8
-    """dpo: pairs of an optimizer step"""
+    """dpo, reward: pairs of an optimizer step"""
     trl_pairs: int = 1
-    """dpo: pairs in one padded micro-batch of TRL; with one it is fastest, as little is padded"""
+    """dpo, reward: pairs in one padded micro-batch of TRL; with one it is fastest, as little is padded"""
     max_length: int = 1024
     learning_rate: float = 1e-4
     beta: float = 0.1
@@ -70,28 +58,6 @@ SMALL = dict(vocab_size=1000, hidden_size=64, num_layers=2, num_steps=5, row_tok
 
 
 # ------------------------------------------------------------------------------------------------- the work
-
-
-def turn_lengths() -> list[list[list[int]]]:
-    """[prompt turns, then chosen and rejected] in tokens, of preference pairs."""
-    if HH.exists():
-        pairs = []
-        with gzip.open(HH, "rt") as lines:
-            for line in lines:
-                sides = [
-                    re.split(r"\n\n(?:Human|Assistant): ?", json.loads(line)[k])[1:]
-                    for k in ("chosen", "rejected")
-                ]
-                if sides[0][:-1] == sides[1][:-1]:
-                    parts = (sides[0][:-1], sides[0][-1:], sides[1][-1:])
-                    pairs.append([[len(text) for text in part] for part in parts])
-    else:  # mean 157 tokens a conversation, 95 % under 410
-        draw = random.Random(0).lognormvariate
-        pairs = []
-        for _ in range(2000):
-            turns = random.Random(len(pairs)).choice([1, 1, 3, 3, 5])
-            pairs.append([[draw(4.6, 0.9) for _ in range(n)] for n in (turns, 1, 1)])
-    return [[[max(1, round(n / CHARACTERS_PER_TOKEN)) for n in part] for part in pair] for pair in pairs]
 
 
 def make_pairs(work: Work) -> list[dict]:
@@ -131,37 +97,20 @@ def example_tokens(example: dict) -> int:
 def prepare(work: Work, folder: Path) -> None:
     """Write the model, the tokenizer and the examples of every step, for SFT in packed rows."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-    words = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "system"]
-    words += [f"w{i}" for i in range(work.vocab_size - len(words))]
-    fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-
+    write_tokenizer(folder, work.vocab_size)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=work.vocab_size,
-        hidden_size=work.hidden_size,
-        intermediate_size=work.hidden_size * 11 // 4,
-        num_hidden_layers=work.num_layers,
-        num_attention_heads=work.hidden_size // 32,
-        num_key_value_heads=work.hidden_size // 32,
-        max_position_embeddings=work.row_tokens,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    size = work.hidden_size
+    config = llama(work.vocab_size, size, work.num_layers, size // work.head_width)
+    if work.task == "reward":
+        config.num_labels = 1
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    else:
+        LlamaForCausalLM(config).save_pretrained(folder)
 
     pairs = make_pairs(work)
-    if work.task == "dpo":
+    if work.task != "sft":
         steps = [
             [pairs[s * work.pairs_per_step + i] for i in range(work.pairs_per_step)]
             for s in range(work.num_steps)
@@ -222,13 +171,9 @@ class Meter:
         }
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def is_to_read(file: str) -> bool:
     """The training code of either side; not torch, the model's own code or this file."""
-    if file == __file__ or not file.endswith(".py"):
+    if Path(file).parent == Path(__file__).parent or not file.endswith(".py"):
         return False
     ours = file.startswith(str(ROOT)) and "site-packages" not in file
     return ours or any(
@@ -240,61 +185,74 @@ def short_name(file: str) -> str:
     return file.split("/site-packages/")[-1].removeprefix(f"{ROOT}/")
 
 
-def run_ours(work: Work, folder: Path, started: float) -> dict[str, Any]:
-    """The functions and the update of sft.py or dpo.py."""
+def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
+    """The functions and the update of sft.py, dpo.py or reward_model.py."""
     import torch
 
     from common import data, dist, models
 
-    script = __import__(work.task)
-    source = str(folder / "train.jsonl")
+    work = Work(**work)
+    script = __import__({"reward": "reward_model"}.get(work.task, work.task))
+    source = str(Path(folder) / "train.jsonl")
     args = script.Args(
-        model=str(folder),
+        model=folder,
         dataset=source,
         eval_dataset=source,
         batch_size=1,
         micro_batch_tokens=work.row_tokens,
         max_length=work.max_length,
-        dtype="float32",
+        activation_checkpointing="off",
         **({"beta": work.beta} if work.task == "dpo" else {}),
     )
     device = dist.init(args.seed)
     tokenizer = data.load_tokenizer(args.model)
-    examples = (data.load_sft if work.task == "sft" else data.load_pairs)(args, tokenizer)[0]
-    policy = models.load(args.model, device, args)
-    inputs: tuple = ()
+    load = {"sft": data.load_sft, "dpo": data.load_pairs, "reward": getattr(script, "load_examples", None)}
+    examples = load[work.task](args, tokenizer)[0]
+    if work.task == "reward":
+        policy = models.load_scorer(args.model, device, args)
+    else:
+        policy = models.load(args.model, device, args)
+    before: tuple = ()  # what loss_and_metrics takes between the policy and the row
     if work.task == "dpo":
-        inputs = (models.load(args.model, device, args, trainable=False),)
+        before = (models.load(args.model, device, args, trainable=False),)
+    after = () if work.task == "sft" else (args,)
     optimizer = torch.optim.AdamW(
         models.parameter_groups(policy, 0.0), lr=work.learning_rate, betas=(0.9, 0.95)
     )
 
     meter, losses, start = Meter(started), [], 0
-    for step in read_steps(folder):
+    for step in read_steps(Path(folder)):
         meter.step_begins()
         batch = examples[start : start + len(step["examples"])]
         start += len(batch)
-        count = len(batch) if work.task == "dpo" else script.count_targets(batch)
+        count = script.count_targets(batch) if work.task == "sft" else len(batch)
         totals: dict[str, Any] = {}
         for row in data.rows(batch, args.micro_batch_tokens, device):
-            loss, metrics = script.loss_and_metrics(policy, *inputs, row, *([args] if inputs else []))
+            loss, metrics = script.loss_and_metrics(policy, *before, row, *after)
             (loss / count).backward()
             totals = {k: totals.get(k, 0) + v for k, v in metrics.items()}
         grad_norm = models.clip_grad_norm(policy, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         sums = dist.all_sum(totals, same={"grad_norm": grad_norm})
-        losses.append(script.means(sums, batch, "train")["train/loss"])
+        losses.append(sums["loss"] / count)
         meter.step_ended()
     return meter.report(losses)
 
 
-def run_trl(work: Work, folder: Path, started: float) -> dict[str, Any]:
+def run_trl(started: float, work: dict, folder: str) -> dict[str, Any]:
     """TRL's trainer with the settings that are its fastest on a CPU."""
     import torch
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+
+    work, folder, gpu = Work(**work), Path(folder), torch.cuda.is_available()
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -305,8 +263,8 @@ def run_trl(work: Work, folder: Path, started: float) -> dict[str, Any]:
 
     settings = {
         "output_dir": str(folder / "trl"),
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not gpu,
+        "bf16": gpu,
         "gradient_checkpointing": False,
         "train_sampling_strategy": "sequential",
         "report_to": "none",
@@ -324,7 +282,8 @@ def run_trl(work: Work, folder: Path, started: float) -> dict[str, Any]:
     steps = read_steps(folder)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        auto = AutoModelForSequenceClassification if work.task == "reward" else AutoModelForCausalLM
+        return auto.from_pretrained(folder, dtype=torch.float32)
 
     if work.task == "sft":
         args = trl.SFTConfig(
@@ -339,16 +298,15 @@ def run_trl(work: Work, folder: Path, started: float) -> dict[str, Any]:
         dataset = Dataset.from_list(rows)
         trainer = trl.SFTTrainer(load(), args=args, train_dataset=dataset, processing_class=tokenizer)
     else:
-        args = trl.DPOConfig(
-            **settings,
-            beta=work.beta,
-            per_device_train_batch_size=work.trl_pairs,
-            gradient_accumulation_steps=work.pairs_per_step // work.trl_pairs,
-        )
+        settings["per_device_train_batch_size"] = work.trl_pairs
+        settings["gradient_accumulation_steps"] = work.pairs_per_step // work.trl_pairs
         dataset = Dataset.from_list([pair for step in steps for pair in step["examples"]])
-        trainer = trl.DPOTrainer(
-            load(), ref_model=load(), args=args, train_dataset=dataset, processing_class=tokenizer
-        )
+        sides = {"train_dataset": dataset, "processing_class": tokenizer}
+        if work.task == "dpo":
+            args = trl.DPOConfig(**settings, beta=work.beta)
+            trainer = trl.DPOTrainer(load(), ref_model=load(), args=args, **sides)
+        else:
+            trainer = trl.RewardTrainer(load(), args=trl.RewardConfig(**settings), **sides)
     meter = Meter(started)
     trainer.add_callback(Watch())
     trainer.train()
@@ -381,25 +339,6 @@ def packed(tokenizer: Any, step: dict) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- comparison
 
 
-def in_process(worker: str, settings: dict, threads: int) -> dict[str, Any]:
-    """The JSON result of a worker of this file in a process of its own."""
-    job = json.dumps({"worker": worker, "settings": settings, "started": time.time()})
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from each other on a busy machine
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
-    command = [sys.executable, __file__, "--job", job]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    if not answers:
-        sys.exit(f"{worker} failed:\n{done.stderr[-4000:]}")
-    return json.loads(answers[0])
-
-
 def compare(work: Work, rounds: int, keep: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -408,7 +347,7 @@ def compare(work: Work, rounds: int, keep: bool) -> None:
         runs: dict[str, list[dict]] = {"ours": [], "trl": []}
         for i in range(rounds):
             for side, results in runs.items():
-                result = in_process(side, {"work": asdict(work), "folder": name}, work.threads)
+                result = in_process(__file__, side, {"work": asdict(work), "folder": name}, work.threads)
                 seconds, cpu = result.pop("step_seconds"), result.pop("cpu_seconds")
                 timed = slice(work.warmup_steps, None)
                 result["tokens_per_second"] = sum(tokens[timed]) / sum(seconds[timed])
@@ -451,7 +390,11 @@ def compare(work: Work, rounds: int, keep: bool) -> None:
     print(f"largest difference of a step's loss: {gap:.1e}")
     if keep:
         details = {key: {side: r[0][key] for side, r in runs.items()} for key in ("losses", "files")}
-        record(work.task, {"work": asdict(work), "rounds": rounds, "ratios": ratios, **table, **details})
+        record(
+            "vs_trl",
+            work.task,
+            {"work": asdict(work), "rounds": rounds, "ratios": ratios, **table, **details},
+        )
     if gap > 1e-3:
         sys.exit("the losses differ by more than 1e-3: the two sides did not do the same work")
 
@@ -467,104 +410,23 @@ def summary(results: list[dict]) -> dict[str, Any]:
     }
 
 
-def record(task: str, figures: dict) -> None:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    cpu = next(
-        (
-            x.split(":")[1].strip()
-            for x in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in x
-        ),
-        "",
-    )
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    line = {
-        "task": task,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps({**line, "versions": versions, **figures}) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------- head
-
-
-def run_head(kind: str, vocab_size: int, num_tokens: int, width: int = 256) -> dict[str, float]:
-    """Memory that forward and backward of a language-model head add, for a loss on every token."""
-    import torch
-    import torch.nn.functional as F
-
-    from common import models
-
-    torch.manual_seed(0)
-    head = torch.nn.Linear(width, vocab_size, bias=False)
-    h = torch.randn(num_tokens, width, requires_grad=True)
-    y = torch.randint(vocab_size, (num_tokens,))
-    head.weight.grad = torch.zeros_like(head.weight)
-    before = peak_mib()
-    start = time.time()
-    logps = (
-        models._head_forward(head, h, y, 1.0).logps
-        if kind == "chunked"
-        else -F.cross_entropy(head(h), y, reduction="none")
-    )
-    (-logps.sum()).backward()
-    return {"added_mib": peak_mib() - before, "seconds": time.time() - start, "loss": -logps.mean().item()}
-
-
-def compare_heads(small: bool) -> None:
-    figures = []
-    print(
-        f"{'vocabulary':>10}{'tokens':>8}{'chunked MiB':>13}{'dense MiB':>11}{'ratio':>7}{'time ratio':>12}"
-    )
-    for vocab_size in (4_000,) if small else (32_000, 128_000):
-        for num_tokens in (512, 2048):
-            shape = {"vocab_size": vocab_size, "num_tokens": num_tokens}
-            ours, dense = (in_process("head", {"kind": kind, **shape}, 2) for kind in ("chunked", "dense"))
-            assert abs(ours["loss"] - dense["loss"]) < 1e-3
-            ratio = ours["added_mib"] / dense["added_mib"]
-            print(
-                f"{vocab_size:10}{num_tokens:8}{ours['added_mib']:13.0f}{dense['added_mib']:11.0f}{ratio:7.2f}"
-                f"{ours['seconds'] / dense['seconds']:12.2f}"
-            )
-            figures.append({**shape, "chunked": ours, "dense": dense})
-    if not small:
-        record("head", {"figures": figures})
-
-
 def main() -> None:
+    if did_job({"ours": run_ours, "trl": run_trl}):
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", nargs="?", choices=("sft", "dpo", "head"))
+    parser.add_argument("task", choices=(*TASKS, "all"))
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--small", action="store_true", help="a model of 0.2M parameters and five steps")
     for field in fields(Work)[1:]:
         if field.type is int:
             parser.add_argument(f"--{field.name}", type=int, help=f"default {field.default}")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job:
-        job = json.loads(options.job)
-        settings = job["settings"]
-        if job["worker"] == "head":
-            answer = run_head(**settings)
-        else:
-            side: Callable = {"ours": run_ours, "trl": run_trl}[job["worker"]]
-            answer = side(Work(**settings["work"]), Path(settings["folder"]), job["started"])
-        print("\nANSWER " + json.dumps(answer), flush=True)
-    elif options.task == "head":
-        compare_heads(options.small)
-    else:
-        work = Work(options.task, **(SMALL if options.small else {}))
-        given = {k: v for k, v in vars(options).items() if v is not None and hasattr(work, k) and k != "task"}
-        compare(replace(work, **given), options.rounds, keep=not options.small)
+    given = {k: v for k, v in vars(options).items() if v is not None and k in Work.__annotations__}
+    for task in TASKS if options.task == "all" else (options.task,):
+        work = Work(task, **(SMALL if options.small else {}))
+        compare(replace(work, **given | {"task": task}), options.rounds, keep=not options.small)
 
 
 if __name__ == "__main__":

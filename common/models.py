@@ -131,6 +131,7 @@ def _flash_kernel() -> Callable:
 class _ChunkedHead(torch.autograd.Function):
     """Per-token log-probabilities and entropies without a logits tensor: chunks are recomputed in backward.
 
+    All chunks share two buffers: fresh ones would be mapped and zeroed by the system chunk by chunk.
     z = h W^T + b, lp = z_y - logsumexp z, H = -sum_v p_v log p_v;
     dz = g_lp (onehot(y) - p) - g_H p (log p + H), dh = dz W, dW = sum dz^T h.
     """
@@ -140,18 +141,20 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.save_for_backward(h, weight, bias, y)
         ctx.scale, ctx.chunk = scale, chunk
         logps, entropy, accuracy, mean_logit = (h.new_empty(len(y), dtype=_wide(h)) for _ in range(4))
+        buffers = _chunk_buffers(h, weight, chunk)
         for start in range(0, len(y), chunk):
             part = slice(start, start + chunk)
-            z = _logits(h[part], weight, bias, scale)
+            z, p = buffers[:, : len(y[part])]
+            _logits(h[part], weight, bias, scale, out=z)
             top, argmax = z.max(-1)
             accuracy[part] = argmax == y[part]
             mean_logit[part] = z.mean(-1) / scale
             logps[part] = z.gather(1, y[part, None])[:, 0]
             z -= top[:, None]
-            p = z.exp()
+            torch.exp(z, out=p)
             total = p.sum(-1)
             logps[part] -= top + total.log()
-            entropy[part] = total.log() - torch.linalg.vecdot(p, z) / total
+            entropy[part] = total.log() - z.mul_(p).sum(-1) / total
         ctx.mark_non_differentiable(accuracy, mean_logit)
         ctx.set_materialize_grads(False)
         return logps, entropy, accuracy, mean_logit
@@ -165,20 +168,25 @@ class _ChunkedHead(torch.autograd.Function):
             torch.zeros_like(x, dtype=_wide(h)) if needed else None
             for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
+        buffers = _chunk_buffers(h, weight, ctx.chunk)
         for start in range(0, len(y), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logp = _logits(h[part], weight, bias, ctx.scale).log_softmax(-1)
-            p = logp.exp()
-            dz = 0.0
+            p, logp = buffers[:, : len(y[part])]
+            _logits(h[part], weight, bias, ctx.scale, out=p)
+            torch.log_softmax(p, -1, out=logp)
+            torch.exp(logp, out=p)
+            dz = None
             if g_entropy is not None:
                 entropy = -torch.linalg.vecdot(p, logp)
                 dz = logp.add_(entropy[:, None]).mul_(p).mul_(-g_entropy[part, None])
             if g_logps is not None:
-                dz = p.mul_(-g_logps[part, None]).add_(dz)
+                p.mul_(-g_logps[part, None])
+                dz = p if dz is None else dz.add_(p)
                 dz.scatter_add_(1, y[part, None], g_logps[part, None])
-            dz *= ctx.scale
+            if ctx.scale != 1.0:
+                dz *= ctx.scale
             low = dz.to(h.dtype)
-            dh[part] = low @ weight
+            torch.mm(low, weight, out=dh[part])
             if dw is not None:
                 _add_product(dw, low.T, h[part])
             if db is not None:
@@ -191,9 +199,20 @@ def _wide(h: Tensor) -> torch.dtype:
     return torch.promote_types(h.dtype, torch.float32)
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    z = F.linear(h, weight, bias).to(_wide(h))
-    return z if scale == 1.0 else z.mul_(scale)
+def _chunk_buffers(h: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Two of (chunk, V), less if there are fewer tokens."""
+    return h.new_empty(2, min(chunk, len(h)), len(weight), dtype=_wide(h))
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:
+    if h.dtype != out.dtype:
+        out.copy_(F.linear(h, weight, bias))
+    elif bias is None:
+        torch.mm(h, weight.T, out=out)
+    else:
+        torch.addmm(bias, h, weight.T, out=out)
+    if scale != 1.0:
+        out *= scale
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -208,7 +227,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _head_forward(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> TokenStats:
     """Replaces `forward` of the language-model head, so that FSDP has gathered its weight when it runs."""
-    chunk = 1024 if h.is_cuda else 256
+    # a buffer is 32 MiB at most, 512 MiB on GPU, whatever the vocabulary
+    chunk = min(1024, 2**27 // len(head.weight)) if h.is_cuda else min(256, 2**23 // len(head.weight))
     return TokenStats(*_ChunkedHead.apply(h, head.weight, head.bias, tokens, scale, chunk))
 
 
@@ -621,11 +641,11 @@ def full_weights(model: nn.Module, merge_lora: bool = True) -> Iterator[tuple[st
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for AdamW: matrices decay, norms and biases do not."""
+    """The trainable parameters for AdamW: matrices decay, norms and biases do not; one kernel updates all."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay, "fused": True},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "fused": True},
     ]
 
 

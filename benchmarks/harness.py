@@ -1,0 +1,263 @@
+"""What the benchmarks share: processes of their own, peak memory, models and texts, the record."""
+
+import functools
+import gzip
+import importlib.metadata
+import json
+import os
+import random
+import re
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results"
+HH = ROOT.parent / "shared" / "data" / "hh_harmless.jsonl.gz"
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
+CHARACTERS_PER_TOKEN = 4.3
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def in_process(script: str, worker: str, settings: dict, threads: int, ranks: int = 1) -> dict[str, Any]:
+    """What a worker of a script answers in a process of its own; of several ranks, what rank 0 answers."""
+    job = json.dumps({"worker": worker, "settings": settings, "started": time.time()})
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from each other on a busy machine
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+    if ranks > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        command = [sys.executable, script, "--job", job]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=environment | own, stdout=pipe, stderr=pipe, text=True))
+    outputs = [process.communicate() for process in started]
+    answers = [line[7:] for line in outputs[0][0].splitlines() if line.startswith("ANSWER ")]
+    if not answers or any(process.returncode for process in started):
+        sys.exit(f"{worker} failed:\n" + "\n".join(errors[-4000:] for _, errors in outputs))
+    return json.loads(answers[0])
+
+
+def did_job(workers: dict[str, Callable[..., dict]]) -> bool:
+    """In a process that `in_process` started: do the job and say True."""
+    if sys.argv[1:2] != ["--job"]:
+        return False
+    job = json.loads(sys.argv[2])
+    print("\nANSWER " + json.dumps(workers[job["worker"]](job["started"], **job["settings"])), flush=True)
+    return True
+
+
+def peak_mib() -> float:
+    """Most memory of this process so far: of the GPU if there is one, else resident in RAM."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ----------------------------------------------------------------------------------------- models and texts
+
+
+@functools.cache
+def turn_lengths() -> list[list[list[int]]]:
+    """[prompt turns, then chosen and rejected] in tokens, of pairs: HH-RLHF's, or drawn like them."""
+    if HH.exists():
+        pairs = []
+        with gzip.open(HH, "rt") as lines:
+            for line in lines:
+                sides = [
+                    re.split(r"\n\n(?:Human|Assistant): ?", json.loads(line)[k])[1:]
+                    for k in ("chosen", "rejected")
+                ]
+                if sides[0][:-1] == sides[1][:-1]:
+                    parts = (sides[0][:-1], sides[0][-1:], sides[1][-1:])
+                    pairs.append([[len(text) for text in part] for part in parts])
+    else:  # mean 157 tokens a conversation, 95 % under 410
+        draw = random.Random(0).lognormvariate
+        pairs = []
+        for _ in range(2000):
+            turns = random.Random(len(pairs)).choice([1, 1, 3, 3, 5])
+            pairs.append([[draw(4.6, 0.9) for _ in range(n)] for n in (turns, 1, 1)])
+    return [[[max(1, round(n / CHARACTERS_PER_TOKEN)) for n in part] for part in pair] for pair in pairs]
+
+
+def documents(count: int, vocab_size: int, max_length: int = 8192, whole: bool = False) -> list:
+    """Random tokens in the lengths of HH-RLHF; the last reply is scored, or (whole) everything."""
+    import numpy as np
+
+    from common import data
+
+    rng, examples = np.random.default_rng(0), []
+    lengths = [(sum(prompt), reply[0]) for prompt, reply, _ in turn_lengths()]
+    lengths = [(p, r) for p, r in lengths if p + r <= max_length]
+    for prompt, reply in (lengths[i] for i in rng.permutation(len(lengths))[:count]):
+        tokens = rng.integers(vocab_size, size=prompt + reply, dtype=np.int32)
+        mask = np.arange(len(tokens)) >= (1 if whole else prompt)
+        examples.append(data.Example([(tokens, mask)], prompt=""))
+    return examples
+
+
+def fixed_documents(count: int, length: int, vocab_size: int) -> list:
+    """Examples of one length with random tokens, all but the first scored."""
+    import numpy as np
+
+    from common import data
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(vocab_size, size=(count, length), dtype=np.int32)
+    return [data.Example([(row, np.arange(length) >= 1)], prompt="") for row in tokens]
+
+
+def llama(vocab_size: int, hidden: int, layers: int, heads: int, kv_heads: int = 0, **more: Any) -> Any:
+    """The config of a Llama."""
+    from transformers import LlamaConfig
+
+    settings = {
+        "intermediate_size": hidden * 11 // 4,
+        "max_position_embeddings": 131_072,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        **settings | more,
+    )
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """One word a token: <pad>, the marks of a turn, the roles, then w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "system"]
+    words += [f"w{i}" for i in range(vocab_size - len(words))]
+    fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+class NoText:
+    """A tokenizer for tokens that stand for nothing; its end token is outside the vocabulary."""
+
+    chat_template, eos_token_id = None, -1
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return ""
+
+
+def random_policy(config: Any, device: Any, trainable: bool = True, **options: Any) -> Any:
+    """A random model as `models.load` makes it of a folder, without writing the folder."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    import torch
+    import transformers
+
+    from common import models
+
+    def read(*_: Any) -> Any:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.dtype_on_disk = torch.float32
+        return model
+
+    args = {"dtype": "auto", "sharding": "full", "compile": False, "activation_checkpointing": "off"}
+    args |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_target": "all-linear"}
+    with (
+        mock.patch.object(models, "read_pretrained", read),
+        mock.patch.object(models, "model_folder", lambda name: (name, None)),
+    ):
+        return models.load("random", device, SimpleNamespace(**args | options), trainable)
+
+
+# ------------------------------------------------------------------------------------------------ the record
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a figure came about."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    found = {"date": time.strftime("%Y-%m-%d"), "commit": commit}
+    found |= {"cpu": names[0].split(":")[1].strip() if names else "", "cores": os.cpu_count()}
+    found["load"] = round(os.getloadavg()[0], 1)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return found | {"versions": versions}
+
+
+def record(file: str, task: str, figures: dict[str, Any]) -> None:
+    """Append a JSON line to results/<file>.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{file}.jsonl").open("a") as lines:
+        lines.write(json.dumps({"task": task, **machine(), **figures}) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: Any) -> float:
+    """The update of sft.py on these examples. -> the loss, a mean over scored tokens"""
+    from collections import Counter
+
+    import sft
+    from common import data, dist, models
+
+    num_targets, totals = sft.count_targets(batch), Counter()
+    for row in data.rows(batch, row_tokens, device):
+        loss, metrics = sft.loss_and_metrics(policy, row)
+        (loss / num_targets).backward()
+        totals.update(metrics)
+    norm = models.clip_grad_norm(policy, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return dist.all_sum(totals, same={"grad_norm": norm})["loss"] / num_targets
+
+
+def kindness(prompts: list, responses: list[str], examples: list) -> list[float]:
+    """A reward for `ppo.py --reward harness:kindness` that any model can earn."""
+    return [len(set(response.split())) / 100 for response in responses]
