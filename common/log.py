@@ -25,7 +25,8 @@ from common.generate import generate
 CHANGEABLE = """
     output_dir overwrite max_steps num_epochs eval_dataset eval_every save_every keep_checkpoints num_samples
     max_new_tokens temperature judge micro_batch_tokens activation_checkpointing compile sharding merge_lora
-    precompute_ref track wandb_project run_name
+    precompute_ref track wandb_project run_name micro_batch_size step_checkpointing images_per_prompt sample
+    weights
 """.split()  # noqa: SIM905
 
 
@@ -238,7 +239,9 @@ class Log:
         return "  ".join(f"{name.rsplit('/')[-1]} {metrics[name]:.3g}" for name in shown)
 
     def _pace(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
-        pace = f"  {metrics['train/tokens_per_second'] / 1000:.1f}k tokens/s"
+        pace = f"  {metrics.get('train/tokens_per_second', 0) / 1000:.1f}k tokens/s"
+        if "train/images_per_second" in metrics:
+            pace = f"  {metrics['train/images_per_second']:.3g} images/s"
         if "train/mfu" in metrics:
             pace += f"  MFU {metrics['train/mfu']:.1%}  {metrics['train/max_memory_gib']:.1f} GiB"
         left = (now - self.started) / max(1, step - self.first_step) * (num_steps - step)
@@ -289,6 +292,13 @@ class Log:
         plain = ("ended", "reward")
         metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
         return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
+
+    def picture(self, step: int, path: Path) -> None:
+        """Send a PNG to W&B, under its folder's name."""
+        if self.wandb:
+            import wandb
+
+            self._track(step, {path.parent.name: wandb.Image(str(path))})
 
     def _judge(self) -> Callable | None:
         spec = self.args.judge or ("toy.language:judge" if self.args.dataset == "toy" else "")
