@@ -1,14 +1,13 @@
 """Diffusion pipelines: any Stable Diffusion 1.x, 2.x or XL folder in, a sharded U-Net and what it needs out.
 
-Beside the loss of a diffusion model stand its schedule, its text encoders, a decoder that gradients pass
-through, rewards of images, files of prompts, and pictures to look at. None of it depends on how it is trained.
+A U-Net is of no use without its schedule, its text encoders, a decoder that gradients pass through, rewards
+of images, files of prompts, and pictures to look at. None of it depends on how the U-Net is trained.
 
 Shapes: B images in a micro-batch, S sampler steps, R rewards; latents (B, C, h, w), images (B, 3, H, W).
 """
 
 import contextlib
 import csv
-import functools
 import json
 import os
 import re
@@ -59,7 +58,7 @@ class Reward(NamedTuple):
         return torch.stack([function(images, prompts).float() for function in self.functions], 1)
 
 
-# ----------------------------------------------------------------------------------------------- load and shard
+# --------------------------------------------------------------------------------------------- load and shard
 
 
 def load(
@@ -137,11 +136,23 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
         if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             raise ValueError(f"found a {kind}; expected a Stable Diffusion 1.x, 2.x or XL pipeline")
         extra = {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = getattr(diffusers, kind).from_pretrained(source, torch_dtype=torch.float32, **extra)
+        pipe = getattr(diffusers, kind).from_pretrained(source, dtype=torch.float32, **extra)
     except Exception as error:  # the hub client and the parts of a pipeline raise many kinds
         raise dist.RunError(f"model {model}: cannot be loaded: {data.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def trained_from(output_dir: str) -> str:
+    """The model that a run began with.
+
+    Raises:
+        RunError: no finished run there.
+    """
+    folder = Path(output_dir)
+    if not (folder / "args.json").exists() or not (folder / "model").is_dir():
+        raise data.wrong(f"output_dir {folder}", "no finished run", "a folder with args.json and model/")
+    return json.loads((folder / "args.json").read_text())["model"]
 
 
 def is_xl(pipe: Any) -> bool:
@@ -163,11 +174,11 @@ def add_lora(unet: nn.Module, args: Any) -> None:
         raise dist.RunError(f"lora_target {args.lora_target!r}: {data.first_line(error)}") from error
 
 
-# ------------------------------------------------------------------------------------------ sampling and decoding
+# -------------------------------------------------------------------------------------- sampling and decoding
 
 
 def schedule(pipe: Any, num_steps: int) -> Schedule:
-    """DDIM's steps for SD, Euler's for SDXL, which are DDIM's too: alpha = 1 / (1 + sigma^2), x / sqrt(1 + sigma^2).
+    """DDIM's steps for SD, and Euler's for SDXL: the same in other variables, with alpha = 1 / (1 + sigma^2).
 
     Raises:
         RunError: the pipeline's scheduler does not say how much noise its model was trained with.
@@ -178,8 +189,8 @@ def schedule(pipe: Any, num_steps: int) -> Schedule:
     prediction = getattr(getattr(found, "config", None), "prediction_type", None)
     if not hasattr(found, "alphas_cumprod") or prediction not in ("epsilon", "v_prediction"):
         raise dist.RunError(
-            f"the pipeline's scheduler {type(found).__name__} with prediction_type {prediction} cannot be used; "
-            "expected one with betas whose model predicts epsilon or v_prediction"
+            f"the pipeline's scheduler, {type(found).__name__} with prediction_type {prediction}, cannot be "
+            "used; expected one with alphas_cumprod, and epsilon or v_prediction"
         )
     kind = EulerDiscreteScheduler if is_xl(pipe) else DDIMScheduler
     scheduler = kind.from_config(found.config)
@@ -194,8 +205,8 @@ def schedule(pipe: Any, num_steps: int) -> Schedule:
         alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long()], end[None]]).double()
     if alphas.min() < 1e-6:
         raise dist.RunError(
-            f"{num_steps} steps of the pipeline's scheduler begin with pure noise (alpha-bar 0), where a noise "
-            "prediction says nothing; set timestep_spacing to leading in its scheduler_config.json"
+            "the pipeline's scheduler begins at alpha-bar 0, pure noise, where a noise prediction says "
+            "nothing; set timestep_spacing to leading in its scheduler_config.json"
         )
     return Schedule(scheduler.timesteps.tolist(), alphas.float(), prediction == "v_prediction")
 
@@ -225,7 +236,7 @@ def noise(
 
 @torch.no_grad()
 def encode(pipe: Any, prompts: list[str], size: int, guided: bool, device: torch.device) -> dict[str, Any]:
-    """What the U-Net's forward takes beside latents and time: B rows, or 2B if guided, empty prompts first."""
+    """What the U-Net takes beside latents and time: B rows, or 2B if guided, of empty prompts first."""
     if not is_xl(pipe):
         text, empty = pipe.encode_prompt(prompts, device, 1, guided)
         return {"encoder_hidden_states": torch.cat([empty, text]) if guided else text}
@@ -254,7 +265,7 @@ def decode(vae: nn.Module, latents: Tensor, recompute: bool) -> Tensor:
 
 
 def micro_batches(prompts: list[str], size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """This rank's share of a batch, at most `size` images at a time; equally many micro-batches on every rank."""
+    """This rank's share of a batch, at most `size` images at a time, in as many pieces as on every rank."""
     shares = dist.shares([1] * len(prompts), dist.world_size())
     mine = shares[dist.rank()]
     for start in range(0, max(map(len, shares)), size):
@@ -264,7 +275,7 @@ def micro_batches(prompts: list[str], size: int, device: torch.device) -> Iterat
         yield MicroBatch(indices, [prompts[i] for i in indices], weights)
 
 
-# ------------------------------------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------------------------------------- rewards
 
 
 def load_reward(spec: str, device: torch.device) -> Reward:
@@ -316,8 +327,8 @@ def clip_reward(source: str, device: torch.device) -> Callable:
         model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
     except Exception as error:  # the hub client raises many kinds
         raise dist.RunError(
-            f"reward {source}: {data.first_line(error)}; expected brightness, package.module:function, or a CLIP "
-            "model with its processor (a folder or hub id)"
+            f"reward {source}: {data.first_line(error)}; expected brightness, package.module:function, or a "
+            "folder or hub id of a CLIP model with its processor"
         ) from error
     length = model.config.text_config.max_position_embeddings
 
@@ -387,11 +398,11 @@ def diversity(features: Tensor, images_per_prompt: int) -> float:
     return distances.sum().item() / (len(groups) * pairs) if pairs else 0.0
 
 
-# ------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 
 def load_prompts(args: Any) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) prompts of args.dataset and args.eval_dataset, or 5 % held out where there is no test split."""
+    """(train, eval) prompts; 5 % are held out where there is neither eval_dataset nor a test split."""
 
     def read(source: str, split: str) -> list[data.Example] | None:
         prompts = read_prompts(source, split)
@@ -466,7 +477,7 @@ def _tar_texts(path: Path) -> list[str]:
         return [tar.extractfile(member).read().decode("utf-8") for member in members]
 
 
-# ------------------------------------------------------------------------------------------------- average, export
+# -------------------------------------------------------------------------------------------- average, export
 
 
 def average(unet: nn.Module) -> nn.Module:
@@ -475,32 +486,34 @@ def average(unet: nn.Module) -> nn.Module:
     return nn.ParameterDict({n: nn.Parameter(p.detach().clone()) for n, p in trained.items()})
 
 
+def _pairs(ema: nn.Module, unet: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(ema[n.replace(".", "/")], p) for n, p in unet.named_parameters() if p.requires_grad]
+
+
 @torch.no_grad()
 def update_average(ema: nn.Module, unet: nn.Module, decay: float) -> None:
-    trained = [p for p in unet.parameters() if p.requires_grad]
-    for mean, parameter in zip(ema.parameters(), trained, strict=True):
+    for mean, parameter in _pairs(ema, unet):
         mean.lerp_(parameter, 1 - decay)
+
+
+@torch.no_grad()
+def _swap(ema: nn.Module, unet: nn.Module) -> None:
+    for mean, parameter in _pairs(ema, unet):
+        held = parameter.clone()
+        parameter.copy_(mean)
+        mean.copy_(held)
 
 
 @contextlib.contextmanager
 def averaged(unet: nn.Module, ema: nn.Module | None) -> Iterator[None]:
     """Within the block the U-Net has its averaged weights, if there are any."""
-
-    @torch.no_grad()
-    def swap() -> None:
-        for mean, parameter in zip(ema.parameters(), trained, strict=True):
-            held = parameter.clone()
-            parameter.copy_(mean)
-            mean.copy_(held)
-
-    trained = [p for p in unet.parameters() if p.requires_grad]
     if ema is not None:
-        swap()
+        _swap(ema, unet)
     try:
         yield
     finally:
         if ema is not None:
-            swap()
+            _swap(ema, unet)
 
 
 def export(args: Any, pipe: Any, unet: nn.Module) -> None:
@@ -528,37 +541,67 @@ def export(args: Any, pipe: Any, unet: nn.Module) -> None:
     dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
-def save_grid(path: Path, columns: list[str], rows: list[tuple[str, list[list[Tensor]], list[str]]]) -> None:
-    """A PNG of images side by side.
+def save_grid(path: Path, prompts: list[str], columns: dict[str, Any]) -> None:
+    """A PNG of the images of each prompt under each heading, side by side.
 
     Args:
-        columns: headings.
-        rows: of each prompt its text, its images (3, H, W) in [0, 1] under each heading, and a line under these.
+        columns: heading -> what has `images` (N, 3, H, W) uint8 and `rewards` (N,), as many of each prompt.
     """
+    if not dist.is_main():
+        return
     from PIL import Image, ImageDraw, ImageFont
 
-    side = max(64, min(256, rows[0][1][0][0].shape[-1]))
-    width, height, margin = len(rows[0][1][0]) * (side + 2) + 10, side + 22, 180
+    first = next(iter(columns.values())).images
+    count, side = len(first) // len(prompts), max(48, min(256, first.shape[-1]))
+    width, height, margin = count * (side + 2) + 12, side + 24, 180
     font = ImageFont.load_default(size=13)
-    sheet = Image.new("RGB", (margin + width * len(columns), 24 + height * len(rows)), "white")
+    sheet = Image.new("RGB", (margin + width * len(columns), 24 + height * len(prompts)), "white")
     pen = ImageDraw.Draw(sheet)
-    for c, heading in enumerate(columns):
-        pen.text((margin + c * width, 4), heading, "black", font)
-    for r, (prompt, cells, notes) in enumerate(rows):
-        top = 24 + r * height
-        pen.multiline_text((6, top + 4), _wrapped(prompt, 25, 4), "black", font)
-        for c, (images, note) in enumerate(zip(cells, notes, strict=True)):
-            for i, image in enumerate(images):
-                pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-                resample = Image.Resampling.NEAREST if image.shape[-1] < side else Image.Resampling.LANCZOS
-                tile = Image.fromarray(pixels).resize((side, side), resample)
-                sheet.paste(tile, (margin + c * width + i * (side + 2), top))
-            pen.text((margin + c * width, top + side + 1), note, "dimgray", font)
+    for c, (heading, drawn) in enumerate(columns.items()):
+        left = margin + c * width
+        pen.text((left, 4), heading, "black", font)
+        for r in range(len(prompts)):
+            top, group = 24 + r * height, slice(r * count, (r + 1) * count)
+            for i, image in enumerate(drawn.images[group]):
+                tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+                small = tile.width < side  # the pixels of a toy stay pixels
+                tile = tile.resize(
+                    (side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+                )
+                sheet.paste(tile, (left + i * (side + 2), top))
+            pen.text((left, top + side + 2), f"reward {drawn.rewards[group].mean():.3g}", "dimgray", font)
+    for r, prompt in enumerate(prompts):
+        pen.multiline_text((6, 28 + r * height), _wrapped(prompt, 25, 4), "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def save_images(folder: Path, prompts: list[str], columns: dict[str, Any]) -> None:
+    """Each image in a PNG of its own, <heading>/<prompt>_<image>.png, and the prompts in prompts.txt."""
+    if not dist.is_main():
+        return
+    from PIL import Image
+
+    for heading, drawn in columns.items():
+        (folder / heading).mkdir(parents=True, exist_ok=True)
+        count = len(drawn.images) // len(prompts)
+        for i, image in enumerate(drawn.images):
+            name = f"{i // count:05d}_{i % count}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / heading / name)
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def judged(prompts: list[str], drawn: Any, base: Any, judge: Callable | None) -> list[dict]:
+    """A row for samples.jsonl of each image: its prompt, its rewards, and what the judge makes of it."""
+    rows, count = [], len(drawn.images) // len(prompts)
+    for i, image in enumerate(drawn.images):
+        row = {"prompt": prompts[i // count], "image": i % count, "reward": drawn.rewards[i].item()}
+        row["reward_base"] = base.rewards[i].item()
+        rows.append(row | (judge(row["prompt"], image / 255) if judge else {}))
+    return rows
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:
@@ -567,23 +610,27 @@ def _wrapped(text: str, width: int, lines: int) -> str:
     return "\n".join(textwrap.wrap(text.encode("ascii", "replace").decode(), width)[:lines])
 
 
-def save_curve(path: Path, points: dict[str, tuple[float, float]]) -> None:
-    """A PNG of reward over diversity, a named point each."""
+def save_curve(path: Path, points: dict[str, dict[str, float]]) -> None:
+    """A PNG of reward over diversity, a point for each name; the numbers go into a .json beside it."""
+    if not dist.is_main():
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.2, 3.8))
-    axis.plot(*zip(*points.values(), strict=True), "o", markersize=5)
     for name, point in points.items():
-        axis.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel("diversity (mean distance of two images of a prompt)", fontsize=8)
+        at = (point["diversity"], point["reward"])
+        axis.plot(*at, "o", color="tab:blue", markersize=5)
+        axis.annotate(name, at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel("diversity: mean distance of two images of a prompt", fontsize=8)
     axis.set_ylabel("reward", fontsize=8)
     axis.tick_params(labelsize=7)
-    axis.margins(0.12)
+    axis.margins(0.15)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    path.with_suffix(".json").write_text(json.dumps(points, indent=2) + "\n")

@@ -281,6 +281,13 @@ class Log:
             rows.append({**row, "ended": sample.ended, **scores})
         for row, value in zip(rows, rewards, strict=False):
             row |= {**value, **row} if isinstance(value, dict) else {"reward": value}
+        self._write_samples(step, rows)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[4:]}
+        plain = ("ended", "reward")
+        metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
+        return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
+
+    def _write_samples(self, step: int, rows: list[dict]) -> None:
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb:
@@ -288,10 +295,13 @@ class Log:
 
             table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
             self._track(step, {"samples": table})
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[4:]}
-        plain = ("ended", "reward")
-        metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
-        return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
+
+    def write_samples(self, step: int, rows: list[dict]) -> dict[str, float]:
+        """Append rows that another function has judged. -> means of the scores after `reward_base`"""
+        if dist.is_main():
+            self._write_samples(step, [{"step": step, **row} for row in rows])
+        names = [*rows[0]][4:]
+        return {f"eval/judge/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
 
     def picture(self, step: int, path: Path) -> None:
         """Send a PNG to W&B, under its folder's name."""
