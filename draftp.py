@@ -58,7 +58,7 @@ class Args:
     """DRaFT+: fine-tune a diffusion model through a differentiable reward."""
 
     model: str = "toy"
-    """policy to start from: toy, a run folder, a folder or hub id of a diffusers SD 1.x, 2.x or XL pipeline"""
+    """policy to start from: toy, a run folder, folder or hub id of a diffusers SD 1.x, 2.x or XL pipeline"""
     dataset: str = "toy"
     """prompts: toy, .txt, .tsv, .tar, .jsonl/.json/.parquet, folder, hub/name[:config[:split]]; a,b mixes"""
     eval_dataset: str = ""
@@ -320,7 +320,8 @@ def score(
         "saturated_pixels_frac": (pixels != images).float().mean((1, 2, 3)),
     }
     if len(m.reward.names) > 1:
-        metrics |= {f"rewards/{n}": r.detach() for n, r in zip(m.reward.names, parts.unbind(1), strict=True)}
+        names = [f"rewards/{name.rpartition('/')[2]}" for name in m.reward.names]
+        metrics |= dict(zip(names, parts.detach().unbind(1), strict=True))
     return losses, metrics, images
 
 

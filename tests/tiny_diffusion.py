@@ -79,7 +79,7 @@ def make_pipeline(folder: Path, xl: bool = False, **scheduler: Any) -> str:
             text_encoder=widen(CLIPTextModel(config)),
             text_encoder_2=widen(CLIPTextModelWithProjection(config)),
             tokenizer_2=words,
-            scheduler=diffusers.EulerDiscreteScheduler(**{**schedule, "timestep_spacing": "leading", **scheduler}),
+            scheduler=diffusers.EulerDiscreteScheduler(**schedule, timestep_spacing="leading", **scheduler),
         )
     else:
         schedule |= {"clip_sample": False, "set_alpha_to_one": False}
@@ -108,8 +108,8 @@ def make_clip(folder: Path, size: int = 24) -> str:
         projection_dim=8,
     )
     widen(CLIPModel(config)).save_pretrained(folder)
-    crop = {"height": 16, "width": 16}
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop), words).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": 16, "width": 16}}
+    CLIPProcessor(CLIPImageProcessor(**sizes), words).save_pretrained(folder)
     return str(folder)
 
 
