@@ -184,7 +184,7 @@ def test_a_clamped_pixel_passes_no_gradient_and_is_counted(tiny: Path, device: t
         losses, metrics, images = draftp.score(m, x_0, torch.zeros(1), ["a cat"], args)
         losses.sum().backward()
         assert metrics["saturated_pixels_frac"].item() == pytest.approx(share)
-        assert 0 <= images.min() and images.max() <= 1
+        assert images.min() >= 0 and images.max() <= 1
         assert bool(x_0.grad.any()) == (share < 1)  # through green only
 
 
@@ -249,7 +249,7 @@ def test_the_clip_reward_is_the_logit_of_clip(tiny: Path, device: torch.device) 
 
     model = CLIPModel.from_pretrained(tiny / "clip")
     processor = CLIPProcessor.from_pretrained(tiny / "clip")
-    images, prompts = torch.rand(2, 3, 24, 24, requires_grad=True), ["a cat", "two very large dogs"]
+    images, prompts = torch.rand(2, 3, 24, 24, requires_grad=True), ["a cat", "two dogs"]
     pixels = diffusion.clip_pixels(images, processor.image_processor)
     tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")
     expected = model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
@@ -381,27 +381,32 @@ def test_step_zero_is_the_base_model_and_the_run_moves_on(tiny: Path, finished: 
     assert len(samples) == 2 * 4 and {"step", "prompt", "reward", "reward_base"} <= set(samples[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 0, "ema_decay": 0.5, "num_grad_steps": 2}], ids=str)
-def test_cuts_into_micro_batches_and_ranks_do_not_show(
-    tiny: Path, tmp_path: Path, two_ranks: Any, changes: dict
-) -> None:
-    changes = {**changes, "max_grad_norm": 0.01, "weight_decay": 0.1, "learning_rate": 5e-3, "kl_coef": 5.0}
-    changes |= {"max_steps": 3, "eval_every": 3, "reward": f"{tiny / 'clip'},brightness"}
+EQUAL = {"max_grad_norm": 0.01, "weight_decay": 0.1, "learning_rate": 5e-3, "kl_coef": 5.0, "max_steps": 3}
+EQUAL |= {"eval_every": 1, "batch_size": 3}
+
+
+def test_cuts_into_micro_batches_and_ranks_do_not_show(tiny: Path, tmp_path: Path, two_ranks: Any) -> None:
+    changes = {**EQUAL, "reward": f"{tiny / 'clip'},brightness"}
     canonical = steps(tiny, tmp_path / "one", **changes)
-    assert abs(canonical[-1][0] - canonical[0][0]) > 1e-3
+    assert abs(canonical[-1][2] - canonical[0][2]) > 1e-3
     assert_same(steps(tiny, tmp_path / "micro", micro_batch_size=1, **changes), canonical)
-    ours, also = two_ranks("test_draftp:steps", tiny=str(tiny), folder=str(tmp_path / "two"), **changes)
+    changes |= {
+        "tiny": str(tiny),
+        "folder": str(tmp_path / "two"),
+        "micro_batch_size": 1,
+    }  # a dummy on rank 1
+    ours, also = two_ranks("test_draftp:steps", **changes)
     assert ours == also
     assert_same(ours, canonical)
-    # stopped on two ranks, resumed on one
-    stopped = {**changes, "max_steps": 2}
-    two_ranks("test_draftp:steps", tiny=str(tiny), folder=str(tmp_path / "down"), **stopped)
-    assert_same(steps(tiny, tmp_path / "down", **changes), canonical)
-    assert_same_weights(tmp_path / "down" / "model", tmp_path / "one" / "model")
-    odd = {**changes, "batch_size": 3, "sharding": "none", "micro_batch_size": 1}  # a dummy on one rank
-    alone = steps(tiny, tmp_path / "odd", **odd)
-    ours, _ = two_ranks("test_draftp:steps", tiny=str(tiny), folder=str(tmp_path / "odd2"), **odd)
-    assert_same(ours, alone)
+
+
+def test_a_run_stopped_on_two_ranks_resumes_on_one(tiny: Path, tmp_path: Path, two_ranks: Any) -> None:
+    changes = {**EQUAL, "lora_rank": 0, "ema_decay": 0.5, "num_grad_steps": 2, "reward": str(tiny / "clip")}
+    canonical = steps(tiny, tmp_path / "one", **changes)
+    stopped = {**changes, "max_steps": 2, "sharding": "none", "folder": str(tmp_path / "two")}
+    two_ranks("test_draftp:steps", tiny=str(tiny), **stopped)
+    assert_same(steps(tiny, tmp_path / "two", **changes), canonical)
+    assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model")
 
 
 def steps(tiny: str | Path, folder: str | Path, **changes: Any) -> list[tuple[float, float, float | None]]:
@@ -430,15 +435,14 @@ def assert_same_weights(one: Path, two: Path) -> None:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
 
 
-def test_brightness_rises_and_the_kl_term_holds_it_back(tiny: Path, tmp_path: Path) -> None:
+def test_the_reward_rises_and_the_kl_term_holds_it_back(tiny: Path, tmp_path: Path) -> None:
     found = []
-    for kl_coef in (0.0, 0.3, 3.0):
-        rows = run(
-            tiny, tmp_path / str(kl_coef), kl_coef=kl_coef, learning_rate=3e-2, max_steps=12, eval_every=12
-        )
+    for kl_coef in (0.01, 30.0, 300.0):
+        changes = {"lora_rank": 0, "learning_rate": 3e-3, "max_steps": 8, "eval_every": 8}
+        rows = run(tiny, tmp_path / str(kl_coef), kl_coef=kl_coef, reward=str(tiny / "clip"), **changes)
         found.append((rows[-1]["eval/reward/gain"], rows[-1]["eval/kl"]))
     gains, kls = zip(*found, strict=True)
-    assert gains[0] > gains[1] > gains[2] > 0.0 and gains[0] > 0.02, found
+    assert gains[0] > gains[1] > gains[2] > 0.0 and gains[0] > 0.3, found
     assert kls[0] > kls[1] > kls[2] > 0, found
 
 

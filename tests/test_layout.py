@@ -83,10 +83,11 @@ def arguments(script: str) -> dict[str, tuple[str, str]]:
 def test_a_field_of_two_scripts_has_one_type_and_one_help_sentence() -> None:
     own = {"dataset", "batch_size", "loss", "max_length"}  # say what the script's examples are
     own |= {"max_new_tokens", "temperature", "num_epochs"}  # of samples to look at, or to learn from
+    of_images = {"model", "reward", "judge", "num_samples"}
     seen: dict[str, tuple[str, str, str]] = {}
     for script in SCRIPTS:
         for name, (kind, text) in arguments(script).items():
-            if name not in own:
+            if name not in own and not (script == "draftp" and name in of_images):
                 first = seen.setdefault(name, (script, kind, text))
                 assert first[1:] == (kind, text), f"{name} differs between {first[0]} and {script}"
 
