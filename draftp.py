@@ -20,6 +20,7 @@ Shapes: B images in a micro-batch, S sampler steps, K with gradient, R rewards; 
 Metrics, results and departures from the papers: docs/draftp.md
 """
 
+import math
 import re
 import time
 from collections import Counter
@@ -215,7 +216,7 @@ def denoise(
         for i in range(first, num_steps - num_grad_steps):
             x = ddim_step(eps(x, i), x, alphas[i], alphas[i + 1])
     for i in range(max(first, num_steps - num_grad_steps), num_steps):
-        e = recompute(eps, x, i, use_reentrant=False) if step_checkpointing else eps(x, i)
+        e = recompute(eps, x, i, **diffusion.RECOMPUTE) if step_checkpointing else eps(x, i)
         if eps_base is not None:
             with torch.no_grad():
                 e_base = eps_base(x, i)
@@ -271,36 +272,31 @@ def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
 # with the model
 
 
-def predictor(
-    m: Models, unet: nn.Module, prompts: list[str], scale: float
-) -> Callable[[Tensor, int], Tensor]:
-    """eps(x, i) of a U-Net for these prompts: guided, and float32 whatever the compute dtype."""
+def predictors(m: Models, prompts: list[str], scale: float) -> tuple[Callable, Callable | None]:
+    """eps(x, i) of the policy for these prompts, and eps_base of the base model, None if that is not at hand.
+
+    Both are guided, and float32 whatever the compute dtype.
+    """
     is_guided = scale != 1
     conditions = diffusion.encode(m.pipe, prompts, m.size, is_guided, m.device)
     alphas = m.schedule.alphas
 
-    def eps(x: Tensor, i: int) -> Tensor:
-        rows = torch.cat([x, x]) if is_guided else x
+    def predict(unet: nn.Module, x: Tensor, i: int) -> Tensor:
+        rows = torch.cat([x, x]) if is_guided else x  # without and with the prompt
         out = unet(rows, m.schedule.timesteps[i], **conditions, return_dict=False)[0].float()
         out = guided(*out.chunk(2), scale) if is_guided else out
         return noise_from_v(out, x, alphas[i]) if m.schedule.predicts_v else out
 
-    return eps
-
-
-def predictors(m: Models, prompts: list[str], scale: float) -> tuple[Callable, Callable | None]:
-    """(eps, eps_base) of the policy and of the base model, None if that is not at hand."""
-    eps = predictor(m, m.policy, prompts, scale)
-    if not m.has_reference:
-        return eps, None
-    if m.ref_policy is not None:
-        return eps, predictor(m, m.ref_policy, prompts, scale)
+    def eps(x: Tensor, i: int) -> Tensor:
+        return predict(m.policy, x, i)
 
     def eps_base(x: Tensor, i: int) -> Tensor:
+        if m.ref_policy is not None:
+            return predict(m.ref_policy, x, i)
         with models.adapters_off(m.policy):
-            return eps(x, i)
+            return predict(m.policy, x, i)
 
-    return eps, eps_base
+    return eps, eps_base if m.has_reference else None
 
 
 def score(
@@ -348,8 +344,15 @@ def loss_and_metrics(
 
 
 def means(totals: dict[str, float], count: int, prefix: str, m: Models) -> dict[str, float]:
-    """Metrics of `count` images from their sums over all micro-batches and ranks."""
+    """Metrics of `count` images from their sums over all micro-batches and ranks.
+
+    Raises:
+        RunError: a reward is not finite.
+    """
     values = {name: total / count for name, total in totals.items()}
+    if not math.isfinite(values["reward"]):
+        found = f"{values['reward']} on average over {count} images"
+        raise data.wrong(f"reward {'+'.join(m.reward.names)}", found, "finite numbers; the run stops")
     values["reward_std"] = max(0.0, values["reward_std"] - values["reward"] ** 2) ** 0.5
     if not m.has_reference:
         del values["kl"]

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import data, dist, log, models
 
+RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -72,8 +73,11 @@ def load(
     Raises:
         RunError: no such pipeline, or one of another kind.
     """
-    dist.from_main(lambda: read_pipeline(model, fuse) and None)  # one rank finds what is wrong, or downloads
-    pipe = read_pipeline(model, fuse)
+    if model == "toy":
+        data.toy_folder("images")  # ranks wait on its lock, not in a collective
+    first: list[Any] = []  # one rank finds what is wrong, or downloads
+    dist.from_main(lambda: first.append(read_pipeline(model, fuse)))
+    pipe = first[0] if first else read_pipeline(model, fuse)
     dtype = models.resolve_dtype(args.dtype, device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -260,7 +264,7 @@ def decode(vae: nn.Module, latents: Tensor, recompute: bool) -> Tensor:
         return vae.decode(x / vae.config.scaling_factor, return_dict=False)[0]
 
     parts = latents.to(vae.dtype).split(1)
-    images = [checkpoint(one, x, use_reentrant=False) if recompute else one(x) for x in parts]
+    images = [checkpoint(one, x, **RECOMPUTE) if recompute else one(x) for x in parts]
     return torch.cat(images).float() / 2 + 0.5
 
 

@@ -117,8 +117,8 @@ def describe(rng: random.Random, words: tuple[str, str, str, str], wrong: float 
 
 
 @functools.cache
-def bank() -> tuple[Any, list[tuple[str, str, str, str]]]:
-    """Every kind of picture at every place, which a picture is compared with."""
+def bank() -> tuple[Any, Any, list[tuple[str, str, str, str]]]:
+    """Every kind of picture at every place, their squared lengths, and the words for each."""
     import torch
 
     kinds, places = [], [SIZE / 2 + SHIFT * step / 2 for step in range(-2, 3)]
@@ -128,16 +128,18 @@ def bank() -> tuple[Any, list[tuple[str, str, str, str]]]:
             kinds += [(colour, shape, radius, x, y, grey, size, level) for x in places for y in places]
     colours, shapes, radii, x, y, greys, sizes, levels = zip(*kinds, strict=True)
     floats = [torch.tensor(v) for v in (radii, x, y, greys)]
-    pictures = render(torch.tensor(colours), torch.tensor(shapes), *floats)
+    pictures = render(torch.tensor(colours), torch.tensor(shapes), *floats).flatten(1)
     names = [list(COLOURS), SHAPES, list(RADII), list(LEVELS)]
     described = zip(colours, shapes, sizes, levels, strict=True)
-    return pictures.flatten(1), [tuple(n[i] for n, i in zip(names, d, strict=True)) for d in described]
+    words = [tuple(n[i] for n, i in zip(names, d, strict=True)) for d in described]
+    return pictures, pictures.square().sum(1), words
 
 
 def see(image: Any) -> tuple[str, str, str, str]:
     """(colour, shape, size, background) of the nearest of all pictures; image (3, 16, 16) in [0, 1]."""
-    pictures, words = bank()
-    return words[(pictures - image.float().cpu().flatten()).square().sum(1).argmin().item()]
+    pictures, lengths, words = bank()
+    distances = lengths - pictures @ (2 * image.float().cpu().flatten())  # squared, up to a constant
+    return words[distances.argmin().item()]
 
 
 def judge(prompt: str, image: Any) -> dict[str, float]:
