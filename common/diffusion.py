@@ -184,6 +184,8 @@ def add_lora(unet: nn.Module, args: Any) -> None:
 def schedule(pipe: Any, num_steps: int) -> Schedule:
     """DDIM's steps for SD, and Euler's for SDXL: the same in other variables, with alpha = 1 / (1 + sigma^2).
 
+    The last step of both leads to alpha 1, the predicted image, whatever the scheduler's set_alpha_to_one says.
+
     Raises:
         RunError: the pipeline's scheduler does not say how much noise its model was trained with.
     """
@@ -205,8 +207,7 @@ def schedule(pipe: Any, num_steps: int) -> Schedule:
     if is_xl(pipe):
         alphas = 1 / (1 + scheduler.sigmas.double() ** 2)
     else:
-        end = torch.as_tensor(scheduler.final_alpha_cumprod)
-        alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long()], end[None]]).double()
+        alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long()].double(), torch.ones(1)])
     if alphas.min() < 1e-6:
         raise dist.RunError(
             "the pipeline's scheduler begins at alpha-bar 0, pure noise, where a noise prediction says "

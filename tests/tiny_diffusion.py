@@ -82,7 +82,7 @@ def make_pipeline(folder: Path, xl: bool = False, **scheduler: Any) -> str:
             scheduler=diffusers.EulerDiscreteScheduler(**schedule, timestep_spacing="leading", **scheduler),
         )
     else:
-        schedule |= {"clip_sample": False, "set_alpha_to_one": False}
+        schedule |= {"clip_sample": False, "set_alpha_to_one": True}
         pipe = diffusers.StableDiffusionPipeline(
             **parts,
             text_encoder=widen(CLIPTextModel(CLIPTextConfig(**text_settings(words)))),
