@@ -184,7 +184,7 @@ def add_lora(unet: nn.Module, args: Any) -> None:
 def schedule(pipe: Any, num_steps: int) -> Schedule:
     """DDIM's steps for SD, and Euler's for SDXL: the same in other variables, with alpha = 1 / (1 + sigma^2).
 
-    The last step of both leads to alpha 1, the predicted image, whatever the scheduler's set_alpha_to_one says.
+    The last step of both leads to alpha 1, the predicted image, also where set_alpha_to_one is false.
 
     Raises:
         RunError: the pipeline's scheduler does not say how much noise its model was trained with.
