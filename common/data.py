@@ -9,6 +9,7 @@ import codecs
 import functools
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -210,12 +211,10 @@ def model_folder(model: str) -> tuple[str, str | None]:
     return str(path), None
 
 
-def toy_folder() -> Path:
-    """The toy world's files, built on first use."""
-    from toy import language
-
+def toy_folder(world: str = "language") -> Path:
+    """The files of a toy world, language or images, built on first use."""
     try:
-        return language.ensure()
+        return importlib.import_module(f"toy.{world}").ensure()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise dist.RunError(f"cannot build the toy world: {error}") from error
 

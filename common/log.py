@@ -25,7 +25,8 @@ from common.generate import generate
 CHANGEABLE = """
     output_dir overwrite max_steps num_epochs num_iterations eval_dataset eval_every save_every
     keep_checkpoints num_samples max_new_tokens temperature judge micro_batch_tokens activation_checkpointing
-    compile sharding merge_lora precompute_ref track wandb_project run_name
+    compile sharding merge_lora precompute_ref track wandb_project run_name micro_batch_size
+    step_checkpointing images_per_prompt sample weights
 """.split()  # noqa: SIM905
 
 
@@ -243,7 +244,9 @@ class Log:
         return "  ".join(f"{name.rsplit('/')[-1]} {metrics[name]:.3g}" for name in shown)
 
     def _pace(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
-        pace = f"  {metrics['train/tokens_per_second'] / 1000:.1f}k tokens/s"
+        pace = f"  {metrics.get('train/tokens_per_second', 0) / 1000:.1f}k tokens/s"
+        if "train/images_per_second" in metrics:
+            pace = f"  {metrics['train/images_per_second']:.3g} images/s"
         if "train/mfu" in metrics:
             pace += f"  MFU {metrics['train/mfu']:.1%}  {metrics['train/max_memory_gib']:.1f} GiB"
         left = (now - self.started) / max(1, step - self.first_step) * (num_steps - step)
@@ -283,6 +286,13 @@ class Log:
             rows.append({**row, "ended": sample.ended, **scores})
         for row, value in zip(rows, rewards, strict=False):
             row |= {**value, **row} if isinstance(value, dict) else {"reward": value}
+        self._write_samples(step, rows)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[4:]}
+        plain = ("ended", "reward")
+        metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
+        return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
+
+    def _write_samples(self, step: int, rows: list[dict]) -> None:
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb:
@@ -290,10 +300,20 @@ class Log:
 
             table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
             self._track(step, {"samples": table})
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[4:]}
-        plain = ("ended", "reward")
-        metrics = {f"eval/{'' if name in plain else 'judge/'}{name}": mean for name, mean in means.items()}
-        return metrics | {f"eval/{name}": value for name, value in following(rows).items()}
+
+    def write_samples(self, step: int, rows: list[dict]) -> dict[str, float]:
+        """Append rows that another function has judged. -> means of the scores after `reward_base`"""
+        if dist.is_main():
+            self._write_samples(step, [{"step": step, **row} for row in rows])
+        names = [*rows[0]][4:]
+        return {f"eval/judge/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
+
+    def picture(self, step: int, path: Path) -> None:
+        """Send a PNG to W&B, under its folder's name."""
+        if self.wandb:
+            import wandb
+
+            self._track(step, {path.parent.name: wandb.Image(str(path))})
 
     def judge(self) -> Callable | None:
         """What scores a reply, if anything does."""

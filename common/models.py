@@ -560,8 +560,13 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
             plan = {**plan, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
         fully_shard(head, **plan, reshard_after_forward=False)  # backward begins with it
     fully_shard(model, mesh=plan["mesh"], mp_policy=policy)
+    sum_gradients(model)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Let FSDP add gradients over ranks instead of averaging them; gloo knows only the plain sum."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # gradients add up over ranks; gloo knows only the plain sum
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

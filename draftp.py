@@ -1,0 +1,545 @@
+"""DRaFT+: reward gradients through a diffusion sampler (Clark et al., 2023), https://arxiv.org/abs/2309.17400
+
+A differentiable reward r of the finished image is raised by gradients through the last K sampler steps, while
+the noise predictions stay near those of the base model at the same latents (the +, from NeMo-Aligner):
+
+    x      = sqrt(alpha') (x - sqrt(1 - alpha) eps) / sqrt(alpha) + sqrt(1 - alpha') eps     a step of DDIM
+    loss   = -r(decode(x_0), prompt) + kl_coef * mean (eps - eps_base)^2      over the K steps and dimensions
+
+and its relatives: DRaFT through all steps, DRaFT-K, DRaFT-LV, random K (AlignProp). At inference, annealed
+importance guidance, https://arxiv.org/abs/2409.06493, moves from the base to the tuned model step by step:
+
+    eps    = (1 - w_i) eps_base + w_i eps
+
+    python draftp.py --help
+    torchrun --nproc_per_node=8 draftp.py --model sd15 --reward PickScore_v1 --dataset prompts.txt
+    python draftp.py --sample prompts.txt --weights draft,base,power_2.0
+
+Shapes: B images in a micro-batch, S sampler steps, K with gradient, R rewards; latents x (B, C, h, w).
+
+Metrics, results and departures from the papers: docs/draftp.md
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from common import checkpoint, data, diffusion, dist, models
+from common.log import Log, load_function, parse
+
+TOY = dict(
+    num_inference_steps=20,
+    guidance_scale=3.0,
+    kl_coef=3.0,
+    learning_rate=1e-3,
+    warmup_steps=5,
+    batch_size=32,
+    micro_batch_size=32,
+    max_steps=40,
+    lora_rank=8,
+    lora_alpha=8.0,
+    eval_every=20,
+    num_samples=24,
+)
+SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
+
+
+@dataclass
+class Args:
+    """DRaFT+: fine-tune a diffusion model through a differentiable reward."""
+
+    model: str = "toy"
+    """policy to start from: toy, a run folder, folder or hub id of a diffusers SD 1.x, 2.x or XL pipeline"""
+    dataset: str = "toy"
+    """prompts: toy, .txt, .tsv, .tar, .jsonl/.json/.parquet, folder, hub/name[:config[:split]]; a,b mixes"""
+    eval_dataset: str = ""
+    """held-out data; default: the data set's test split, else 5 % of its prompts"""
+    output_dir: str = f"runs/{Path(__file__).stem}"
+    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    overwrite: bool = False
+    """start anew in output_dir instead of resuming the run there"""
+    seed: int = 1
+    """orders data and samples"""
+
+    # algorithm
+    reward: str = "toy"
+    """toy, brightness, a CLIP model (PickScore's format), package.module:function; a,b*0.5 adds several"""
+    num_grad_steps: int = 1
+    """K, how many of the last sampler steps gradients pass through; 0: all (DRaFT)"""
+    random_k: bool = False
+    """draw K from 1 to num_grad_steps at each optimizer step (AlignProp)"""
+    num_lv: int = 1
+    """samples of the last step to average over, from the second on noised anew; >= 2 is DRaFT-LV"""
+    kl_coef: float = 0.2
+    """weight of the divergence from the reference policy; 0 loads no reference"""
+    num_inference_steps: int = 50
+    """S, steps of the sampler"""
+    guidance_scale: float = 7.5
+    """weight of the prompt in classifier-free guidance; 1 is none"""
+    image_size: int = 0
+    """pixels of a side; 0: what the model was trained for"""
+
+    # optimization
+    learning_rate: float = 1e-4
+    """peak learning rate"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after warm-up: constant, or down to min_lr_ratio at the last step"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    min_lr_ratio: float = 0.1
+    """the last step's share of the peak learning rate, for linear and cosine"""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only"""
+    max_grad_norm: float = 10.0
+    """clip the global gradient norm to this; 0 never clips"""
+    num_epochs: int = 1
+    """passes over the training data"""
+    max_steps: int = -1
+    """optimizer steps; -1: as many as num_epochs takes"""
+    batch_size: int = 8
+    """prompts, an image each, per optimizer step, over all ranks"""
+    micro_batch_size: int = 4
+    """images in one forward on one rank, memory not result"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
+    lora_rank: int = 32
+    """rank of LoRA adapters; 0 trains all weights"""
+    lora_alpha: float = 32.0
+    """LoRA's scale is lora_alpha / lora_rank"""
+    lora_target: str = "to_q,to_k,to_v,to_out.0"
+    """modules that get adapters: all-linear, or names joined by commas"""
+    merge_lora: bool = False
+    """fold the adapters into the exported model instead of writing a peft folder"""
+    ema_decay: float = 0.0
+    """of the moving average of the trained weights, which is evaluated and exported; 0 keeps none"""
+    sharding: Literal["full", "hybrid", "none"] = "full"
+    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
+    step_checkpointing: bool = True
+    """keep latents only and recompute each denoising step and decoded image in backward"""
+
+    # bookkeeping
+    eval_every: int = 20
+    """optimizer steps between evaluations"""
+    save_every: int = 200
+    """optimizer steps between checkpoints"""
+    keep_checkpoints: int = 1
+    """how many of the newest checkpoints stay on disk"""
+    num_samples: int = 16
+    """prompts drawn and judged at each evaluation"""
+    images_per_prompt: int = 4
+    """images of each such prompt, from fixed noises: for the picture and the diversity"""
+    judge: str = ""
+    """package.module:function, (prompt, image) -> dict of scores; default: exact for toy, else none"""
+    sample: str = ""
+    """do not train, but draw this file's prompts with the model in output_dir, under each of `weights`"""
+    weights: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
+    """shares of the tuned model over the steps of the sampler: base, draft, linear, power_p, step_p"""
+    track: bool = False
+    """log to Weights & Biases too: online if logged in, else offline"""
+    wandb_project: str = "cleanalign"
+    """W&B project"""
+    run_name: str = ""
+    """W&B run name"""
+
+
+class Models(NamedTuple):
+    """What a run draws images with."""
+
+    pipe: Any
+    policy: nn.Module
+    ref_policy: nn.Module | None  # a frozen copy; None: the policy with adapters off
+    has_reference: bool  # False: the policy is trained whole and nothing compares it with the base model
+    schedule: diffusion.Schedule
+    reward: diffusion.Reward
+    size: int  # pixels of a side
+    device: torch.device
+
+
+# the sampler
+
+
+def ddim_step(eps: Tensor, x: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
+    """Eq. 12 of DDIM, https://arxiv.org/abs/2010.02502, with sigma 0: no noise is added.
+
+    Args:
+        eps: predicted noise in x, of x's shape.
+        alpha, alpha_next: alpha-bar at x and where the step leads, scalars.
+    """
+    x_0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    return alpha_next.sqrt() * x_0 + (1 - alpha_next).sqrt() * eps
+
+
+def guided(eps_empty: Tensor, eps_prompt: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, https://arxiv.org/abs/2207.12598, with scale counted as in diffusers."""
+    return eps_empty + scale * (eps_prompt - eps_empty)
+
+
+def noise_from_v(v: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+    """The noise that a prediction of v = sqrt(alpha) eps - sqrt(1 - alpha) x_0 stands for."""
+    return alpha.sqrt() * v + (1 - alpha).sqrt() * x
+
+
+def denoise(
+    eps: Callable[[Tensor, int], Tensor],
+    eps_base: Callable[[Tensor, int], Tensor] | None,
+    x: Tensor,
+    alphas: Tensor,
+    num_grad_steps: int,
+    step_checkpointing: bool = False,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """DRaFT-K: from noise x to the sample x_0, gradients through the last num_grad_steps steps only.
+
+    Args:
+        eps, eps_base: (x, i) -> predicted noise at sampler step i of S, of the policy and of the base model.
+        alphas: (S + 1,) alpha-bar before each step and after the last.
+        step_checkpointing: keep only the latents between steps; predict again in backward.
+        first: the step that x is the latent of.
+
+    Returns:
+        x_0, and (B,) the mean of (eps - eps_base)^2 over these steps and all dimensions, both at the policy's
+        latents. Gradients of eps_base with respect to x are left out (departure 2); zero without eps_base.
+    """
+    num_steps = len(alphas) - 1
+    kl = x.new_zeros(len(x))
+    with torch.no_grad():
+        for i in range(first, num_steps - num_grad_steps):
+            x = ddim_step(eps(x, i), x, alphas[i], alphas[i + 1])
+    for i in range(max(first, num_steps - num_grad_steps), num_steps):
+        e = recompute(eps, x, i, **diffusion.RECOMPUTE) if step_checkpointing else eps(x, i)
+        if eps_base is not None:
+            with torch.no_grad():
+                e_base = eps_base(x, i)
+            kl = kl + (e - e_base).square().flatten(1).mean(1) / num_grad_steps
+        x = ddim_step(e, x, alphas[i], alphas[i + 1])
+    return x, kl
+
+
+def renoise(x_0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """DRaFT-LV: another latent before the last step, from the finished sample and without its gradient."""
+    return alpha.sqrt() * x_0.detach() + (1 - alpha).sqrt() * noise
+
+
+def annealed(
+    eps: Callable[[Tensor, int], Tensor],
+    eps_base: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    alphas: Tensor,
+    weights: list[float],
+) -> Tensor:
+    """Annealed importance guidance: x_0 when step i follows weights[i] of the policy and the rest base."""
+    for i, w in enumerate(weights):
+        if w in (0.0, 1.0):  # exactly one of the models, and half the work
+            e = eps(x, i) if w else eps_base(x, i)
+        else:
+            e = (1 - w) * eps_base(x, i) + w * eps(x, i)
+        x = ddim_step(e, x, alphas[i], alphas[i + 1])
+    return x
+
+
+def annealing_weights(name: str, num_steps: int) -> list[float]:
+    """Shares of the tuned model at the steps 0 .. S - 1, under NeMo-Aligner's names.
+
+    Raises:
+        RunError: no such name.
+    """
+    shape, _, p = name.partition("_")
+    t = [i / num_steps for i in range(num_steps)]  # never reaches 1
+    if name in ("base", "draft"):
+        return [float(name == "draft")] * num_steps
+    if name == "linear":
+        return t
+    if shape in ("power", "step") and re.fullmatch(r"\d*\.?\d+", p):
+        return [x ** float(p) if shape == "power" else float(x >= float(p)) for x in t]
+    raise data.wrong("weights", name, "base, draft, linear, power_p or step_p, with a number p")
+
+
+def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
+    """The loss of each image, DRaFT+'s with kl_coef > 0; rewards and kl (B,). -> (B,)"""
+    return -rewards + kl_coef * kl
+
+
+# with the model
+
+
+def predictors(m: Models, prompts: list[str], scale: float) -> tuple[Callable, Callable | None]:
+    """eps(x, i) of the policy for these prompts, and eps_base of the base model, None if that is not at hand.
+
+    Both are guided, and float32 whatever the compute dtype.
+    """
+    is_guided = scale != 1
+    conditions = diffusion.encode(m.pipe, prompts, m.size, is_guided, m.device)
+    alphas = m.schedule.alphas
+
+    def predict(unet: nn.Module, x: Tensor, i: int) -> Tensor:
+        rows = torch.cat([x, x]) if is_guided else x  # without and with the prompt
+        out = unet(rows, m.schedule.timesteps[i], **conditions, return_dict=False)[0].float()
+        out = guided(*out.chunk(2), scale) if is_guided else out
+        return noise_from_v(out, x, alphas[i]) if m.schedule.predicts_v else out
+
+    def eps(x: Tensor, i: int) -> Tensor:
+        return predict(m.policy, x, i)
+
+    def eps_base(x: Tensor, i: int) -> Tensor:
+        if m.ref_policy is not None:
+            return predict(m.ref_policy, x, i)
+        with models.adapters_off(m.policy):
+            return predict(m.policy, x, i)
+
+    return eps, eps_base if m.has_reference else None
+
+
+def score(
+    m: Models, x_0: Tensor, kl: Tensor, prompts: list[str], args: Args
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Losses (B,) and metrics (B,) of finished samples, and their images (B, 3, H, W) in [0, 1]."""
+    pixels = diffusion.decode(m.pipe.vae, x_0, args.step_checkpointing)
+    images = pixels.clamp(0, 1)  # a clamped pixel passes no gradient
+    parts = m.reward(images, prompts)  # (B, R)
+    rewards = parts @ m.reward.weights
+    losses = draft_loss(rewards, kl, args.kl_coef)
+    metrics = {
+        "loss": losses.detach(),
+        "reward": rewards.detach(),
+        "reward_std": rewards.detach() ** 2,  # until `means`, which has the whole batch
+        "kl": kl.detach(),
+        "saturated_pixels_frac": (pixels != images).float().mean((1, 2, 3)),
+    }
+    if len(m.reward.names) > 1:
+        names = [f"rewards/{name.rpartition('/')[2]}" for name in m.reward.names]
+        metrics |= dict(zip(names, parts.detach().unbind(1), strict=True))
+    return losses, metrics, images
+
+
+def loss_and_metrics(
+    m: Models, micro: diffusion.MicroBatch, step: int, num_grad_steps: int, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of a micro-batch, both summed over its images; the caller picks the denominator."""
+
+    def noise(draw: int) -> Tensor:
+        return diffusion.noise(args.seed, step, micro.indices, m.pipe, m.size, m.device, draw)
+
+    eps, eps_base = predictors(m, micro.prompts, args.guidance_scale)
+    alphas, last = m.schedule.alphas, args.num_inference_steps - 1
+    samples = [denoise(eps, eps_base, noise(0), alphas, num_grad_steps, args.step_checkpointing)]
+    for draw in range(1, args.num_lv):
+        x = renoise(samples[0][0], noise(draw), alphas[last])
+        samples.append(denoise(eps, eps_base, x, alphas, 1, args.step_checkpointing, first=last))
+    loss, totals = 0.0, Counter()
+    for x_0, kl in samples:
+        losses, metrics, _ = score(m, x_0, kl, micro.prompts, args)
+        loss = loss + losses @ micro.weights / len(samples)
+        totals.update({name: value @ micro.weights / len(samples) for name, value in metrics.items()})
+    return loss, totals
+
+
+def means(totals: dict[str, float], count: int, prefix: str, m: Models) -> dict[str, float]:
+    """Metrics of `count` images from their sums over all micro-batches and ranks.
+
+    Raises:
+        RunError: a reward is not finite.
+    """
+    values = {name: total / count for name, total in totals.items()}
+    if not math.isfinite(values["reward"]):
+        found = f"{values['reward']} on average over {count} images"
+        raise data.wrong(f"reward {'+'.join(m.reward.names)}", found, "finite numbers; the run stops")
+    values["reward_std"] = max(0.0, values["reward_std"] - values["reward"] ** 2) ** 0.5
+    if not m.has_reference:
+        del values["kl"]
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+class Drawn(NamedTuple):
+    """Images to look at, images_per_prompt in a row of each prompt; alike on every rank."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+    rewards: Tensor  # (N,)
+    features: Tensor  # (N, F)
+
+
+@torch.no_grad()
+def draw(
+    m: Models, prompts: list[str], args: Args, weights: list[float] | None = None
+) -> tuple[Drawn, dict[str, Tensor]]:
+    """Draw each prompt from the noises of step 0, by the policy or annealed; also sums of metrics."""
+    totals, found, items = Counter(), [], [p for p in prompts for _ in range(args.images_per_prompt)]
+    for micro in diffusion.micro_batches(items, args.micro_batch_size, m.device):
+        eps, eps_base = predictors(m, micro.prompts, args.guidance_scale)
+        x = diffusion.noise(args.seed, 0, micro.indices, m.pipe, m.size, m.device)
+        if weights is None:
+            x_0, kl = denoise(eps, eps_base, x, m.schedule.alphas, most_grad_steps(args))
+        else:
+            x_0, kl = annealed(eps, eps_base, x, m.schedule.alphas, weights), x.new_zeros(len(x))
+        _, metrics, images = score(m, x_0, kl, micro.prompts, args)
+        totals.update({name: value @ micro.weights for name, value in metrics.items()})
+        columns = (images.mul(255).round().byte(), metrics["reward"], m.reward.features(images))
+        rows = zip(micro.indices, *(column.cpu() for column in columns), strict=True)
+        found += rows if micro.weights.any() else []
+    found = sorted(dist.gather(found), key=lambda row: row[0])
+    return Drawn(*(torch.stack([row[k] for row in found]) for k in (1, 2, 3))), totals
+
+
+def anneal(m: Models, prompts: list[str], args: Args, folder: Path) -> None:
+    """Draw the prompts under each schedule of args.weights; write the images, a grid and the curve."""
+    points, columns = {}, {}
+    for name in args.weights.split(","):
+        drawn, _ = draw(m, prompts, args, annealing_weights(name, args.num_inference_steps))
+        spread = diffusion.diversity(drawn.features, args.images_per_prompt)
+        points[name] = {"diversity": spread, "reward": drawn.rewards.mean().item()}
+        columns[name] = drawn
+    diffusion.save_grid(folder / "grid.png", prompts, columns)
+    diffusion.save_curve(folder / "curve.png", points)
+    if args.sample:
+        diffusion.save_images(folder, prompts, columns)
+
+
+def most_grad_steps(args: Args) -> int:
+    return args.num_grad_steps or args.num_inference_steps
+
+
+def grad_steps(step: int, args: Args) -> int:
+    """K of an optimizer step."""
+    most = most_grad_steps(args)
+    return int(np.random.default_rng((args.seed, step)).integers(1, most + 1)) if args.random_k else most
+
+
+def check(args: Args) -> None:
+    """Refuse settings that do not go together, before anything is loaded."""
+    if not 0 <= args.num_grad_steps <= args.num_inference_steps:
+        raise data.wrong("num_grad_steps", args.num_grad_steps, f"0 to {args.num_inference_steps}, all steps")
+    if args.num_lv > 1 and args.num_grad_steps != 1:
+        raise data.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
+    for name in ("batch_size", "micro_batch_size", "num_lv", "num_samples", "images_per_prompt"):
+        if getattr(args, name) < 1:
+            raise data.wrong(name, getattr(args, name), "at least 1")
+    for name in args.weights.split(","):
+        annealing_weights(name, args.num_inference_steps)
+
+
+def setup(
+    args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None, device: torch.device
+) -> Models:
+    schedule = diffusion.schedule(pipe, args.num_inference_steps)
+    schedule = schedule._replace(alphas=schedule.alphas.to(device))
+    reward, size = diffusion.load_reward(args.reward, device), diffusion.image_size(pipe, args.image_size)
+    has_reference = ref_policy is not None or any(hasattr(x, "base_layer") for x in policy.modules())
+    return Models(pipe, policy, ref_policy, has_reference, schedule, reward, size, device)
+
+
+def sample(args: Args, device: torch.device) -> None:
+    """Draw the prompts of args.sample with the model a finished run left in output_dir; trains nothing."""
+    prompts = diffusion.read_prompts(args.sample)
+    began = diffusion.trained_from(args.output_dir)
+    if began != args.model:
+        raise data.wrong(
+            f"output_dir {args.output_dir}", f"a run that began with {began}", f"--model {began}"
+        )
+    pipe, policy = diffusion.load(args.output_dir, device, args, trainable=False, fuse=False)
+    adapted = any(hasattr(x, "base_layer") for x in policy.modules())
+    ref_policy = None if adapted else diffusion.load(args.model, device, args, trainable=False)[1]
+    folder = Path(args.output_dir) / "annealed" / Path(args.sample).stem
+    anneal(setup(args, pipe, policy, ref_policy, device), prompts, args, folder)
+
+
+def main(args: Args) -> None:
+    # setup
+    device = dist.init(args.seed)
+    check(args)
+    if args.sample:
+        return sample(args, device)
+    log = Log(args, __file__, SHOWN, TOY)
+
+    # data
+    train_set, eval_set = diffusion.load_prompts(args)
+    num_steps = data.num_steps(train_set, args)
+    shown = [*dict.fromkeys(diffusion.texts(eval_set))][: args.num_samples]
+    if not log.begin(num_steps):
+        return
+
+    # models
+    pipe, policy = diffusion.load(args.model, device, args)
+    frozen_copy = args.lora_rank == 0 and args.kl_coef > 0
+    ref_policy = diffusion.load(args.model, device, args, trainable=False)[1] if frozen_copy else None
+    m = setup(args, pipe, policy, ref_policy, device)
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.999))
+    ema = diffusion.average(policy) if args.ema_decay > 0 else None
+    base, _ = draw(m, shown, args)  # before resume() changes the policy
+    parts = {"policy": (policy, optimizer)} | ({"ema": (ema, None)} if ema else {})
+    start_step = checkpoint.resume(args, parts)["step"]
+
+    def evaluate(step: int) -> dict[str, float]:
+        with diffusion.averaged(policy, ema):
+            drawn, totals = draw(m, shown, args)
+        metrics = means(dist.all_sum(totals), len(drawn.rewards), "eval", m)
+        metrics["eval/reward/base"] = base.rewards.mean().item()
+        metrics["eval/reward/gain"] = (drawn.rewards - base.rewards).mean().item()
+        metrics["eval/diversity"] = diffusion.diversity(drawn.features, args.images_per_prompt)
+        metrics["eval/diversity/base"] = diffusion.diversity(base.features, args.images_per_prompt)
+        picture = log.folder / "images" / f"step_{step:08d}.png"
+        diffusion.save_grid(picture, shown, {"base": base, "tuned": drawn})
+        log.picture(step, picture)
+        rows = diffusion.judged(shown, drawn, base, load_function(spec) if spec else None)
+        return metrics | log.write_samples(step, rows)
+
+    spec = args.judge or ("toy.images:judge" if args.dataset == "toy" else "")
+    if start_step == 0:
+        log(0, num_steps, evaluate(step=0))
+
+    for step in range(start_step + 1, num_steps + 1):
+        # update
+        step_start = time.perf_counter()
+        batch = data.batch(train_set, step, args)  # the same on every rank
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * models.lr_factor(step, num_steps, args)
+        totals = Counter()
+        for micro in diffusion.micro_batches(diffusion.texts(batch), args.micro_batch_size, device):
+            loss, metrics = loss_and_metrics(m, micro, step, grad_steps(step, args), args)
+            (loss / len(batch)).backward()  # gradients add over micro-batches and ranks: the batch's mean
+            totals.update(metrics)
+        grad_norm = models.clip_grad_norm(policy, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema:
+            diffusion.update_average(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
+        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+
+        # evaluate
+        metrics = {
+            "train/epoch": step * args.batch_size / train_set.epoch_size,
+            "train/learning_rate": optimizer.param_groups[0]["lr"],
+            "train/grad_norm": sums.pop("grad_norm"),
+            "train/num_grad_steps": grad_steps(step, args),
+            "train/images_per_second": len(batch) / (time.perf_counter() - step_start),
+        }
+        metrics |= means(sums, len(batch), "train", m)
+        stop = dist.stop_requested()
+        if step % args.eval_every == 0 or step == num_steps:
+            metrics |= evaluate(step)
+
+        # log and save
+        log(step, num_steps, metrics)
+        if step % args.save_every == 0 or step == num_steps or stop:
+            checkpoint.save(args, step, parts)
+        if stop and step < num_steps:
+            return log.finish(stopped_at=step)
+
+    with diffusion.averaged(policy, ema):
+        if m.has_reference:
+            anneal(m, shown, args, log.folder / "annealed")
+            log.picture(num_steps, log.folder / "annealed" / "curve.png")
+        diffusion.export(args, pipe, policy)
+    log.finish()
+
+
+if __name__ == "__main__":
+    dist.run(main, parse(Args, TOY))

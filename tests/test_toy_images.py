@@ -1,0 +1,143 @@
+"""The toy picture world: its judge by hand, prompts, tokenizer and, with the world built, its models."""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_metrics
+
+import draftp
+from common import diffusion
+from toy import images
+
+
+def test_a_picture_by_hand() -> None:
+    one = [torch.tensor([x]) for x in (0, 1, 4.0, 8.0, 8.0, 0.2)]  # a red square of radius 4 in the middle
+    picture = images.render(*one)[0]
+    assert picture.shape == (3, 16, 16)
+    assert picture[:, 0, 0].tolist() == pytest.approx([0.2, 0.2, 0.2])
+    assert picture[:, 8, 8].tolist() == pytest.approx([0.9, 0.1, 0.1])
+    covered = (picture[1] < 0.2).sum().item()
+    assert 6 * 6 <= covered <= 8 * 8  # a side of .85 * 2 * 4 = 6.8 pixels
+
+
+@pytest.mark.parametrize("shape", range(4))
+def test_the_judge_sees_what_was_drawn(shape: int) -> None:
+    one = [torch.tensor([x]) for x in (4, shape, 6.0, 7.5, 8.5, 0.9)]
+    picture = images.render(*one)[0] + 0.05 * torch.randn(
+        3, 16, 16, generator=torch.Generator().manual_seed(0)
+    )
+    name = images.SHAPES[shape]
+    right = {"colour": 1.0, "shape": 1.0, "details": 1.0, "correct": 1.0}
+    assert images.judge(f"a purple {name}", picture) == right
+    assert images.judge(f"a large purple {name} on a light background", picture) == right
+    assert images.judge(f"a small purple {name}", picture) == {**right, "details": 0.0, "correct": 0.0}
+    assert images.judge(f"a purple {name} on a dark background", picture)["details"] == 0.0
+    assert images.judge(f"a red {name}", picture) == {**right, "colour": 0.0, "correct": 0.0}
+    other = images.SHAPES[shape - 1]
+    assert images.judge(f"a purple {other}", picture) == {**right, "shape": 0.0, "correct": 0.0}
+
+
+def test_the_judge_is_nearly_always_right() -> None:
+    pictures, words = images.draw(torch.Generator().manual_seed(5), 100)
+    right = [images.see(picture) == word for picture, word in zip(pictures, words, strict=True)]
+    assert sum(right) >= 96
+
+
+def test_captions_err_as_often_as_they_should() -> None:
+    rng, words = random.Random(0), ("red", "circle", "small", "dark")
+    assert all({"red", "circle"} <= set(images.describe(rng, words).split()) for _ in range(50))
+    wrong = [not {"red", "circle"} <= set(images.describe(rng, words, 0.25).split()) for _ in range(2000)]
+    assert 0.22 < sum(wrong) / 2000 < 0.28
+
+
+def test_no_test_prompt_is_a_train_prompt() -> None:
+    train, test = images.all_prompts("train"), images.all_prompts("test")
+    assert len(set(train) | set(test)) == len(train) + len(test) == 6 * 4 * 3 * 3
+    assert "a small red circle on a dark background" in train + test and "a red circle" in train + test
+
+
+def test_a_word_is_a_token_and_nothing_is_unknown() -> None:
+    tokenizer = images.make_tokenizer()
+    ids = tokenizer("a small red circle on a dark background").input_ids
+    assert len(ids) == 8 + 2 and ids[-1] == len(tokenizer) - 1  # CLIP finds the end by its id
+    padded = tokenizer("a zebra", padding="max_length", truncation=True).input_ids
+    assert len(padded) == images.LENGTH
+    text = "zebra 7!"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).replace(" ", "") == "zebra7!"
+
+
+def test_the_builder_does_not_see_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: calls.append((command, options["env"])))
+    folder = images.ensure()
+    ((command, env),) = calls
+    assert folder.parent == tmp_path and command[1:3] == ["-m", "toy.images"]
+    assert "RANK" not in env and env["OMP_NUM_THREADS"] == "1"
+
+
+# with the world built
+
+
+@pytest.fixture(scope="module")
+def world() -> Path:
+    return images.ensure()
+
+
+@pytest.mark.slow
+def test_the_base_model_often_errs_and_is_small(world: Path) -> None:
+    pipe = diffusion.read_pipeline("toy")
+    assert sum(p.numel() for p in pipe.unet.parameters()) <= 500_000
+    assert pipe.unet.config.sample_size == 8
+    prompts = images.all_prompts("test")
+    options = {"height": 16, "width": 16, "num_inference_steps": 20, "guidance_scale": 3.0}
+    pictures = pipe(prompts, output_type="pt", generator=torch.Generator().manual_seed(0), **options).images
+    scores = [images.judge(p, x) for p, x in zip(prompts, pictures, strict=True)]
+    shares = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+    assert 0.4 < shares["colour"] < 0.95 and 0.3 < shares["shape"] < 0.9 and 0.1 < shares["correct"] < 0.7
+
+
+@pytest.mark.slow
+def test_the_reward_model_knows_right_from_wrong(world: Path) -> None:
+    reward = diffusion.load_reward("toy", torch.device("cpu"))
+    pictures, words = images.draw(torch.Generator().manual_seed(7), 100)
+    right = [images.prompt(colour, shape) for colour, shape, *_ in words]
+    for k, options in ((0, list(images.COLOURS)), (1, list(images.SHAPES))):
+        wrong = []
+        for colour, shape, *_ in words:
+            pair = [colour, shape]
+            pair[k] = options[options.index(pair[k]) - 1]
+            wrong.append(images.prompt(*pair))
+        better = reward(pictures, right) > reward(pictures, wrong)
+        assert better.float().mean() > 0.9
+
+
+@pytest.mark.slow
+def test_brightness_rises_and_the_kl_term_holds_it_back(world: Path, tmp_path: Path) -> None:
+    """In 25 steps; three values of kl_coef are in order both in KL and in reward."""
+    found = []
+    for kl_coef in (0.01, 1.0, 10.0):
+        changes = {"kl_coef": kl_coef, "reward": "brightness", "max_steps": 25, "eval_every": 25}
+        changes |= {"num_samples": 8, "weights": "draft", "output_dir": str(tmp_path / str(kl_coef))}
+        draftp.main(draftp.Args(**{**draftp.TOY, **changes}))
+        found.append(read_metrics(changes["output_dir"])[-1])
+    gains, kls = ([row[f"eval/{name}"] for row in found] for name in ("reward/gain", "kl"))
+    assert gains[0] > gains[1] > gains[2] > 0 and gains[0] > 0.1, found
+    assert kls[0] > kls[1] > kls[2] > 0, found
+
+
+@pytest.mark.slow
+def test_the_default_run_draws_more_of_what_is_asked_for(world: Path, tmp_path: Path) -> None:
+    draftp.main(draftp.Args(**draftp.TOY, output_dir=str(tmp_path / "run")))
+    rows = read_metrics(tmp_path / "run")
+    first, last = rows[0], rows[-1]
+    assert last["eval/reward"] > first["eval/reward"] + 2
+    assert last["eval/judge/correct"] > first["eval/judge/correct"] + 0.1
+    assert last["eval/diversity"] > 0.5 * first["eval/diversity"]
+    points = json.loads((tmp_path / "run" / "annealed" / "curve.json").read_text())
+    assert points["base"]["reward"] < points["linear"]["reward"] < points["draft"]["reward"]
