@@ -40,14 +40,13 @@ from common.log import Log, load_function, parse
 TOY = dict(
     num_inference_steps=20,
     guidance_scale=3.0,
-    kl_coef=3.0,
-    learning_rate=1e-3,
+    kl_coef=1.0,
+    learning_rate=3e-4,
     warmup_steps=5,
     batch_size=32,
     micro_batch_size=32,
     max_steps=40,
-    lora_rank=8,
-    lora_alpha=8.0,
+    lora_rank=0,
     eval_every=20,
     num_samples=24,
 )
