@@ -625,10 +625,10 @@ def save_curve(path: Path, points: dict[str, dict[str, float]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.2, 3.8))
-    for name, point in points.items():
+    for i, (name, point) in enumerate(points.items()):
         at = (point["diversity"], point["reward"])
         axis.plot(*at, "o", color="tab:blue", markersize=5)
-        axis.annotate(name, at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(name, at, xytext=(6, -10 if i % 2 else 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("diversity: mean distance of two images of a prompt", fontsize=8)
     axis.set_ylabel("reward", fontsize=8)
     axis.tick_params(labelsize=7)

@@ -437,10 +437,10 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 def test_the_reward_rises_and_the_kl_term_holds_it_back(tiny: Path, tmp_path: Path) -> None:
     found = []
-    for kl_coef in (0.1, 3.0, 20.0):
-        changes = {"lora_rank": 0, "learning_rate": 1e-3, "max_steps": 8, "eval_every": 8}
+    for kl_coef in (0.01, 0.5, 2.0):
+        changes = {"lora_rank": 0, "learning_rate": 3e-3, "max_steps": 8, "eval_every": 8}
         rows = run(tiny, tmp_path / str(kl_coef), kl_coef=kl_coef, reward=str(tiny / "clip"), **changes)
-        found.append((rows[-1]["eval/reward/gain"], rows[-1].get("eval/kl")))
+        found.append((rows[-1]["eval/reward/gain"], rows[-1]["eval/kl"]))
     gains, kls = zip(*found, strict=True)
     assert gains[0] > gains[1] > gains[2] > 0.0 and gains[0] > 0.3, found
     assert kls[0] > kls[1] > kls[2] > 0, found
