@@ -214,9 +214,12 @@ def random_policy(config: Any, device: Any, trainable: bool = True, **options: A
 
 def machine() -> dict[str, Any]:
     """Where and with what a figure came about."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     found = {"date": time.strftime("%Y-%m-%d"), "commit": commit}
     found |= {"cpu": names[0].split(":")[1].strip() if names else "", "cores": os.cpu_count()}
