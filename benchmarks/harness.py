@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 HH = ROOT.parent / "shared" / "data" / "hh_harmless.jsonl.gz"
+# freed blocks of 16 MiB go back to the system, where glibc would keep those below 32 MiB; pages of 2 MiB
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=16777216:glibc.malloc.trim_threshold=2000000000"
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 CHARACTERS_PER_TOKEN = 4.3
 TEMPLATE = (
@@ -40,6 +42,7 @@ def in_process(script: str, worker: str, settings: dict, threads: int, ranks: in
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from each other on a busy machine
+        "GLIBC_TUNABLES": MALLOC,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -211,9 +214,12 @@ def random_policy(config: Any, device: Any, trainable: bool = True, **options: A
 
 def machine() -> dict[str, Any]:
     """Where and with what a figure came about."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     found = {"date": time.strftime("%Y-%m-%d"), "commit": commit}
     found |= {"cpu": names[0].split(":")[1].strip() if names else "", "cores": os.cpu_count()}

@@ -558,7 +558,7 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
         fully_shard(embedding, **plan)
         if hasattr(model, "score"):  # float32 in every compute dtype
             plan = {**plan, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-        fully_shard(head, **plan, reshard_after_forward=False)  # backward begins with it
+        fully_shard(head, **plan, reshard_after_forward=not trainable)  # backward begins with it
     fully_shard(model, mesh=plan["mesh"], mp_policy=policy)
     sum_gradients(model)
 
