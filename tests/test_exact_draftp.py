@@ -212,8 +212,8 @@ def test_the_loss_is_least_at_the_closed_form(k: int) -> None:
 def test_the_scripts_optimizer_gets_there() -> None:
     delta = torch.zeros(S, D, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.AdamW([delta], lr=0.05, betas=(0.9, 0.999), weight_decay=0.0)
-    for step in range(300):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+    for step in range(1000):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 1000)
         shifted_loss(delta, 0.2 * S, S).backward()
         optimizer.step()
         optimizer.zero_grad()
