@@ -6,6 +6,7 @@
     python benchmarks/cpu.py ranks      one process against two at one thread each (B5)
     python benchmarks/cpu.py ppo        where a rollout and its updates spend their time (B7)
     python benchmarks/cpu.py loader     packing, building rows and tokenising (B9)
+    python benchmarks/cpu.py switches   what each option buys that changes speed and memory but no number
     python benchmarks/cpu.py all --small
 
 B1, B2 and B8 (against TRL) are vs_trl.py, B6 (rollouts) is generate.py. What is compared takes turns.
@@ -13,7 +14,9 @@ Prints a line a measurement and appends a JSON line to benchmarks/results/cpu.js
 """
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import (
+    MALLOC,
     ROOT,
     did_job,
     documents,
@@ -282,7 +286,81 @@ def loader(small: bool) -> dict[str, Any]:
     return found
 
 
-TASKS = {f.__name__: f for f in (head, length, tokens, ranks, ppo, loader)}
+# --------------------------------------------------------------------------------------------------- switches
+
+# script and what it is given, compared with the line above it that is given nothing; ranks
+SWITCHES = [
+    ("sft", "", 1),
+    ("sft", "--activation_checkpointing on", 1),
+    ("sft", "--micro_batch_tokens 1024", 1),
+    ("sft", "--micro_batch_tokens 4096", 1),
+    ("sft", "--compile", 1),
+    ("dpo", "", 1),
+    ("dpo", "--precompute_ref", 1),
+    ("sft", "", 2),
+    ("sft", "--sharding none", 2),
+]
+
+
+def run_script(script: str, given: str, num_ranks: int, folder: Path, small: bool) -> dict[str, Any]:
+    """A script as its users start it: tokens/s after the first steps, peak memory of its largest process."""
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    command = [sys.executable, *start, f"{script}.py", f"--model={folder}", f"--dataset={folder}/train.jsonl"]
+    command += [f"--eval_dataset={folder}/eval.jsonl", "--num_samples=0", "--max_length=1024"]
+    command += ["--batch_size=8", f"--max_steps={3 if small else 8}", "--learning_rate=1e-4", *given.split()]
+    with tempfile.TemporaryDirectory() as name:
+        command += [f"--output_dir={name}/run"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": MALLOC}
+        with open(f"{name}/log", "w+") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)  # its usage covers the ranks it waited for
+            log.seek(0)
+            if status:
+                sys.exit(f"{' '.join(command)} failed:\n{log.read()[-4000:]}")
+        lines = Path(name, "run", "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "train/loss" in row]
+    return {
+        "tokens_per_second": statistics.median(r["train/tokens_per_second"] for r in rows[len(rows) // 2 :]),
+        "peak_rss_mib": usage.ru_maxrss / 1024,
+        "losses": [row["train/loss"] for row in rows],
+    }
+
+
+def switches(small: bool) -> dict[str, Any]:
+    """Every option that is there for speed or memory only, against the script without it."""
+    import vs_trl
+
+    found: list[list[dict]] = [[] for _ in SWITCHES]
+    with contextlib.ExitStack() as stack:
+        folders = {}
+        for task in ("sft", "dpo"):
+            folders[task] = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            work = vs_trl.Work(task, **(vs_trl.SMALL if small else {}))
+            vs_trl.prepare(work, folders[task])
+            lines = (folders[task] / "train.jsonl").read_text().splitlines(keepends=True)
+            (folders[task] / "eval.jsonl").write_text("".join(lines[:4]))
+        for _ in range(1 if small else 3):
+            for (script, given, num_ranks), results in zip(SWITCHES, found, strict=True):
+                results.append(run_script(script, given, num_ranks, folders[script], small))
+    figures, base = [], found[0]
+    print(f"{'':44}{'tokens/s':>10}{'ratio':>7}{'MiB':>7}{'ratio':>7}{'loss gap':>10}")
+    for (script, given, num_ranks), results in zip(SWITCHES, found, strict=True):
+        base = results if not given else base
+        ratios = {
+            key: statistics.median(a[key] / b[key] for a, b in zip(results, base, strict=True))
+            for key in ("tokens_per_second", "peak_rss_mib")
+        }
+        gap = max(abs(a - b) for a, b in zip(results[0]["losses"], base[0]["losses"], strict=True))
+        speed, memory = (statistics.median(r[key] for r in results) for key in ratios)
+        name = f"{script}.py {given}" + f" on {num_ranks} ranks" * (num_ranks > 1)
+        faster, larger = ratios.values()
+        print(f"{name:44}{speed:10.0f}{faster:7.2f}{memory:7.0f}{larger:7.2f}{gap:10.1e}", flush=True)
+        figures.append({"name": name, "ratios": ratios, "gap": gap, "runs": results})
+        assert gap < 1e-4, f"{name} changes the losses"
+    return {"figures": figures}
+
+
+TASKS = {f.__name__: f for f in (head, length, tokens, ranks, ppo, loader, switches)}
 WORKERS = {
     "head": run_head,
     "length": run_length,

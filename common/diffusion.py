@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from common import data, dist, log, models
@@ -93,10 +93,8 @@ def load(
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
     unet.to(device)
-    low = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     # resharded after each forward, so that a change of the weights in place is seen by the next one
-    plan = {"mesh": models.mesh(device, args.sharding), "mp_policy": policy, "reshard_after_forward": True}
+    plan = models.fsdp_plan(unet, dtype, device, args) | {"reshard_after_forward": True}
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block, **plan)
     fully_shard(unet, **plan)

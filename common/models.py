@@ -2,7 +2,8 @@
 
 Three things differ from calling transformers directly. Rows are packed, so attention is told where sequences
 begin (`varlen_attention`). Logits are never held for a whole row (`_ChunkedHead`). Every model is an FSDP2
-module, on one process too, with float32 master weights and gradients summed, not averaged, over ranks.
+module with float32 master weights and gradients summed, not averaged, over ranks; on one process too, but
+there float32 weights stay plain tensors.
 
 Shapes: N tokens of a packed row, N_targets scored tokens, D width, V vocabulary, H heads, K head width.
 """
@@ -542,9 +543,7 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and name != "score.weight":
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
-    low = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-    plan = {"mesh": mesh(device, args.sharding), "mp_policy": policy}
+    plan = fsdp_plan(model, dtype, device, args)
     recompute = trainable and use_checkpointing(args.activation_checkpointing, model)
     for block in blocks(model):
         if recompute:
@@ -556,11 +555,23 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
         fully_shard(block, **plan)
     if head.weight is not embedding.weight:  # tied weights stay together in the root's group
         fully_shard(embedding, **plan)
+        precise = plan
         if hasattr(model, "score"):  # float32 in every compute dtype
-            plan = {**plan, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-        fully_shard(head, **plan, reshard_after_forward=not trainable)  # backward begins with it
-    fully_shard(model, mesh=plan["mesh"], mp_policy=policy)
+            precise = plan | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        fully_shard(head, **precise, reshard_after_forward=not trainable)  # backward begins with it
+    fully_shard(model, **plan)
     sum_gradients(model)
+
+
+def fsdp_plan(model: nn.Module, dtype: torch.dtype, device: torch.device, args: Any) -> dict[str, Any]:
+    """What `fully_shard` is told of every part of the model: ranks, compute dtype, float32 gradients."""
+    low = None if dtype == torch.float32 else dtype
+    return {
+        "mesh": mesh(device, args.sharding),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        # one process in float32 has nothing to gather, cast or reduce, and FSDP would copy all the same
+        "ignored_params": set(model.parameters()) if dist.world_size() == 1 and low is None else None,
+    }
 
 
 def sum_gradients(model: nn.Module) -> None:
@@ -586,6 +597,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def fill(shell: nn.Module, full: nn.Module | None, device: torch.device) -> None:
     """Copy the weights and buffers rank 0 holds in `full` into the sharded, still empty `shell`."""
     shell.to_empty(device=device)
+    shell.tie_weights()  # to_empty makes two of each shared parameter that FSDP does not hold
 
     def tensors(model: nn.Module) -> dict[str, Tensor]:  # rotary frequencies are in no state dict
         return {**model.state_dict(), **dict(model.named_buffers())}

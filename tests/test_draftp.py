@@ -145,7 +145,7 @@ def test_the_first_gradient_reaches_every_lora_b_and_no_lora_a(tiny: Path, devic
     loss.backward()
     assert metrics["kl"].item() == 0.0 and loss.item() == -metrics["reward"].item()
     for name, parameter in trained(m.policy).items():
-        assert bool(parameter.grad.full_tensor().any()) == ("lora_B" in name), name
+        assert bool(parameter.grad.any()) == ("lora_B" in name), name
 
 
 def test_adapters_off_is_the_base_model_exactly(tiny: Path, device: torch.device) -> None:
@@ -168,7 +168,7 @@ def test_checkpointing_changes_no_gradient(tiny: Path, device: torch.device, nam
         m = prepare(args, device)
         move(m)
         one_batch(m, args, k=2)[0].backward()
-        gradients.append({n: p.grad.full_tensor() for n, p in trained(m.policy).items()})
+        gradients.append({n: p.grad for n, p in trained(m.policy).items()})
     assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
     assert all(g.any() for g in gradients[0].values())
 
@@ -206,13 +206,13 @@ def test_draft_lv_averages_over_renoised_samples(tiny: Path, device: torch.devic
         brightness = diffusion.decode(m.pipe.vae, x_0, False).clamp(0, 1).mean((1, 2, 3))
         losses.append((-brightness + args.kl_coef * kl).sum())
     (sum(losses) / 3).backward()
-    expected = {n: p.grad.full_tensor().clone() for n, p in trained(m.policy).items()}
+    expected = {n: p.grad.clone() for n, p in trained(m.policy).items()}
     m.policy.zero_grad()
     loss, _ = one_batch(m, args)
     loss.backward()
     torch.testing.assert_close(loss, sum(losses) / 3)
     for name, parameter in trained(m.policy).items():
-        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
     assert abs(losses[0].item() - losses[1].item()) > 1e-6
 
 
@@ -449,14 +449,14 @@ def test_the_reward_rises_and_the_kl_term_holds_it_back(tiny: Path, tmp_path: Pa
 def test_the_average_of_weights_by_hand(tiny: Path, device: torch.device) -> None:
     m = prepare(settings(tiny), device)
     ema = diffusion.average(m.policy)
-    before = {n: p.full_tensor().clone() for n, p in trained(m.policy).items()}
+    before = {n: p.clone() for n, p in trained(m.policy).items()}
     move(m)
-    after = {n: p.full_tensor().clone() for n, p in trained(m.policy).items()}
+    after = {n: p.clone() for n, p in trained(m.policy).items()}
     diffusion.update_average(ema, m.policy, 0.75)
     with diffusion.averaged(m.policy, ema):
         for name, parameter in trained(m.policy).items():
-            torch.testing.assert_close(parameter.full_tensor(), 0.75 * before[name] + 0.25 * after[name])
-    assert all(torch.equal(p.full_tensor(), after[n]) for n, p in trained(m.policy).items())
+            torch.testing.assert_close(parameter, 0.75 * before[name] + 0.25 * after[name])
+    assert all(torch.equal(p, after[n]) for n, p in trained(m.policy).items())
 
 
 def becomes_nan(images: Tensor, prompts: list[str]) -> Tensor:

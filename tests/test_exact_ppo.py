@@ -163,7 +163,7 @@ def test_e7_the_scripts_own_update_has_the_exact_gradient(tiny: str, device: tor
     log_ref = log_probs(reference, row).detach()
 
     def flat_gradient() -> Tensor:
-        parts = [p.grad.full_tensor().flatten() for p in policy.parameters()]
+        parts = [p.grad.flatten() for p in policy.parameters()]
         policy.zero_grad()
         return torch.cat(parts)
 

@@ -187,6 +187,6 @@ def test_e12_expected_gradient_of_the_model_vanishes_where_it_is_the_data(
     norms = []
     for log_p in (log_opponent, torch.full((len(ANSWERS),), -math.log(len(ANSWERS)))):
         population_loss(log_p, log_opponent, log_probs(policy, row), 1.0).backward()
-        norms.append(np.sqrt(sum(p.grad.full_tensor().square().sum().item() for p in policy.parameters())))
+        norms.append(np.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters())))
         policy.zero_grad()
     report("E12 gradient norm at p = pi, of that at uniform p", norms[0] / norms[1], 1e-5)
