@@ -3,7 +3,7 @@
     python benchmarks/cpu.py head       memory of the chunked head against dense logits, by vocabulary (B3)
     python benchmarks/cpu.py length     cost of a token against the FLOP line, over document lengths (B4)
     python benchmarks/cpu.py tokens     memory over the tokens of a row
-    python benchmarks/cpu.py ranks      one process against two at one thread each (B5)
+    python benchmarks/cpu.py ranks      one process against two, with shards and with copies (B5)
     python benchmarks/cpu.py ppo        where a rollout and its updates spend their time (B7)
     python benchmarks/cpu.py loader     packing, building rows and tokenising (B9)
     python benchmarks/cpu.py switches   what each option buys that changes speed and memory but no number
@@ -92,14 +92,14 @@ def head(small: bool) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- length, tokens
 
 
-def setup(shape: tuple[int, int, int, int]) -> tuple[Any, ...]:
+def setup(shape: tuple[int, int, int, int], **options: Any) -> tuple[Any, ...]:
     """A random policy of (vocabulary, width, layers, heads), its optimizer and the device."""
     import torch
 
     from common import dist, models
 
     device = dist.init(1)
-    policy = random_policy(llama(*shape), device)
+    policy = random_policy(llama(*shape), device, **options)
     return policy, torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-4), device
 
 
@@ -169,12 +169,12 @@ def tokens(small: bool) -> dict[str, Any]:
 
 
 def run_ranks(
-    started: float, shape: tuple[int, ...], num_documents: int, row_tokens: int, steps: int
+    started: float, shape: tuple[int, ...], num_documents: int, row_tokens: int, steps: int, sharding: str
 ) -> dict[str, Any]:
     """Wall-clock seconds of steps on the same documents, however many ranks share them."""
     from common import dist
 
-    policy, optimizer, device = setup(shape)
+    policy, optimizer, device = setup(shape, sharding=sharding)
     batch = documents(num_documents, shape[0], max_length=row_tokens)
     lengths = [example.num_tokens for example in batch]
     loads = [sum(lengths[i] for i in share) for share in dist.shares(lengths, dist.world_size())]
@@ -184,14 +184,12 @@ def run_ranks(
         start = time.perf_counter()
         losses.append(sft_step(policy, optimizer, batch, row_tokens, device))
         seconds.append(time.perf_counter() - start)
-    size, world = sum(p.numel() for p in policy.parameters()), dist.world_size()
+    world = dist.world_size()
     return {
         "losses": losses,
         "tokens": sum(lengths),
         "tokens_per_second": sum(lengths) / statistics.median(seconds[1:]),
         "imbalance": max(loads) * world / sum(loads),
-        # gathered before forward and before backward, gradients reduced; float32, a row at a time
-        "mib_sent_a_row": 3 * 4 * size * (world - 1) / world / 2**20,
     }
 
 
@@ -199,19 +197,25 @@ def ranks(small: bool) -> dict[str, Any]:
     shape = (512, 64, 2, 2) if small else (32_000, 256, 4, 8)
     sizes = {"num_documents": 8, "row_tokens": 1024} if small else {"num_documents": 56, "row_tokens": 2048}
     settings = {"shape": shape, "steps": 1 if small else 3, **sizes}
-    runs: dict[int, list[dict]] = {1: [], 2: []}
+    ways = {"one rank": (1, "full"), "two, shards": (2, "full"), "two, copies": (2, "none")}
+    runs: dict[str, list[dict]] = {name: [] for name in ways}
     for _ in range(1 if small else 5):
-        for count, found in runs.items():
-            found.append(in_process(__file__, "ranks", settings, 1, ranks=count))
-    pairs = list(zip(runs[1], runs[2], strict=True))
-    ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in pairs]
-    gap = max(abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=True))
-    one, two = (statistics.median(r["tokens_per_second"] for r in runs[n]) for n in (1, 2))
-    print(f"{one:.0f} tokens/s on one rank, {two:.0f} on two: {statistics.median(ratios):.2f} times")
-    print(f"ratios of the rounds {[round(r, 2) for r in ratios]}, largest difference of a loss {gap:.1e}")
-    print(f"{runs[2][0]['tokens']} tokens a step, imbalance {runs[2][0]['imbalance']:.4f}")
-    assert gap < 1e-5
-    return {**settings, "ratio": statistics.median(ratios), "ratios": ratios, "gap": gap, "runs": runs}
+        for name, (count, sharding) in ways.items():
+            found = in_process(__file__, "ranks", {**settings, "sharding": sharding}, 1, ranks=count)
+            runs[name].append(found)
+    print(f"{runs['two, shards'][0]['tokens']} tokens a step", end=", ")
+    print(f"imbalance {runs['two, shards'][0]['imbalance']:.4f}")
+    ratios = {}
+    for name, results in runs.items():
+        pairs = list(zip(runs["one rank"], results, strict=True))
+        ratios[name] = statistics.median(b["tokens_per_second"] / a["tokens_per_second"] for a, b in pairs)
+        gap = max(abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=True))
+        speed = statistics.median(r["tokens_per_second"] for r in results)
+        print(
+            f"{name:12}{speed:7.0f} tokens/s {ratios[name]:6.2f} times, losses within {gap:.1e}", flush=True
+        )
+        assert gap < 1e-5
+    return {**settings, "ratios": ratios, "runs": runs}
 
 
 # ------------------------------------------------------------------------------------------------ ppo, loader

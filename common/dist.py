@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,18 @@ def init(seed: int) -> torch.device:
             device_id=device if cuda else None,
             **store,
         )
-        atexit.register(torch_dist.destroy_process_group)
+        atexit.register(_leave)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _on_signal)
     _stop.update(signal=0, agreed=False)
     random.seed(seed)
     torch.manual_seed(seed)  # the same on every rank: new weights (LoRA, heads) must agree
     return device
+
+
+def _leave() -> None:
+    torch_dist.destroy_process_group()
+    time.sleep(0.05)  # a gloo thread that still holds its last tensor after this aborts the process
 
 
 def _on_signal(number: int, frame: Any) -> None:

@@ -3,7 +3,7 @@
 Three things differ from calling transformers directly. Rows are packed, so attention is told where sequences
 begin (`varlen_attention`). Logits are never held for a whole row (`_ChunkedHead`). Every model is an FSDP2
 module with float32 master weights and gradients summed, not averaged, over ranks; on one process too, but
-there float32 weights stay plain tensors.
+there, and with sharding none, weights of float32 compute stay plain tensors.
 
 Shapes: N tokens of a packed row, N_targets scored tokens, D width, V vocabulary, H heads, K head width.
 """
@@ -566,11 +566,12 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
 def fsdp_plan(model: nn.Module, dtype: torch.dtype, device: torch.device, args: Any) -> dict[str, Any]:
     """What `fully_shard` is told of every part of the model: ranks, compute dtype, float32 gradients."""
     low = None if dtype == torch.float32 else dtype
+    whole = dist.world_size() == 1 or args.sharding == "none"
     return {
         "mesh": mesh(device, args.sharding),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
-        # one process in float32 has nothing to gather, cast or reduce, and FSDP would copy all the same
-        "ignored_params": set(model.parameters()) if dist.world_size() == 1 and low is None else None,
+        # whole float32 weights are neither gathered nor cast: FSDP would only copy them, row by row
+        "ignored_params": set(model.parameters()) if whole and low is None else None,
     }
 
 
@@ -667,8 +668,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients to a global norm of at most max_norm (0: never). -> the norm before, a scalar."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm or math.inf)
+    """Scale the gradients to a global norm of at most max_norm (0: never). -> the norm before, a scalar.
+
+    Before that, gradients FSDP does not hold are summed over ranks: once a step, not once a row.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            dist.sum_over_ranks(parameter.grad)
+    norm = nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -156,8 +156,8 @@ def test_the_cpu_workers_answer() -> None:
     found = cpu.run_length(0.0, shape, [64, 256], tokens=256, rounds=1)
     assert found["flops"][1] > found["flops"][0] > 0 and min(found["seconds"]) > 0
     assert cpu.run_tokens(0.0, shape, 256, 64, 1)["peak_rss_mib"] > 0
-    found = cpu.run_ranks(0.0, shape, num_documents=4, row_tokens=512, steps=1)
-    assert found["imbalance"] == 1.0 and found["mib_sent_a_row"] == 0.0
+    found = cpu.run_ranks(0.0, shape, num_documents=4, row_tokens=512, steps=1, sharding="full")
+    assert found["imbalance"] == 1.0 and found["tokens_per_second"] > 0
     found = cpu.run_loader(0.0, 300)
     assert found["fill"] > 0.9 and found["tokenise_tokens_per_second"] > 0
 
@@ -202,7 +202,8 @@ def test_the_comparison_runs_and_its_losses_agree(task: str, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_two_ranks_of_the_benchmark_compute_what_one_does(capfd) -> None:
-    assert cpu.ranks(small=True)["gap"] < 1e-5
+    """It ends with an error where a loss differs by more than 1e-5."""
+    assert set(cpu.ranks(small=True)["ratios"]) == {"one rank", "two, shards", "two, copies"}
 
 
 @pytest.mark.slow
