@@ -297,7 +297,6 @@ SWITCHES = [
     ("sft", "", 1),
     ("sft", "--activation_checkpointing on", 1),
     ("sft", "--micro_batch_tokens 1024", 1),
-    ("sft", "--micro_batch_tokens 4096", 1),
     ("sft", "--compile", 1),
     ("dpo", "", 1),
     ("dpo", "--precompute_ref", 1),
@@ -311,7 +310,12 @@ def run_script(script: str, given: str, num_ranks: int, folder: Path, small: boo
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
     command = [sys.executable, *start, f"{script}.py", f"--model={folder}", f"--dataset={folder}/train.jsonl"]
     command += [f"--eval_dataset={folder}/eval.jsonl", "--num_samples=0", "--max_length=1024"]
-    command += ["--batch_size=8", f"--max_steps={3 if small else 8}", "--learning_rate=1e-4", *given.split()]
+    command += [
+        f"--batch_size={8 if small else 24}",
+        f"--max_steps={3 if small else 6}",
+        "--learning_rate=1e-4",
+        *given.split(),
+    ]
     with tempfile.TemporaryDirectory() as name:
         command += [f"--output_dir={name}/run"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": MALLOC}
@@ -339,11 +343,11 @@ def switches(small: bool) -> dict[str, Any]:
         folders = {}
         for task in ("sft", "dpo"):
             folders[task] = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            work = vs_trl.Work(task, **(vs_trl.SMALL if small else {}))
+            work = vs_trl.Work(task, **(vs_trl.SMALL if small else {"num_steps": 24}))
             vs_trl.prepare(work, folders[task])
             lines = (folders[task] / "train.jsonl").read_text().splitlines(keepends=True)
             (folders[task] / "eval.jsonl").write_text("".join(lines[:4]))
-        for _ in range(1 if small else 3):
+        for _ in range(1 if small else 2):
             for (script, given, num_ranks), results in zip(SWITCHES, found, strict=True):
                 results.append(run_script(script, given, num_ranks, folders[script], small))
     figures, base = [], found[0]

@@ -6,7 +6,8 @@
 Both sides sample the same number of tokens for the same prompts from the same random Llama, in batches of one
 size. The lengths of replies are drawn from a log-normal distribution and forced: ours takes them as budgets
 of rows, transformers left-pads each batch and runs it to its longest reply. Only tokens of replies count. The
-sides take turns; the ratio is the median over rounds. Prints one JSON line.
+sides take turns; the ratio is the median over rounds. Prints its figures and appends a JSON line to
+benchmarks/results/generate.jsonl, but not with --small.
 """
 
 import json
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from harness import NoText
+from harness import NoText, record
 
 from common import dist, generate, models
 
@@ -113,23 +114,19 @@ def main(args: Args) -> None:
                 seconds[name].append(time.perf_counter() - started)
     speeds = {name: round(lengths.sum() / statistics.median(times), 1) for name, times in seconds.items()}
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": speeds,
-                "ratio": round(statistics.median(ratios), 2),
-                "ratios": [round(r, 2) for r in ratios],
-                "parameters": sum(p.numel() for p in theirs.parameters()),
-                "replies": len(prompts),
-                "reply_tokens": {"mean": round(float(lengths.mean()), 1), "max": int(lengths.max())},
-                "batch": args.batch,
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            }
-        )
-    )
+    figures = {
+        "tokens_per_second": speeds,
+        "ratio": round(statistics.median(ratios), 2),
+        "ratios": [round(r, 2) for r in ratios],
+        "parameters": sum(p.numel() for p in theirs.parameters()),
+        "replies": len(prompts),
+        "reply_tokens": {"mean": round(float(lengths.mean()), 1), "max": int(lengths.max())},
+        "batch": args.batch,
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(figures))
+    if not args.small:
+        record("generate", "rollouts", figures)
 
 
 if __name__ == "__main__":
