@@ -343,7 +343,7 @@ def switches(small: bool) -> dict[str, Any]:
         folders = {}
         for task in ("sft", "dpo"):
             folders[task] = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            work = vs_trl.Work(task, **(vs_trl.SMALL if small else {"num_steps": 24}))
+            work = vs_trl.Work(task, **(vs_trl.SMALL if small else {}))
             vs_trl.prepare(work, folders[task])
             lines = (folders[task] / "train.jsonl").read_text().splitlines(keepends=True)
             (folders[task] / "eval.jsonl").write_text("".join(lines[:4]))
