@@ -201,7 +201,8 @@ def steps(name: str, count: int, learning_rate: float, modules: list) -> Any:
 
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    for step in tqdm(range(count), desc=f"building the toy pictures: {name}", unit="step", mininterval=1):
+    pace = 1 if sys.stderr.isatty() else 30  # seconds between lines: few in a log file
+    for step in tqdm(range(count), desc=f"building the toy pictures: {name}", unit="step", mininterval=pace):
         warmup, decay = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / count)
         optimizer.param_groups[0]["lr"] = learning_rate * warmup * decay
         yield step

@@ -565,7 +565,8 @@ def train(model, head, groups: list[list[Encoded]]) -> None:
 
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    bar = tqdm(groups, desc="building the toy world", unit="step", mininterval=1)
+    pace = 1 if sys.stderr.isatty() else 30  # seconds between lines: few in a log file
+    bar = tqdm(groups, desc="building the toy world", unit="step", mininterval=pace)
     for step, group in enumerate(bar):
         warmup, decay = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / len(groups))
         optimizer.param_groups[0]["lr"] = 1.5e-3 * warmup * decay
