@@ -228,10 +228,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _head_forward(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> TokenStats:
     """Replaces `forward` of the language-model head, so that FSDP has gathered its weight when it runs."""
-    # a buffer is of 16 MiB, 512 MiB on GPU, whatever the vocabulary, but each chunk passes over all of dW:
-    # not for less than 32 tokens
-    size = len(head.weight)
-    chunk = min(1024, 2**27 // size) if h.is_cuda else min(256, max(32, 2**22 // size))
+    # a buffer is of 16 MiB at most, 512 MiB on GPU, whatever the vocabulary
+    chunk = min(1024, 2**27 // len(head.weight)) if h.is_cuda else min(256, 2**22 // len(head.weight))
     return TokenStats(*_ChunkedHead.apply(h, head.weight, head.bias, tokens, scale, chunk))
 
 
