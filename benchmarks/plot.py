@@ -33,7 +33,7 @@ def main() -> None:
     bars.set_xticks([k + 0.2 for k in range(len(tasks))], tasks)
     bars.set(title="ours / TRL 1.16", ylabel="ratio")
     bars.legend(fontsize=8)
-    bars.margins(y=0.35)  # room for the legend
+    bars.margins(y=0.6)  # room for the legend
 
     figures = own["head"]["figures"]
     for kind in ("chunked", "dense"):
