@@ -184,12 +184,11 @@ def run_ranks(
         start = time.perf_counter()
         losses.append(sft_step(policy, optimizer, batch, row_tokens, device))
         seconds.append(time.perf_counter() - start)
-    world = dist.world_size()
     return {
         "losses": losses,
         "tokens": sum(lengths),
         "tokens_per_second": sum(lengths) / statistics.median(seconds[1:]),
-        "imbalance": max(loads) * world / sum(loads),
+        "imbalance": max(loads) * len(loads) / sum(loads),
     }
 
 

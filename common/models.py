@@ -670,7 +670,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to a global norm of at most max_norm (0: never). -> the norm before, a scalar.
 
-    Before that, gradients FSDP does not hold are summed over ranks: once a step, not once a row.
+    Before that, gradients FSDP does not hold are summed over ranks: call it once a step, after all its rows.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
