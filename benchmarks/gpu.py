@@ -1,25 +1,24 @@
-"""What a GPU could do and what our code gets out of it, cell by cell.
+"""What one GPU could do, whether our code is right on it, and what it gets out of it, cell by cell.
 
-    python benchmarks/gpu.py G1             ceilings: matrix product and copy
-    python benchmarks/gpu.py G2             packed attention: kernels, fewer key heads, dense mask, flex
-    python benchmarks/gpu.py G3             SFT 3B: padded or packed, eager or compiled, which head
-    python benchmarks/gpu.py G4             8B: full fine-tuning, LoRA
-    python benchmarks/gpu.py G5             the same 1B model in TRL (vs_trl.py)
-    python benchmarks/gpu.py G6             memory of the head over vocabularies
-    python benchmarks/gpu.py G7             decode: a CUDA graph against eager, by batch
-    python benchmarks/gpu.py G8             PPO 1B: shares of its stages
-    python benchmarks/gpu.py G10            log-probabilities of decode against those of training, in bfloat16
-    python benchmarks/gpu.py G3 --cell 0    one cell; each runs in a process of its own
-    python benchmarks/gpu.py all --small    everything on a CPU, tiny
+    python benchmarks/gpu.py day --minutes 8         all that fits, right before fast, in order of worth
+    python benchmarks/gpu.py day --minutes 4 --only checks,sft/0    groups or cells of it only
+    python benchmarks/gpu.py sft --cell 0            one cell of a group
+    python benchmarks/gpu.py day --small             everything on a CPU, tiny
 
-Models have random weights and the shapes of Llama 3.1 and 3.2; documents have the lengths of HH-RLHF and
-random tokens. A cell prints one JSON line, which without --small is also appended to
-benchmarks/results/gpu.jsonl. MFU counts the FLOPs of models.training_flops (causal attention, recomputation
-not counted) over 989 TFLOP/s; `of_gemm` and `of_copy` are shares of what a bfloat16 product and a copy
-reached in the same process. G9, DRaFT+, is draftp_memory.py.
+Groups: ceilings; checks (gpu_checks.py); attention, packed; sft, 3B; sft_8b; peer, DPO in TRL (vs_trl.py);
+head, memory over vocabularies; decode, graph against eager; ppo, shares of its stages.
+
+Nothing is downloaded. Models have random weights and the shapes of Llama 3.1 and 3.2; documents have the
+lengths of HH-RLHF and random tokens. Each cell runs in a process of its own, under a time limit of its own,
+and prints one line as soon as it is known, with the best ceiling known beside it; without --small a JSON line
+is also appended to benchmarks/results/gpu.jsonl. MFU counts the FLOPs of models.training_flops (causal
+attention, recomputation not counted) over 989 TFLOP/s; `of_gemm` and `of_copy` are shares of what a bfloat16
+product and a copy reached in the same process. DRaFT+ is draftp_memory.py.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -35,9 +34,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu_checks import CHECKS, eager_decode
 from harness import (
     ROOT,
     NoText,
+    Worker,
     did_job,
     documents,
     in_process,
@@ -108,8 +109,13 @@ def roofs(device: torch.device) -> dict[str, float]:
     return found
 
 
-def run_ceilings(started: float) -> dict[str, float]:
-    return ceilings(dist.init(1))
+def run_ceilings(started: float) -> dict[str, Any]:
+    found: dict[str, Any] = ceilings(dist.init(1))
+    return found | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+
+
+def run_check(started: float, check: str, **settings: Any) -> dict[str, Any]:
+    return CHECKS[check](**settings)
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -217,7 +223,20 @@ def host_syncs(policy: nn.Module, batch: list[data.Example], row_tokens: int, de
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def run_sft(
+def run_sft(started: float, row_tokens: int, **settings: Any) -> dict[str, Any]:
+    """`time_sft` with rows of row_tokens, or of half as many until they fit."""
+    while True:
+        try:
+            return {"row_tokens": row_tokens, **time_sft(started, row_tokens=row_tokens, **settings)}
+        except torch.OutOfMemoryError as error:
+            if row_tokens <= 1024:
+                raise dist.RunError(f"rows of {row_tokens} tokens do not fit") from error
+        gc.collect()
+        torch.cuda.empty_cache()
+        row_tokens //= 2
+
+
+def time_sft(
     started: float,
     shape: str,
     row_tokens: int,
@@ -270,6 +289,7 @@ def run_sft(
         "useful_tokens_per_second": sum(lengths) / spent,
         "mfu": flops / PEAK_FLOPS,
         "of_gemm": flops / roof["gemm_flops"],
+        "gemm_flops": roof["gemm_flops"],
         "peak_mib": peak_mib(),
         "first_step_seconds": first,
         "useful_share": sum(lengths) / sum(e.num_tokens for batch in work for e in batch),
@@ -314,14 +334,6 @@ def run_decode(
     roof = roofs(device)
     config = llama(**SHAPES[shape])
     policy = random_policy(config, device, trainable=False)
-    if not graphs:
-
-        class Batch(generate.Batch):
-            def __init__(self, *args: Any):
-                super().__init__(*args)
-                self.use_graphs = False
-
-        generate.Batch = Batch
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, config.vocab_size, (batch, prompt)).tolist()
     policy.generation_config.eos_token_id = None
@@ -330,8 +342,9 @@ def run_decode(
         generate.generate(policy, NoText(), prompts, max_new_tokens=tokens, max_batch=batch)
 
     short = new // 4
-    with generate.rollout(policy):  # both include the prefill and the capture of a graph
-        step = (seconds(lambda: reply(new), 2) - seconds(lambda: reply(short), 2)) / (new - short)
+    how = contextlib.nullcontext() if graphs else eager_decode()
+    with how, generate.rollout(policy):  # both include the prefill and the capture of a graph
+        step = (seconds(lambda: reply(new), 1) - seconds(lambda: reply(short), 1)) / (new - short)
     size = sum(p.numel() for p in policy.parameters()) * policy.compute_dtype_.itemsize
     heads = config.num_key_value_heads * config.head_dim
     context = prompt + (new + short) / 2
@@ -342,27 +355,6 @@ def run_decode(
         "roofline_ms": 1e3 * (size + cache) / roof["copy_bytes"],
         "of_copy": (size + cache) / roof["copy_bytes"] / step,
         "peak_mib": peak_mib(),
-    }
-
-
-def run_mismatch(started: float, shape: str, batch: int, new: int) -> dict[str, float]:
-    """Differences of log p between the sampler and the training forward, in the compute dtype, in nats."""
-    device = dist.init(1)
-    policy = random_policy(llama(**SHAPES[shape]), device, trainable=False)
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(3, 500, (batch, 64)).tolist()
-    policy.generation_config.eos_token_id = None
-    samples = generate.generate(policy, NoText(), prompts, max_new_tokens=new)
-    examples, gaps = [generate.to_example(sample) for sample in samples], []
-    for row in data.rows(examples, 8192, device):
-        with torch.no_grad():
-            gaps.append(models.token_logps(policy, row) - generate.row_logps(samples, row))
-    gap = torch.cat(gaps)
-    return {
-        "mean": gap.abs().mean().item(),
-        "max": gap.abs().max().item(),
-        "k3": (torch.expm1(gap) - gap).mean().item(),
-        "tokens": len(gap),
     }
 
 
@@ -419,68 +411,135 @@ def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> d
 
 # ------------------------------------------------------------------------------------------------------ cells
 
-SFT_3B = {"shape": "3B", "row_tokens": 16_384, "steps": 20}
-TRL_1B = {"rounds": 1, "hidden_size": 2048, "num_layers": 16, "head_width": 64, "vocab_size": 128_256}
-TRL_1B = [f"--{name}={value}" for name, value in {**TRL_1B, "row_tokens": 8192}.items()]
+SFT_3B = {"shape": "3B", "row_tokens": 16_384, "steps": 4}
+SFT_8B = {"shape": "8B", "row_tokens": 8192, "steps": 3, "checkpointing": "on"}
+DPO_1B = {"rounds": 1, "hidden_size": 2048, "num_layers": 16, "head_width": 64, "vocab_size": 128_256}
+DPO_1B |= {"row_tokens": 8192, "pairs_per_step": 32, "trl_pairs": 8}
+DECODE = {"prompt": 256, "new": 128}
 CELLS: dict[str, tuple[Callable, list[dict]]] = {
-    "G1": (run_ceilings, [{}]),
-    "G2": (run_attention, [{"heads": 32, "kv_heads": 8, "width": 128, "tokens": 16_384}]),
-    "G3": (
+    "ceilings": (run_ceilings, [{}]),
+    "checks": (
+        run_check,
+        [
+            *({"check": name} for name in CHECKS if name != "check_tests"),
+            {"check": "check_sampler", "lora_rank": 16},
+            {"check": "check_tests"},
+        ],
+    ),
+    "attention": (run_attention, [{"heads": 32, "kv_heads": 8, "width": 128, "tokens": 16_384}]),
+    "sft": (
         run_sft,
         [
-            {**SFT_3B, "compile": True},
-            {**SFT_3B},
+            SFT_3B,
             {**SFT_3B, "checkpointing": "on"},
-            {**SFT_3B, "checkpointing": "on", "compile": True},
+            {**SFT_3B, "compile": True},
+            {**SFT_3B, "compile": True, "checkpointing": "on"},
             {**SFT_3B, "head": "dense"},
             {**SFT_3B, "padded": True},
-            {**SFT_3B, "padded": True, "compile": True},
-            {**SFT_3B, "padded": True, "head": "dense"},
         ],
     ),
-    "G4": (
-        run_sft,
-        [
-            {"shape": "8B", "row_tokens": 8192, "steps": 8, "checkpointing": "on"},
-            {"shape": "8B", "row_tokens": 8192, "steps": 8, "checkpointing": "on", "compile": True},
-            {"shape": "8B", "row_tokens": 8192, "steps": 8, "checkpointing": "on", "lora_rank": 16},
-        ],
-    ),
-    "G5": (
-        run_peer,
-        [{"flags": [task, *TRL_1B]} for task in ("sft", "dpo")],
-    ),
-    "G6": (
+    "sft_8b": (run_sft, [SFT_8B, {**SFT_8B, "compile": True}, {**SFT_8B, "lora_rank": 16}]),
+    "peer": (run_peer, [{"flags": ["dpo", *(f"--{name}={value}" for name, value in DPO_1B.items())]}]),
+    "head": (
         run_head,
         [{"vocab_size": v, "tokens": 16_384, "width": 4096} for v in (128_256, 152_064, 262_144)],
     ),
-    "G7": (
+    "decode": (
         run_decode,
         [
-            {"shape": shape, "batch": batch, "prompt": 512, "new": 256, "graphs": graphs}
-            for shape in ("1B", "8B")
-            for batch in (1, 64, 256)
-            for graphs in (True, False)
+            {"shape": shape, "batch": batch, **DECODE, "graphs": graphs}
+            for shape, batch, graphs in (
+                ("8B", 64, True),
+                ("1B", 64, True),
+                ("8B", 32, True),
+                ("8B", 256, True),
+                ("8B", 64, False),
+                ("1B", 1, True),
+                ("1B", 256, True),
+            )
         ],
     ),
-    "G8": (run_ppo, [{"shape": "1B", "prompts": 256, "new": 512, "steps": 4}]),
-    "G10": (run_mismatch, [{"shape": "1B", "batch": 64, "new": 128}]),
+    "ppo": (run_ppo, [{"shape": "1B", "prompts": 256, "new": 512, "steps": 4}]),
 }
 TINY: dict[str, list[dict]] = {
-    "G1": [{}],
-    "G2": [{"heads": 4, "kv_heads": 2, "width": 16, "tokens": 512}],
-    "G3": [
+    "ceilings": [{}],
+    "checks": [
+        {"check": "check_attention", "tokens": 1200},
+        {"check": "check_head", "tokens": 70, "width": 64, "vocab_size": 500},
+        {"check": "check_float32", "count": 1},
+        {"check": "check_bfloat16", "count": 2},
+        {"check": "check_score_head"},
+        {"check": "check_decode", "new": 4},
+        {"check": "check_sampler", "new": 4},
+        {"check": "check_compile"},
+    ],
+    "attention": [{"heads": 4, "kv_heads": 2, "width": 16, "tokens": 512}],
+    "sft": [
         {"shape": "tiny", "row_tokens": 512, "steps": 4, **more}
         for more in ({}, {"padded": True, "head": "dense"})
     ],
-    "G4": [{"shape": "tiny", "row_tokens": 512, "steps": 4, "checkpointing": "on", "lora_rank": 4}],
-    "G5": [{"flags": ["sft", "--small", "--rounds", "1"]}],
-    "G6": [{"vocab_size": 2000, "tokens": 300, "width": 32}],
-    "G7": [{"shape": "tiny", "batch": 4, "prompt": 8, "new": 16}],
-    "G8": [{"shape": "tiny", "prompts": 8, "new": 8, "steps": 4}],
-    "G10": [{"shape": "tiny", "batch": 4, "new": 16}],
+    "sft_8b": [{"shape": "tiny", "row_tokens": 512, "steps": 4, "checkpointing": "on", "lora_rank": 4}],
+    "peer": [{"flags": ["sft", "--small", "--rounds", "1"]}],
+    "head": [{"vocab_size": 2000, "tokens": 300, "width": 32}],
+    "decode": [{"shape": "tiny", "batch": 4, "prompt": 8, "new": 16}],
+    "ppo": [{"shape": "tiny", "prompts": 8, "new": 8, "steps": 4}],
 }
 WORKERS = {name: worker for name, (worker, _) in CELLS.items()}
+# (group, cell, most seconds): a day's work, what matters most first
+DAY = [("checks", i, 90) for i in range(len(CELLS["checks"][1]))]
+DAY += [
+    ("sft", 0, 60),
+    ("sft", 1, 60),
+    ("sft_8b", 0, 80),
+    ("decode", 0, 60),
+    ("sft", 2, 120),
+    ("peer", 0, 150),
+]
+DAY += [("ppo", 0, 120), ("decode", 1, 40), ("decode", 2, 50), ("decode", 3, 60), ("sft", 3, 120)]
+DAY += [("sft_8b", 1, 140), ("head", 0, 40), ("attention", 0, 60), ("decode", 4, 60), ("sft_8b", 2, 80)]
+DAY += [("decode", 5, 40), ("decode", 6, 40), ("sft", 4, 60), ("sft", 5, 60), ("head", 2, 40)]
+
+
+def day(minutes: float, small: bool, only: str) -> bool:
+    """Cells in order of worth until the minutes are over. -> whether all checks that ran were right"""
+    end, right, best = time.time() + 60 * minutes, True, {}
+    if small:
+        plan = [(group, i, 300.0) for group in TINY for i in range(len(TINY[group]))]
+    else:
+        plan = [("ceilings", 0, 60), *DAY]
+    chosen = only.split(",") if only else [group for group, *_ in plan]
+    plan = [cell for cell in plan if cell[0] in chosen or f"{cell[0]}/{cell[1]}" in chosen]
+    spare = Worker(__file__, threads=1 if small else 8)
+    for group, i, limit in plan:
+        left = end - time.time()
+        if left < 15:
+            print(f"the {minutes:g} minutes are over before {group} {i}", flush=True)
+            break
+        worker, spare = spare, Worker(__file__, threads=1 if small else 8)
+        settings = TINY[group][i] if small else CELLS[group][1][i]
+        start = time.time()
+        figures = worker.ask(group, settings, min(limit, left))
+        right = right and (group != "checks" or figures.get("ok", False))
+        for name in (
+            "gemm_flops",
+            "copy_bytes",
+        ):  # a ceiling is the best seen: one measurement may be disturbed
+            best[name] = max(best.get(name, 0.0), figures.get(name, 0.0))
+        line = {"task": group, "cell": settings, "seconds": round(time.time() - start, 1), **figures}
+        print(json.dumps(rounded(line | ({"best": best} if "mfu" in figures else {}))), flush=True)
+        if not small:
+            record("gpu", group, {"cell": settings, **figures})
+    spare.process.kill()
+    return right
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to four digits, for a line that a person reads."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -489,22 +548,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("groups", nargs="+", choices=(*CELLS, "all"), metavar="group")
+    parser.add_argument("groups", nargs="+", choices=(*CELLS, "day"), metavar="group")
+    parser.add_argument("--minutes", type=float, default=8.0, help="how long a day is")
+    parser.add_argument(
+        "--only", default="", help="these groups of a day, or cells as sft/0; joined by commas"
+    )
     parser.add_argument("--cell", type=int, help="this cell of the group only, from 0")
     parser.add_argument("--small", action="store_true", help="tiny, on a CPU, nothing recorded")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.small:
         sys.exit("no GPU: only --small runs here")
-    for group in CELLS if "all" in options.groups else options.groups:
+    if "day" in options.groups:
+        sys.exit(not day(options.minutes, options.small, options.only))
+    for group in options.groups:
         cells = TINY[group] if options.small else CELLS[group][1]
         for cell in cells if options.cell is None else [cells[options.cell]]:
-            figures = {
-                "cell": cell,
-                **in_process(__file__, group, cell, threads=8 if not options.small else 1),
-            }
-            print(json.dumps({"task": group, **machine(), **figures}), flush=True)
+            figures = in_process(__file__, group, cell, threads=8 if not options.small else 1)
+            print(json.dumps({"task": group, **machine(), "cell": cell, **figures}), flush=True)
             if not options.small:
-                record("gpu", group, figures)
+                record("gpu", group, {"cell": cell, **figures})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,15 +40,7 @@ TEMPLATE = (
 def in_process(script: str, worker: str, settings: dict, threads: int, ranks: int = 1) -> dict[str, Any]:
     """What a worker of a script answers in a process of its own; of several ranks, what rank 0 answers."""
     job = json.dumps({"worker": worker, "settings": settings, "started": time.time()})
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from each other on a busy machine
-        "GLIBC_TUNABLES": MALLOC,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
+    environment = worker_environment(threads)
     if ranks > 1:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -66,11 +60,65 @@ def in_process(script: str, worker: str, settings: dict, threads: int, ranks: in
     return json.loads(answers[0])
 
 
+def worker_environment(threads: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from each other on a busy machine
+        "GLIBC_TUNABLES": MALLOC,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+
+
+class Worker:
+    """A process that has imported everything and waits for one job; the next one starts meanwhile."""
+
+    def __init__(self, script: str, threads: int):
+        environment = worker_environment(threads)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the worker
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--wait"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def ask(self, worker: str, settings: dict, limit: float) -> dict[str, Any]:
+        """Its answer within `limit` seconds, else {"error": why}; the process is gone after it."""
+        job = json.dumps({"worker": worker, "settings": settings, "started": time.time()})
+        timer = threading.Timer(limit, self.process.kill)
+        timer.start()
+        try:
+            out, _ = self.process.communicate(job + "\n")
+        finally:
+            timed_out = not timer.is_alive()
+            timer.cancel()
+        answers = [line[7:] for line in out.splitlines() if line.startswith("ANSWER ")]
+        if answers:
+            return json.loads(answers[0])
+        self.errors.seek(0)
+        lines = [line for line in self.errors.read().splitlines() if line.strip()]
+        return {"error": f"no answer in {limit:.0f} s" if timed_out else " | ".join(lines[-12:])[-2000:]}
+
+
 def did_job(workers: dict[str, Callable[..., dict]]) -> bool:
-    """In a process that `in_process` started: do the job and say True."""
-    if sys.argv[1:2] != ["--job"]:
+    """In a process that `in_process` or `Worker` started: do the job and say True."""
+    if sys.argv[1:2] not in (["--job"], ["--wait"]):
         return False
-    job = json.loads(sys.argv[2])
+    if sys.argv[1] == "--wait":
+        import peft  # noqa: F401, as long to import as all else
+        from transformers import LlamaForCausalLM  # noqa: F401
+
+        line = sys.stdin.readline()
+        if not line:
+            return True  # no job came
+    else:
+        line = sys.argv[2]
+    job = json.loads(line)
     print("\nANSWER " + json.dumps(workers[job["worker"]](job["started"], **job["settings"])), flush=True)
     return True
 
@@ -183,8 +231,13 @@ class NoText:
         return ""
 
 
-def random_policy(config: Any, device: Any, trainable: bool = True, **options: Any) -> Any:
-    """A random model as `models.load` makes it of a folder, without writing the folder."""
+def random_policy(
+    config: Any, device: Any, trainable: bool = True, init_device: Any = None, **options: Any
+) -> Any:
+    """A random model as `models.load` makes it of a folder, without writing the folder.
+
+    init_device draws the weights, which are other ones on a CPU than on a GPU; default: device.
+    """
     from types import SimpleNamespace
     from unittest import mock
 
@@ -195,7 +248,7 @@ def random_policy(config: Any, device: Any, trainable: bool = True, **options: A
 
     def read(*_: Any) -> Any:
         torch.manual_seed(0)
-        with torch.device(device):
+        with torch.device(init_device or device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.dtype_on_disk = torch.float32
         return model

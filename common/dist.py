@@ -37,7 +37,7 @@ def init(seed: int) -> torch.device:
     if not torch_dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are float32, as products are
         alone = "RANK" not in os.environ  # python script.py: a store in memory, no port is opened
         store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         torch_dist.init_process_group(

@@ -207,9 +207,14 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Replica:
-    """The policy's weights, whole, in a plain module of the compute dtype; no storage between rollouts."""
+    """The policy's weights, whole, in a plain module of the compute dtype; no storage between rollouts.
+
+    LoRA adapters stay beside the base, as in training: folded into bfloat16 weights a small change would
+    round away. The frozen base is the policy's own memory wherever a rank holds all of it.
+    """
 
     def __init__(self, policy: nn.Module):
+        from peft import inject_adapter_in_model
         from transformers import AttentionInterface, AutoModelForCausalLM
 
         config = copy.deepcopy(policy.config)  # from_config keeps the object it is given
@@ -218,36 +223,55 @@ class Replica:
         how = {"attn_implementation": "rollout", "dtype": policy.compute_dtype_}
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, **how)
+            if hasattr(policy, "lora_config"):
+                inject_adapter_in_model(policy.lora_config, self.model)
+        self.model.to(policy.compute_dtype_)  # peft makes float32 adapters
         self.model.to_empty(device=self.device).requires_grad_(False).eval()
         self.model.tie_weights()  # to_empty made two of each shared parameter
+        if self.device.type == "cuda" and policy.compute_dtype_ != torch.float32:
+            models.fuse_norms(self.model)
         self.trunk = getattr(self.model, self.model.base_model_prefix)
         self.logit_scale = policy.logit_scale_
         buffers = dict(policy.named_buffers())
         for name, buffer in self.model.named_buffers():  # rotary frequencies are in no state dict
             buffer.copy_(buffers[name])
-        self.sizes = {p: p.untyped_storage().nbytes() for p in self.model.parameters()}
+        # frozen weights have the compute dtype already: those that are whole here are shared, not copied
+        parameters = policy.named_parameters(remove_duplicate=False)  # tied weights have two names
+        self.shared = {name for name, p in parameters if not p.requires_grad}
+        self.sizes: dict[nn.Parameter, int] = {}
         self.awake = False
 
     @torch.no_grad()
     def fill(self, policy: nn.Module) -> None:
-        """Copy the policy's weights in, LoRA merged. A collective."""
+        """Copy the policy's weights in, or point to them. A collective."""
         for parameter, size in self.sizes.items():
             parameter.untyped_storage().resize_(size)
-        weights, filled = self.model.state_dict(), set()
-        for name, tensor in models.full_weights(policy):
-            weights[name].copy_(tensor)
-            filled.add(name)
-        assert filled == set(weights), f"left empty: {sorted(set(weights) - filled)}"
+        weights = self.model.state_dict()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        state = policy.state_dict()  # also reshards what a forward has left gathered
+        assert state.keys() == weights.keys(), f"left empty: {sorted(weights.keys() - state.keys())}"
+        for name, tensor in state.items():
+            whole = models.whole_tensor(tensor)
+            if name in self.shared and whole.dtype == weights[name].dtype:
+                parameters[name].data = whole
+            else:
+                weights[name].copy_(whole)
+        own = (p for name, p in parameters.items() if name not in self.shared)
+        self.sizes = {p: p.untyped_storage().nbytes() for p in own}
         self.awake = True
 
     def sleep(self) -> None:
         for parameter in self.sizes:
             parameter.untyped_storage().resize_(0)
+        for name, parameter in self.model.named_parameters():
+            if name in self.shared:
+                parameter.data = parameter.data.new_empty(0)
         self.awake = False
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) float32 of hidden states (n, D)."""
-        return self.model.get_output_embeddings()(hidden).float() * self.logit_scale
+        head = self.model.get_output_embeddings()
+        return models.float32_logits(hidden, head.weight, head.bias) * self.logit_scale
 
 
 @contextlib.contextmanager
@@ -284,7 +308,7 @@ def rollout_attention(
 
     Args:
         query: (n, H, 1, K); key, value: (n, H_kv, S, K), H_kv divides H.
-        attention_mask: (n, 1, 1, S) bool, True up to the token's own slot.
+        attention_mask: (n, 1, 1, S) in query's dtype, 0 up to the token's own slot, then -inf.
 
     Returns:
         (n, 1, H, K), and None for the attention weights.
@@ -295,7 +319,8 @@ def rollout_attention(
         )
     if sliding_window is not None:
         slots = torch.arange(key.shape[2], device=key.device)
-        attention_mask = attention_mask & (slots >= attention_mask.sum(-1, keepdim=True) - sliding_window)
+        length = (attention_mask == 0).sum(-1, keepdim=True)
+        attention_mask = attention_mask.masked_fill(slots < length - sliding_window, -math.inf)
     n, heads, _, width = query.shape
     query = query.view(n, key.shape[1], -1, width)  # heads that share a key head become its query positions
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
@@ -411,10 +436,13 @@ class Batch:
         n = len(self.owners)
         slots = self.starts[:n] + self.counts[:n] - 1  # of the newest tokens
         rows, columns = (torch.arange(size, device=self.device) for size in (n, width))
+        # added to scores: a mask of booleans would be turned into this one in every layer
+        mask = torch.zeros(n, width, dtype=self.replica.model.dtype, device=self.device)
+        mask = mask.masked_fill_(columns > slots[:, None], -math.inf)
         hidden = self.replica.trunk(
             input_ids=self.last[:n, None],
             position_ids=slots[:, None],
-            attention_mask=(columns <= slots[:, None])[:, None, None],
+            attention_mask=mask[:, None, None],
             past_key_values=self.cache.at(rows, slots, width=width),
             use_cache=True,
         )[0][:, 0]  # (n, D)

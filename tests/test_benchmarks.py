@@ -86,8 +86,8 @@ def test_the_optimizer_is_one_kernel_and_computes_adamw(device: torch.device) ->
 
 
 def test_padding_and_dense_logits_change_the_cost_but_not_the_losses() -> None:
-    """The two ends of G3: what they compare is the same training."""
-    packed, padded = tiny("G3", 0), tiny("G3", 1)
+    """The two ends of the cells of SFT: what they compare is the same training."""
+    packed, padded = tiny("sft", 0), tiny("sft", 1)
     assert packed["useful_share"] == 1.0 and padded["useful_share"] < 0.8
     assert packed["losses"] == pytest.approx(padded["losses"], abs=1e-5)
     assert packed["losses"][0] != packed["losses"][1]
@@ -100,48 +100,77 @@ def test_every_group_has_tiny_cells_with_the_settings_of_the_large_ones() -> Non
     assert set(gpu.TINY) == set(gpu.CELLS)
     for group, (_, cells) in gpu.CELLS.items():
         known = {name for cell in cells for name in cell}
+        if group == "checks":  # each has settings of its own
+            continue
         assert all(set(cell) <= known for cell in gpu.TINY[group])
 
 
 def test_attention_kernels_agree_where_they_are_timed() -> None:
-    found = tiny("G2")
+    found = tiny("attention")
     for kernel in ("ours", "sdpa_by_document", "sdpa_dense_mask"):
         assert max(found[kernel]["relative_gaps_out_dq_dk_dv"]) < 1e-5
         assert 0 < found[kernel]["forward_ms"] < found[kernel]["forward_backward_ms"]
 
 
 def test_lora_trains_fewer_weights_in_its_cell() -> None:
-    found = tiny("G4")
+    found = tiny("sft_8b")
     assert found["useful_tokens_per_second"] > 0 and found["losses"][0] != found["losses"][1]
 
 
 def test_the_head_and_its_ceiling_are_measured() -> None:
-    assert tiny("G1")["gemm_flops"] > 0
-    found = tiny("G6")
+    assert tiny("ceilings")["gemm_flops"] > 0
+    found = tiny("head")
     assert found["seconds"] > 0 and 0 < found["of_gemm"] < 2
 
 
 def test_decode_is_timed_against_its_roofline() -> None:
-    found = tiny("G7")
+    found = tiny("decode")
     assert found["step_ms"] > 0 and found["of_copy"] == pytest.approx(
         found["roofline_ms"] / found["step_ms"], rel=1e-6
     )
 
 
-def test_the_sampler_and_the_training_forward_agree_in_float32() -> None:
-    found = tiny("G10")
-    assert found["tokens"] == 4 * 16 and found["max"] < 1e-5
+@pytest.mark.parametrize("check", gpu.TINY["checks"], ids=lambda cell: cell["check"])
+def test_the_checks_pass_on_a_cpu(check: dict[str, Any]) -> None:
+    found = json.loads(json.dumps(gpu.run_check(0.0, **check), allow_nan=False))
+    assert found["ok"] is True, found
+
+
+def test_a_check_notices_logits_that_were_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = models.float32_logits
+
+    def rounded(h: Any, weight: Any, bias: Any, out: Any = None) -> torch.Tensor:
+        logits = whole(h, weight, bias).bfloat16().float()
+        return logits if out is None else out.copy_(logits)
+
+    monkeypatch.setattr(models, "float32_logits", rounded)
+    settings = next(cell for cell in gpu.TINY["checks"] if cell["check"] == "check_head")
+    assert gpu.run_check(0.0, **settings)["ok"] is False
+
+
+@pytest.mark.slow
+def test_a_day_goes_on_after_a_cell_that_fails_and_ends_in_time(monkeypatch, capfd) -> None:
+    """Each cell is a line; one that dies or is too slow is an error there; a wrong check is the exit code."""
+    cells = {"ceilings": [{}], "checks": [{"check": "check_score_head"}, {"check": "no such"}]}
+    monkeypatch.setattr(gpu, "TINY", cells)
+    assert not gpu.day(1.0, small=True, only="")
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["task"] for line in lines] == ["ceilings", "checks", "checks"]
+    assert lines[0]["gemm_flops"] > 0 and lines[1]["ok"] and "KeyError" in lines[2]["error"]
+    assert gpu.day(0.1, small=True, only="") and "are over before" in capfd.readouterr().out
+    worker = harness.Worker(gpu.__file__, threads=1)
+    assert worker.ask("ceilings", {}, limit=0.1) == {"error": "no answer in 0 s"}
 
 
 def test_ppo_says_where_its_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tiny("G8")
+    found = tiny("ppo")
     assert sum(found["shares"].values()) == pytest.approx(1.0)
     assert {"rollout", "scoring", "advantages", "value", "policy"} == set(found["shares"])
 
 
 def test_without_a_gpu_only_small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "G1"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "day"])
     with pytest.raises(SystemExit, match="only --small runs here"):
         gpu.main()
 

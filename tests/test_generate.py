@@ -399,13 +399,49 @@ def test_the_replica_holds_no_memory_between_calls(tmp_path, device):
 
 def test_within_rollout_the_weights_are_gathered_once(policy, monkeypatch):
     calls = []
-    full_weights = models.full_weights
-    monkeypatch.setattr(models, "full_weights", lambda *a: calls.append(1) or full_weights(*a))
+    fill = generate.Replica.fill
+    monkeypatch.setattr(generate.Replica, "fill", lambda *a: calls.append(1) or fill(*a))
     with generate.rollout(policy):
         replies(policy), replies(policy)
     assert len(calls) == 1
     replies(policy)
     assert len(calls) == 2
+
+
+def test_adapters_do_not_take_the_bfloat16_sampler_from_the_training_forward(tmp_path, device):
+    """Folded into bfloat16 weights they would: rounding the sums triples the difference of log-probs."""
+    save(tmp_path, hidden_size=128, initializer_range=0.02)
+    policy = models.load(str(tmp_path), device, options(dtype="bfloat16", lora_rank=8))
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-4)
+
+    def draw() -> tuple[list[generate.Sample], data.Row]:
+        samples = replies(policy, samples_per_prompt=8, max_new_tokens=40)
+        examples = [generate.to_example(sample) for sample in samples]
+        return samples, data.make_row(examples, list(range(len(samples))), device)
+
+    def gap() -> float:
+        samples, row = draw()
+        with torch.no_grad():
+            return (models.token_logps(policy, row) - generate.row_logps(samples, row)).abs().mean().item()
+
+    before, row = gap(), draw()[1]
+    for _ in range(10):
+        (-models.token_logps(policy, row).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 0 < gap() < 1.2 * before
+
+
+def test_a_replica_shares_the_frozen_base(tmp_path, device):
+    """One process holds all of it: no second copy, and none is freed with the replica."""
+    save(tmp_path)
+    policy = models.load(str(tmp_path), device, options(lora_rank=2))
+    state = {name: models.whole_tensor(x).data_ptr() for name, x in policy.state_dict().items()}
+    first = replies(policy)
+    with generate.rollout(policy) as replica:
+        same = [n for n, x in replica.model.state_dict().items() if x.data_ptr() == state[n]]
+        assert same == [name for name in state if ".lora_" not in name]
+    assert policy.get_input_embeddings().weight.numel() > 0 and replies(policy) == first
 
 
 # --------------------------------------------------------------------------------------------------- ranks

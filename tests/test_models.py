@@ -1,5 +1,6 @@
 """common/models.py: packed, chunked, sharded or adapted, the numbers are those of plain transformers."""
 
+import importlib
 import inspect
 import json
 import math
@@ -260,12 +261,6 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, l
     return torch.einsum("hij,jhk->ihk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
 
 
-class OnGpu(Tensor):
-    """A CPU tensor that takes the CUDA branch."""
-
-    is_cuda = True
-
-
 def torch_kernel(
     query,
     key,
@@ -292,10 +287,9 @@ def torch_kernel(
 def old_torch_kernel(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
-    """The same before torch 2.13: as many key heads as query heads."""
-    return torch_kernel(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
-    )
+    """The same before torch 2.13, which shares key heads without being told."""
+    settings = {"scale": scale, "window_size": window_size, "enable_gqa": True}
+    return torch_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **settings)
 
 
 def flash_attn_kernel(
@@ -347,15 +341,15 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Stand-ins in the places the real kernels are imported from."""
     from torch.nn.attention import varlen
 
-    models._flash_kernel.cache_clear()
     package = None  # no such package
     if request.param == "flash-attn":
         package = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_kernel)
     elif KERNELS[request.param]:
         monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    yield request.param
-    models._flash_kernel.cache_clear()
+    found = models._find_flash_kernel() if request.param != "sdpa" else None
+    monkeypatch.setattr(models, "_flash_kernel", found)
+    return request.param
 
 
 def test_the_stand_in_has_the_signature_of_the_installed_torch():
@@ -371,7 +365,9 @@ def test_the_stand_in_has_the_signature_of_the_installed_torch():
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize(("heads", "key_heads", "width", "value_width"), [(4, 2, 8, 8), (4, 4, 12, 5)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "value_width"), [(4, 2, 8, 8), (4, 4, 12, 5), (4, 4, 5, 12)]
+)
 def test_attention_back_ends_equal_a_masked_softmax(
     kernel: str, heads: int, key_heads: int, width: int, value_width: int, window: int | None
 ):
@@ -383,10 +379,9 @@ def test_attention_back_ends_equal_a_masked_softmax(
         for h, w in ((heads, width), (key_heads, width), (key_heads, value_width))
     ]
     upstream = torch.randn(1, 40, heads, value_width, dtype=torch.float64)
-    given = inputs if kernel == "sdpa" else [x.as_subclass(OnGpu) for x in inputs]
     ours, _ = models.varlen_attention(
         nn.Identity(),
-        *given,
+        *inputs,
         None,
         scaling=0.3,
         sliding_window=window,
@@ -398,14 +393,13 @@ def test_attention_back_ends_equal_a_masked_softmax(
     )
     q, k, v = (x[0].transpose(0, 1) for x in inputs)
     theirs = dense_attention(q, k, v, cu, 0.3, None if window is None else window - 1)[None]
-    ours = ours.as_subclass(Tensor)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
     for a, b in zip(
         torch.autograd.grad(ours, inputs, upstream),
         torch.autograd.grad(theirs, inputs, upstream),
         strict=True,
     ):
-        torch.testing.assert_close(a.as_subclass(Tensor), b, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.gpu
@@ -426,6 +420,22 @@ def test_the_real_kernel_equals_sdpa_on_gpu(window: int | None):
         strict=True,
     ):
         assert (a.float() - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"), [("Llama", True), ("Qwen3", True), ("Gemma", False), ("Gemma3", False)]
+)
+def test_norms_are_fused_where_they_are_plain(kind: str, plain: bool):
+    """Fused, they say the same in float32; Gemma's adds 1 to its weight and is left alone."""
+    module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+    norm = getattr(module, f"{kind}RMSNorm")(16, eps=1e-3)
+    assert models.is_plain_rms_norm(type(norm)) == plain
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 16)
+    before, forward = norm(x), norm.forward
+    models.fuse_norms(norm)
+    assert (norm.forward != forward) == plain
+    torch.testing.assert_close(norm(x), before)
 
 
 # ----------------------------------------------------------------------------------------------- chunked head
