@@ -29,7 +29,6 @@ Metrics, results and departures from the paper: docs/cai.md
 import gc
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -46,7 +45,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import checkpoint, data, dist, models
+from common import data, dist, files, models
 from common.generate import generate
 from common.log import Log, parse
 from common.server import Server
@@ -577,9 +576,9 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
         return records
 
     options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
-    who = (checkpoint.fingerprint(helper.path), judge_key(args), args.sft.dtype, args.chat_template)
+    who = (files.fingerprint(helper.path), judge_key(args), args.sft.dtype, args.chat_template)
     key = (who, options, constitution, shots)
-    checkpoint.write_lines(path, list(enumerate(prompts)), key, work)
+    files.write_lines(path, list(enumerate(prompts)), key, work)
 
 
 def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
@@ -593,7 +592,7 @@ def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint
 def judge_key(args: Args) -> Any:
     if args.judge_url:
         return (args.judge_url, args.judge_model)
-    return checkpoint.fingerprint(args.judge_model or args.model)
+    return files.fingerprint(args.judge_model or args.model)
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -663,9 +662,9 @@ def compare_replies(
         return records
 
     options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    who = (checkpoint.fingerprint(sl_model), judge_key(args), args.sft.dtype, args.chat_template)
+    who = (files.fingerprint(sl_model), judge_key(args), args.sft.dtype, args.chat_template)
     key = (who, options, args.max_new_tokens, principles, shots)
-    checkpoint.write_lines(path, list(enumerate(prompts)), key, work)
+    files.write_lines(path, list(enumerate(prompts)), key, work)
 
 
 def read_temperatures(args: Args) -> list[float]:
@@ -783,9 +782,7 @@ def save_lines(path: Path, make: Callable[[], list[dict]]) -> None:
     def write() -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in make()))
-            os.replace(unfinished, path)
+            files.write(path, files.as_lines(make()))
 
     dist.from_main(write)
 
@@ -803,10 +800,8 @@ def export(model: str, folder: Path) -> None:
     """model/: a copy of the last stage's."""
 
     def copy() -> None:
-        unfinished = folder / "model.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(Path(model) / "model", unfinished)
-        os.replace(unfinished, folder / "model")
+        with files.whole(folder / "model") as unfinished:
+            shutil.copytree(Path(model) / "model", unfinished)
 
     dist.from_main(copy)
 

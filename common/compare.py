@@ -2,9 +2,9 @@
 
     python -m common.compare runs/before runs/after [--tolerance 1e-6]
 
-Rows of metrics.jsonl are matched by step, those of samples.jsonl by step and place, values by name; stages of a
-pipeline are compared as well. Speed, times and memory differ from run to run and are left out. The exit code
-is that of diff: 0 for equal runs, 1 for different ones, 2 if a folder is no run.
+Rows of metrics.jsonl are matched by step, those of samples.jsonl by step and place, values by name; stages
+of a pipeline are compared as well. Speed, times and memory differ from run to run and are left out. The exit
+code is that of diff: 0 for equal runs, 1 for different ones, 2 if a folder is no run.
 """
 
 import json

@@ -9,13 +9,11 @@ import codecs
 import functools
 import gzip
 import hashlib
-import importlib
 import itertools
 import json
 import math
 import os
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 from common import dist
+from common.files import model_folder, toy_folder
 
 Messages = list[dict[str, str]]
 Sequence = tuple[np.ndarray, np.ndarray]  # tokens (n,) int32 and mask (n,) bool
@@ -185,38 +184,6 @@ CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 BREAK = "\ufdd0"  # Unicode keeps this out of texts: where `tokenize` cuts
-
-
-def model_folder(model: str) -> tuple[str, str | None]:
-    """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
-    if model in ("toy", "toy/attribute_model"):
-        return str(toy_folder() / (model.partition("/")[2] or "model")), None
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise dist.RunError(f"model {model}: no such file")
-        return str(path.parent), path.name
-    if (path / "args.json").exists() and not (path / "model").exists():
-        raise dist.RunError(f"model {model}: a run folder without model/; that run has not finished")
-    if (path / "model").is_dir():
-        path = path / "model"
-    if not path.exists():
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise dist.RunError(f"model {model}: no such folder")
-        return model, None
-    if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-        raise dist.RunError(f"model {model}: no config.json in this folder; expected a Hugging Face model")
-    if not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
-        raise dist.RunError(f"model {model}: no weights (*.safetensors or *.bin) in this folder")
-    return str(path), None
-
-
-def toy_folder(world: str = "language") -> Path:
-    """The files of a toy world, language or images, built on first use."""
-    try:
-        return importlib.import_module(f"toy.{world}").ensure()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        raise dist.RunError(f"cannot build the toy world: {error}") from error
 
 
 def load_tokenizer(model: str, chat_template: str = "") -> Any:
