@@ -455,17 +455,6 @@ def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
     assert scored(families["chatml"], branching.sequences[0]) == [f"7{END}", f"Yes.{END}"]
 
 
-def test_neighbouring_turns_of_a_transcript_are_joined_and_text_is_never_lost() -> None:
-    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: \n\nHuman: c\n\nAssistant: d\n\ne"
-    found = [(m["role"], m["content"]) for m in data.as_messages(text, "")]
-    assert found == [("user", "a\n\nb"), ("assistant", ""), ("user", "c"), ("assistant", "d\n\ne")]
-    quoted = "Read this:\n\nHuman: a\n\nAssistant: b"  # a transcript inside a text is part of the text
-    assert data.as_messages(quoted, "") == [{"role": "user", "content": quoted}]
-    helpsteer = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
-    found = [(m["role"], m["content"]) for m in data.as_messages(helpsteer, "")]
-    assert found == [("user", "a"), ("assistant", "b"), ("user", "c")]
-
-
 def test_prompts_keep_their_record_and_score_nothing(families: dict, tmp_path: Path) -> None:
     records = [
         {"prompt": "3+4?", "answer": "7", "level": 1},
@@ -582,27 +571,6 @@ def test_real_files_load(families: dict, kind: str, name: str, count: int) -> No
 # ------------------------------------------------------------------------------------------- files and errors
 
 
-def test_files_of_every_type_hold_the_same_records(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    records = [{"prompt": "a\u2028b\u0085c", "completion": "\r\n x"}, {"prompt": "\u00e9", "completion": "y"}]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    files = {
-        "a.jsonl": "\n".join(lines),
-        "b.jsonl": "\ufeff" + "\r\n".join(lines) + "\r\n\n",
-        "c.json": json.dumps(records, indent=1),
-        "d.json": "\n".join(lines),
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(files["b.jsonl"].encode()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "f.parquet")
-    for path in tmp_path.iterdir():
-        assert [record.value for record in data.read_file(path)] == records, path
-    assert data.read_file(tmp_path / "b.jsonl")[1].where == f"{tmp_path}/b.jsonl:2"
-
-
 GOOD = '{"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}\n'
 BAD = [
     ("sft", '{"instruction": "a", "instances": ["b"]}', r":2: found the instance 'b'; expected a JSON"),
@@ -690,21 +658,6 @@ def test_a_label_is_context_before_its_reply_and_only_where_the_type_says_so(
     # a generation starts after the same tokens
     asked = data.encode_prompt(tokenizer, [{"role": "user", "content": "3+4?"}], f"{label}\n")
     assert asked == example.sequences[0][0][: len(asked)].tolist()
-
-
-def test_a_dict_of_attributes_has_one_order_and_values_from_0_to_4() -> None:
-    assert data.read_line({"verbosity": 1, "quality": 4}, "x") == "quality:4,verbosity:1\n"
-    assert data.read_line({"quality": 4, "verbosity": 1}, "x") == "quality:4,verbosity:1\n"
-    assert data.read_line("", "x") == ""
-    for label, message in (
-        ("quality:5", "found quality:5; expected a whole number from 0 to 4"),
-        ("quality:1.5", "found quality:1.5; expected a whole number"),
-        ("quality", "found the label 'quality'; expected name:value joined by commas"),
-        ("quality:4:1", "found the label"),
-        ("wit:1", "found the attribute wit; expected one of quality"),
-    ):
-        with pytest.raises(dist.RunError, match=message):
-            data.read_line(label, "x", ["quality"])
 
 
 def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> None:
@@ -874,17 +827,6 @@ def test_the_last_batch_of_a_run_by_epochs_is_partial() -> None:
     assert data.num_steps(dataset, make_args("", batch_size=20, max_steps=0)) == 0
 
 
-def test_names_and_weights_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert data.read_sources(" a.jsonl*2, me/it:c:s*.5 ,toy") == [
-        ("a.jsonl", 2.0),
-        ("me/it:c:s", 0.5),
-        ("toy", 1.0),
-    ]
-    monkeypatch.chdir(tmp_path)
-    Path("odd*2").touch()
-    assert data.read_sources("odd*2,odd*2*3") == [("odd*2", 1.0), ("odd*2", 3.0)]
-
-
 def test_fewer_examples_than_a_batch_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     source = write(tmp_path, {"messages": CHAT})
     with pytest.raises(dist.RunError, match="found 1 examples an epoch; expected batch_size, 2, or more"):
@@ -928,43 +870,6 @@ def test_a_single_prompt_cannot_be_held_out() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ packed rows
-
-
-def test_packing_keeps_to_the_limit_and_fills_the_rows() -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 400, 300).tolist() + [900]
-    bins = data.pack(range(301), lengths, 512)
-    loads = [sum(lengths[i] for i in chosen) for chosen in bins]
-    assert sorted(i for chosen in bins for i in chosen) == list(range(301))
-    assert [300] in bins and all(
-        load <= 512 for load, chosen in zip(loads, bins, strict=True) if chosen != [300]
-    )
-    assert len(bins) <= math.ceil(sum(lengths[:300]) / 512) + 2  # nearly as few rows as there can be
-
-
-def test_shares_are_balanced_by_tokens() -> None:
-    lengths = np.random.default_rng(0).integers(1, 400, 256).tolist()
-    for size in (2, 8):
-        loads = [sum(lengths[i] for i in share) for share in dist.shares(lengths, size)]
-        assert max(loads) / (sum(loads) / size) < 1.01
-
-
-def test_a_row_holds_its_sequences_end_to_end() -> None:
-    pair = [
-        (np.array([5, 6, 7], np.int32), np.array([0, 0, 1], bool)),
-        (np.array([8, 9], np.int32), np.array([0, 1], bool)),
-    ]
-    examples = [data.Example(pair, "", {"margin": 3.0}), data.Example(pair[:1], "", {"margin": 4.0})]
-    row = data.make_row(examples, [1, 0], CPU)
-    assert row.tokens.tolist() == [5, 6, 7, 5, 6, 7, 8, 9]
-    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert row.segment_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert row.cu_seqlens.tolist() == [0, 3, 6, 8] and (row.max_seqlen, row.num_segments) == (3, 3)
-    assert row.targets.tolist() == [2, 5, 7] and row.target_segments.tolist() == [0, 1, 2]
-    assert row.example_ids.tolist() == [1, 0] and row.fields["margin"].tolist() == [4.0, 3.0]
-    dummy = data.make_row(examples, [], CPU)
-    assert (dummy.tokens.numel(), dummy.num_segments, dummy.targets.numel()) == (1, 0, 0)
-    assert dummy.example_ids.numel() == 0 and dummy.fields["margin"].shape == (0,)
 
 
 def ranks_share(dataset: str, cases: list[list[int]]) -> dict[str, Any]:
