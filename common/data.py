@@ -3,7 +3,7 @@
 Every format of docs/data.md becomes turns of a conversation (common/formats.py); a chat template makes text
 of them and the tokenizer tokens. A mask is True on the tokens that are scored.
 
-    python -m common.data FILE --kind sft --model MODEL        prints sequences as training will see them
+    python -m common.data FILE --kind sft --model MODEL        shows sequences as training will see them
 """
 
 import functools
@@ -15,10 +15,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
+import tyro
 
 from common import dist, files, formats, packed
 from common.files import model_folder
@@ -445,3 +448,68 @@ def hold_out(examples: list[Example], source: str) -> tuple[list[Example], list[
         held = {min(sizes, key=lambda name: (sizes[name], name))}
     pairs = list(zip(examples, keys, strict=True))
     return [e for e, k in pairs if k not in held], [e for e, k in pairs if k in held]
+
+
+# ------------------------------------------------------------------------------- what training will see
+
+
+@dataclass
+class Args:
+    """Show each sequence of a data set as training will see it, and which of its tokens are scored."""
+
+    file: tyro.conf.Positional[str]
+    """the data set: toy, a file, a folder or hub/name[:config[:split]]"""
+    kind: Literal["sft", "pairs", "prompts", "ratings"]
+    """what the records are: demonstrations, preferences, prompts, or rated replies"""
+    model: str = "toy"
+    """the model whose tokenizer and template are used: toy, a run folder, a folder, a hub id, a .gguf file"""
+    output: str = ""
+    """JSON lines to write, one a sequence; without it the first few records are printed"""
+    max_length: int = 2048
+    """most tokens of a sequence; longer ones are cut or dropped as in training"""
+    chat_template: str = ""
+    """a Jinja file or "chatml" in place of the model's own chat template"""
+
+
+def describe(examples: list[Example], tokenizer: Any) -> list[dict]:
+    """A row for each sequence, special tokens kept: `text`, and `trained`, the part of it that is scored.
+
+    `record` counts the examples, `sequence` those of an example: 0 is chosen and 1 rejected of a pair.
+    """
+
+    def decode(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return [
+        {"record": i, "sequence": k, "text": decode(ids), "trained": decode(ids[mask])}
+        for i, example in enumerate(examples)
+        for k, (ids, mask) in enumerate(example.sequences)
+    ]
+
+
+def readable(row: dict) -> str:
+    """A row of `describe` for the terminal, its texts indented."""
+    parts = [f"\nrecord {row['record']}, sequence {row['sequence']}"]
+    for name in ("text", "trained"):
+        parts += [f"  {name}:", *(f"    {line}" for line in row[name].splitlines() or ["-"])]
+    return "\n".join(parts)
+
+
+def main(args: Args) -> None:
+    tokenizer = load_tokenizer(args.model, args.chat_template)
+    loaders = {"sft": load_sft, "pairs": load_pairs, "prompts": load_prompts, "ratings": load_ratings}
+    limits = dict(max_length=args.max_length, max_prompt_length=args.max_length, batch_size=1)
+    source = dict(dataset=args.file, eval_dataset=args.file)  # nothing is held out
+    options = SimpleNamespace(**source, **limits, train_on_prompt=False)
+    examples, _ = loaders[args.kind](options, tokenizer)
+    if not args.output:
+        print("\n".join(map(readable, describe(examples[:3], tokenizer))))
+        return
+    try:
+        files.write(Path(args.output).expanduser(), files.as_lines(describe(examples, tokenizer)))
+    except OSError as error:
+        raise dist.RunError(f"output {args.output}: cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    dist.run(main, tyro.cli(Args, use_underscores=True))

@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -916,3 +918,50 @@ def test_a_reply_that_opens_a_conversation_is_scored_without_its_header(toy: Pat
     tokenizer = data.load_tokenizer("toy", "chatml")
     tokens, mask = data.encode_chat(tokenizer, messages, [True, False])
     assert tokenizer.decode(tokens[mask]) == "a moo." + tokenizer.eos_token
+
+
+# ------------------------------------------------------------------------------------ what training will see
+
+
+def show(source: Any, kind: str, **options: Any) -> None:
+    data.main(data.Args(str(source), kind, **options))
+
+
+@pytest.mark.parametrize("kind", ["sft", "pairs", "prompts", "ratings"])
+def test_every_sequence_is_written_as_training_sees_it(
+    tmp_path: Path, tokenizer: Any, toy: Path, kind: str
+) -> None:
+    lines = (toy / kind / "train.jsonl").read_text().splitlines(keepends=True)[:40]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    show(tmp_path / "data.jsonl", kind, output=str(tmp_path / "shown.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
+    examples = load(kind, str(tmp_path / "data.jsonl"), tokenizer)
+    assert [(row["record"], row["sequence"]) for row in rows] == [
+        (i, k) for i, example in enumerate(examples) for k in range(len(example.sequences))
+    ]
+    for row in rows:
+        ids, mask = examples[row["record"]].sequences[row["sequence"]]
+        assert row["text"] == tokenizer.decode(ids.tolist()) and row["text"].startswith("<|")
+        assert row["trained"] == "".join(scored(tokenizer, (ids, mask)))
+        assert row["trained"].endswith("<|end|>") != (kind == "prompts")
+
+
+def test_a_few_are_printed_under_another_template_and_fitted_to_a_length(tmp_path: Path, capsys: Any) -> None:
+    source = write(tmp_path, *({"messages": [ASK, {**SEVEN, "content": f"7 {i}"}]} for i in range(5)))
+    show(source, "sft", chat_template="chatml", max_length=64)
+    printed = capsys.readouterr().out
+    assert "record 2, sequence 0\n  text:\n    <|im_start|>user\n    3+4?" in printed
+    assert "  trained:\n    7 2<|end|>" in printed and "record 3" not in printed
+    with pytest.raises(dist.RunError, match="expected a larger max_length than 4"):
+        show(source, "sft", max_length=4)
+    with pytest.raises(dist.RunError, match=r"shown.jsonl: cannot be written \(No such file"):
+        show(source, "sft", output=str(tmp_path / "absent" / "shown.jsonl"))
+
+
+def test_the_command_refuses_with_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    source = write(tmp_path, {"a": 1})
+    command = [sys.executable, "-m", "common.data", source, "--kind", "sft", "--output", f"{tmp_path}/shown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "shown").exists()
+    assert done.stderr.startswith(f"error: {source}:1: found the fields a; expected ")
+    assert done.stderr.count("\n") == 1
