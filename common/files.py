@@ -14,9 +14,11 @@ import pickle
 import shutil
 import subprocess
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,11 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def cut_torn_line(path: Path) -> int:
-    """Shorten a file to the end of its last complete line. -> the number of lines
+    """Shorten a file to the end of its last complete line, or make an empty one. -> the number of lines
 
     It is cut in place: what is written anew could be lost to a kill in the middle of it.
     """
-    if not path.exists():
-        return 0
+    path.touch()
     content = path.read_bytes()
     os.truncate(path, content.rfind(b"\n") + 1)
     return content.count(b"\n")
@@ -152,7 +153,6 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
                 f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
             )
     if dist.is_main():
-        unfinished.touch()  # no items, no lines
         finish(unfinished, path)
     dist.barrier()
 
@@ -161,19 +161,20 @@ class Journal:
     """Records by key that outlive a kill, and that the ranks share without a collective.
 
     Each rank appends to a file of its own, so that no two write to one, and reads the files of all. A record
-    is written before it is used; one whose line a kill has torn is missing again, and no other suffers.
+    is on file before it is used; one whose line a kill has torn is missing again, and no other suffers.
     """
 
     def __init__(self, folder: Path):
-        """folder: one that all ranks see."""
+        """folder: one that all ranks see. Errors in it are forgotten, so that what failed is tried again."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.mine = folder, folder / f"rank_{dist.rank()}.jsonl"
         self.lock = threading.Lock()
         self.records: dict[str, dict] = {}
         self.read_to: Counter[Path] = Counter()  # bytes of each file
         cut_torn_line(self.mine)
-        dist.barrier()  # no rank reads while another may still cut
         self.refresh()
+        self.records = {key: record for key, record in self.records.items() if "error" not in record}
+        dist.barrier()  # from here on an error is of this run
 
     def add(self, key: str, record: dict) -> None:
         """Append a record; threads may call this."""
@@ -192,6 +193,43 @@ class Journal:
                 with contextlib.suppress(ValueError, KeyError):
                     record = json.loads(line)
                     self.records[record.pop("key")] = record
+
+    def collect(self, items: dict[str, Any], make: Callable[[Any], dict], threads: int) -> list[dict]:
+        """The record of each item: the one on file, else make(item), which is then never asked for again.
+
+        A rank makes its share, in threads, and waits for the others' records to appear in their files: a slow
+        one holds up no collective. An error is put on file too, so that it ends every rank with the same
+        line.
+
+        Args:
+            items: by key, a hexadecimal number; every rank passes the same.
+
+        Raises:
+            RunError: make has raised it, on any rank.
+        """
+
+        def attempt(key: str) -> None:
+            try:
+                self.add(key, make(items[key]))
+            except dist.RunError as error:
+                self.add(key, {"error": str(error)})
+                raise
+
+        share = [key for key in items if int(key, 16) % dist.world_size() == dist.rank()]
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                list(pool.map(attempt, [key for key in share if key not in self.records]))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        while True:
+            self.refresh()
+            found = [self.records[key] for key in items if key in self.records]
+            for record in found:
+                if "error" in record:
+                    raise dist.RunError(record["error"])
+            if len(found) == len(items):
+                return found
+            time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------------- model folders

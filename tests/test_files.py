@@ -119,7 +119,8 @@ def test_runs_that_write_a_shared_file_at_once_do_not_meet(tmp_path: Path) -> No
 
 def test_rows_of_a_torn_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert files.read_rows(path) == [] and files.cut_torn_line(path) == 0
+    assert files.read_rows(path) == []
+    assert files.cut_torn_line(path) == 0 and path.read_text() == ""
     path.write_text(files.as_lines([{"step": 1}, {"step": 2}]) + '{"st')
     assert files.read_rows(path) == [{"step": 1}, {"step": 2}]
     assert files.cut_torn_line(path) == 2 and path.read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -184,6 +185,29 @@ def test_a_journal_keeps_its_records_and_survives_a_torn_line(tmp_path: Path) ->
     again.refresh()
     assert {key: record["text"] for key, record in again.records.items()} == {k: f"to {k}" for k in "abcd"}
     assert [json.loads(line)["key"] for line in journal.mine.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_a_journal_makes_what_is_missing_and_tries_again_what_failed(
+    tmp_path: Path, device: torch.device
+) -> None:
+    made, broken = [], {"b"}
+
+    def make(item: str) -> dict:
+        made.append(item)
+        if item in broken:
+            raise dist.RunError(f"{item} has failed")
+        return {"text": item.upper()}
+
+    items = {f"{i:x}": item for i, item in enumerate("abcd")}
+    with pytest.raises(dist.RunError, match="b has failed"):
+        files.Journal(tmp_path).collect(items, make, threads=1)
+    assert made[:2] == ["a", "b"]
+    broken.clear()
+    journal = files.Journal(tmp_path)
+    assert [record["text"] for record in journal.collect(items, make, threads=3)] == ["A", "B", "C", "D"]
+    assert sorted(made) == ["a", "b", "b", "c", "d"]
+    assert journal.collect(dict([*items.items()][::-1]), make, threads=1)[0] == {"text": "D"}
+    assert len(made) == 5
 
 
 # caches
