@@ -26,30 +26,34 @@ Each stage has its files in output_dir; one that is complete is not run again.
 Metrics, results and departures from the paper: docs/cai.md
 """
 
+import contextlib
 import gc
+import hashlib
 import json
 import math
 import os
 import random
 import re
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub import InferenceClient, get_session
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 import dpo
 import ppo
 import reward_model
 import sft
-from common import checkpoint, data, dist, models
+from common import data, dist, files, models
 from common.generate import generate
 from common.log import Log, parse
-from common.server import Server
 from dpo import Args as DpoArgs
 from ppo import Args as PpoArgs
 from reward_model import Args as RewardArgs
@@ -87,6 +91,8 @@ SHOWN = ()
 OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
 OWN |= {"track", "wandb_project", "run_name"}
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
+BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
+REFUSED = (400, 401, 403, 404, 405, 422)  # the same request would be refused again
 CONCLUSION = "\nThe better reply is "
 
 
@@ -478,16 +484,49 @@ def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: 
 
 
 class Endpoint:
-    """A model behind a server."""
+    """A model behind a server with OpenAI's chat API, which may fail or stall; nothing is asked twice."""
 
     def __init__(self, args: Args):
-        self.args = args
-        limits = {"timeout": args.judge_timeout, "retries": args.judge_retries, "threads": args.judge_threads}
-        self.server = Server(args.judge_url, Path(args.output_dir) / "answers", **limits)
+        self.args, self.url = args, args.judge_url.rstrip("/") + "/chat/completions"
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # left out, the user's hub token would be sent
+        self.client = InferenceClient(base_url=self.url, api_key=key, timeout=args.judge_timeout)
+        self.answers = files.Journal(Path(args.output_dir) / "answers")
 
     def ask(self, conversations: list[data.Messages], read: Callable, **how: Any) -> list[dict]:
+        """read(choice) of the first choice of each answer; every rank passes the same conversations."""
         bodies = [{"model": self.args.judge_model, "messages": turns, **how} for turns in conversations]
-        return self.server.ask(bodies, read)
+        keys = [hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()[:32] for body in bodies]
+        wanted = dict(zip(keys, bodies, strict=True))  # equal ones are asked once
+        with not_the_hub():
+            found = self.answers.collect(wanted, lambda body: self.post(body, read), self.args.judge_threads)
+        answers = dict(zip(wanted, found, strict=True))
+        return [answers[key] for key in keys]
+
+    def post(self, body: dict, read: Callable) -> dict:
+        """One request, repeated after a pause where the server fails.
+
+        Raises:
+            RunError: the server refuses the request, or fails each time.
+        """
+        wait = 0.0
+        for attempt in range(self.args.judge_retries + 1):
+            time.sleep(min(60.0, wait))
+            wait = BACKOFF * 2**attempt
+            try:
+                return read(self.client.chat_completion(**body).choices[0])
+            except HfHubHTTPError as error:
+                code, after = error.response.status_code, error.response.headers.get("Retry-After", "")
+                problem = f"HTTP status {code}"
+                if code in REFUSED:
+                    said = data.first_line(error)[:200]
+                    raise dist.RunError(f"{self.url}: {problem}: {said}") from error
+                wait = max(wait, float(after)) if after.isdigit() else wait
+            except Exception as error:  # no connection, no answer in time, or an answer of another form
+                problem = f"{type(error).__name__}: {data.first_line(error)}"
+        raise dist.RunError(
+            f"{self.url}: gave up after {self.args.judge_retries + 1} tries, the last with {problem}; what "
+            "was answered is kept, the same command goes on from there"
+        )
 
     def replies(
         self, conversations: list[data.Messages], step: int, first: int, temperature: float
@@ -512,6 +551,17 @@ class Endpoint:
         return [x["p"] for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
 
 
+@contextlib.contextmanager
+def not_the_hub() -> Iterator[None]:
+    """Requests go out though HF_HUB_OFFLINE is set: its client refuses them all by a hook on the session."""
+    session = get_session()
+    hooks, session.event_hooks = session.event_hooks, {}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
+
+
 def read_verdict(text: str, tokens: list[dict], cot: bool) -> float | None:
     """P(A) from the letter an answer gives, and from the log-probabilities at its token if there are any.
 
@@ -523,7 +573,7 @@ def read_verdict(text: str, tokens: list[dict], cot: bool) -> float | None:
         return None
     probs = {"A": 0.0, "B": 0.0}
     named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letters[-1]]
-    for top in named[-1].get("top_logprobs", []) if named else []:
+    for top in (named[-1].get("top_logprobs") or []) if named else []:
         letter = re.sub(r"\W", "", top["token"])
         if letter in probs:
             probs[letter] += math.exp(top["logprob"])
@@ -577,9 +627,9 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
         return records
 
     options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
-    who = (checkpoint.fingerprint(helper.path), judge_key(args), args.sft.dtype, args.chat_template)
+    who = (files.fingerprint(helper.path), judge_key(args), args.sft.dtype, args.chat_template)
     key = (who, options, constitution, shots)
-    checkpoint.write_lines(path, list(enumerate(prompts)), key, work)
+    files.write_lines(path, list(enumerate(prompts)), key, work)
 
 
 def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
@@ -593,7 +643,7 @@ def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint
 def judge_key(args: Args) -> Any:
     if args.judge_url:
         return (args.judge_url, args.judge_model)
-    return checkpoint.fingerprint(args.judge_model or args.model)
+    return files.fingerprint(args.judge_model or args.model)
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -663,9 +713,9 @@ def compare_replies(
         return records
 
     options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    who = (checkpoint.fingerprint(sl_model), judge_key(args), args.sft.dtype, args.chat_template)
+    who = (files.fingerprint(sl_model), judge_key(args), args.sft.dtype, args.chat_template)
     key = (who, options, args.max_new_tokens, principles, shots)
-    checkpoint.write_lines(path, list(enumerate(prompts)), key, work)
+    files.write_lines(path, list(enumerate(prompts)), key, work)
 
 
 def read_temperatures(args: Args) -> list[float]:
@@ -783,9 +833,7 @@ def save_lines(path: Path, make: Callable[[], list[dict]]) -> None:
     def write() -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in make()))
-            os.replace(unfinished, path)
+            files.write(path, files.as_lines(make()))
 
     dist.from_main(write)
 
@@ -803,10 +851,8 @@ def export(model: str, folder: Path) -> None:
     """model/: a copy of the last stage's."""
 
     def copy() -> None:
-        unfinished = folder / "model.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(Path(model) / "model", unfinished)
-        os.replace(unfinished, folder / "model")
+        with files.whole(folder / "model") as unfinished:
+            shutil.copytree(Path(model) / "model", unfinished)
 
     dist.from_main(copy)
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, files, models
 from common.log import Log, parse
 
 TOY = dict(
@@ -248,7 +248,7 @@ def precompute_reference(
             ref_logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 
-    ref_logps = checkpoint.cached(score, "ref_logps", args.model, args.dtype, [e.sequences for e in examples])
+    ref_logps = files.cached(score, "ref_logps", args.model, args.dtype, [e.sequences for e in examples])
     for example, (chosen, rejected) in zip(examples, ref_logps.tolist(), strict=True):
         example.fields |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 

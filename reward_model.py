@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, files, models
 from common.log import Log, parse
 
 TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
@@ -327,8 +327,8 @@ def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Any, device
         scored = [[next(outputs) for _ in sequences] for sequences in found]
         return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
 
-    key = (checkpoint.fingerprint(args.model), args.dtype, args.chat_template)
-    checkpoint.write_lines(target, records, key, work)
+    key = (files.fingerprint(args.model), args.dtype, args.chat_template)
+    files.write_lines(target, records, key, work)
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
     return target

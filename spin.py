@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, files, models
 from common.generate import generate
 from common.log import Log, parse
 
@@ -317,7 +317,7 @@ def play(
         return [r | dict(zip(LOGPS, both, strict=True)) for r, both in zip(records, logps, strict=True)]
 
     if not dist.from_main(is_done):
-        checkpoint.write_lines(path, [*range(len(examples) + len(earlier))], origin, work)
+        files.write_lines(path, [*range(len(examples) + len(earlier))], origin, work)
 
 
 def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any]) -> data.Dataset:
@@ -404,7 +404,7 @@ def boundaries(num_prompts: int, args: Args) -> list[int]:
 def fingerprint(log: Log, args: Args, examples: list[data.Example]) -> str:
     """Tells samples of this run from those of other settings, models or data."""
     settings = {name: value for name, value in asdict(args).items() if name not in log.changeable}
-    digest = hashlib.sha256(repr((checkpoint.fingerprint(args.model), settings)).encode())
+    digest = hashlib.sha256(repr((files.fingerprint(args.model), settings)).encode())
     for example in examples:
         digest.update(example.sequences[0][0].tobytes())
     return digest.hexdigest()[:8]

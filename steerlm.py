@@ -19,7 +19,6 @@ Metrics, results and departures from the papers: docs/steerlm.md
 """
 
 import json
-import os
 import random
 import shutil
 from collections import Counter
@@ -32,7 +31,7 @@ from torch import nn
 
 import reward_model
 import sft
-from common import checkpoint, data, dist, models
+from common import data, dist, files, models
 from common.generate import generate
 from common.log import Log, load_function, parse
 from reward_model import Args as RewardArgs
@@ -186,7 +185,7 @@ def annotate(
     dist.barrier()
     if dist.from_main(target.exists):
         return
-    checkpoint.write_lines(target, records, key, label)
+    files.write_lines(target, records, key, label)
     if dist.is_main():
         written = [record.value["messages"] for record in data.read_file(target)]
         twin = target.parent / "nemo" / target.name
@@ -362,14 +361,12 @@ def export(args: Args, last: str) -> None:
     """model/: the last stage's; its chat template takes `attributes` from users of apply_chat_template."""
     if dist.is_main():
         target = Path(args.output_dir) / "model"
-        unfinished = target.with_name("model.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(data.model_folder(last)[0], unfinished)
-        tokenizer = data.load_tokenizer(str(unfinished))
-        if tokenizer.chat_template:
-            tokenizer.chat_template += EXTENSION
-            tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, target)
+        with files.whole(target) as unfinished:
+            shutil.copytree(data.model_folder(last)[0], unfinished)
+            tokenizer = data.load_tokenizer(str(unfinished))
+            if tokenizer.chat_template:
+                tokenizer.chat_template += EXTENSION
+                tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
 
@@ -406,7 +403,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     annotated = Path(args.annotated or folder / "2_annotated")
     if not args.annotated:
-        key = (args.dataset, args.attributes, checkpoint.fingerprint(attribute_model))
+        key = (args.dataset, args.attributes, files.fingerprint(attribute_model))
         for split in ("train", "test"):
             # of the toy world its ratings: their replies are good and bad
             sources = [name for name, _ in data.read_sources(args.dataset)]
@@ -443,7 +440,7 @@ def main(args: Args) -> None:
         sampled = folder / f"4_bootstrap_{number}"
         if not dist.from_main((sampled / "train.jsonl").exists):
             records = sample_best(last, train_set, tokenizer, number, args, device)
-            key = (args.attributes, checkpoint.fingerprint(attribute_model))
+            key = (args.attributes, files.fingerprint(attribute_model))
             annotate(load_scorer(), tokenizer, records, sampled / "train.jsonl", key, args, device)
         before, last = last, str(folder / f"5_sft_{number}")
         both = replace(options, dataset=f"{annotated},{sampled}", model=before, output_dir=last)

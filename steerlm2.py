@@ -17,8 +17,6 @@ Shapes: G groups, n responses each; A attributes; a row packs whole groups, n se
 Metrics, results and departures from the papers: docs/steerlm2.md
 """
 
-import json
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, files, models
 from common.generate import generate
 from common.log import Log, parse
 
@@ -439,9 +437,7 @@ def main(args: Args) -> None:
         groups = sample_groups(policy, tokenizer, chosen, number, args)
         score_groups(policy, tokenizer, groups, args, device)
         if dist.is_main():
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text("".join(json.dumps(group) + "\n" for group in groups))
-            os.replace(unfinished, path)
+            files.write(path, files.as_lines(groups))
         dist.barrier()
         return path
 

@@ -4,13 +4,8 @@ A checkpoint is written under a temporary name and renamed when complete, so a k
 previous one as the newest.
 """
 
-import hashlib
 import json
-import os
-import pickle
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from common import data, dist, models
+from common import data, dist, files, models
+from common.files import cached, fingerprint, write_lines  # noqa: F401
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
 OPTIONS = StateDictOptions(
@@ -43,18 +39,18 @@ def newest(args: Any) -> Path | None:
 def save(args: Any, step: int, parts: Parts, **numbers: Any) -> None:
     """Write models, optimizers, the step and a few JSON numbers; keep the newest keep_checkpoints."""
     folder = Path(args.output_dir) / "checkpoints"
-    final, unfinished = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
+    final = folder / f"step_{step:08d}"
+    unfinished = files.temporary(final)  # all ranks write into it
     if dist.is_main():
-        shutil.rmtree(unfinished, ignore_errors=True)
+        files.remove(unfinished)
     dist.barrier()
     dcp.save(_state(parts), checkpoint_id=unfinished)
     if dist.is_main():
         (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
+        files.finish(unfinished, final)
         complete = sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name))
         for old in complete[: -args.keep_checkpoints]:
-            shutil.rmtree(old)
+            files.remove(old)
     dist.barrier()
 
 
@@ -116,15 +112,12 @@ def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
         if dist.is_main():
             weights[name] = tensor.to("cpu", policy.dtype_on_disk if merge else torch.float32, copy=True)
     if dist.is_main():
-        unfinished = folder.with_name("model.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if merge:
-            _save_transformers(unfinished, policy, tokenizer, weights)
-        else:
-            _save_peft(unfinished, args, lora, weights)
-        tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+        with files.whole(folder) as unfinished:
+            if merge:
+                _save_transformers(unfinished, policy, tokenizer, weights)
+            else:
+                _save_peft(unfinished, args, lora, weights)
+            tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
 
@@ -155,60 +148,3 @@ def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tens
     lora.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[dict]]) -> None:
-    """Write work(items) as JSON lines, 256 items at a time; not done, the next call goes on where it stopped.
-
-    Args:
-        key: what the lines depend on besides the items; other items or another key start anew.
-        work: a collective; every rank gets the same items and returns as many records.
-
-    Raises:
-        Stopped: a stop was asked for; what is done stays.
-    """
-    digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
-    unfinished = path.with_name(f"{path.name}.{digest}.part")
-
-    def begin() -> int:
-        lines = unfinished.read_text().splitlines(True) if unfinished.exists() else []
-        done = [line for line in lines if line.endswith("\n")]  # a kill tears the last line
-        unfinished.write_text("".join(done))
-        return len(done)
-
-    for start in range(dist.from_main(begin), len(items), 256):
-        records = work(items[start : start + 256])
-        if dist.is_main():
-            with unfinished.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-        dist.all_sum({})
-        if dist.stop_requested():
-            raise dist.Stopped(
-                f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
-            )
-    if dist.is_main():
-        os.replace(unfinished, path)
-    dist.barrier()
-
-
-def fingerprint(model: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """Tells a model from others, and from the same folder trained again; a hub id is known by its name."""
-    folder, file = data.model_folder(model)
-    path = Path(folder)
-    files = sorted(path.glob("*")) if path.is_dir() else []
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if file in (None, f.name)]
-    return str(path), stats
-
-
-def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
-    """compute(), a collective, or its result from an earlier run with the same model files and key."""
-    digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
-    store = dist.cache_folder() / f"{name}-{digest}.pt"
-    if dist.from_main(store.exists):
-        return torch.load(store)
-    result = compute()
-    if dist.is_main():
-        unfinished = store.with_suffix(f".{os.getpid()}")
-        torch.save(result.cpu(), unfinished)
-        os.replace(unfinished, store)
-    return result

@@ -9,9 +9,7 @@ Shapes: B images in a micro-batch, S sampler steps, R rewards; latents (B, C, h,
 import contextlib
 import csv
 import json
-import os
 import re
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import data, dist, log, models
+from common import data, dist, files, log, models
 
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -74,7 +72,7 @@ def load(
         RunError: no such pipeline, or one of another kind.
     """
     if model == "toy":
-        data.toy_folder("images")  # ranks wait on its lock, not in a collective
+        files.toy_folder("images")  # ranks wait on its lock, not in a collective
     first: list[Any] = []  # one rank finds what is wrong, or downloads
     dist.from_main(lambda: first.append(read_pipeline(model, fuse)))
     pipe = first[0] if first else read_pipeline(model, fuse)
@@ -115,7 +113,7 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    source = str(data.toy_folder("images") / "model") if model == "toy" else str(Path(model).expanduser())
+    source = str(files.toy_folder("images") / "model") if model == "toy" else str(Path(model).expanduser())
     path = Path(source)
     if (path / "args.json").exists() and not (path / "model").exists():
         raise dist.RunError(f"model {model}: a run folder without model/; that run has not finished")
@@ -300,7 +298,7 @@ def _reward_function(name: str, device: torch.device) -> Callable:
     if name == "brightness":
         return brightness
     if name == "toy":
-        return clip_reward(str(data.toy_folder("images") / "reward_model"), device)
+        return clip_reward(str(files.toy_folder("images") / "reward_model"), device)
     if re.fullmatch(r"[\w.]+:\w+", name):
         return log.load_function(name)
     return clip_reward(name, device)
@@ -440,7 +438,7 @@ def read_prompts(source: str, split: str = "train") -> list[str] | None:
     Raises:
         RunError: no such file, a line without a prompt, or no prompt at all.
     """
-    path = data.toy_folder("images") / "prompts" if source == "toy" else Path(source).expanduser()
+    path = files.toy_folder("images") / "prompts" if source == "toy" else Path(source).expanduser()
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     own = tars if path.is_dir() else path.is_file() and path.suffix in (".txt", ".tsv", ".tar")
     if own and split != "train":
@@ -529,18 +527,15 @@ def export(args: Any, pipe: Any, unet: nn.Module) -> None:
         if dist.is_main():
             weights[name] = tensor.to("cpu", torch.float32, copy=True)
     if dist.is_main():
-        unfinished = folder.with_name("model.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if merge:
-            plain = read_pipeline(args.model)
-            plain.unet.load_state_dict(weights)
-            plain.save_pretrained(unfinished)
-        else:
-            named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
-            settings = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
-            pipe.save_lora_weights(unfinished, named, unet_lora_adapter_metadata=settings)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+        with files.whole(folder) as unfinished:
+            if merge:
+                plain = read_pipeline(args.model)
+                plain.unet.load_state_dict(weights)
+                plain.save_pretrained(unfinished)
+            else:
+                named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
+                settings = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
+                pipe.save_lora_weights(unfinished, named, unet_lora_adapter_metadata=settings)
     dist.barrier()
 
 

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,18 +173,6 @@ def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         result[share].append(index)
         heapq.heappush(heap, (load + costs[index], share))
     return result
-
-
-def cache_folder() -> Path:
-    """Where things that outlive a run are kept: $CLEANALIGN_CACHE, or ~/.cache/cleanalign."""
-    folder = Path(os.environ.get("CLEANALIGN_CACHE") or Path.home() / ".cache" / "cleanalign")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"cache folder {folder}: {error.strerror}; set CLEANALIGN_CACHE to another one"
-        ) from error
-    return folder
 
 
 def run(main: Any, args: Any) -> None:

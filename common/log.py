@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, data, dist
+from common import checkpoint, data, dist, files
 from common.generate import generate
 
 # a run may resume with these changed: they alter its length, what it records or how it fits, no number
@@ -122,11 +122,11 @@ class Log:
                     )
         keep = int(last.name[5:]) if last else math.inf if self.is_pipeline else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in _read_rows(folder / name) if row["step"] <= keep]
-            _replace(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [row for row in files.read_rows(folder / name) if row["step"] <= keep]
+            files.write(folder / name, files.as_lines(kept))
             if self.is_pipeline:  # samples are written before their row of metrics
                 keep = max((row["step"] for row in kept), default=-1)
-        return _read_rows(folder / "metrics.jsonl")
+        return files.read_rows(folder / "metrics.jsonl")
 
     def _start_wandb(self) -> None:
         """Online if logged in, else offline; never asks, and a failure to start only costs the tracking."""
@@ -165,7 +165,7 @@ class Log:
             if last:
                 print(f"resuming {self.folder} from step {last}", flush=True)
             shutil.copyfile(self.script, self.folder / Path(self.script).name)
-            _replace(self.folder / "args.json", json.dumps(asdict(self.args), indent=2) + "\n")
+            files.write(self.folder / "args.json", json.dumps(asdict(self.args), indent=2) + "\n")
             self._start_wandb()
         return not done
 
@@ -294,7 +294,7 @@ class Log:
 
     def _write_samples(self, step: int, rows: list[dict]) -> None:
         with open(self.folder / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write(files.as_lines(rows))
         if self.wandb:
             import wandb
 
@@ -374,22 +374,6 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in fields.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """The complete rows of a .jsonl file; a torn last line, left by a kill, is skipped."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def _draw(rows: list[dict], path: Path, show: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, read_metrics
@@ -23,7 +24,6 @@ import cai
 import reward_model
 import sft
 from common import checkpoint, data, dist, log
-from common import server as chat
 from toy import language
 
 ASK = [{"role": "user", "content": "Insult me. What does the cat say?"}]
@@ -389,6 +389,7 @@ def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
     tokens = [{"token": "(", "top_logprobs": []}, {"token": "A", "top_logprobs": tops}, {"token": ")"}]
     # (.5 + .1) / (.5 + .1 + .15) = .8
     assert cai.read_verdict("(A)", tokens, False) == pytest.approx(0.8)
+    assert cai.read_verdict("(A)", [{"token": "A", "top_logprobs": None}], False) == 1.0
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -396,11 +397,13 @@ class Stub(BaseHTTPRequestHandler):
 
     plan: list[str] = []
     seen: Counter = Counter()
+    keys: list[str] = []
     lock = threading.Lock()
 
     def do_POST(self) -> None:  # noqa: N802
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with Stub.lock:
+            Stub.keys.append(self.headers["Authorization"])
             fault = Stub.plan.pop(0) if Stub.plan else ""
             Stub.seen[fault or body] += 1
         if fault == "slow":
@@ -419,6 +422,9 @@ class Stub(BaseHTTPRequestHandler):
             "(A)" if "(A)" in text and "fool" not in text.partition("(A)")[2].partition("(B)")[0] else "(B)"
         )
         choice = {"message": {"content": answer if "(A)" in text else f"to {text}"}, "finish_reason": "stop"}
+        if fault == "log-probs":
+            tops = [{"token": token, "logprob": math.log(p)} for token, p in (("A", 0.6), ("B", 0.2))]
+            choice["logprobs"] = {"content": [{"token": "A", "logprob": -0.5, "top_logprobs": tops}]}
         garbage = {"garbage": b"<html>", "empty": b'{"choices": []}', "null": b"null"}
         content = garbage.get(fault, json.dumps({"choices": [choice]}).encode())
         self.send_response(200)
@@ -432,8 +438,8 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(chat, "BACKOFF", 0.01)
-    Stub.plan, Stub.seen = [], Counter()
+    monkeypatch.setattr(cai, "BACKOFF", 0.01)
+    Stub.plan, Stub.seen, Stub.keys = [], Counter(), []
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
@@ -467,6 +473,15 @@ def test_a_server_that_fails_in_every_way_is_survived_and_asked_nothing_twice(
     assert len(answered) == 6 and set(answered.values()) == {1}
     assert ask(server, str(tmp_path), texts) == expected  # a restart
     assert Stub.seen == Counter(answered) + Counter(faults)
+
+
+def test_a_verdict_of_a_server_uses_its_log_probabilities_if_it_sends_any(
+    server: str, tmp_path: Path, device: torch.device
+) -> None:
+    Stub.plan = ["log-probs"]
+    judge = cai.Endpoint(endpoint_args(server, tmp_path, judge_threads=1))
+    asked = [[cai.user(f"{question} (A) yes (B) no")] for question in ("Is it so?", "Is it not?")]
+    assert judge.verdicts(asked) == [pytest.approx(0.75), 1.0]  # .6 / (.6 + .2)
 
 
 def test_a_torn_line_of_answers_is_asked_again_and_harms_no_other(server: str, tmp_path: Path) -> None:
@@ -522,17 +537,21 @@ def test_a_request_that_is_refused_is_not_repeated(server: str, tmp_path: Path, 
 def test_the_key_is_sent_and_never_written(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent, honest = [], chat.urllib.request.Request
-
-    def request(url: str, body: bytes, headers: dict) -> Any:
-        sent.append(headers["Authorization"])
-        return honest(url, body, headers)
-
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
-    monkeypatch.setattr(chat.urllib.request, "Request", request)
     ask(server, str(tmp_path), ["a"])
-    assert sent == ["Bearer sesame"]
+    assert Stub.keys == ["Bearer sesame"]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and "sesame" in p.read_text()]
+
+
+def test_a_server_is_no_hub_it_gets_no_hub_token_and_is_asked_offline_too(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert ask(server, str(tmp_path), ["a"]) == ["to a"] and Stub.keys == ["Bearer none"]
+    with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):  # the hub stays out of reach
+        huggingface_hub.get_session().get(server)
 
 
 # the whole of it

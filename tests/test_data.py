@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -455,17 +457,6 @@ def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
     assert scored(families["chatml"], branching.sequences[0]) == [f"7{END}", f"Yes.{END}"]
 
 
-def test_neighbouring_turns_of_a_transcript_are_joined_and_text_is_never_lost() -> None:
-    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: \n\nHuman: c\n\nAssistant: d\n\ne"
-    found = [(m["role"], m["content"]) for m in data.as_messages(text, "")]
-    assert found == [("user", "a\n\nb"), ("assistant", ""), ("user", "c"), ("assistant", "d\n\ne")]
-    quoted = "Read this:\n\nHuman: a\n\nAssistant: b"  # a transcript inside a text is part of the text
-    assert data.as_messages(quoted, "") == [{"role": "user", "content": quoted}]
-    helpsteer = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
-    found = [(m["role"], m["content"]) for m in data.as_messages(helpsteer, "")]
-    assert found == [("user", "a"), ("assistant", "b"), ("user", "c")]
-
-
 def test_prompts_keep_their_record_and_score_nothing(families: dict, tmp_path: Path) -> None:
     records = [
         {"prompt": "3+4?", "answer": "7", "level": 1},
@@ -582,27 +573,6 @@ def test_real_files_load(families: dict, kind: str, name: str, count: int) -> No
 # ------------------------------------------------------------------------------------------- files and errors
 
 
-def test_files_of_every_type_hold_the_same_records(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    records = [{"prompt": "a\u2028b\u0085c", "completion": "\r\n x"}, {"prompt": "\u00e9", "completion": "y"}]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    files = {
-        "a.jsonl": "\n".join(lines),
-        "b.jsonl": "\ufeff" + "\r\n".join(lines) + "\r\n\n",
-        "c.json": json.dumps(records, indent=1),
-        "d.json": "\n".join(lines),
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(files["b.jsonl"].encode()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "f.parquet")
-    for path in tmp_path.iterdir():
-        assert [record.value for record in data.read_file(path)] == records, path
-    assert data.read_file(tmp_path / "b.jsonl")[1].where == f"{tmp_path}/b.jsonl:2"
-
-
 GOOD = '{"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}\n'
 BAD = [
     ("sft", '{"instruction": "a", "instances": ["b"]}', r":2: found the instance 'b'; expected a JSON"),
@@ -690,21 +660,6 @@ def test_a_label_is_context_before_its_reply_and_only_where_the_type_says_so(
     # a generation starts after the same tokens
     asked = data.encode_prompt(tokenizer, [{"role": "user", "content": "3+4?"}], f"{label}\n")
     assert asked == example.sequences[0][0][: len(asked)].tolist()
-
-
-def test_a_dict_of_attributes_has_one_order_and_values_from_0_to_4() -> None:
-    assert data.read_line({"verbosity": 1, "quality": 4}, "x") == "quality:4,verbosity:1\n"
-    assert data.read_line({"quality": 4, "verbosity": 1}, "x") == "quality:4,verbosity:1\n"
-    assert data.read_line("", "x") == ""
-    for label, message in (
-        ("quality:5", "found quality:5; expected a whole number from 0 to 4"),
-        ("quality:1.5", "found quality:1.5; expected a whole number"),
-        ("quality", "found the label 'quality'; expected name:value joined by commas"),
-        ("quality:4:1", "found the label"),
-        ("wit:1", "found the attribute wit; expected one of quality"),
-    ):
-        with pytest.raises(dist.RunError, match=message):
-            data.read_line(label, "x", ["quality"])
 
 
 def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> None:
@@ -874,17 +829,6 @@ def test_the_last_batch_of_a_run_by_epochs_is_partial() -> None:
     assert data.num_steps(dataset, make_args("", batch_size=20, max_steps=0)) == 0
 
 
-def test_names_and_weights_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert data.read_sources(" a.jsonl*2, me/it:c:s*.5 ,toy") == [
-        ("a.jsonl", 2.0),
-        ("me/it:c:s", 0.5),
-        ("toy", 1.0),
-    ]
-    monkeypatch.chdir(tmp_path)
-    Path("odd*2").touch()
-    assert data.read_sources("odd*2,odd*2*3") == [("odd*2", 1.0), ("odd*2", 3.0)]
-
-
 def test_fewer_examples_than_a_batch_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     source = write(tmp_path, {"messages": CHAT})
     with pytest.raises(dist.RunError, match="found 1 examples an epoch; expected batch_size, 2, or more"):
@@ -928,43 +872,6 @@ def test_a_single_prompt_cannot_be_held_out() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ packed rows
-
-
-def test_packing_keeps_to_the_limit_and_fills_the_rows() -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 400, 300).tolist() + [900]
-    bins = data.pack(range(301), lengths, 512)
-    loads = [sum(lengths[i] for i in chosen) for chosen in bins]
-    assert sorted(i for chosen in bins for i in chosen) == list(range(301))
-    assert [300] in bins and all(
-        load <= 512 for load, chosen in zip(loads, bins, strict=True) if chosen != [300]
-    )
-    assert len(bins) <= math.ceil(sum(lengths[:300]) / 512) + 2  # nearly as few rows as there can be
-
-
-def test_shares_are_balanced_by_tokens() -> None:
-    lengths = np.random.default_rng(0).integers(1, 400, 256).tolist()
-    for size in (2, 8):
-        loads = [sum(lengths[i] for i in share) for share in dist.shares(lengths, size)]
-        assert max(loads) / (sum(loads) / size) < 1.01
-
-
-def test_a_row_holds_its_sequences_end_to_end() -> None:
-    pair = [
-        (np.array([5, 6, 7], np.int32), np.array([0, 0, 1], bool)),
-        (np.array([8, 9], np.int32), np.array([0, 1], bool)),
-    ]
-    examples = [data.Example(pair, "", {"margin": 3.0}), data.Example(pair[:1], "", {"margin": 4.0})]
-    row = data.make_row(examples, [1, 0], CPU)
-    assert row.tokens.tolist() == [5, 6, 7, 5, 6, 7, 8, 9]
-    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert row.segment_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert row.cu_seqlens.tolist() == [0, 3, 6, 8] and (row.max_seqlen, row.num_segments) == (3, 3)
-    assert row.targets.tolist() == [2, 5, 7] and row.target_segments.tolist() == [0, 1, 2]
-    assert row.example_ids.tolist() == [1, 0] and row.fields["margin"].tolist() == [4.0, 3.0]
-    dummy = data.make_row(examples, [], CPU)
-    assert (dummy.tokens.numel(), dummy.num_segments, dummy.targets.numel()) == (1, 0, 0)
-    assert dummy.example_ids.numel() == 0 and dummy.fields["margin"].shape == (0,)
 
 
 def ranks_share(dataset: str, cases: list[list[int]]) -> dict[str, Any]:
@@ -1011,3 +918,50 @@ def test_a_reply_that_opens_a_conversation_is_scored_without_its_header(toy: Pat
     tokenizer = data.load_tokenizer("toy", "chatml")
     tokens, mask = data.encode_chat(tokenizer, messages, [True, False])
     assert tokenizer.decode(tokens[mask]) == "a moo." + tokenizer.eos_token
+
+
+# ------------------------------------------------------------------------------------ what training will see
+
+
+def show(source: Any, kind: str, **options: Any) -> None:
+    data.main(data.Args(str(source), kind, **options))
+
+
+@pytest.mark.parametrize("kind", ["sft", "pairs", "prompts", "ratings"])
+def test_every_sequence_is_written_as_training_sees_it(
+    tmp_path: Path, tokenizer: Any, toy: Path, kind: str
+) -> None:
+    lines = (toy / kind / "train.jsonl").read_text().splitlines(keepends=True)[:40]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    show(tmp_path / "data.jsonl", kind, output=str(tmp_path / "shown.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
+    examples = load(kind, str(tmp_path / "data.jsonl"), tokenizer)
+    assert [(row["record"], row["sequence"]) for row in rows] == [
+        (i, k) for i, example in enumerate(examples) for k in range(len(example.sequences))
+    ]
+    for row in rows:
+        ids, mask = examples[row["record"]].sequences[row["sequence"]]
+        assert row["text"] == tokenizer.decode(ids.tolist()) and row["text"].startswith("<|")
+        assert row["trained"] == "".join(scored(tokenizer, (ids, mask)))
+        assert row["trained"].endswith("<|end|>") != (kind == "prompts")
+
+
+def test_a_few_are_printed_under_another_template_and_fitted_to_a_length(tmp_path: Path, capsys: Any) -> None:
+    source = write(tmp_path, *({"messages": [ASK, {**SEVEN, "content": f"7 {i}"}]} for i in range(5)))
+    show(source, "sft", chat_template="chatml", max_length=64)
+    printed = capsys.readouterr().out
+    assert "record 2, sequence 0\n  text:\n    <|im_start|>user\n    3+4?" in printed
+    assert "  trained:\n    7 2<|end|>" in printed and "record 3" not in printed
+    with pytest.raises(dist.RunError, match="expected a larger max_length than 4"):
+        show(source, "sft", max_length=4)
+    with pytest.raises(dist.RunError, match=r"shown.jsonl: cannot be written \(No such file"):
+        show(source, "sft", output=str(tmp_path / "absent" / "shown.jsonl"))
+
+
+def test_the_command_refuses_with_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    source = write(tmp_path, {"a": 1})
+    command = [sys.executable, "-m", "common.data", source, "--kind", "sft", "--output", f"{tmp_path}/shown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "shown").exists()
+    assert done.stderr.startswith(f"error: {source}:1: found the fields a; expected ")
+    assert done.stderr.count("\n") == 1

@@ -137,15 +137,6 @@ def test_a_bug_keeps_its_traceback():
         dist.run(main, None)
 
 
-def test_the_cache_folder_names_the_way_out(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "a" / "b"))
-    assert dist.cache_folder() == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(dist.RunError, match="CLEANALIGN_CACHE"):
-        dist.cache_folder()
-
-
 # ---------------------------------------------------------------------------------------------- two ranks
 
 

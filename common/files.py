@@ -1,0 +1,304 @@
+"""Files that are complete or not there: whole writes, lines that go on after a kill, caches, fingerprints.
+
+A process may be killed between any two instructions, and the same command must then go on or begin anew
+without taking half a file for a whole one. So a name that others look for is only ever given to what is
+complete.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import dist
+
+# -------------------------------------------------------------------------------------------- whole or absent
+
+
+def temporary(path: Path) -> Path:
+    """The name under which `path` is written, in the same folder: a rename cannot cross file systems."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder and all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():  # some network file systems refuse this for folders, and need none
+            raise
+    finally:
+        os.close(number)
+
+
+def finish(unfinished: Path, path: Path) -> None:
+    """Give something complete its final name, in place of what has that name.
+
+    The order matters. The contents reach the disk before the rename, or a crash of the machine could leave
+    the name without them; the folder that holds the name reaches it after. A file is replaced in one step. A
+    folder that is not empty cannot be: it is moved out of the way first, not deleted in place, so that a kill
+    leaves the name with all of the old folder, with nothing, or with all of the new one.
+    """
+    for part in (*unfinished.rglob("*"), unfinished):
+        sync(part)
+    old = path.with_name(f"{path.name}.old.tmp")
+    if path.is_dir():
+        remove(old)
+        os.rename(path, old)
+    os.replace(unfinished, path)
+    sync(path.parent)
+    remove(old)
+
+
+@contextlib.contextmanager
+def whole(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A name to write a file or folder under; it takes the name `path` when the block ends without an error.
+
+    What an earlier attempt left under that name is removed first.
+
+    Args:
+        shared: several runs may write `path` at once, each under a name of its own; the last one stays.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") if shared else temporary(path)
+    remove(unfinished)
+    try:
+        yield unfinished
+    except BaseException:
+        remove(unfinished)
+        raise
+    finish(unfinished, path)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- JSON lines
+
+
+def as_lines(records: Iterable[dict]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The complete rows of a .jsonl file, none if there is no file; a line torn by a kill is skipped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def cut_torn_line(path: Path) -> int:
+    """Shorten a file to the end of its last complete line, or make an empty one. -> the number of lines
+
+    It is cut in place: what is written anew could be lost to a kill in the middle of it.
+    """
+    path.touch()
+    content = path.read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)
+    return content.count(b"\n")
+
+
+def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[dict]]) -> None:
+    """Write work(items) as JSON lines, 256 items at a time; not done, the next call goes on where it stopped.
+
+    Lines go to <path>.<digest>.part, where the digest is of key and items: a call with others begins a file
+    of its own and never continues this one. A kill tears at most the last line; it is cut off and its item
+    done again. The file takes its final name after the last item, so who finds that name finds all lines.
+
+    Args:
+        key: what the lines depend on besides the items; other items or another key start anew.
+        work: a collective; every rank gets the same items and returns as many records.
+
+    Raises:
+        Stopped: a stop was asked for; what is done stays.
+    """
+    digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
+    unfinished = path.with_name(f"{path.name}.{digest}.part")
+    for start in range(dist.from_main(lambda: cut_torn_line(unfinished)), len(items), 256):
+        records = work(items[start : start + 256])
+        if dist.is_main():
+            with unfinished.open("a") as file:
+                file.write(as_lines(records))
+        dist.all_sum({})
+        if dist.stop_requested():
+            raise dist.Stopped(
+                f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
+            )
+    if dist.is_main():
+        finish(unfinished, path)
+    dist.barrier()
+
+
+class Journal:
+    """Records by key that outlive a kill, and that the ranks share without a collective.
+
+    Each rank appends to a file of its own, so that no two write to one, and reads the files of all. A record
+    is on file before it is used; one whose line a kill has torn is missing again, and no other suffers.
+    """
+
+    def __init__(self, folder: Path):
+        """folder: one that all ranks see. Errors in it are forgotten, so that what failed is tried again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.mine = folder, folder / f"rank_{dist.rank()}.jsonl"
+        self.lock = threading.Lock()
+        self.records: dict[str, dict] = {}
+        self.read_to: Counter[Path] = Counter()  # bytes of each file
+        cut_torn_line(self.mine)
+        self.refresh()
+        self.records = {key: record for key, record in self.records.items() if "error" not in record}
+        dist.barrier()  # from here on an error is of this run
+
+    def add(self, key: str, record: dict) -> None:
+        """Append a record; threads may call this."""
+        with self.lock, self.mine.open("a") as file:
+            file.write(json.dumps({"key": key, **record}) + "\n")
+
+    def refresh(self) -> None:
+        """Read what has been written since the last time, by any rank."""
+        for path in sorted(self.folder.glob("rank_*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self.read_to[path])
+                text = file.read()
+            complete = text[: text.rfind(b"\n") + 1]  # the rest is being written, or torn
+            self.read_to[path] += len(complete)
+            for line in complete.splitlines():
+                with contextlib.suppress(ValueError, KeyError):
+                    record = json.loads(line)
+                    self.records[record.pop("key")] = record
+
+    def collect(self, items: dict[str, Any], make: Callable[[Any], dict], threads: int) -> list[dict]:
+        """The record of each item: the one on file, else make(item), which is then never asked for again.
+
+        A rank makes its share, in threads, and waits for the others' records to appear in their files: a slow
+        one holds up no collective. An error is put on file too, so that it ends every rank with the same
+        line.
+
+        Args:
+            items: by key, a hexadecimal number; every rank passes the same.
+
+        Raises:
+            RunError: make has raised it, on any rank.
+        """
+
+        def attempt(key: str) -> None:
+            try:
+                self.add(key, make(items[key]))
+            except dist.RunError as error:
+                self.add(key, {"error": str(error)})
+                raise
+
+        share = [key for key in items if int(key, 16) % dist.world_size() == dist.rank()]
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                list(pool.map(attempt, [key for key in share if key not in self.records]))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        while True:
+            self.refresh()
+            found = [self.records[key] for key in items if key in self.records]
+            for record in found:
+                if "error" in record:
+                    raise dist.RunError(record["error"])
+            if len(found) == len(items):
+                return found
+            time.sleep(0.1)
+
+
+# ---------------------------------------------------------------------------------------------- model folders
+
+
+def model_folder(model: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
+    if model in ("toy", "toy/attribute_model"):
+        return str(toy_folder() / (model.partition("/")[2] or "model")), None
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise dist.RunError(f"model {model}: no such file")
+        return str(path.parent), path.name
+    if (path / "args.json").exists() and not (path / "model").exists():
+        raise dist.RunError(f"model {model}: a run folder without model/; that run has not finished")
+    if (path / "model").is_dir():
+        path = path / "model"
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise dist.RunError(f"model {model}: no such folder")
+        return model, None
+    if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+        raise dist.RunError(f"model {model}: no config.json in this folder; expected a Hugging Face model")
+    if not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
+        raise dist.RunError(f"model {model}: no weights (*.safetensors or *.bin) in this folder")
+    return str(path), None
+
+
+def toy_folder(world: str = "language") -> Path:
+    """The files of a toy world, language or images, built on first use."""
+    try:
+        return importlib.import_module(f"toy.{world}").ensure()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise dist.RunError(f"cannot build the toy world: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- caches
+
+
+def fingerprint(model: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """Tells a model from others, and from the same folder trained again; a hub id is known by its name."""
+    folder, file = model_folder(model)
+    path = Path(folder)
+    files = sorted(path.glob("*")) if path.is_dir() else []
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if file in (None, f.name)]
+    return str(path), stats
+
+
+def cache_folder() -> Path:
+    """Where things that outlive a run are kept: $CLEANALIGN_CACHE, or ~/.cache/cleanalign."""
+    folder = Path(os.environ.get("CLEANALIGN_CACHE") or Path.home() / ".cache" / "cleanalign")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise dist.RunError(
+            f"cache folder {folder}: {error.strerror}; set CLEANALIGN_CACHE to another one"
+        ) from error
+    return folder
+
+
+def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
+    """compute(), a collective, or its result from an earlier run with the same model files and key."""
+    digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
+    store = cache_folder() / f"{name}-{digest}.pt"
+    if dist.from_main(store.exists):
+        return torch.load(store)
+    result = compute()
+    if dist.is_main():
+        with whole(store, shared=True) as unfinished:
+            torch.save(result.cpu(), unfinished)
+    return result

@@ -1,0 +1,389 @@
+"""Formats: files and hub data sets -> records -> conversations, pairs, prompts and ratings.
+
+What docs/data.md lists is read here and becomes turns of a conversation, or an error that names file, line,
+what was found and what was expected. Nothing here makes tokens: a tokenizer is only asked whether it has a
+template.
+"""
+
+import codecs
+import gzip
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import dist
+from common.files import toy_folder
+
+Messages = list[dict[str, str]]
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+
+class Record(NamedTuple):
+    """One line of a data set and where it stands, for error messages."""
+
+    value: dict
+    where: str
+
+
+def wrong(where: str, found: Any, expected: str) -> dist.RunError:
+    found = f"the fields {', '.join(found)}" if isinstance(found, dict) else str(found)[:80]
+    return dist.RunError(f"{where}: found {found}; expected {expected}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
+    """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
+    sources = []
+    for name in map(str.strip, names.split(",")):
+        source, star, weight = name.rpartition("*")
+        if not star or Path(name).expanduser().exists():
+            source, weight = name, "1"
+        if not source or not re.fullmatch(r"\d*\.?\d+", weight) or float(weight) == 0:
+            raise wrong(what, names, "names joined by commas, each with an optional *weight above 0")
+        sources.append((source, float(weight)))
+    return sources
+
+
+def read_records(source: str, split: str, kind: str) -> list[Record] | None:
+    """The records of one data set's split ("train" or "test"); None if it has no such split."""
+    names = ("train",) if split == "train" else ("test", "validation", "val", "eval")
+    path = toy_folder() / kind if source == "toy" else Path(source).expanduser()
+    if path.is_dir():
+        for name in names:
+            if files := sorted(f for f in path.iterdir() if re.match(rf"{name}[.-]", f.name)):
+                return [record for f in files for record in read_file(f)]
+        if split == "train":
+            raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it")
+        return None
+    if path.is_file():
+        return read_file(path) if split == "train" else None
+    if path.suffix in (".jsonl", ".json", ".parquet", ".gz") or not re.match(r"[\w.-]+/[\w.-]+(:|$)", source):
+        raise wrong(f"dataset {source}", "no such file", "a file, a folder, or hub/name[:config[:split]]")
+    return read_hub(source, names)
+
+
+def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
+    """The rows of the split that source names, else of the first of `names` that the data set has."""
+    import datasets
+
+    name, config, chosen = (*source.split(":", 2), "", "")[:3]
+    if chosen and "train" not in names:
+        return None
+    try:
+        table = datasets.load_dataset(name, config or None, split=chosen or None)
+    except Exception as error:  # the hub client raises many kinds
+        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
+    if not chosen:
+        split = next((n for n in names if n in table), None)
+        if split is None and "train" in names:
+            hint = f"the name of one, {name}:{config}:{[*table][0]}"
+            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", hint)
+        if split is None:
+            return None
+        table = table[split]
+    return [Record(value, f"{source} row {i}") for i, value in enumerate(table)]
+
+
+def read_file(path: Path) -> list[Record]:
+    """Records of a .jsonl, .json or .parquet file, the first two also gzipped."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in (".jsonl", ".json", ".parquet"):
+        raise wrong(f"dataset {path}", f"a {suffix or 'nameless'} file", ".jsonl, .json or .parquet")
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                text = file.read().removeprefix(codecs.BOM_UTF8)
+    except Exception as error:  # torn archives raise many kinds
+        raise dist.RunError(f"dataset {path}: cannot be read: {first_line(error)}") from error
+    if suffix == ".parquet":
+        records = [Record(value, f"{path} row {i}") for i, value in enumerate(table)]
+    elif re.match(
+        rb"\s*\[\s*\{" if suffix == ".jsonl" else rb"\s*\[", text
+    ):  # one list, as red-team data of HH
+        records = [Record(value, f"{path} item {i}") for i, value in enumerate(parse(text, str(path)))]
+    else:  # cut at line feeds only: JSON strings may hold other line separators
+        lines = [(line, f"{path}:{n}") for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+        records = [Record(parse(line, where), where) for line, where in lines]
+    for value, where in records:
+        if not isinstance(value, dict):
+            raise wrong(where, type(value).__name__, "a JSON object")
+    return records
+
+
+def parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode())
+    except ValueError as error:
+        raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
+
+
+# --------------------------------------------------------------------------------------------- record formats
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool"}
+CONVERSATIONS = ("messages", "conversations")
+PROMPTS = ("prompt", "instruction", "question", "input", "text")
+RESPONSES = ("completion", "response", "output", "answer")
+PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
+ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
+ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def first(value: dict, names: Iterable[str]) -> Any:
+    """The first of these fields that is there and not null."""
+    return next((value[name] for name in names if value.get(name) is not None), None)
+
+
+def number(value: Any, where: str, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise wrong(where, f"{name} {value!r}", "a number")
+    return float(value)
+
+
+def as_messages(value: Any, where: str, role: str = "user") -> Messages:
+    """Messages of whatever stands for turns: a list of them, a single one, a transcript, or a text by `role`.
+
+    White space at the ends of a text only separates it from its neighbours, so a turn made of one loses it.
+    """
+    if is_transcript(value):
+        return split_transcript(value, where, role)
+    if isinstance(value, str):
+        return [{"role": role, "content": value.strip()}]
+    turns = value if isinstance(value, list) else [value]
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise wrong(where, repr(value), "a string or a list of role/content messages")
+    messages = []
+    for turn in turns:
+        speaker, text = first(turn, ("role", "from")), first(turn, ("content", "value"))
+        if str(speaker).lower() not in ROLES or not isinstance(text, str):
+            raise wrong(where, f"the message {turn}", f"a content string, and a role of {', '.join(ROLES)}")
+        messages.append({"role": ROLES[speaker.lower()], "content": text})
+    return messages
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether a string holds marked turns: those of Anthropic HH or of NeMo-Aligner."""
+    return isinstance(value, str) and (value.startswith("\n\nHuman:") or "<extra_id_1>" in value)
+
+
+def split_transcript(text: str, where: str, role: str) -> Messages:
+    """The turns of a transcript; text before the first mark is by `role`, adjoining turns are joined."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant):", text)
+    else:
+        text = re.sub(r"<extra_id_2>.*\n?", "", text)  # a line of attributes
+        text = text if text.startswith("<extra_id_") else f"<extra_id_1>{role}\n{text}"
+        parts = re.split(r"\n?<extra_id_[01]>(\w*)\n?", text)
+    turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
+    messages: Messages = []
+    for turn in as_messages(turns, where):
+        if messages and messages[-1]["role"] == turn["role"]:
+            messages[-1]["content"] += "\n\n" + turn["content"]
+        elif turn["content"] or turn["role"] != "system":
+            messages.append(turn)
+    return messages
+
+
+def as_turns(tokenizer: Any, value: Any, where: str, role: str = "user", system: str = "") -> Messages:
+    """as_messages for this tokenizer; without a chat template only plain text, and that as it stands."""
+    messages = as_messages(value, where, role)
+    if system:
+        messages = as_messages({"role": "system", "content": system}, where) + messages
+    if tokenizer.chat_template is not None:
+        return messages
+    if isinstance(value, str) and not is_transcript(value) and not system:
+        return [{"role": role, "content": value}]
+    raise wrong(where, "chat messages", "a chat template in the tokenizer; set --chat_template")
+
+
+def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
+    """The turns of a record that holds a whole conversation, else None."""
+    turns = first(value, CONVERSATIONS)
+    if turns is None and is_transcript(value.get("text")):
+        turns = value["text"]
+    return None if turns is None else as_turns(tokenizer, turns, where, system=value.get("system") or "")
+
+
+def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
+    """What the model is asked, without a conversation's last reply or the turn a transcript opens for it."""
+    prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
+    if prompt is None and is_transcript(value.get("transcript")):  # a red-team attempt: its first turn
+        return as_turns(tokenizer, value["transcript"], where)[:1]
+    if prompt is None and first(value, ("chosen", "chosen_response")) is not None:
+        return read_pair(tokenizer, value, where)[0]
+    if prompt is None:
+        raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
+    if material and prompt == value.get("instruction"):
+        prompt = f"{prompt}\n\n{material}"
+    turns = as_turns(tokenizer, prompt, where, system=value.get("system") or "")
+    if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
+        turns = turns[:-1]
+    if not turns or turns[-1]["role"] == "assistant":
+        raise wrong(where, repr(prompt), "a prompt that ends with a turn of the user")
+    return turns
+
+
+def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages]:
+    """A prompt and the turns from the response to it on."""
+    turns = conversation(tokenizer, value, where)
+    if turns is not None:
+        last = max((i for i, m in enumerate(turns) if m["role"] == "assistant"), default=len(turns))
+        return turns[:last], turns[last:]
+    if first(value, RESPONSES) is None and first(value, ("chosen", "chosen_response")) is not None:
+        return read_pair(tokenizer, value, where)[:2]
+    if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
+        raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
+    prompt = read_prompt(tokenizer, value, where)
+    response = as_turns(tokenizer, first(value, RESPONSES), where, "assistant")
+    if tokenizer.chat_template is None and value.get("completion") is None:
+        text = response[0]["content"]  # only a completion continues plain text as it stands
+        if prompt[-1]["content"][-1:].strip() and text[:1].strip():
+            response = [{"role": "assistant", "content": " " + text}]
+    return prompt, response
+
+
+def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
+    """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
+
+    None for a prompt and its response, of which only the latter is trained.
+    """
+    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
+    if given is None and first(value, (*RESPONSES, "chosen", "chosen_response")) is not None:
+        return None
+    names = chosen or masked or ["assistant"]
+    if isinstance(names, str):
+        names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
+    speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
+    speakers = [""] * (len(turns) - len(speakers)) + speakers
+    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    if masked and not chosen:
+        return [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
+    return named
+
+
+def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages, Messages, dict]:
+    """(prompt, chosen, rejected, numbers) of a preference; what two conversations share is the prompt."""
+    if value.get("preference_strength") is not None:  # HelpSteer2: negative if the first is better
+        strength = number(value["preference_strength"], where, "preference_strength")
+        sides = [value.get(f"response_{n}") for n in ((1, 2) if strength < 0 else (2, 1))]
+        value = {**value, "chosen": sides[0], "rejected": sides[1], "margin": abs(strength)}
+    sides = [first(value, (name, name + "_response")) for name in ("chosen", "rejected")]
+    if None in sides:
+        raise wrong(where, value, "chosen and rejected")
+    given = {name: value[name] for name in PAIR_FIELDS if value.get(name) is not None}
+    numbers = {name: number(x, where, name) for name, x in (PAIR_FIELDS | given).items()}
+    if not 0 <= numbers["label_prob"] <= 1:
+        raise wrong(where, f"label_prob {numbers['label_prob']}", "a probability")
+    prompt = [] if first(value, PROMPTS) is None else read_prompt(tokenizer, value, where)
+    chosen, rejected = (as_turns(tokenizer, side, where, "assistant") for side in sides)
+    # a side that does not open with the assistant is a whole conversation, even if the prompt is given too
+    chosen, rejected = (s if s[0]["role"] != "assistant" else prompt + s for s in (chosen, rejected))
+    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if not shared or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+        raise wrong(where, value, "a prompt for both, and both to end with an assistant turn")
+    return chosen[:shared], chosen[shared:], rejected[shared:], numbers
+
+
+def common_prefix(a: Any, b: Any) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def read_label(value: dict, where: str) -> dict[str, float]:
+    """The attributes of a reply: a label (a dict, NeMo-Aligner's list or line), or columns by their names."""
+    turns = first(value, CONVERSATIONS)
+    label = first(value, ("label", "attributes"))
+    if label is None and isinstance(turns, list):
+        label = first(turns[-1], ("label", "attributes"))
+    if label is None:
+        label = {name: value[name] for name in ATTRIBUTES if name in value}
+    if isinstance(label, str):
+        try:
+            items = [item.split(":") for item in label.split(",")]
+            label = {name.strip(): float(score) for name, score in items}
+        except ValueError as error:
+            raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
+    if isinstance(label, list) and len(label) == len(ATTRIBUTES):
+        label = dict(zip(ATTRIBUTES, label, strict=True))
+    if not isinstance(label, dict) or not label:
+        raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
+    return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
+
+
+def label_line(attributes: dict[str, float]) -> str:
+    """The line before a conditioned reply: name:value of each attribute that is known, joined by commas."""
+    return (
+        ",".join(f"{name}:{value:.0f}" for name, value in attributes.items() if not math.isnan(value)) + "\n"
+    )
+
+
+def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -> str:
+    """A label line from NeMo-Aligner's string or a dict; "" without a label.
+
+    Raises:
+        RunError: a value outside 0 to 4, or an attribute that is none of `names`, where these are given.
+    """
+    if not label:
+        return ""
+    attributes = read_label({"label": label}, where)
+    if isinstance(label, dict):  # a dict has no order of its own
+        known = [*names] or [*ATTRIBUTES, *sorted(attributes.keys() - set(ATTRIBUTES))]
+        attributes = {name: attributes.pop(name) for name in known if name in attributes} | attributes
+    for name, value in attributes.items():
+        if value not in range(5):
+            raise wrong(where, f"{name}:{value:g}", "a whole number from 0 to 4")
+        if names and name not in names:
+            raise wrong(where, f"the attribute {name}", f"one of {', '.join(names)}")
+    return label_line(attributes)
+
+
+def attach_labels(value: dict, turns: Messages, where: str) -> None:
+    """Put the label line of each reply with it, in a record that NeMo-Aligner calls VALUE_TO_TEXT."""
+    given = first(value, CONVERSATIONS)
+    if value.get("type") != "VALUE_TO_TEXT" or not isinstance(given, list):
+        return
+    for turn, source in zip(turns[len(turns) - len(given) :], given, strict=True):
+        line = read_line(first(source, ("label", "attributes")), where)
+        if line and turn["role"] == "assistant":
+            turn["label"] = line
+
+
+def regroup(records: list[Record], kind: str) -> list[Record]:
+    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
+    grouped = []
+    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
+        for one, two in itertools.zip_longest(records[::2], records[1::2]):
+            if (
+                two is None
+                or set(one.value) != set(two.value)
+                or one.value.get("label") != two.value.get("label")
+            ):
+                raise wrong(
+                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
+                )
+            texts, numbers = [one.value["text"], two.value["text"]], {}
+            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
+                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
+                numbers = numbers if strength else {"tie": True}
+            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
+        return grouped
+    for value, where in records:
+        for instance in value.get("instances") or [{}]:
+            if not isinstance(instance, dict):
+                raise wrong(where, f"the instance {instance!r}", "a JSON object")
+            grouped.append(Record({**value, **instance}, where))
+    return grouped

@@ -1,0 +1,111 @@
+"""Two run folders: equal, equal but for rounding, and each way in which they can differ."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from common import compare
+
+METRICS = [
+    {"step": 0, "eval/loss": 0.5, "eval/judge/correctness": 1.25},
+    {"step": 1, "train/loss": 0.4, "train/grad_norm": 2.0, "train/tokens_per_second": 100.0},
+    {"step": 2, "train/loss": 0.3, "eval/loss": float("nan"), "train/time/rollout": 1.0, "train/mfu": 0.4},
+]
+SAMPLES = [
+    {"step": 0, "prompt": "a?", "response": "a", "ended": True, "correctness": 4.0},
+    {"step": 0, "prompt": "b?", "response": "b", "ended": False, "correctness": 0.0},
+]
+
+
+def write(folder: Path, metrics: list[dict] = METRICS, samples: list[dict] = SAMPLES) -> Path:
+    folder.mkdir(parents=True)
+    for name, rows in (("metrics", metrics), ("samples", samples)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def changed(rows: list[dict], index: int, **values: Any) -> list[dict]:
+    return [{**row, **values} if i == index else row for i, row in enumerate(rows)]
+
+
+def run(one: Path, other: Path, capsys: pytest.CaptureFixture, tolerance: float = 0.0) -> tuple[int, str]:
+    code = compare.main(compare.Args((one, other), tolerance))
+    return code, "".join(capsys.readouterr())
+
+
+def test_equal_runs_differ_in_speed_times_and_memory_only(tmp_path: Path, capsys: Any) -> None:
+    quicker = changed(METRICS, 1, **{"train/tokens_per_second": 200.0, "train/max_memory_gib": 3.0})
+    quicker = changed(quicker, 2, **{"train/time/rollout": 2.0, "train/time/value": 2.0, "train/mfu": 0.1})
+    code, text = run(write(tmp_path / "a"), write(tmp_path / "b", quicker), capsys)
+    # names: eval/loss, eval/judge/correctness, train/loss, train/grad_norm; and 4 of samples
+    assert code == 0 and text == "5 rows and 8 names compared\nequal\n"
+
+
+def test_the_earliest_difference_is_named_with_both_values(tmp_path: Path, capsys: Any) -> None:
+    late = changed(METRICS, 2, **{"train/loss": 0.31})
+    both = changed(late, 1, **{"train/grad_norm": 2.0000000000000004})  # one bit
+    code, text = run(write(tmp_path / "a"), write(tmp_path / "b", both), capsys)
+    assert code == 1 and "2 values differ, the first at metrics.jsonl: step 1: train/grad_norm" in text
+    assert f"{tmp_path}/a: 2.0\n" in text and f"{tmp_path}/b: 2.0000000000000004\n" in text
+
+
+def test_a_sample_is_matched_by_step_and_place(tmp_path: Path, capsys: Any) -> None:
+    code, text = run(write(tmp_path / "a"), write(tmp_path / "b", METRICS, SAMPLES[::-1]), capsys)
+    assert code == 1 and "the first at samples.jsonl: step 0: prompt" in text
+    other = write(tmp_path / "c", METRICS, changed(SAMPLES, 1, response="c"))
+    code, text = run(tmp_path / "a", other, capsys)
+    assert code == 1 and "1 values differ, the first at samples.jsonl: step 0: response of row 1" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "tolerance", "code"),
+    [(0.3 + 9e-7, 1e-6, 0), (0.3 + 2e-6, 1e-6, 1), (0.3 + 9e-7, 0.0, 1), (float("nan"), 1.0, 1)],
+)
+def test_a_tolerance_is_of_one_or_of_a_larger_value(
+    tmp_path: Path, capsys: Any, value: float, tolerance: float, code: int
+) -> None:
+    one = write(tmp_path / "a", changed(METRICS, 2, **{"train/loss": value}))
+    assert run(one, write(tmp_path / "b"), capsys, tolerance)[0] == code
+    assert compare.are_equal(1e6 + 0.9, 1e6, 1e-6) and not compare.are_equal(1e6 + 1.1, 1e6, 1e-6)
+    assert not compare.are_equal(float("inf"), 1.0, 1.0) and not compare.are_equal("0.3", 0.3, 1.0)
+
+
+def test_names_and_rows_of_one_side_alone_are_listed(tmp_path: Path, capsys: Any) -> None:
+    renamed = [{name.replace("grad_norm", "norm"): x for name, x in row.items()} for row in METRICS]
+    other = write(tmp_path / "b", renamed + [{"step": 3, "train/loss": 0.2}])
+    code, text = run(write(tmp_path / "a"), other, capsys)
+    assert code == 1 and "values differ" not in text
+    assert f"only {tmp_path}/a has metrics.jsonl: train/grad_norm (1 times)" in text
+    assert f"only {other} has metrics.jsonl: train/norm (1 times)" in text
+    assert f"only {other} has metrics.jsonl: rows (1 times)" in text
+
+
+def test_the_stages_of_a_pipeline_are_compared(tmp_path: Path, capsys: Any) -> None:
+    for name, metrics in (("a", METRICS), ("b", changed(METRICS, 1, **{"train/loss": 0.0}))):
+        write(tmp_path / name)
+        write(tmp_path / name / "2_sft", metrics)
+    code, text = run(tmp_path / "a", tmp_path / "b", capsys)
+    assert code == 1 and "10 rows" in text and "the first at 2_sft/metrics.jsonl: step 1: train/loss" in text
+
+
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path, capsys: Any) -> None:
+    one = write(tmp_path / "a")
+    code, text = run(one, tmp_path / "none", capsys)
+    assert code == 2 and text == f"error: {tmp_path}/none is no run folder: no metrics.jsonl in it\n"
+    (one / "samples.jsonl").write_text('{"step": 0}\n{"st')
+    code, text = run(one, one, capsys)
+    assert code == 2 and text == f"error: {one}/samples.jsonl:2: no JSON object with a step\n"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a"), write(tmp_path / "b", changed(METRICS, 1, **{"train/loss": 0.40001}))
+    command = [sys.executable, "-m", "common.compare", str(one), str(other)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "step 1: train/loss" in done.stdout and not done.stderr
+    done = subprocess.run([*command, "--tolerance", "1e-4"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("equal\n")

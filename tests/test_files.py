@@ -1,0 +1,243 @@
+"""Writes that a kill leaves whole or absent, lines and records that go on after one, caches, fingerprints."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common import dist, files
+
+
+class Killed(BaseException):
+    """Ends the process, as far as the code under test can tell."""
+
+
+def put(path: Path, text: str, folder: bool) -> None:
+    if folder:
+        path.mkdir()
+        (path / "one").write_text(text)
+        (path / "two").write_text(text)
+    else:
+        path.write_text(text)
+
+
+def seen(path: Path) -> Any:
+    return {p.name: p.read_text() for p in path.iterdir()} if path.is_dir() else path.read_text()
+
+
+# whole or absent
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, folder: bool) -> None:
+    path = tmp_path / "model"
+    for text in ("first", "second"):
+        with pytest.raises(Killed), files.whole(path) as unfinished:
+            put(unfinished, "half", folder)
+            raise Killed
+        with files.whole(path) as unfinished:
+            put(unfinished, text, folder)
+        assert seen(path) == ({"one": text, "two": text} if folder else text)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_kill_at_any_moment_never_gives_the_name_to_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    path = tmp_path / "model"
+    whole = [{"one": text, "two": text} if folder else text for text in ("old", "new")]
+    for moment in range(20):
+        files.remove(path)
+        put(path, "old", folder)
+        left = moment
+
+        def counted(honest: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return honest(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:  # dies before the moment-th step that changes the disk
+            for name in ("replace", "rename", "fsync", "unlink", "rmdir"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                unfinished = files.temporary(path)
+                put(unfinished, "new", folder)
+                files.finish(unfinished, path)
+            except Killed:
+                pass
+            else:
+                break
+        assert not path.exists() or seen(path) in whole
+        with files.whole(path) as unfinished:  # the same command again
+            put(unfinished, "new", folder)
+        assert seen(path) == whole[1] and [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert moment >= (8 if folder else 3)
+
+
+def test_contents_are_on_disk_before_the_name_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *paths: order.append("rename") or replace(*paths))
+    monkeypatch.setattr(
+        os, "fsync", lambda n: order.append(Path(os.readlink(f"/proc/self/fd/{n}")).name) or fsync(n)
+    )
+    with files.whole(tmp_path / "model") as unfinished:
+        put(unfinished, "new", folder=True)
+    assert set(order[:2]) == {"one", "two"}
+    assert order[2:] == ["model.tmp", "rename", tmp_path.name]
+
+
+def test_what_a_kill_left_under_the_temporary_name_is_not_taken_over(tmp_path: Path) -> None:
+    put(files.temporary(tmp_path / "model"), "half", folder=True)
+    with files.whole(tmp_path / "model") as unfinished:
+        unfinished.mkdir()
+    assert seen(tmp_path / "model") == {}
+
+
+def test_runs_that_write_a_shared_file_at_once_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "cache.pt"
+    with files.whole(path, shared=True) as one, files.whole(path, shared=True) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["cache.pt"]
+
+
+# JSON lines
+
+
+def test_rows_of_a_torn_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_rows(path) == []
+    assert files.cut_torn_line(path) == 0 and path.read_text() == ""
+    path.write_text(files.as_lines([{"step": 1}, {"step": 2}]) + '{"st')
+    assert files.read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert files.cut_torn_line(path) == 2 and path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_lines_go_on_after_a_kill_and_begin_anew_for_other_items_or_another_key(
+    tmp_path: Path, device: torch.device
+) -> None:
+    path, asked = tmp_path / "lines.jsonl", []
+
+    def work(items: list[int], limit: int = 10**9) -> list[dict]:
+        if items[0] >= limit:
+            raise Killed
+        asked.extend(items)
+        return [{"square": item**2} for item in items]
+
+    items = list(range(600))
+    with pytest.raises(Killed):
+        files.write_lines(path, items, "key", lambda chunk: work(chunk, 512))
+    (part,) = tmp_path.iterdir()
+    assert not path.exists() and len(part.read_text().splitlines()) == 512
+    part.write_text("".join(part.read_text().splitlines(True)[:300]) + '{"squ')  # the kill tore a line
+    kept = part.read_bytes()
+    asked.clear()
+    files.write_lines(path, items, "key", work)
+    assert asked == items[300:]
+    assert [row["square"] for row in files.read_rows(path)] == [i**2 for i in items]
+    for key, others in (("other key", items), ("key", items[1:])):
+        part.write_bytes(kept)
+        asked.clear()
+        files.write_lines(path, others, key, work)
+        assert asked == others and len(files.read_rows(path)) == len(others)
+
+
+def test_no_items_make_an_empty_file(tmp_path: Path, device: torch.device) -> None:
+    files.write_lines(tmp_path / "lines.jsonl", [], "key", lambda items: [])
+    assert (tmp_path / "lines.jsonl").read_text() == ""
+
+
+def test_a_stop_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(dist, "stop_requested", lambda: True)
+    with pytest.raises(dist.Stopped, match="stopped after 256 records"):
+        files.write_lines(tmp_path / "x.jsonl", list(range(300)), "", lambda items: [{} for _ in items])
+    (part,) = tmp_path.iterdir()
+    assert part.suffix == ".part" and len(part.read_text().splitlines()) == 256
+
+
+def test_a_journal_keeps_its_records_and_survives_a_torn_line(tmp_path: Path) -> None:
+    journal = files.Journal(tmp_path / "answers")
+    journal.add("a", {"text": "to a"})
+    journal.add("b", {"text": "to b"})
+    assert journal.records == {}
+    journal.refresh()
+    assert journal.records == {"a": {"text": "to a"}, "b": {"text": "to b"}}
+    with journal.mine.open("a") as file:
+        file.write('{"key": "c", "te')
+    (tmp_path / "answers" / "rank_1.jsonl").write_text('{"key": "d", "text": "to d"}\n{"key": "e"')
+    again = files.Journal(tmp_path / "answers")
+    again.add("c", {"text": "to c"})
+    again.refresh()
+    assert {key: record["text"] for key, record in again.records.items()} == {k: f"to {k}" for k in "abcd"}
+    assert [json.loads(line)["key"] for line in journal.mine.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_a_journal_makes_what_is_missing_and_tries_again_what_failed(
+    tmp_path: Path, device: torch.device
+) -> None:
+    made, broken = [], {"b"}
+
+    def make(item: str) -> dict:
+        made.append(item)
+        if item in broken:
+            raise dist.RunError(f"{item} has failed")
+        return {"text": item.upper()}
+
+    items = {f"{i:x}": item for i, item in enumerate("abcd")}
+    with pytest.raises(dist.RunError, match="b has failed"):
+        files.Journal(tmp_path).collect(items, make, threads=1)
+    assert made[:2] == ["a", "b"]
+    broken.clear()
+    journal = files.Journal(tmp_path)
+    assert [record["text"] for record in journal.collect(items, make, threads=3)] == ["A", "B", "C", "D"]
+    assert sorted(made) == ["a", "b", "b", "c", "d"]
+    assert journal.collect(dict([*items.items()][::-1]), make, threads=1)[0] == {"text": "D"}
+    assert len(made) == 5
+
+
+# caches
+
+
+def test_the_cache_folder_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "a" / "b"))
+    assert files.cache_folder() == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(dist.RunError, match="CLEANALIGN_CACHE"):
+        files.cache_folder()
+
+
+def test_a_result_is_computed_once_for_each_key_and_each_state_of_the_model(
+    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "cache"))
+    model, calls = tmp_path / "model", []
+    shutil.copytree(tiny_model, model)
+
+    def compute() -> torch.Tensor:
+        calls.append(1)
+        return torch.arange(3.0)
+
+    for _ in range(2):
+        assert files.cached(compute, "logps", str(model), "key").tolist() == [0.0, 1.0, 2.0]
+    assert len(calls) == 1
+    files.cached(compute, "logps", str(model), "other key")
+    assert len(calls) == 2
+    os.utime(model / "model.safetensors", (1, 1))  # trained again
+    files.cached(compute, "logps", str(model), "key")
+    assert len(calls) == 3 and all(p.suffix == ".pt" for p in (tmp_path / "cache").iterdir())
