@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from common import data, dist, models
+from common.args import Training
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
 OPTIONS = StateDictOptions(
@@ -34,15 +35,15 @@ OPTIONS = StateDictOptions(
 )  # frozen weights come from the model's own files
 
 
-def newest(args: Any) -> Path | None:
+def newest(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of the run folder."""
-    done = [p for p in Path(args.output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
+    done = [p for p in Path(output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
     return max(done, default=None, key=lambda p: int(p.name[5:]))
 
 
-def save(args: Any, step: int, parts: Parts, **numbers: Any) -> None:
-    """Write models, optimizers, the step and a few JSON numbers; keep the newest keep_checkpoints."""
-    folder = Path(args.output_dir) / "checkpoints"
+def save(run: Training, step: int, parts: Parts, **numbers: Any) -> None:
+    """Write models, optimizers, the step and a few JSON numbers; keep the newest run.keep_checkpoints."""
+    folder = Path(run.output_dir) / "checkpoints"
     final, unfinished = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
     if dist.is_main():
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -53,18 +54,18 @@ def save(args: Any, step: int, parts: Parts, **numbers: Any) -> None:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
         complete = sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name))
-        for old in complete[: -args.keep_checkpoints]:
+        for old in complete[: -run.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def resume(args: Any, parts: Parts) -> dict[str, Any]:
+def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     """Load the newest checkpoint into models and optimizers. -> its numbers, or `step` and `num_tokens` 0.
 
     Raises:
         RunError: the checkpoint's tensors do not have the shapes of these models.
     """
-    folder = dist.from_main(lambda: newest(args))
+    folder = dist.from_main(lambda: newest(output_dir))
     if folder is None:
         return {"step": 0, "num_tokens": 0}
     state = _state(parts)
@@ -103,14 +104,17 @@ def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
+def export(output_dir: str, policy: nn.Module, tokenizer: Any, model: str, merge_lora: bool = True) -> None:
     """Write `model/`: a folder plain transformers loads; with LoRA one peft loads, unless merge_lora.
 
     Weights take the dtype the model had on disk. generation_config stops at the token trained to end a turn.
+
+    Args:
+        model: what the policy started from, on which the adapters of a peft folder stand.
     """
-    folder = Path(args.output_dir) / "model"
+    folder = Path(output_dir) / "model"
     lora = getattr(policy, "lora_config", None)
-    merge = lora is None or hasattr(policy, "score") or args.merge_lora  # transformers loads a reward model
+    merge = lora is None or merge_lora
     weights = {}
     for name, tensor in models.full_weights(policy, merge_lora=merge):
         if dist.is_main():
@@ -121,7 +125,7 @@ def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
         if merge:
             _save_transformers(unfinished, policy, tokenizer, weights)
         else:
-            _save_peft(unfinished, args, lora, weights)
+            _save_peft(unfinished, model, lora, weights)
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
@@ -146,11 +150,11 @@ def _save_transformers(
     shell.save_pretrained(folder, state_dict=weights)
 
 
-def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tensor]) -> None:
+def _save_peft(folder: Path, model: str, lora: Any, weights: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    base, gguf = data.model_folder(args.model)
+    base, gguf = data.model_folder(model)
     lora.base_model_name_or_path = str(Path(base) / gguf) if gguf else base
     lora.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
@@ -181,8 +185,7 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
         if dist.is_main():
             with unfinished.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
-        dist.all_sum({})
-        if dist.stop_requested():
+        if dist.poll_stop():
             raise dist.Stopped(
                 f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
             )

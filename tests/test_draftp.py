@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_diffusion
 import torch
-from conftest import DATA, read_metrics
+from conftest import DATA, args_of, read_metrics
 from torch import Tensor
 
 import draftp
@@ -48,7 +48,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(tiny: Path, name: str = "sd", **changes: Any) -> draftp.Args:
-    return draftp.Args(**{**BRIEF, "model": str(tiny / name), "dataset": str(tiny / "prompts"), **changes})
+    return args_of(
+        draftp.Args, **{**BRIEF, "model": str(tiny / name), "dataset": str(tiny / "prompts"), **changes}
+    )
 
 
 def prepare(args: draftp.Args, device: torch.device) -> draftp.Models:
@@ -143,7 +145,7 @@ def test_the_first_gradient_reaches_every_lora_b_and_no_lora_a(tiny: Path, devic
     m = prepare(args, device)
     loss, metrics = one_batch(m, args)
     loss.backward()
-    assert metrics["kl"].item() == 0.0 and loss.item() == -metrics["reward"].item()
+    assert metrics["kl"][0].item() == 0.0 and loss.item() == -metrics["reward"][0].item()
     for name, parameter in trained(m.policy).items():
         assert bool(parameter.grad.any()) == ("lora_B" in name), name
 
@@ -183,7 +185,7 @@ def test_a_clamped_pixel_passes_no_gradient_and_is_counted(tiny: Path, device: t
         x_0 = torch.zeros(1, 4, 8, 8, requires_grad=True)
         losses, metrics, images = draftp.score(m, x_0, torch.zeros(1), ["a cat"], args)
         losses.sum().backward()
-        assert metrics["saturated_pixels_frac"].item() == pytest.approx(share)
+        assert metrics["saturated_pixels_frac"][0].item() == pytest.approx(share)
         assert images.min() >= 0 and images.max() <= 1
         assert bool(x_0.grad.any()) == (share < 1)  # through green only
 
@@ -363,7 +365,7 @@ def test_a_bad_file_of_prompts_is_named(tmp_path: Path, name: str, content: Any,
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(f"{i} cats" for i in range(100)))
-    train, held_out = diffusion.load_prompts(draftp.Args(dataset=str(tmp_path / "a.txt")))
+    train, held_out = diffusion.load_prompts(args_of(draftp.Args, dataset=str(tmp_path / "a.txt")))
     assert len(train) == 95 and not set(diffusion.texts(train)) & set(diffusion.texts(held_out))
 
 

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import args_of
 from test_exact import ANSWERS, everything, load, log_probs, minimise, report, sequence, tiny, tv
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def spin_run(tiny: str, device: torch.device, trap: str = "", num_steps: int = 6
     policy, log_opponent = load(tiny, device)
     generator = torch.Generator().manual_seed(0)
     log_p = torch.log_softmax(log_opponent + torch.randn(len(ANSWERS), generator=generator), 0)
-    settings = spin.Args(beta=1.0)
+    settings = args_of(spin.Args, beta=1.0)
 
     def make(i: int, j: int) -> data.Example:
         logps = dict(zip(spin.LOGPS, (log_opponent[i].item(), log_opponent[j].item()), strict=True))

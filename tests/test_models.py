@@ -602,7 +602,7 @@ def test_bfloat16_runs_on_cpu_with_float32_masters(lora_rank: int, folder: Path,
     row = pack(documents())
     exact = models.token_logps(models.load(str(folder), device, options()), row)
     args = options(dtype="bfloat16", lora_rank=lora_rank)
-    policy, ref_policy = (models.load(str(folder), device, args, trainable=t) for t in (True, False))
+    policy, ref_policy = (models.load(str(folder), device, args.system, trainable=t) for t in (True, False))
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in ref_policy.parameters()} == {torch.bfloat16}  # no master to keep
     assert policy.compute_dtype_ == torch.bfloat16
@@ -722,7 +722,7 @@ def test_with_adapters_off_a_policy_is_its_base_exactly(kind: str, dtype: str, t
     """E16"""
     save(tmp_path, kind)
     row, args = pack(documents()), options(dtype=dtype)
-    base = models.load(str(tmp_path), device, args, trainable=False)
+    base = models.load(str(tmp_path), device, args.system, trainable=False)
     policy = models.load(str(tmp_path), device, options(dtype=dtype, lora_rank=4))
     assert {n.split(".")[-3] for n, p in policy.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     expected = models.token_logps(base, row)
@@ -742,7 +742,7 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     from peft import PeftModel
 
     args = options(lora_rank=4, lora_alpha=6.0, output_dir=out, merge_lora=False, model=folder)
-    policy = models.load(folder, dist.init(1), args)
+    policy = models.load(folder, dist.init(1), args.system)
     move_adapters(policy)
     checkpoint.export(args, policy, SimpleNamespace(save_pretrained=lambda folder: None))
     ours = dict(models.full_weights(policy))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model
+from conftest import args_of, make_tiny_model
 
 import dpo
 import reward_model
@@ -126,8 +126,8 @@ def sft_sides(
         processing_class=tokenizer,
     )
     source = write_lines(folder / "train.jsonl", records)
-    args = sft.Args(model=model, dataset=source, eval_dataset=source, batch_size=1)
-    return trainer, data.load_sft(args, tokenizer)[0], models.load(model, device, args)
+    args = args_of(sft.Args, model=model, dataset=source, eval_dataset=source, batch_size=1)
+    return trainer, data.load_sft(args, tokenizer)[0], models.load(model, device, args.system)
 
 
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion", "plain text"])
@@ -257,10 +257,10 @@ def dpo_sides(
         processing_class=tokenizer,
     )
     source = write_lines(folder / "train.jsonl", records)
-    args = dpo.Args(model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
+    args = args_of(dpo.Args, model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
     pairs = data.load_pairs(args, tokenizer)[0]
-    ref_policy = models.load(reference, device, args, trainable=False)
-    return trainer, pairs, models.load(model, device, args), ref_policy, args
+    ref_policy = models.load(reference, device, args.system, trainable=False)
+    return trainer, pairs, models.load(model, device, args.system), ref_policy, args
 
 
 # ours, TRL's settings, pairs. TRL has cDPO only as aot, which sorts the pairs of a batch: alike for one pair.
@@ -399,7 +399,7 @@ def test_the_spin_loss_and_metrics_are_trls_dpo_on_real_and_generated(
     their_loss.backward()
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
-    args = spin.Args(beta=0.3, loss=loss)
+    args = args_of(spin.Args, beta=0.3, loss=loss)
     pairs = [
         spin.make_pair(data.Example(pair.sequences[:1], ""), spin.response_tokens(pair.sequences[1]))
         for pair in pairs
@@ -450,9 +450,9 @@ def reward_sides(
         processing_class=tokenizer,
     )
     source = write_lines(folder / "train.jsonl", records)
-    args = reward_model.Args(model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
+    args = args_of(reward_model.Args, model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
     pairs = data.load_pairs(args, tokenizer, whole=True)[0]
-    return trainer, pairs, models.load_scorer(model, device, args, ["reward"]), args
+    return trainer, pairs, models.load_scorer(model, device, args.system, ["reward"]), args
 
 
 @pytest.mark.parametrize("name", ["plain", "margin", "centred"])
