@@ -41,7 +41,7 @@ def newest(output_dir: str | Path) -> Path | None:
     return max(done, default=None, key=lambda p: int(p.name[5:]))
 
 
-def save(run: Training, step: int, parts: Parts, **numbers: Any) -> None:
+def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
     """Write models, optimizers, the step and a few JSON numbers; keep the newest run.keep_checkpoints."""
     folder = Path(run.output_dir) / "checkpoints"
     final, unfinished = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
