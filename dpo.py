@@ -279,8 +279,7 @@ def main(args: Args) -> None:
         step_start = time.perf_counter()
         batch = batch_of(step)  # the same on every rank
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        models.set_lr(optimizer, lr)
         totals = dist.Totals()
         for row in data.rows(
             batch, system.micro_batch_tokens, device

@@ -498,8 +498,7 @@ def update(
     Args:
         compute: (model, row, batch) -> the row's share of the loss, and its metrics.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    models.set_lr(optimizer, lr)
     for row in data.rows(batch.sequences, args.system.micro_batch_tokens, batch.mask.device):
         loss, metrics = compute(model, row, batch)
         loss.backward()  # gradients add over rows and ranks

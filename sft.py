@@ -118,8 +118,7 @@ def main(args: Args) -> None:
         batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
         num_targets = sum(example.num_targets for example in batch)
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        models.set_lr(optimizer, lr)
         totals = dist.Totals()
         for row in data.rows(
             batch, system.micro_batch_tokens, device

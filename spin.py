@@ -491,8 +491,7 @@ def main(args: Args) -> None:
         step_start = time.perf_counter()  # the batch is the same on every rank
         batch = data.batch(train_pairs, done, optimization.batch_size, args.seed, now.num_epochs)
         lr = now.learning_rate * models.lr_factor(done, length, optimization)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        models.set_lr(optimizer, lr)
         totals = dist.Totals()
         for row in data.rows(
             batch, system.micro_batch_tokens, device

@@ -42,14 +42,12 @@ class Optimization:
 
 
 @dataclass
-class System:
-    """How the model fits the machine: memory and speed, and with dtype and LoRA the numbers too."""
+class Weights:
+    """How the weights are held, and which of them are trained."""
 
     # another dtype rounds otherwise, and a checkpoint of adapters fits no other adapters
     fixed: ClassVar[tuple[str, ...]] = ("dtype", "lora_rank", "lora_alpha", "lora_target")
 
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """dtype of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
     lora_rank: int = 0
@@ -60,6 +58,14 @@ class System:
     """modules that get adapters: all-linear, or names joined by commas"""
     sharding: Literal["full", "hybrid", "none"] = "full"
     """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
+
+
+@dataclass
+class System(Weights):
+    """How the model fits the machine: memory and speed, and with dtype and LoRA the numbers too."""
+
+    micro_batch_tokens: int = 0
+    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in backward; auto: for models of a billion parameters or more"""
     compile: bool = False
@@ -113,6 +119,16 @@ class Run(Training):
 
 
 @dataclass
+class PipelineRun(Folder):
+    """Where a pipeline is kept, its stages in folders of their own, and what it records."""
+
+    num_samples: int = 16
+    """prompts answered and judged at each evaluation"""
+    judge: str = ""
+    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
+
+
+@dataclass
 class Sampling:
     """The answers to held-out prompts that each evaluation logs; nothing is trained on them."""
 
@@ -131,6 +147,11 @@ def block_names(Args: type) -> set[str]:
     """The fields that are blocks; any other dataclass in Args holds the options of a stage."""
     hints = get_type_hints(Args, include_extras=True)
     return {name for name, hint in hints.items() if OmitArgPrefixes in getattr(hint, "__metadata__", ())}
+
+
+def stage_names(args: Any) -> list[str]:
+    blocks = block_names(type(args))
+    return [f.name for f in fields(args) if is_dataclass(getattr(args, f.name)) and f.name not in blocks]
 
 
 def flat(args: Any) -> dict[str, Any]:
@@ -202,6 +223,8 @@ def parse(Args: type, toy: dict[str, Any]) -> Any:
     defaults = Args() if asks_help or not wants_toy else with_fields(Args(), **toy)
     settings = " ".join(f"--{name} {value}" for name, value in dotted(toy).items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
+    if stages := stage_names(Args()):
+        about += f"\n\nThe options of {', '.join(stages)} are set as --{stages[0]}.learning_rate"
     args = parse_words(sys.argv[1:], defaults, about)
     if os.environ.get("WANDB_SWEEP_ID"):
         args = under_an_agent(args, Args().run.output_dir)
@@ -212,8 +235,7 @@ def parse_words(words: list[str], defaults: Any, about: str) -> Any:
     """The options that words set, over defaults. Those of a stage are not listed in --help but work."""
     import tyro
 
-    stages = {f.name: [] for f in fields(defaults) if is_dataclass(getattr(defaults, f.name))}
-    stages = {name: [] for name in stages if name not in block_names(type(defaults))}
+    stages = {name: [] for name in stage_names(defaults)}
     own = to = []
     for word in words:
         if word.startswith("--"):

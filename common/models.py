@@ -701,6 +701,11 @@ def lr_factor(step: int, num_steps: int, optimization: Optimization) -> float:
     return least + (1 - least) * left
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def training_flops(model: nn.Module, lengths: list[int]) -> float:
     """FLOPs of forward and backward over sequences of these lengths, recomputation not counted.
 
