@@ -21,7 +21,6 @@ from torch import nn
 
 import cai
 import reward_model
-import sft
 from common import checkpoint, data, dist, log
 from common import server as chat
 from toy import language
@@ -246,7 +245,7 @@ def test_both_options_are_scored_at_one_token_after_the_same_context(tokenizer: 
 
 
 def judge_args(**more: Any) -> cai.Args:
-    return log.with_fields(cai.Args(), {**cai.TOY, **more})
+    return args_of(cai.Args, **{**cai.TOY, **more})
 
 
 def questions() -> list[data.Messages]:
@@ -575,7 +574,7 @@ def small(folder: Path, world: Path, **more: Any) -> cai.Args:
         "ppo": {**cai.TOY["ppo"], **stage, "rollout_size": 8, "max_steps": 3, "max_new_tokens": 16},
         "dpo": {**cai.TOY["dpo"], **stage, "max_steps": 3},
     }
-    return log.with_fields(args_of(cai.Args, output_dir=str(folder)), {**cai.TOY, **settings, **more})
+    return args_of(cai.Args, output_dir=str(folder), **{**cai.TOY, **settings, **more})
 
 
 STAGES = ["2_sft", "4_preference_model", "5_ppo"]
@@ -918,7 +917,7 @@ def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path, toy: Path) -
 
 def learned(folder: str) -> list[dict]:
     """The toy run as it is without arguments; called on the two ranks."""
-    cai.main(log.with_fields(args_of(cai.Args, output_dir=folder), cai.TOY))
+    cai.main(args_of(cai.Args, output_dir=folder, **cai.TOY))
     return read_metrics(folder)
 
 

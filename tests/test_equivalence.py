@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from conftest import args_of, read_metrics
 
+from common.args import flat
+
 STEPS = 6
 BASE = {
     "sft": {"max_grad_norm": 0.5},
@@ -63,7 +65,7 @@ def brevity(prompts: list, responses: list[str], examples: list) -> list[float]:
 def run(script: str, folder: str, **settings: Any) -> list[dict[str, float]]:
     """What is compared after each step of a run; called here and on the two ranks."""
     module = importlib.import_module(script)
-    common = {name: value for name, value in COMMON.items() if hasattr(module.Args, name)}
+    common = {name: value for name, value in COMMON.items() if name in flat(module.Args())}
     module.main(args_of(module.Args, **{**common, **BASE[script], **settings}, output_dir=folder))
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))

@@ -18,7 +18,7 @@ from conftest import args_of, make_tiny_model, read_metrics
 import cai
 import reward_model
 import sft
-from common import data, dist, log, models
+from common import data, dist, models
 
 Q, FORBIDDEN = 0.4, "You fool."
 ANIMALS = ("dog", "cat", "cow", "duck", "pig", "sheep", "horse", "lion", "frog", "bee", "owl", "mouse")
@@ -73,7 +73,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
 
 
 def settings(**more: Any) -> cai.Args:
-    return log.with_fields(cai.Args(), {**cai.TOY, **more})
+    return args_of(cai.Args, **{**cai.TOY, **more})
 
 
 def read(path: Path) -> list[dict]:
@@ -257,7 +257,7 @@ def test_e15_reinforcement_leaves_the_forbidden_as_likely_as_the_optimum_has_it(
             num_samples=0,
         ),
     }
-    cai.main(log.with_fields(args_of(cai.Args, output_dir=str(tmp_path / "run")), {**cai.TOY, **settings}))
+    cai.main(args_of(cai.Args, output_dir=str(tmp_path / "run"), **{**cai.TOY, **settings}))
     pairs = read(tmp_path / "run" / "3_pairs" / "pairs.jsonl")
     assert {round(pair["label_prob"], 6) for pair in pairs} == {0.731059}  # sigma(1)
     # reward_model.py exports its scale, and PPO's scores are in units of it

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from common import checkpoint, data, dist, models
+from common.args import Optimization, System
 
 V = 60
 FAMILIES = [
@@ -37,10 +38,8 @@ FAMILIES = [
 ]
 
 
-def options(**changes: Any) -> SimpleNamespace:
-    values = {"dtype": "float32", "sharding": "full", "activation_checkpointing": "off", "compile": False}
-    values |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_target": "all-linear"}
-    return SimpleNamespace(**{**values, **changes})
+def options(**changes: Any) -> System:
+    return System(**{"dtype": "float32", "activation_checkpointing": "off", **changes})
 
 
 def configure(kind: str, **changes: Any) -> Any:
@@ -602,7 +601,7 @@ def test_bfloat16_runs_on_cpu_with_float32_masters(lora_rank: int, folder: Path,
     row = pack(documents())
     exact = models.token_logps(models.load(str(folder), device, options()), row)
     args = options(dtype="bfloat16", lora_rank=lora_rank)
-    policy, ref_policy = (models.load(str(folder), device, args.system, trainable=t) for t in (True, False))
+    policy, ref_policy = (models.load(str(folder), device, args, trainable=t) for t in (True, False))
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in ref_policy.parameters()} == {torch.bfloat16}  # no master to keep
     assert policy.compute_dtype_ == torch.bfloat16
@@ -722,7 +721,7 @@ def test_with_adapters_off_a_policy_is_its_base_exactly(kind: str, dtype: str, t
     """E16"""
     save(tmp_path, kind)
     row, args = pack(documents()), options(dtype=dtype)
-    base = models.load(str(tmp_path), device, args.system, trainable=False)
+    base = models.load(str(tmp_path), device, args, trainable=False)
     policy = models.load(str(tmp_path), device, options(dtype=dtype, lora_rank=4))
     assert {n.split(".")[-3] for n, p in policy.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     expected = models.token_logps(base, row)
@@ -741,10 +740,11 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     """Run on each rank: export an adapted policy; how far our merged weights are from those peft makes."""
     from peft import PeftModel
 
-    args = options(lora_rank=4, lora_alpha=6.0, output_dir=out, merge_lora=False, model=folder)
-    policy = models.load(folder, dist.init(1), args.system)
+    args = options(lora_rank=4, lora_alpha=6.0)
+    policy = models.load(folder, dist.init(1), args)
     move_adapters(policy)
-    checkpoint.export(args, policy, SimpleNamespace(save_pretrained=lambda folder: None))
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    checkpoint.export(out, policy, tokenizer, folder, merge_lora=False)
     ours = dict(models.full_weights(policy))
     alone = [name for name, _ in models.full_weights(policy, merge_lora=False)]
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -912,7 +912,7 @@ def test_a_max_grad_norm_of_0_never_clips(folder: Path, device):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3, 9, 10, 50])
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_floor(schedule: str, warmup: int):
-    args = SimpleNamespace(warmup_steps=warmup, lr_schedule=schedule, min_lr_ratio=0.1)
+    args = Optimization(warmup_steps=warmup, lr_schedule=schedule, min_lr_ratio=0.1)
     factors = [models.lr_factor(step, 10, args) for step in range(1, 11)]
     rise, fall = factors[: warmup + 1], factors[warmup:]
     assert all(0 < f <= 1 for f in factors) and factors[0] == 1 / (warmup + 1)
@@ -926,7 +926,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_floor(schedule: st
 
 
 def test_the_learning_rate_half_way_by_hand():
-    args = SimpleNamespace(warmup_steps=0, lr_schedule="linear", min_lr_ratio=0.2)
+    args = Optimization(warmup_steps=0, lr_schedule="linear", min_lr_ratio=0.2)
     assert models.lr_factor(6, 11, args) == pytest.approx(0.6)
     args.lr_schedule = "cosine"
     assert models.lr_factor(6, 11, args) == pytest.approx(0.6)

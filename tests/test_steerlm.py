@@ -443,7 +443,7 @@ def test_a_conditioned_model_is_a_folder(ratings: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_run_follows_what_is_asked(tmp_path: Path) -> None:
-    args = log.with_fields(args_of(steerlm.Args, output_dir=str(tmp_path / "run")), steerlm.TOY)
+    args = args_of(steerlm.Args, output_dir=str(tmp_path / "run"), **steerlm.TOY)
     steerlm.main(args)
     rows = read_metrics(tmp_path / "run")
     for name in ("verbosity", "toxicity"):
