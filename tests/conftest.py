@@ -57,6 +57,13 @@ def args_of(Args: type, **options: Any) -> Any:
     return with_fields(Args(), **options)
 
 
+def means(metrics: dict[str, tuple]) -> dict[str, float]:
+    """The metrics that a `loss_and_metrics` returns, of its row alone."""
+    totals = dist.Totals()
+    totals.update(metrics)
+    return totals.reduce()
+
+
 def make_tiny_model(folder: Path, tokenizer: Any, seed: int = 0, **config: Any) -> Path:
     """A random Llama of a few thousand parameters with the toy's tokenizer, saved in Hugging Face form."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import args_of, read_metrics
+from conftest import args_of, means, read_metrics
 
 import dpo
 import spin
@@ -54,19 +54,18 @@ def test_an_iteration_ends_after_its_passes_over_its_pairs() -> None:
 def test_policy_equal_to_opponent_gives_log_two_and_equal_sides_no_gradient(
     tiny_model: str, device: torch.device
 ) -> None:
-    args = args_of(spin.Args, model=tiny_model)
-    policy = models.load(tiny_model, device, args.system)
+    policy = models.load(tiny_model, device, spin.Args().system)
     pairs = [make_pair([5, 6], [7, 8, 9], [10, 11]), make_pair([5], [7, 8], [7, 8])]
-    logps = spin.opponent_logps(policy, pairs, args, device)
+    logps = spin.opponent_logps(policy, pairs, 0, device)
     for pair, both in zip(pairs, logps, strict=True):
         pair.fields = dict(zip(spin.LOGPS, both, strict=True))
-    loss, metrics = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), args)
+    loss, metrics = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), beta=0.1)
     assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["rewards/margins"][0].item() == 0 and metrics["rewards/accuracies"][0].item() == 0
     loss.backward()
     assert models.clip_grad_norm(policy, 0).item() > 1e-3
     policy.zero_grad()
-    loss, _ = spin.loss_and_metrics(policy, data.make_row(pairs, [1], device), args)
+    loss, _ = spin.loss_and_metrics(policy, data.make_row(pairs, [1], device), beta=0.1)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert models.clip_grad_norm(policy, 0).item() < 1e-7
@@ -75,15 +74,15 @@ def test_policy_equal_to_opponent_gives_log_two_and_equal_sides_no_gradient(
 def test_rewards_carry_beta_and_the_nll_does_not(tiny_model: str, device: torch.device) -> None:
     policy = models.load(tiny_model, device, spin.Args().system)
     row = data.make_row([make_pair([5, 6], [7, 8, 9], [10, 11], -20.0, -20.0)], [0], device)
-    one, three = (spin.loss_and_metrics(policy, row, args_of(spin.Args, beta=beta))[1] for beta in (0.1, 0.3))
-    assert three["rewards/margins"].item() == pytest.approx(3 * one["rewards/margins"].item(), rel=1e-5)
-    assert three["nll"].item() == one["nll"].item() == -one["logps/real"].item()
+    one, three = (means(spin.loss_and_metrics(policy, row, beta)[1]) for beta in (0.1, 0.3))
+    assert three["rewards/margins"] == pytest.approx(3 * one["rewards/margins"], rel=1e-5)
+    assert 3 * three["nll"] == 3 * one["nll"] == -one["logps/real"]  # of three tokens, of one response
 
 
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
     policy = models.load(tiny_model, device, spin.Args().system)
     row = data.make_row([make_pair([5], [6], [7], 0.0, 0.0)], [], device)
-    loss, metrics = spin.loss_and_metrics(policy, row, spin.Args())
+    loss, metrics = spin.loss_and_metrics(policy, row, beta=0.1)
     loss.backward()
     assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
@@ -98,8 +97,7 @@ def make_pair(prompt: list[int], real: list[int], generated: list[int], *logps: 
 def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.device) -> None:
     pairs = [make_pair([5, 6], [7, 8, 9], [10, 11], -9.0, -4.0), make_pair([5], [7], [8, 9], -3.0, -7.5)]
     policy = models.load(tiny_model, device, spin.Args().system)
-    args = args_of(spin.Args, beta=0.3)
-    loss, ours = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), args)
+    loss, ours = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), beta=0.3)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
@@ -113,10 +111,11 @@ def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.devic
     assert loss.item() == their_loss.item()
     torch.testing.assert_close(gradient, their_gradient, rtol=0, atol=0)
     words = {"real": "chosen", "generated": "rejected"}
-    for name, value in ours.items():
+    for name, (total, count) in ours.items():
         group, _, side = name.partition("/")
         if name != "nll":
-            assert value.item() == theirs[f"{group}/{words.get(side, side)}" if side else group].item()
+            their_total, their_count = theirs[f"{group}/{words.get(side, side)}" if side else group]
+            assert (total.item(), count) == (their_total.item(), their_count)
 
 
 # demonstrations
@@ -305,14 +304,14 @@ def test_the_opponent_stands_still_in_an_iteration_and_moves_after_it(
         origin = {name: first[0][name] for name in ("iteration", "opponent", "seed")}
         held_out.append(spin.read_pairs(folder / f"held_out_{number}.jsonl", examples, origin))
     real = [[pair.fields["ref_real_logps"] for pair in pairs] for pairs in held_out]
-    expected = [logps[0] for logps in spin.opponent_logps(start, held_out[0], args, device)]
+    expected = [logps[0] for logps in spin.opponent_logps(start, held_out[0], 0, device)]
     assert real[0] == pytest.approx(expected, abs=1e-4)  # the model the run began with, not the trained one
     apart = [
         max(abs(a - b) for a, b in zip(*sides, strict=True))
         for sides in (
             (real[0], real[1]),
             (real[1], real[2]),
-            (real[2], [x[0] for x in spin.opponent_logps(end, held_out[2], args, device)]),
+            (real[2], [x[0] for x in spin.opponent_logps(end, held_out[2], 0, device)]),
         )
     ]
     assert min(apart) > 0.1
@@ -538,8 +537,8 @@ def test_every_iteration_has_a_fresh_optimizer(
 ) -> None:
     args = args_of(spin.Args, **RUN, **settings, output_dir=str(straight[0]))
     policy = models.load(args.model, device, args.system)
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
-    checkpoint.resume(args, {"policy": (policy, optimizer)})
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), betas=(0.9, 0.95))
+    checkpoint.resume(args.run.output_dir, {"policy": (policy, optimizer)})
     assert {state["step"].item() for state in optimizer.state.values()} == {4.0}  # of 10
 
 
