@@ -318,7 +318,9 @@ def conclude(metrics: dict[str, float], prefix: str, m: Models) -> dict[str, flo
     """
     mean = metrics[f"{prefix}reward"]
     if not math.isfinite(mean):
-        raise data.wrong(f"reward {'+'.join(m.reward.names)}", f"a mean of {mean}", "finite numbers")
+        raise data.wrong(
+            f"reward {'+'.join(m.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
+        )
     return metrics | {f"{prefix}reward_std": max(0.0, metrics[f"{prefix}reward_std"] - mean**2) ** 0.5}
 
 

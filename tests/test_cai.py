@@ -652,8 +652,7 @@ def test_a_file_of_the_judge_trains_the_preference_model_with_soft_labels(
     whole: Path, tokenizer: Any
 ) -> None:
     pairs = read(whole / "3_pairs" / "pairs.jsonl")
-    args = args_of(reward_model.Args, dataset=str(whole / "3_pairs" / "pairs.jsonl"), batch_size=4)
-    train, held_out = data.load_pairs(args, tokenizer)
+    train, held_out = data.load_pairs(tokenizer, str(whole / "3_pairs" / "pairs.jsonl"), "", 2048)
     assert len(train) + len(held_out) == len(pairs)
     found = sorted(example.fields["label_prob"] for example in [*train, *held_out])
     assert found == sorted(pair["label_prob"] for pair in pairs) and 0.5 < found[0] < found[-1] < 1

@@ -106,7 +106,7 @@ def test_reward_model_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path) -> 
     scorer = models.load_scorer(str(tmp_path), dist.init(1), args.system, trainable=False)
     scorer.config.reward_mean = None
     sequences = data.read_responses(tokenizer, *record)
-    ours = models.score(scorer, [data.Example(sequences, "")], args, torch.device("cpu"))[:, 0]
+    ours = models.score(scorer, [data.Example(sequences, "")], 0, torch.device("cpu"))[:, 0]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 

@@ -1,6 +1,5 @@
 """SteerLM: labels, conditioned text, stages that run once, and replies that follow what is asked."""
 
-import dataclasses
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from conftest import args_of, read_metrics
 import sft
 import steerlm
 from common import checkpoint, data, dist, log
+from common.args import with_fields
 from reward_model import Args as RewardArgs
 from sft import Args as SftArgs
 
@@ -315,7 +315,7 @@ def test_artefacts_replace_stages(whole: tuple, ratings: Path, tmp_path: Path) -
 def test_the_attribute_model_is_trained_on_the_ratings(ratings: Path, tmp_path: Path) -> None:
     args = settings(tmp_path / "run", ratings, attribute_model="", num_bootstrap_rounds=0)
     less = {name: value for name, value in SHORT.items() if name != "num_samples"}
-    args = dataclasses.replace(args, ratings=str(ratings), reward_model=args_of(RewardArgs, **less))
+    args = with_fields(args, ratings=str(ratings), reward_model=args_of(RewardArgs, **less))
     args.attributes = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
     steerlm.main(args)
     config = json.loads((tmp_path / "run" / "1_attribute_model" / "model" / "config.json").read_text())
@@ -466,5 +466,5 @@ def test_the_default_run_follows_what_is_asked(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "no"),
     }
     more["attribute_model"] = str(tmp_path / "run" / "1_attribute_model")
-    steerlm.main(dataclasses.replace(args, **more))
+    steerlm.main(with_fields(args, **more))
     assert read_metrics(tmp_path / "no")[-1]["eval/follow/pearson"] < 0.5
