@@ -38,7 +38,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,46 +46,21 @@ import torch
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
 import dpo
 import ppo
 import reward_model
 import sft
 from common import data, dist, files, models
+from common.args import PipelineRun, Sampling, flat, parse, snapshot, with_fields
 from common.generate import generate
-from common.log import Log, parse
+from common.log import Log
 from dpo import Args as DpoArgs
 from ppo import Args as PpoArgs
 from reward_model import Args as RewardArgs
 from sft import Args as SftArgs
 
-TOY = dict(
-    helpful_demonstrations="toy",
-    helpful_pairs="toy",
-    helpful_prompts="toy",
-    constitution="toy",
-    comparisons="toy",
-    few_shots="",
-    judge_few_shots="",
-    num_red_team=768,
-    num_revisions=2,
-    max_new_tokens=48,
-    num_samples=200,
-    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
-    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
-    ppo=dict(
-        kl_coef=0.05,
-        learning_rate=3e-4,
-        value_learning_rate=1e-3,
-        warmup_steps=5,
-        rollout_size=128,
-        batch_size=64,
-        max_steps=60,
-        max_new_tokens=48,
-        eval_every=60,
-    ),
-    dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
-)
 SHOWN = ()
 # fields of a stage that the pipeline sets
 OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
@@ -112,14 +87,10 @@ class Args:
     """preferences to mix with those of the judge, as reward_model.py reads them; default: none"""
     helpful_prompts: str = ""
     """ordinary prompts to mix with the red team's in PPO and to evaluate on; default: none"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
 
     # stages made before
     revisions: str = ""
@@ -137,21 +108,21 @@ class Args:
     comparisons: str = "constitutions/comparisons.json"
     """principles to compare by, a JSON list; toy: those of the toy world"""
     few_shots: str = "constitutions/few_shots.json"
-    """examples of critique and revision that go before; empty: none"""
+    """examples that go before a critique or a revision; empty: none"""
     judge_few_shots: str = "constitutions/judge_few_shots.json"
-    """examples of comparisons that go before; empty: none"""
+    """examples that go before a comparison; empty: none"""
     helpful_model: str = ""
-    """gives the first replies and writes the revisions; default: model"""
+    """model that gives the first replies and writes the revisions; default: model"""
     judge_model: str = ""
-    """the critic and the judge, a model or its name at judge_url; default: model"""
+    """critic and judge, a model or its name at judge_url; default: model"""
     judge_url: str = ""
-    """ask a server instead, as https://host/v1, OpenAI's chat API; the key is read from $OPENAI_API_KEY"""
+    """server that has judge_model, as https://host/v1, OpenAI's chat API; the key is in $OPENAI_API_KEY"""
     judge_timeout: float = 60.0
-    """seconds that the server has for an answer"""
+    """seconds that the server of judge_url has for an answer"""
     judge_retries: int = 8
-    """times to ask it again, after waits that grow to a minute, before the run stops"""
+    """times to ask the server again, after waits that grow to a minute, before the run stops"""
     judge_threads: int = 16
-    """requests under way at once from each rank"""
+    """requests to the server under way at once from each rank"""
 
     # algorithm
     num_red_team: int = 0
@@ -159,11 +130,11 @@ class Args:
     num_revisions: int = 4
     """rounds of critique and revision; the revisions of all rounds are trained on"""
     use_critique: bool = True
-    """off: ask for a revision at once"""
+    """ask for a critique before each revision; off: ask for the revision at once"""
     samples_per_prompt: int = 2
     """responses to each prompt"""
     temperatures: str = "1.0"
-    """of the replies to compare; each of several, joined by commas, gives samples_per_prompt replies"""
+    """temperatures of the replies to compare, joined by commas; each gives samples_per_prompt replies"""
     num_principles: int = 1
     """principles drawn for a comparison; the judge's probabilities are averaged over them"""
     cot: bool = False
@@ -177,29 +148,27 @@ class Args:
     max_new_tokens: int = 512
     """most tokens of a reply, critique or revision"""
     temperature: float = 1.0
-    """of first replies, critiques, revisions, and answers at each evaluation"""
+    """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
     # options of the stages
-    sft: SftArgs = field(default_factory=lambda: SftArgs(learning_rate=1e-6, num_samples=0))
-    """options of fine-tuning"""
-    reward_model: RewardArgs = field(default_factory=lambda: RewardArgs(batch_size=512))
-    """options of the reward model's training"""
-    ppo: PpoArgs = field(default_factory=lambda: PpoArgs(kl_coef=0.02, num_samples=0))
-    """options of PPO"""
-    dpo: DpoArgs = field(default_factory=lambda: DpoArgs(num_samples=0))
-    """options of DPO"""
+    sft: Suppress[Fixed[SftArgs]] = field(
+        default_factory=lambda: with_fields(SftArgs(), learning_rate=1e-6, num_samples=0)
+    )
+    """options of fine-tuning, as --sft.learning_rate"""
+    reward_model: Suppress[Fixed[RewardArgs]] = field(
+        default_factory=lambda: with_fields(RewardArgs(), batch_size=512)
+    )
+    """options of the reward model's training, as --reward_model.learning_rate"""
+    ppo: Suppress[Fixed[PpoArgs]] = field(
+        default_factory=lambda: with_fields(PpoArgs(), kl_coef=0.02, num_samples=0)
+    )
+    """options of PPO, as --ppo.kl_coef"""
+    dpo: Suppress[Fixed[DpoArgs]] = field(default_factory=lambda: with_fields(DpoArgs(), num_samples=0))
+    """options of DPO, as --dpo.beta"""
 
-    # bookkeeping
-    num_samples: int = 16
-    """prompts answered and judged at each evaluation"""
-    judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    run: OmitArgPrefixes[PipelineRun] = field(
+        default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}")
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the maths
@@ -405,7 +374,7 @@ class Model:
     def __init__(self, path: str, args: Args, device: torch.device):
         self.path, self.args, self.device = path, args, device
         self.tokenizer = load_tokenizer(path, args)
-        self.policy = models.load(path, device, args.sft, trainable=False)
+        self.policy = models.load(path, device, args.sft.system, trainable=False)
         self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
 
     def replies(
@@ -477,7 +446,7 @@ def encode_options(tokenizer: Any, question: data.Messages, lead: str) -> list[d
 def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: torch.device) -> list[float]:
     """P(A) of each example, from one packed forward for both of its options."""
     table = torch.zeros(len(examples), 2, device=device)
-    for row in data.rows(examples, args.sft.micro_batch_tokens, device) if examples else ():
+    for row in data.rows(examples, args.sft.system.micro_batch_tokens, device) if examples else ():
         logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
         table[row.example_ids] = logps.view(-1, 2)
     return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
@@ -490,7 +459,7 @@ class Endpoint:
         self.args, self.url = args, args.judge_url.rstrip("/") + "/chat/completions"
         key = os.environ.get("OPENAI_API_KEY") or "none"  # left out, the user's hub token would be sent
         self.client = InferenceClient(base_url=self.url, api_key=key, timeout=args.judge_timeout)
-        self.answers = files.Journal(Path(args.output_dir) / "answers")
+        self.answers = files.Journal(Path(args.run.output_dir) / "answers")
 
     def ask(self, conversations: list[data.Messages], read: Callable, **how: Any) -> list[dict]:
         """read(choice) of the first choice of each answer; every rank passes the same conversations."""
@@ -627,7 +596,7 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
         return records
 
     options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
-    who = (files.fingerprint(helper.path), judge_key(args), args.sft.dtype, args.chat_template)
+    who = (files.fingerprint(helper.path), judge_key(args), args.sft.system.dtype, args.chat_template)
     key = (who, options, constitution, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
 
@@ -713,7 +682,7 @@ def compare_replies(
         return records
 
     options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    who = (files.fingerprint(sl_model), judge_key(args), args.sft.dtype, args.chat_template)
+    who = (files.fingerprint(sl_model), judge_key(args), args.sft.system.dtype, args.chat_template)
     key = (who, options, args.max_new_tokens, principles, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
 
@@ -789,10 +758,10 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     for stage in ("sft", "reward_model", "ppo", "dpo"):
-        options = getattr(args, stage)
-        for f in fields(options):
-            if f.name in OWN and getattr(options, f.name) != f.default:
-                raise dist.RunError(f"{stage}.{f.name} is set by the pipeline; leave it out")
+        options, defaults = flat(getattr(args, stage)), flat(type(getattr(args, stage))())
+        for name in sorted(OWN & options.keys()):
+            if options[name] != defaults[name]:
+                raise dist.RunError(f"{stage}.{name} is set by the pipeline; leave it out")
     if args.judge_url and not args.judge_model:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
     if args.num_revisions < 1:
@@ -810,7 +779,9 @@ def check(args: Args) -> None:
 
 def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data.Dataset]:
     """num_red_team prompts to train on, and held-out examples none of which is among the data's prompts."""
-    train, held_out = data.load_prompts(args, tokenizer, "red_team")
+    train, held_out = data.load_prompts(
+        tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length, "red_team"
+    )
     known = {json.dumps(example.prompt) for example in train}
     prompts = [json.loads(text) for text in dict.fromkeys(json.dumps(example.prompt) for example in train)]
     unseen = [example for example in held_out if json.dumps(example.prompt) not in known]
@@ -857,13 +828,42 @@ def export(model: str, folder: Path) -> None:
     dist.from_main(copy)
 
 
+TOY = dict(
+    helpful_demonstrations="toy",
+    helpful_pairs="toy",
+    helpful_prompts="toy",
+    constitution="toy",
+    comparisons="toy",
+    few_shots="",
+    judge_few_shots="",
+    num_red_team=768,
+    num_revisions=2,
+    max_new_tokens=48,
+    num_samples=200,
+    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
+    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
+    ppo=dict(
+        kl_coef=0.05,
+        learning_rate=3e-4,
+        value_learning_rate=1e-3,
+        warmup_steps=5,
+        rollout_size=128,
+        batch_size=64,
+        max_steps=60,
+        max_new_tokens=48,
+        eval_every=60,
+    ),
+    dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
+)
+
+
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
     columns = ("before", "SL-CAI", "RL-CAI")
-    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature"), columns=columns)
-    folder = Path(args.output_dir)
+    log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
+    folder = Path(args.run.output_dir)
     common = dict(seed=args.seed, chat_template=args.chat_template)
 
     # data
@@ -871,8 +871,7 @@ def main(args: Args) -> None:
     prompts, red_team = load_red_team(args, tokenizer)
     ordinary = []
     if args.helpful_prompts:
-        source = replace(args, dataset=args.helpful_prompts, eval_dataset="")
-        ordinary = data.load_prompts(source, tokenizer)[1]
+        ordinary = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)[1]
     if not log.begin(2):
         return
     done = {row["step"] for row in log.rows}
@@ -884,8 +883,9 @@ def main(args: Args) -> None:
         if step in done:
             return
         speaker, metrics = Model(model, args, device), dict(more)
+        sampling = Sampling(args.max_new_tokens, args.temperature)
         for kind, examples in (("red_team", red_team), ("ordinary", ordinary)):
-            found = log.samples(step, speaker.policy, speaker.tokenizer, examples, describe)
+            found = log.samples(step, speaker.policy, speaker.tokenizer, examples, sampling, describe)
             for name, value in found.items():
                 metrics[f"eval/judge/{kind}_{name.rpartition('/')[2]}"] = value
         log(step, 2, metrics)
@@ -927,7 +927,7 @@ def main(args: Args) -> None:
         # 2. SL-CAI
         sl_model = str(folder / "2_sft")
         mixture = mixed(train_file, args.helpful_demonstrations)
-        options = replace(args.sft, model=args.model, dataset=mixture, output_dir=sl_model, **common)
+        options = with_fields(args.sft, model=args.model, dataset=mixture, output_dir=sl_model, **common)
         if not log.stage(sft.main, options):
             return
     evaluate(1, sl_model, numbers)
@@ -953,16 +953,16 @@ def main(args: Args) -> None:
     if args.rl == "ppo":
         preference_model = args.preference_model or str(folder / "4_preference_model")
         if not args.preference_model:
-            options = replace(
+            options = with_fields(
                 args.reward_model, model=sl_model, dataset=mixture, output_dir=preference_model, **common
             )
             if not log.stage(reward_model.main, options):
                 return
         mixture = mixed(folder / "0_prompts", args.helpful_prompts)
-        options = replace(args.ppo, reward=preference_model, model=sl_model, dataset=mixture)
-        finished = log.stage(ppo.main, replace(options, output_dir=last, **common))
+        options = with_fields(args.ppo, reward=preference_model, model=sl_model, dataset=mixture)
+        finished = log.stage(ppo.main, with_fields(options, output_dir=last, **common))
     else:
-        options = replace(args.dpo, model=sl_model, dataset=mixture, output_dir=last, **common)
+        options = with_fields(args.dpo, model=sl_model, dataset=mixture, output_dir=last, **common)
         finished = log.stage(dpo.main, options)
     if not finished:
         return

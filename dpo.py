@@ -17,30 +17,28 @@ Metrics, results and departures from the papers: docs/dpo.md
 """
 
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
-from common.log import Log, parse
+from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.log import Log
 
-TOY = dict(
-    beta=0.3,
-    sft_coef=0.2,
-    learning_rate=3e-4,
-    warmup_steps=5,
-    batch_size=64,
-    max_steps=40,
-    eval_every=20,
-    num_samples=200,
-)
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
-TOKEN_MEANS = ("entropy", "mean_token_accuracy")  # the other metrics are means over pairs
+
+
+@dataclass
+class ReferenceSystem(System):
+    """How the models fit the machine: memory and speed, and with dtype and LoRA the numbers too."""
+
+    precompute_ref: bool = False
+    """score the reference policy once before training, cached, instead of keeping a frozen copy in memory"""
 
 
 @dataclass
@@ -53,14 +51,12 @@ class Args:
     """preference pairs: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    max_length: int = 1024
+    """most tokens of prompt and response; longer ones are cut at the end, and counted"""
 
     # algorithm
     loss: Literal["dpo", "ipo", "ipo_sum", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo"] = "dpo"
@@ -75,70 +71,13 @@ class Args:
     """simpo: margin, in units of beta times the mean log-prob, that chosen must win by"""
     sft_coef: float = 0.0
     """weight of the negative log-likelihood of the chosen response, a mean over its tokens"""
-    precompute_ref: bool = False
-    """score the reference policy once before training, cached, instead of keeping a frozen copy in memory"""
 
-    # optimization
-    learning_rate: float = 5e-7
-    """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after warm-up: constant, or down to min_lr_ratio at the last step"""
-    warmup_steps: int = 150
-    """steps of linear warm-up"""
-    min_lr_ratio: float = 0.1
-    """the last step's share of the peak learning rate, for linear and cosine"""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only"""
-    max_grad_norm: float = 10.0
-    """clip the global gradient norm to this; 0 never clips"""
-    num_epochs: int = 1
-    """passes over the training data"""
-    max_steps: int = -1
-    """optimizer steps; -1: as many as num_epochs takes"""
-    batch_size: int = 64
-    """pairs per optimizer step, over all ranks"""
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
-    max_length: int = 1024
-    """tokens of prompt and response; longer ones are cut at the end, and counted"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
-    lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
-    lora_alpha: float = 16.0
-    """LoRA's scale is lora_alpha / lora_rank"""
-    lora_target: str = "all-linear"
-    """modules that get adapters: all-linear, or names joined by commas"""
-    merge_lora: bool = False
-    """fold the adapters into the exported model instead of writing a peft folder"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in backward; auto: for models of a billion parameters or more"""
-    compile: bool = False
-    """torch.compile each decoder block"""
-
-    # bookkeeping
-    eval_every: int = 100
-    """optimizer steps between evaluations"""
-    save_every: int = 500
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
-    num_samples: int = 16
-    """prompts answered and judged at each evaluation"""
-    max_new_tokens: int = 128
-    """most tokens of such an answer"""
-    temperature: float = 1.0
-    """of such an answer; 0 is greedy"""
-    judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    optimization: OmitArgPrefixes[Optimization] = field(
+        default_factory=lambda: Optimization(learning_rate=5e-7, warmup_steps=150, max_grad_norm=10.0)
+    )
+    system: OmitArgPrefixes[ReferenceSystem] = field(default_factory=ReferenceSystem)
+    run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
 
 
 def dpo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor:
@@ -244,82 +183,93 @@ def precompute_reference(
 
     def score() -> Tensor:
         ref_logps = torch.zeros(len(examples), 2, device=device)
-        for row in data.rows(examples, args.micro_batch_tokens, device):
+        for row in data.rows(examples, args.system.micro_batch_tokens, device):
             ref_logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 
-    ref_logps = files.cached(score, "ref_logps", args.model, args.dtype, [e.sequences for e in examples])
+    sequences = [example.sequences for example in examples]
+    ref_logps = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences)
     for example, (chosen, rejected) in zip(examples, ref_logps.tolist(), strict=True):
         example.fields |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
 def loss_and_metrics(
     policy: nn.Module, ref_policy: nn.Module | None, row: data.Row, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a row, both summed over its pairs; the caller picks the denominator."""
+) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a row, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
     stats = models.token_stats(policy, row)  # (N_targets,) each
     logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
     lengths = response_logps(torch.ones_like(stats.logps), row)
     mean_logits = response_logps(stats.mean_logit, row) / lengths
     ref_logps = torch.zeros_like(logps) if args.loss == "simpo" else reference_logps(policy, ref_policy, row)
     losses = pair_losses(logps, ref_logps, lengths, row.fields, args)
-    losses = losses - args.sft_coef * logps[:, 0] / lengths[:, 0]
-    loss = losses.sum()
-    rewards = args.beta * (logps / lengths if args.loss == "simpo" else logps - ref_logps).detach()
+    loss = (losses - args.sft_coef * logps[:, 0] / lengths[:, 0]).sum()
+    rewards = args.beta * (logps / lengths if args.loss == "simpo" else logps - ref_logps)
     chosen, rejected = rewards.unbind(1)
+    num_pairs, num_targets = len(logps), len(stats.logps)
     metrics = {
-        "loss": loss.detach(),
-        "rewards/chosen": chosen.sum(),
-        "rewards/rejected": rejected.sum(),
-        "rewards/margins": (chosen - rejected).sum(),
-        "rewards/accuracies": (chosen > rejected).sum(),
-        "logps/chosen": logps[:, 0].detach().sum(),
-        "logps/rejected": logps[:, 1].detach().sum(),
-        "logits/chosen": mean_logits[:, 0].sum(),
-        "logits/rejected": mean_logits[:, 1].sum(),
-        "entropy": stats.entropy.detach().sum(),
-        "mean_token_accuracy": stats.accuracy.sum(),
+        "loss": (loss, num_pairs),
+        "rewards/chosen": (chosen.sum(), num_pairs),
+        "rewards/rejected": (rejected.sum(), num_pairs),
+        "rewards/margins": ((chosen - rejected).sum(), num_pairs),
+        "rewards/accuracies": ((chosen > rejected).sum(), num_pairs),
+        "logps/chosen": (logps[:, 0].sum(), num_pairs),
+        "logps/rejected": (logps[:, 1].sum(), num_pairs),
+        "logits/chosen": (mean_logits[:, 0].sum(), num_pairs),
+        "logits/rejected": (mean_logits[:, 1].sum(), num_pairs),
+        "entropy": (stats.entropy.sum(), num_targets),
+        "mean_token_accuracy": (stats.accuracy.sum(), num_targets),
     }
     return loss, metrics
 
 
-def means(totals: dict[str, float], batch: list[data.Example], prefix: str) -> dict[str, float]:
-    """Metrics of a batch from their sums over all its rows and ranks."""
-    num_targets = sum(example.num_targets for example in batch)
-    return {f"{prefix}/{k}": v / (num_targets if k in TOKEN_MEANS else len(batch)) for k, v in totals.items()}
+TOY = dict(
+    beta=0.3,
+    sft_coef=0.2,
+    learning_rate=3e-4,
+    warmup_steps=5,
+    batch_size=64,
+    max_steps=40,
+    eval_every=20,
+    num_samples=200,
+)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
-    log = Log(args, __file__, SHOWN, TOY)
+    optimization, system, run = args.optimization, args.system, args.run
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    train_set, eval_set = data.load_pairs(args, tokenizer)
-    num_steps = data.num_steps(train_set, args)
+    train_set, eval_set = data.load_pairs(tokenizer, args.dataset, args.eval_dataset, args.max_length)
+    num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     if not log.begin(num_steps):
         return
 
+    def batch_of(step: int) -> list[data.Example]:
+        return data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+
     # models
-    policy = models.load(args.model, device, args)
-    frozen_copy = args.lora_rank == 0 and not args.precompute_ref and args.loss != "simpo"
-    ref_policy = models.load(args.model, device, args, trainable=False) if frozen_copy else None
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
-    if args.precompute_ref:  # before resume() changes the policy, for what this run will see
-        reached = {id(e): e for step in range(1, num_steps + 1) for e in data.batch(train_set, step, args)}
+    policy = models.load(args.model, device, system)
+    frozen_copy = system.lora_rank == 0 and not system.precompute_ref and args.loss != "simpo"
+    ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
+    groups = models.parameter_groups(policy, optimization.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    if system.precompute_ref:  # before resume() changes the policy, for what this run will see
+        reached = {id(e): e for step in range(1, num_steps + 1) for e in batch_of(step)}
         precompute_reference(policy, [*reached.values(), *eval_set], args, device)
     parts = {"policy": (policy, optimizer)}
-    resumed = checkpoint.resume(args, parts)
+    resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
 
     def evaluate(step: int) -> dict[str, float]:
-        totals = Counter()
-        for row in data.rows(eval_set, args.micro_batch_tokens, device):
+        totals = dist.Totals()
+        for row in data.rows(eval_set, system.micro_batch_tokens, device):
             with torch.no_grad():
                 totals.update(loss_and_metrics(policy, ref_policy, row, args)[1])
-        metrics = means(dist.all_sum(totals), eval_set, "eval")
-        return metrics | log.samples(step, policy, tokenizer, eval_set)
+        return totals.reduce("eval/") | log.samples(step, policy, tokenizer, eval_set, args.sampling)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
@@ -327,41 +277,43 @@ def main(args: Args) -> None:
     for step in range(start_step + 1, num_steps + 1):
         # update
         step_start = time.perf_counter()
-        batch = data.batch(train_set, step, args)  # the same on every rank
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * models.lr_factor(step, num_steps, args)
-        totals = Counter()
-        for row in data.rows(batch, args.micro_batch_tokens, device):  # this rank's share, equally many rows
+        batch = batch_of(step)  # the same on every rank
+        lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
+        models.set_lr(optimizer, lr)
+        totals = dist.Totals()
+        for row in data.rows(
+            batch, system.micro_batch_tokens, device
+        ):  # this rank's share, equally many rows
             loss, metrics = loss_and_metrics(policy, ref_policy, row, args)
             (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
             totals.update(metrics)
-        grad_norm = models.clip_grad_norm(policy, args.max_grad_norm)
+        grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        totals.update({"grad_norm": (grad_norm, 1)})
+        metrics = totals.reduce("train/")  # the step's one synchronisation
         seconds = time.perf_counter() - step_start
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics = {
-            "train/epoch": step * args.batch_size / train_set.epoch_size,
+        metrics |= {
+            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
             "train/num_tokens": num_tokens,
-            "train/learning_rate": optimizer.param_groups[0]["lr"],
-            "train/grad_norm": sums.pop("grad_norm"),
+            "train/learning_rate": lr,
         }
-        metrics |= means(sums, batch, "train") | models.speed(policy, batch, seconds)
+        metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
-        if step % args.eval_every == 0 or step == num_steps:
+        if step % run.eval_every == 0 or step == num_steps:
             metrics |= evaluate(step)
 
         # log and save
         log(step, num_steps, metrics)
-        if step % args.save_every == 0 or step == num_steps or stop:
-            checkpoint.save(args, step, parts, num_tokens=num_tokens)
+        if step % run.save_every == 0 or step == num_steps or stop:
+            checkpoint.save(run, step, parts, num_tokens=num_tokens)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(args, policy, tokenizer)
+    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
     log.finish()
 
 

@@ -25,32 +25,47 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
+from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, diffusion, dist, models
-from common.log import Log, load_function, parse
+from common.args import Optimization, Run, Weights, flat, parse, snapshot
+from common.log import Log, load_function
 
-TOY = dict(
-    num_inference_steps=20,
-    guidance_scale=3.0,
-    kl_coef=1.0,
-    learning_rate=3e-4,
-    warmup_steps=5,
-    batch_size=32,
-    micro_batch_size=32,
-    max_steps=40,
-    lora_rank=0,
-    eval_every=20,
-    num_samples=24,
-)
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
+
+
+@dataclass
+class ImageSystem(Weights):
+    """How the model fits the machine: memory and speed, and with dtype and LoRA the numbers too."""
+
+    micro_batch_size: int = 4
+    """images in one forward on one rank, memory not result"""
+    step_checkpointing: bool = True
+    """keep latents only and recompute each denoising step and decoded image in backward"""
+
+
+@dataclass
+class ImageRun(Run):
+    """Where a run is kept, how long it takes and what it records on the way."""
+
+    num_samples: int = 16
+    """prompts drawn and judged at each evaluation"""
+    images_per_prompt: int = 4
+    """images of each prompt at an evaluation, from fixed noises: for the picture and the diversity"""
+    judge: str = ""
+    """package.module:function, (prompt, image) -> dict of scores; default: exact for toy, else none"""
+    sample: str = ""
+    """do not train, but draw this file's prompts with the model in output_dir, under each of `weights`"""
+    weights: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
+    """shares of the tuned model over the steps of the sampler: base, draft, linear, power_p, step_p"""
 
 
 @dataclass
@@ -63,12 +78,8 @@ class Args:
     """prompts: toy, .txt, .tsv, .tar, .jsonl/.json/.parquet, folder, hub/name[:config[:split]]; a,b mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
 
     # algorithm
     reward: str = "toy"
@@ -87,68 +98,22 @@ class Args:
     """weight of the prompt in classifier-free guidance; 1 is none"""
     image_size: int = 0
     """pixels of a side; 0: what the model was trained for"""
-
-    # optimization
-    learning_rate: float = 1e-4
-    """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after warm-up: constant, or down to min_lr_ratio at the last step"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    min_lr_ratio: float = 0.1
-    """the last step's share of the peak learning rate, for linear and cosine"""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only"""
-    max_grad_norm: float = 10.0
-    """clip the global gradient norm to this; 0 never clips"""
-    num_epochs: int = 1
-    """passes over the training data"""
-    max_steps: int = -1
-    """optimizer steps; -1: as many as num_epochs takes"""
-    batch_size: int = 8
-    """prompts, an image each, per optimizer step, over all ranks"""
-    micro_batch_size: int = 4
-    """images in one forward on one rank, memory not result"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
-    lora_rank: int = 32
-    """rank of LoRA adapters; 0 trains all weights"""
-    lora_alpha: float = 32.0
-    """LoRA's scale is lora_alpha / lora_rank"""
-    lora_target: str = "to_q,to_k,to_v,to_out.0"
-    """modules that get adapters: all-linear, or names joined by commas"""
-    merge_lora: bool = False
-    """fold the adapters into the exported model instead of writing a peft folder"""
     ema_decay: float = 0.0
-    """of the moving average of the trained weights, which is evaluated and exported; 0 keeps none"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
-    step_checkpointing: bool = True
-    """keep latents only and recompute each denoising step and decoded image in backward"""
+    """decay of the moving average of the trained weights, which is evaluated and exported; 0 keeps none"""
 
-    # bookkeeping
-    eval_every: int = 20
-    """optimizer steps between evaluations"""
-    save_every: int = 200
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
-    num_samples: int = 16
-    """prompts drawn and judged at each evaluation"""
-    images_per_prompt: int = 4
-    """images of each such prompt, from fixed noises: for the picture and the diversity"""
-    judge: str = ""
-    """package.module:function, (prompt, image) -> dict of scores; default: exact for toy, else none"""
-    sample: str = ""
-    """do not train, but draw this file's prompts with the model in output_dir, under each of `weights`"""
-    weights: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
-    """shares of the tuned model over the steps of the sampler: base, draft, linear, power_p, step_p"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    optimization: OmitArgPrefixes[Optimization] = field(
+        default_factory=lambda: Optimization(learning_rate=1e-4, max_grad_norm=10.0, batch_size=8)
+    )
+    system: OmitArgPrefixes[ImageSystem] = field(
+        default_factory=lambda: ImageSystem(
+            lora_rank=32, lora_alpha=32.0, lora_target="to_q,to_k,to_v,to_out.0"
+        )
+    )
+    run: OmitArgPrefixes[ImageRun] = field(
+        default_factory=lambda: ImageRun(
+            output_dir=f"runs/{Path(__file__).stem}", eval_every=20, save_every=200
+        )
+    )
 
 
 class Models(NamedTuple):
@@ -302,7 +267,7 @@ def score(
     m: Models, x_0: Tensor, kl: Tensor, prompts: list[str], args: Args
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Losses (B,) and metrics (B,) of finished samples, and their images (B, 3, H, W) in [0, 1]."""
-    pixels = diffusion.decode(m.pipe.vae, x_0, args.step_checkpointing)
+    pixels = diffusion.decode(m.pipe.vae, x_0, args.system.step_checkpointing)
     images = pixels.clamp(0, 1)  # a clamped pixel passes no gradient
     parts = m.reward(images, prompts)  # (B, R)
     rewards = parts @ m.reward.weights
@@ -310,10 +275,12 @@ def score(
     metrics = {
         "loss": losses.detach(),
         "reward": rewards.detach(),
-        "reward_std": rewards.detach() ** 2,  # until `means`, which has the whole batch
+        "reward_std": rewards.detach() ** 2,  # made a standard deviation by `conclude`
         "kl": kl.detach(),
         "saturated_pixels_frac": (pixels != images).float().mean((1, 2, 3)),
     }
+    if not m.has_reference:
+        del metrics["kl"]
     if len(m.reward.names) > 1:
         names = [f"rewards/{name.rpartition('/')[2]}" for name in m.reward.names]
         metrics |= dict(zip(names, parts.detach().unbind(1), strict=True))
@@ -322,40 +289,39 @@ def score(
 
 def loss_and_metrics(
     m: Models, micro: diffusion.MicroBatch, step: int, num_grad_steps: int, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a micro-batch, both summed over its images; the caller picks the denominator."""
+) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a micro-batch, a sum over its images that the caller divides, and metrics as (sum, count)."""
 
     def noise(draw: int) -> Tensor:
         return diffusion.noise(args.seed, step, micro.indices, m.pipe, m.size, m.device, draw)
 
     eps, eps_base = predictors(m, micro.prompts, args.guidance_scale)
     alphas, last = m.schedule.alphas, args.num_inference_steps - 1
-    samples = [denoise(eps, eps_base, noise(0), alphas, num_grad_steps, args.step_checkpointing)]
+    samples = [denoise(eps, eps_base, noise(0), alphas, num_grad_steps, args.system.step_checkpointing)]
     for draw in range(1, args.num_lv):
         x = renoise(samples[0][0], noise(draw), alphas[last])
-        samples.append(denoise(eps, eps_base, x, alphas, 1, args.step_checkpointing, first=last))
+        samples.append(denoise(eps, eps_base, x, alphas, 1, args.system.step_checkpointing, first=last))
     loss, totals = 0.0, Counter()
     for x_0, kl in samples:
         losses, metrics, _ = score(m, x_0, kl, micro.prompts, args)
         loss = loss + losses @ micro.weights / len(samples)
         totals.update({name: value @ micro.weights / len(samples) for name, value in metrics.items()})
-    return loss, totals
+    num_images = micro.weights.sum()
+    return loss, {name: (total, num_images) for name, total in totals.items()}
 
 
-def means(totals: dict[str, float], count: int, prefix: str, m: Models) -> dict[str, float]:
-    """Metrics of `count` images from their sums over all micro-batches and ranks.
+def conclude(metrics: dict[str, float], prefix: str, m: Models) -> dict[str, float]:
+    """Metrics with the standard deviation of the rewards, of which they hold the mean square.
 
     Raises:
         RunError: a reward is not finite.
     """
-    values = {name: total / count for name, total in totals.items()}
-    if not math.isfinite(values["reward"]):
-        found = f"{values['reward']} on average over {count} images"
-        raise data.wrong(f"reward {'+'.join(m.reward.names)}", found, "finite numbers; the run stops")
-    values["reward_std"] = max(0.0, values["reward_std"] - values["reward"] ** 2) ** 0.5
-    if not m.has_reference:
-        del values["kl"]
-    return {f"{prefix}/{name}": value for name, value in values.items()}
+    mean = metrics[f"{prefix}reward"]
+    if not math.isfinite(mean):
+        raise data.wrong(
+            f"reward {'+'.join(m.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
+        )
+    return metrics | {f"{prefix}reward_std": max(0.0, metrics[f"{prefix}reward_std"] - mean**2) ** 0.5}
 
 
 class Drawn(NamedTuple):
@@ -369,10 +335,10 @@ class Drawn(NamedTuple):
 @torch.no_grad()
 def draw(
     m: Models, prompts: list[str], args: Args, weights: list[float] | None = None
-) -> tuple[Drawn, dict[str, Tensor]]:
-    """Draw each prompt from the noises of step 0, by the policy or annealed; also sums of metrics."""
-    totals, found, items = Counter(), [], [p for p in prompts for _ in range(args.images_per_prompt)]
-    for micro in diffusion.micro_batches(items, args.micro_batch_size, m.device):
+) -> tuple[Drawn, dist.Totals]:
+    """Draw each prompt from the noises of step 0, by the policy or annealed; also this rank's metrics."""
+    totals, found, items = dist.Totals(), [], [p for p in prompts for _ in range(args.run.images_per_prompt)]
+    for micro in diffusion.micro_batches(items, args.system.micro_batch_size, m.device):
         eps, eps_base = predictors(m, micro.prompts, args.guidance_scale)
         x = diffusion.noise(args.seed, 0, micro.indices, m.pipe, m.size, m.device)
         if weights is None:
@@ -380,7 +346,8 @@ def draw(
         else:
             x_0, kl = annealed(eps, eps_base, x, m.schedule.alphas, weights), x.new_zeros(len(x))
         _, metrics, images = score(m, x_0, kl, micro.prompts, args)
-        totals.update({name: value @ micro.weights for name, value in metrics.items()})
+        num_images = micro.weights.sum()
+        totals.update({name: (value @ micro.weights, num_images) for name, value in metrics.items()})
         columns = (images.mul(255).round().byte(), metrics["reward"], m.reward.features(images))
         rows = zip(micro.indices, *(column.cpu() for column in columns), strict=True)
         found += rows if micro.weights.any() else []
@@ -389,16 +356,16 @@ def draw(
 
 
 def anneal(m: Models, prompts: list[str], args: Args, folder: Path) -> None:
-    """Draw the prompts under each schedule of args.weights; write the images, a grid and the curve."""
+    """Draw the prompts under each schedule of run.weights; write the images, a grid and the curve."""
     points, columns = {}, {}
-    for name in args.weights.split(","):
+    for name in args.run.weights.split(","):
         drawn, _ = draw(m, prompts, args, annealing_weights(name, args.num_inference_steps))
-        spread = diffusion.diversity(drawn.features, args.images_per_prompt)
+        spread = diffusion.diversity(drawn.features, args.run.images_per_prompt)
         points[name] = {"diversity": spread, "reward": drawn.rewards.mean().item()}
         columns[name] = drawn
     diffusion.save_grid(folder / "grid.png", prompts, columns)
     diffusion.save_curve(folder / "curve.png", points)
-    if args.sample:
+    if args.run.sample:
         diffusion.save_images(folder, prompts, columns)
 
 
@@ -418,10 +385,11 @@ def check(args: Args) -> None:
         raise data.wrong("num_grad_steps", args.num_grad_steps, f"0 to {args.num_inference_steps}, all steps")
     if args.num_lv > 1 and args.num_grad_steps != 1:
         raise data.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
+    options = flat(args)
     for name in ("batch_size", "micro_batch_size", "num_lv", "num_samples", "images_per_prompt"):
-        if getattr(args, name) < 1:
-            raise data.wrong(name, getattr(args, name), "at least 1")
-    for name in args.weights.split(","):
+        if options[name] < 1:
+            raise data.wrong(name, options[name], "at least 1")
+    for name in args.run.weights.split(","):
         annealing_weights(name, args.num_inference_steps)
 
 
@@ -435,100 +403,121 @@ def setup(
     return Models(pipe, policy, ref_policy, has_reference, schedule, reward, size, device)
 
 
+def load_reference(args: Args, device: torch.device) -> nn.Module:
+    """A frozen copy of the model that training begins with."""
+    return diffusion.load(args.model, device, args.system, args.seed, trainable=False)[1]
+
+
 def sample(args: Args, device: torch.device) -> None:
-    """Draw the prompts of args.sample with the model a finished run left in output_dir; trains nothing."""
-    prompts = diffusion.read_prompts(args.sample)
-    began = diffusion.trained_from(args.output_dir)
+    """Draw the prompts of run.sample with the model a finished run left in output_dir; trains nothing."""
+    prompts = diffusion.read_prompts(args.run.sample)
+    began = diffusion.trained_from(args.run.output_dir)
     if began != args.model:
         raise data.wrong(
-            f"output_dir {args.output_dir}", f"a run that began with {began}", f"--model {began}"
+            f"output_dir {args.run.output_dir}", f"a run that began with {began}", f"--model {began}"
         )
-    pipe, policy = diffusion.load(args.output_dir, device, args, trainable=False, fuse=False)
+    pipe, policy = diffusion.load(args.run.output_dir, device, args.system, args.seed, False, fuse=False)
     adapted = any(hasattr(x, "base_layer") for x in policy.modules())
-    ref_policy = None if adapted else diffusion.load(args.model, device, args, trainable=False)[1]
-    folder = Path(args.output_dir) / "annealed" / Path(args.sample).stem
+    ref_policy = None if adapted else load_reference(args, device)
+    folder = Path(args.run.output_dir) / "annealed" / Path(args.run.sample).stem
     anneal(setup(args, pipe, policy, ref_policy, device), prompts, args, folder)
+
+
+TOY = dict(
+    num_inference_steps=20,
+    guidance_scale=3.0,
+    kl_coef=1.0,
+    learning_rate=3e-4,
+    warmup_steps=5,
+    batch_size=32,
+    micro_batch_size=32,
+    max_steps=40,
+    lora_rank=0,
+    eval_every=20,
+    num_samples=24,
+)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
-    if args.sample:
+    if args.run.sample:
         return sample(args, device)
-    log = Log(args, __file__, SHOWN, TOY)
+    optimization, run = args.optimization, args.run
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
-    train_set, eval_set = diffusion.load_prompts(args)
-    num_steps = data.num_steps(train_set, args)
-    shown = [*dict.fromkeys(diffusion.texts(eval_set))][: args.num_samples]
+    train_set, eval_set = diffusion.load_prompts(args.dataset, args.eval_dataset)
+    num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
+    shown = [*dict.fromkeys(diffusion.texts(eval_set))][: run.num_samples]
     if not log.begin(num_steps):
         return
 
     # models
-    pipe, policy = diffusion.load(args.model, device, args)
-    frozen_copy = args.lora_rank == 0 and args.kl_coef > 0
-    ref_policy = diffusion.load(args.model, device, args, trainable=False)[1] if frozen_copy else None
+    pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
+    frozen_copy = args.system.lora_rank == 0 and args.kl_coef > 0
+    ref_policy = load_reference(args, device) if frozen_copy else None
     m = setup(args, pipe, policy, ref_policy, device)
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.999))
+    groups = models.parameter_groups(policy, optimization.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     ema = diffusion.average(policy) if args.ema_decay > 0 else None
     base, _ = draw(m, shown, args)  # before resume() changes the policy
     parts = {"policy": (policy, optimizer)} | ({"ema": (ema, None)} if ema else {})
-    start_step = checkpoint.resume(args, parts)["step"]
+    start_step = checkpoint.resume(run.output_dir, parts)["step"]
 
     def evaluate(step: int) -> dict[str, float]:
         with diffusion.averaged(policy, ema):
             drawn, totals = draw(m, shown, args)
-        metrics = means(dist.all_sum(totals), len(drawn.rewards), "eval", m)
+        metrics = conclude(totals.reduce("eval/"), "eval/", m)
         metrics["eval/reward/base"] = base.rewards.mean().item()
         metrics["eval/reward/gain"] = (drawn.rewards - base.rewards).mean().item()
-        metrics["eval/diversity"] = diffusion.diversity(drawn.features, args.images_per_prompt)
-        metrics["eval/diversity/base"] = diffusion.diversity(base.features, args.images_per_prompt)
+        metrics["eval/diversity"] = diffusion.diversity(drawn.features, run.images_per_prompt)
+        metrics["eval/diversity/base"] = diffusion.diversity(base.features, run.images_per_prompt)
         picture = log.folder / "images" / f"step_{step:08d}.png"
         diffusion.save_grid(picture, shown, {"base": base, "tuned": drawn})
         log.picture(step, picture)
         rows = diffusion.judged(shown, drawn, base, load_function(spec) if spec else None)
         return metrics | log.write_samples(step, rows)
 
-    spec = args.judge or ("toy.images:judge" if args.dataset == "toy" else "")
+    spec = run.judge or ("toy.images:judge" if args.dataset == "toy" else "")
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 
     for step in range(start_step + 1, num_steps + 1):
         # update
-        step_start = time.perf_counter()
-        batch = data.batch(train_set, step, args)  # the same on every rank
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * models.lr_factor(step, num_steps, args)
-        totals = Counter()
-        for micro in diffusion.micro_batches(diffusion.texts(batch), args.micro_batch_size, device):
-            loss, metrics = loss_and_metrics(m, micro, step, grad_steps(step, args), args)
+        step_start = time.perf_counter()  # the batch is the same on every rank
+        batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+        lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
+        models.set_lr(optimizer, lr)
+        totals, num_grad_steps = dist.Totals(), grad_steps(step, args)
+        for micro in diffusion.micro_batches(diffusion.texts(batch), args.system.micro_batch_size, device):
+            loss, metrics = loss_and_metrics(m, micro, step, num_grad_steps, args)
             (loss / len(batch)).backward()  # gradients add over micro-batches and ranks: the batch's mean
             totals.update(metrics)
-        grad_norm = models.clip_grad_norm(policy, args.max_grad_norm)
+        grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
             diffusion.update_average(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
-        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        totals.update({"grad_norm": (grad_norm, 1)})
+        metrics = conclude(totals.reduce("train/"), "train/", m)  # the step's one synchronisation
 
         # evaluate
-        metrics = {
-            "train/epoch": step * args.batch_size / train_set.epoch_size,
-            "train/learning_rate": optimizer.param_groups[0]["lr"],
-            "train/grad_norm": sums.pop("grad_norm"),
-            "train/num_grad_steps": grad_steps(step, args),
+        metrics |= {
+            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
+            "train/learning_rate": lr,
+            "train/num_grad_steps": num_grad_steps,
             "train/images_per_second": len(batch) / (time.perf_counter() - step_start),
         }
-        metrics |= means(sums, len(batch), "train", m)
         stop = dist.stop_requested()
-        if step % args.eval_every == 0 or step == num_steps:
+        if step % run.eval_every == 0 or step == num_steps:
             metrics |= evaluate(step)
 
         # log and save
         log(step, num_steps, metrics)
-        if step % args.save_every == 0 or step == num_steps or stop:
-            checkpoint.save(args, step, parts)
+        if step % run.save_every == 0 or step == num_steps or stop:
+            checkpoint.save(run, step, parts)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
@@ -536,7 +525,7 @@ def main(args: Args) -> None:
         if m.has_reference:
             anneal(m, shown, args, log.folder / "annealed")
             log.picture(num_steps, log.folder / "annealed" / "curve.png")
-        diffusion.export(args, pipe, policy)
+        diffusion.export(run.output_dir, pipe, policy, args.model, run.merge_lora)
     log.finish()
 
 

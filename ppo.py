@@ -21,34 +21,24 @@ past the end of a response. A row packs some of them; N_targets of its tokens ar
 Metrics, results and departures from the papers: docs/ppo.md
 """
 
+import functools
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, models
+from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import Sample, generate, to_example
-from common.log import Log, load_function, parse
+from common.log import Log, load_function
 
-TOY = dict(
-    reward="toy.language:reward",
-    rollout_size=128,
-    learning_rate=3e-4,
-    value_learning_rate=1e-3,
-    warmup_steps=5,
-    batch_size=64,
-    max_steps=60,
-    max_new_tokens=48,
-    eval_every=20,
-    num_samples=200,
-)
 SHOWN = ("objective/scores", "objective/kl", "loss/policy_avg", "policy/entropy_avg", "grad_norm")
 
 
@@ -62,14 +52,10 @@ class Args:
     """prompts: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
 
     # reward
     reward: str = ""
@@ -79,7 +65,7 @@ class Args:
     reward_clip: float = 0.0
     """clip scores to plus and minus this; 0 never clips"""
     missing_eos: Literal["penalty", "mask", "keep"] = "penalty"
-    """a response cut off at max_new_tokens: gets missing_eos_penalty, is left out of the loss, or is kept"""
+    """a response cut off at max_new_tokens gets missing_eos_penalty, is left out of the loss, or is kept"""
     missing_eos_penalty: float = -1.0
     """the score that replaces that of a response cut off"""
 
@@ -87,11 +73,11 @@ class Args:
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"
     """gae needs a value model; the others compare the samples_per_prompt responses to a prompt"""
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
-    """mean over tokens of the batch; or over responses, each divided by its length, 1, or max_new_tokens"""
+    """loss: mean over tokens of the batch, or over responses, each divided by length, 1 or max_new_tokens"""
     kl_coef: float = 0.05
     """weight of the divergence from the reference policy; 0 loads no reference"""
     kl_placement: Literal["reward", "loss"] = "reward"
-    """log-ratio of each token as a penalty in its reward (k1), or k3 as a term of the loss"""
+    """the divergence is a penalty in the reward of each token (k1), or a term of the loss (k3)"""
     kl_target: float = 0.0
     """adapt kl_coef until objective/kl is this many nats a response; 0 keeps it fixed"""
     kl_horizon: float = 10000.0
@@ -99,11 +85,11 @@ class Args:
     clip_range: float = 0.2
     """the ratio is clipped from below at 1 - clip_range"""
     clip_range_high: float = 0.0
-    """and from above at 1 + this; 0: clip_range"""
+    """the ratio is clipped from above at 1 + clip_range_high; 0: at 1 + clip_range"""
     gamma: float = 1.0
-    """discount of rewards, a token"""
+    """discount of the rewards of later tokens, per token"""
     gae_lambda: float = 0.95
-    """0 trusts the values, 1 the rewards"""
+    """lambda of generalized advantage estimation: 0 trusts the values, 1 the rewards"""
     whiten_advantages: bool = True
     """gae: give the advantages of a rollout mean 0 and variance 1"""
     whiten_rewards: bool = False
@@ -129,63 +115,13 @@ class Args:
     max_new_tokens: int = 512
     """most tokens of a response"""
     temperature: float = 1.0
-    """of sampling, and of every log-probability"""
+    """temperature of sampling and of every log-probability"""
 
-    # optimization
-    learning_rate: float = 1e-6
-    """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after warm-up: constant, or down to min_lr_ratio at the last step"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    min_lr_ratio: float = 0.1
-    """the last step's share of the peak learning rate, for linear and cosine"""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only"""
-    max_grad_norm: float = 1.0
-    """clip the global gradient norm to this; 0 never clips"""
-    num_epochs: int = 1
-    """passes over the training data"""
-    max_steps: int = -1
-    """optimizer steps; -1: as many as num_epochs takes"""
-    batch_size: int = 64
-    """responses per optimizer step, over all ranks"""
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
-    lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
-    lora_alpha: float = 16.0
-    """LoRA's scale is lora_alpha / lora_rank"""
-    lora_target: str = "all-linear"
-    """modules that get adapters: all-linear, or names joined by commas"""
-    merge_lora: bool = False
-    """fold the adapters into the exported model instead of writing a peft folder"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in backward; auto: for models of a billion parameters or more"""
-    compile: bool = False
-    """torch.compile each decoder block"""
-
-    # bookkeeping
-    eval_every: int = 100
-    """optimizer steps between evaluations"""
-    save_every: int = 500
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
-    num_samples: int = 16
-    """prompts answered and judged at each evaluation"""
-    judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    optimization: OmitArgPrefixes[Optimization] = field(
+        default_factory=lambda: Optimization(learning_rate=1e-6)
+    )
+    system: OmitArgPrefixes[System] = field(default_factory=System)
+    run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
 
 
 # ------------------------------------------------------------------------------------------------- the maths
@@ -302,7 +238,7 @@ def load_rewards(args: Args, device: torch.device) -> list[Reward]:
         if ":" in source:
             rewards.append(Reward(weight, source, load_function(source), None, None))
         else:
-            frozen = models.load_scorer(source, device, args, trainable=False)
+            frozen = models.load_scorer(source, device, args.system, trainable=False)
             if frozen.config.num_labels > 1:
                 found = ", ".join(models.output_names(frozen))
                 raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
@@ -330,7 +266,8 @@ def score(
             reply = [{"role": "assistant", "content": text}]
             sequences.append(data.encode_response(reward.tokenizer, prompt, reply))
         scored = [data.Example([sequence], "") for sequence in sequences]
-        total += reward.weight * models.score(reward.scorer, scored, args, device)[:, 0]
+        outputs = models.score(reward.scorer, scored, args.system.micro_batch_tokens, device)
+        total += reward.weight * outputs[:, 0]
     return total
 
 
@@ -396,10 +333,12 @@ def places(row: data.Row, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def tabulate(compute: Callable, sequences: list, prompt_lengths: Tensor, like: Tensor, args: Args) -> Tensor:
+def tabulate(
+    compute: Callable, sequences: list, prompt_lengths: Tensor, like: Tensor, micro_batch_tokens: int
+) -> Tensor:
     """compute(row) for all tokens of the responses, on every rank. -> (R, L)"""
     table = torch.zeros_like(like)
-    for row in data.rows(sequences, args.micro_batch_tokens, like.device):
+    for row in data.rows(sequences, micro_batch_tokens, like.device):
         table[places(row, prompt_lengths)] = compute(row)
     return dist.sum_over_ranks(table)  # each response was computed by one rank
 
@@ -423,8 +362,8 @@ def roll_out(
     kl_coef: float,
     running: dict[str, float],
     args: Args,
-) -> tuple[Rollout, dict[str, float]]:
-    """Log-probabilities, values, rewards and advantages of scored responses, and the rollout's metrics."""
+) -> tuple[Rollout, dict[str, tuple]]:
+    """Log-probabilities, values, rewards and advantages of scored responses; metrics as (sum, count)."""
     device = scores.device
     sequences = [to_example(sample) for sample in samples]
     lengths = torch.tensor([len(sample.tokens) for sample in samples], device=device)
@@ -433,7 +372,7 @@ def roll_out(
     mask = (torch.arange(int(max(lengths)), device=device) < lengths[:, None]).float()  # (R, L)
 
     def table(compute: Callable) -> Tensor:
-        return tabulate(compute, sequences, prompt_lengths, mask, args)
+        return tabulate(compute, sequences, prompt_lengths, mask, args.system.micro_batch_tokens)
 
     logps = table(lambda row: models.token_logps(policy, row, args.temperature))
     ref_logps = logps
@@ -467,32 +406,33 @@ def roll_out(
         returns = advantages
 
     kl, groups = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
+    num = len(samples)
     metrics = {
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(correction=0),
-        "objective/kl": kl.mean(),
-        "objective/k3": (k3(logps, ref_logps) * mask).sum(1).mean(),
-        "objective/entropy": -(logps * mask).sum(1).mean(),
-        "objective/non_score_reward": -kl_coef * kl.mean(),
-        "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
-        "objective/kl_coef": torch.tensor(kl_coef),
-        "objective/ref_perplexity": (-(ref_logps * mask).sum() / mask.sum()).exp(),
-        "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
-        "completions/mean_length": lengths.float().mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - ended.float().mean(),
-        "val/num_eos_tokens": ended.sum(),
-        "advantages_std": moments(advantages, counted)[1].sqrt(),
-        "sampler_logp_gap_mean": gap.mean(),
-        "sampler_logp_gap_max": gap.max(),
+        "objective/scores": (scores.sum(), num),
+        "objective/scores_std": (scores.std(correction=0), 1),
+        "objective/kl": (kl.sum(), num),
+        "objective/k3": ((k3(logps, ref_logps) * mask).sum(), num),
+        "objective/entropy": (-(logps * mask).sum(), num),
+        "objective/non_score_reward": (-kl_coef * kl.sum(), num),
+        "objective/rlhf_reward": ((scores - kl_coef * kl).sum(), num),
+        "objective/kl_coef": (kl_coef, 1),
+        "objective/ref_perplexity": ((-(ref_logps * mask).sum() / mask.sum()).exp(), 1),
+        "frac_reward_zero_std": ((groups.amax(1) == groups.amin(1)).sum(), len(groups)),
+        "completions/mean_length": (lengths.sum(), num),
+        "completions/min_length": (lengths.min(), 1),
+        "completions/max_length": (lengths.max(), 1),
+        "completions/clipped_ratio": ((~ended).sum(), num),
+        "val/num_eos_tokens": (ended.sum(), 1),
+        "advantages_std": (moments(advantages, counted)[1].sqrt(), 1),
+        "sampler_logp_gap_mean": (gap.sum(), len(gap)),
+        "sampler_logp_gap_max": (gap.max(), 1),
     }
     if value_model is not None:
         left, _ = moments((returns - values).square(), counted)
-        metrics["val/explained_variance"] = 1 - left / (moments(returns, counted)[1] + 1e-8)
-    values_of = torch.stack([value.double().to(device) for value in metrics.values()]).tolist()
+        explained = 1 - left / (moments(returns, counted)[1] + 1e-8)
+        metrics["val/explained_variance"] = (explained, 1)
     rollout = Rollout(sequences, prompt_lengths, counted, logps, ref_logps, values, advantages, returns)
-    return rollout, {f"train/{name}": value for name, value in zip(metrics, values_of, strict=True)}
+    return rollout, metrics
 
 
 # ------------------------------------------------------------------------------------------------ the updates
@@ -500,8 +440,8 @@ def roll_out(
 
 def loss_and_metrics(
     policy: nn.Module, row: data.Row, batch: Rollout, kl_coef: float, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A row's share of the minibatch's loss and of its metrics, which are means over tokens."""
+) -> tuple[Tensor, dict[str, tuple]]:
+    """A row's share of the minibatch's loss, which nothing divides any more, and metrics as (sum, count)."""
     stats = models.token_stats(policy, row, args.temperature)  # (N_targets,) each
     at = places(row, batch.prompt_lengths)
     weights = token_weights(batch.mask, args.loss_reduction, args.max_new_tokens)[at]
@@ -513,50 +453,77 @@ def loss_and_metrics(
     loss = policy_loss - args.entropy_coef * (mean * stats.entropy).sum()
     if args.kl_placement == "loss":
         loss = loss + kl_coef * (weights * k3(stats.logps, batch.ref_logps[at])).sum()
-    with torch.no_grad():
-        is_clipped = losses != -ratio * advantages
-        metrics = {
-            "loss": loss.detach(),
-            "loss/policy_avg": policy_loss.detach(),
-            "policy/approxkl_avg": (mean * 0.5 * log_ratio.square()).sum(),
-            "policy/clipfrac_avg": (mean * is_clipped).sum(),
-            "policy/entropy_avg": (mean * stats.entropy).sum(),
-            "val/ratio": (mean * ratio).sum(),
-            "val/ratio_var": (mean * (ratio - 1).square()).sum(),
-        }
+    counted = batch.mask[at]  # 0 on the tokens of a response that is left out
+    is_clipped = losses != -ratio * advantages
+    metrics = {
+        "loss": (loss, 0),  # a sum of shares
+        "loss/policy_avg": (policy_loss, 0),
+        "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), counted.sum()),
+        "policy/clipfrac_avg": ((counted * is_clipped).sum(), counted.sum()),
+        "policy/entropy_avg": ((counted * stats.entropy).sum(), counted.sum()),
+        "val/ratio": ((counted * ratio).sum(), counted.sum()),
+        "val/ratio_var": ((counted * (ratio - 1).square()).sum(), counted.sum()),
+    }
     return loss, metrics
 
 
 def value_loss_and_metrics(
     value_model: nn.Module, row: data.Row, batch: Rollout, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, tuple]]:
     """The same of the value model."""
     values = models.values(value_model, row)  # (N_targets,)
     at = places(row, batch.prompt_lengths)
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
     losses = value_losses(values, batch.values[at], batch.returns[at], args.clip_range_value)
-    loss = (mean * losses).sum()
-    with torch.no_grad():
-        is_clipped = (values - batch.values[at]).abs() > args.clip_range_value
-        metrics = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": (mean * is_clipped).sum()}
+    loss, counted = (mean * losses).sum(), batch.mask[at]
+    is_clipped = (values - batch.values[at]).abs() > args.clip_range_value
+    metrics = {
+        "loss/value_avg": (loss, 0),
+        "val/clipfrac_avg": ((counted * is_clipped).sum(), counted.sum()),
+    }
     return loss, metrics
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    compute: Callable[..., tuple[Tensor, dict]],
+    batch: Rollout,
+    totals: dist.Totals,
+    args: Args,
+) -> Tensor:
+    """One optimizer step on a minibatch, whose metrics go into totals. -> the norm of the gradient
+
+    Args:
+        compute: (model, row, batch) -> the row's share of the loss, and its metrics.
+    """
+    models.set_lr(optimizer, lr)
+    for row in data.rows(batch.sequences, args.system.micro_batch_tokens, batch.mask.device):
+        loss, metrics = compute(model, row, batch)
+        loss.backward()  # gradients add over rows and ranks
+        totals.update(metrics)
+    norm = models.clip_grad_norm(model, args.optimization.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def count_steps(train_set: data.Dataset, args: Args) -> tuple[int, int]:
     """(rollouts, optimizer steps of each): max_steps, rounded up to whole rollouts, or num_epochs."""
     num_responses = args.rollout_size * args.samples_per_prompt
-    steps_each = args.num_ppo_epochs * -(-num_responses // args.batch_size)
-    if args.max_steps >= 0:
-        return -(-args.max_steps // steps_each), steps_each
-    return max(1, args.num_epochs * train_set.epoch_size // args.rollout_size), steps_each
+    steps_each = args.num_ppo_epochs * -(-num_responses // args.optimization.batch_size)
+    if args.run.max_steps >= 0:
+        return -(-args.run.max_steps // steps_each), steps_each
+    return max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size), steps_each
 
 
 def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
     """Responses of each optimizer step of a rollout: a function of (seed, rollout), alike on every rank."""
-    chosen = []
+    chosen, batch_size = [], args.optimization.batch_size
     for epoch in range(args.num_ppo_epochs):
         order = np.random.default_rng([args.seed, number, epoch]).permutation(num_responses).tolist()
-        chosen += [order[i : i + args.batch_size] for i in range(0, num_responses, args.batch_size)]
+        chosen += [order[i : i + batch_size] for i in range(0, num_responses, batch_size)]
     return chosen
 
 
@@ -574,15 +541,43 @@ def check(args: Args) -> None:
         raise dist.RunError("kl_target adapts kl_coef, which is 0; expected a start above 0")
 
 
+def load_value_model(args: Args, rewards: list[Reward], tokenizer: Any, device: torch.device) -> nn.Module:
+    """From the first reward model that reads the policy's tokens, else from the policy; its head is zero."""
+    alike = (r.name for r in rewards if r.scorer and r.tokenizer.get_vocab() == tokenizer.get_vocab())
+    return models.load_scorer(next(alike, args.model), device, args.system, ["value"], zero_head=True)
+
+
+def is_due(step: int, every: int, steps_each: int) -> bool:
+    """Whether a multiple of `every` is among the steps_each steps that end with this one."""
+    return step // every > (step - steps_each) // every
+
+
+TOY = dict(
+    reward="toy.language:reward",
+    rollout_size=128,
+    learning_rate=3e-4,
+    value_learning_rate=1e-3,
+    warmup_steps=5,
+    batch_size=64,
+    max_steps=60,
+    max_new_tokens=48,
+    eval_every=20,
+    num_samples=200,
+)
+
+
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
-    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature"))
+    optimization, system, run = args.optimization, args.system, args.run
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    train_set, eval_set = data.load_prompts(args, tokenizer)
+    train_set, eval_set = data.load_prompts(
+        tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length
+    )
     num_rollouts, steps_each = count_steps(train_set, args)
     num_steps = num_rollouts * steps_each
     rewards = load_rewards(args, device)
@@ -590,19 +585,18 @@ def main(args: Args) -> None:
         return
 
     # models
-    policy = models.load(args.model, device, args)
-    frozen_copy = args.kl_coef > 0 and args.lora_rank == 0
-    ref_policy = models.load(args.model, device, args, trainable=False) if frozen_copy else None
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
+    policy = models.load(args.model, device, system)
+    frozen_copy = args.kl_coef > 0 and system.lora_rank == 0
+    ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
+    groups = models.parameter_groups(policy, optimization.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts, value_model = {"policy": (policy, optimizer)}, None
     if args.advantage == "gae":
-        alike = (r.name for r in rewards if r.scorer and r.tokenizer.get_vocab() == tokenizer.get_vocab())
-        start = next(alike, args.model)  # it reads the policy's tokens
-        value_model = models.load_scorer(start, device, args, ["value"], zero_head=True)
-        groups = models.parameter_groups(value_model, args.weight_decay)
+        value_model = load_value_model(args, rewards, tokenizer, device)
+        groups = models.parameter_groups(value_model, optimization.weight_decay)
         value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         parts["value"] = (value_model, value_optimizer)
-    resumed = checkpoint.resume(args, parts)
+    resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
     kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
@@ -610,7 +604,8 @@ def main(args: Args) -> None:
         def reward_of(examples: list[data.Example], texts: list[str]) -> list[float]:
             return score(rewards, examples, texts, args, device).tolist()
 
-        return log.samples(step, policy, tokenizer, eval_set, reward_of)
+        sampling = Sampling(args.max_new_tokens, args.temperature)
+        return log.samples(step, policy, tokenizer, eval_set, sampling, reward_of)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
@@ -618,8 +613,7 @@ def main(args: Args) -> None:
     for number in range(start_step // steps_each + 1, num_rollouts + 1):
         # sample and score
         clock = time.perf_counter()
-        whole = replace(args, batch_size=args.rollout_size, max_steps=num_rollouts)
-        prompts = data.batch(train_set, number, whole)  # the same on every rank
+        prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
         samples = generate(
             policy,
             tokenizer,
@@ -636,9 +630,10 @@ def main(args: Args) -> None:
         scores = score(rewards, asked, [sample.text for sample in samples], args, device)
         times["train/time/scoring"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        rollout, rollout_metrics = roll_out(
-            samples, scores, policy, ref_policy, value_model, kl_coef, running, args
-        )
+        rollout, metrics = roll_out(samples, scores, policy, ref_policy, value_model, kl_coef, running, args)
+        totals = dist.Totals()
+        totals.update(metrics)
+        rollout_metrics = totals.reduce("train/")
         times["train/time/advantages"] = time.perf_counter() - clock
         num_tokens += sum(sequence.num_tokens for sequence in rollout.sequences)
 
@@ -646,39 +641,28 @@ def main(args: Args) -> None:
             # update
             step_start = time.perf_counter()
             step = (number - 1) * steps_each + i + 1
-            factor = models.lr_factor(step, num_steps, args)
-            batch, totals, norms = rollout.take(chosen), Counter(), {}
+            factor = models.lr_factor(step, num_steps, optimization)
+            batch, totals = rollout.take(chosen), dist.Totals()
             if value_model is not None:
-                for group in value_optimizer.param_groups:
-                    group["lr"] = args.value_learning_rate * factor
-                for row in data.rows(batch.sequences, args.micro_batch_tokens, device):
-                    loss, metrics = value_loss_and_metrics(value_model, row, batch, args)
-                    loss.backward()  # gradients add over rows and ranks
-                    totals.update(metrics)
-                norms["value_grad_norm"] = models.clip_grad_norm(value_model, args.max_grad_norm)
-                value_optimizer.step()
-                value_optimizer.zero_grad()
+                compute = functools.partial(value_loss_and_metrics, args=args)
+                lr = args.value_learning_rate * factor
+                norm = update(value_model, value_optimizer, lr, compute, batch, totals, args)
+                totals.update({"value_grad_norm": (norm, 1)})
             times["train/time/value"] = time.perf_counter() - step_start
-            clock = time.perf_counter()
+            clock, lr = time.perf_counter(), optimization.learning_rate * factor
             if step > args.value_warmup_steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * factor
-                for row in data.rows(batch.sequences, args.micro_batch_tokens, device):
-                    loss, metrics = loss_and_metrics(policy, row, batch, kl_coef, args)
-                    loss.backward()  # gradients add over rows and ranks
-                    totals.update(metrics)
-                norms["grad_norm"] = models.clip_grad_norm(policy, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            sums = dist.all_sum(totals, same=norms)  # the step's one synchronisation
+                compute = functools.partial(loss_and_metrics, kl_coef=kl_coef, args=args)
+                norm = update(policy, optimizer, lr, compute, batch, totals, args)
+                totals.update({"grad_norm": (norm, 1)})
+            metrics = totals.reduce("train/")  # the step's one synchronisation
             times["train/time/policy"] = time.perf_counter() - clock
-            metrics = {
+            metrics |= {
                 "train/epoch": number * args.rollout_size / train_set.epoch_size,
                 "train/episode": number * len(samples),
                 "train/num_tokens": num_tokens,
-                "train/learning_rate": args.learning_rate * factor,
+                "train/learning_rate": lr,
             }
-            metrics |= {f"train/{name}": value for name, value in sums.items()} | rollout_metrics | times
+            metrics |= rollout_metrics | times
             metrics |= models.speed(policy, batch.sequences, time.perf_counter() - step_start)
             if i + 1 < steps_each:
                 log(step, num_steps, metrics)
@@ -688,15 +672,15 @@ def main(args: Args) -> None:
 
         # evaluate, log and save: between rollouts only
         stop, is_last = dist.stop_requested(), number == num_rollouts
-        if step // args.eval_every > (step - steps_each) // args.eval_every or is_last:
+        if is_due(step, run.eval_every, steps_each) or is_last:
             metrics |= evaluate(step)
         log(step, num_steps, metrics)
-        if step // args.save_every > (step - steps_each) // args.save_every or is_last or stop:
-            checkpoint.save(args, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
+        if is_due(step, run.save_every, steps_each) or is_last or stop:
+            checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
         if stop and not is_last:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(args, policy, tokenizer)
+    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
     log.finish()
 
 

@@ -20,8 +20,7 @@ Metrics, results and departures from the papers: docs/reward_model.md
 
 import math
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +28,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
-from common.log import Log, parse
+from common.args import Optimization, System, Training, parse, snapshot
+from common.log import Log
 
-TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
 SHOWN = ("loss", "accuracy", "margin", "grad_norm")
 
 
@@ -47,14 +47,12 @@ class Args:
     """preferences, rankings or ratings: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    max_length: int = 2048
+    """most tokens of prompt and response; an example with a longer one is dropped, and counted"""
     score: str = ""
     """no training: score this file's responses with the model, into <file>.scored.jsonl; resumes"""
 
@@ -66,57 +64,13 @@ class Args:
     center_coef: float = 0.0
     """pairs: weight of (r_c + r_r)^2, which keeps rewards around 0; 0.01 is usual"""
 
-    # optimization
-    learning_rate: float = 9e-6
-    """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """after warm-up: constant, or down to min_lr_ratio at the last step"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    min_lr_ratio: float = 0.1
-    """the last step's share of the peak learning rate, for linear and cosine"""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only"""
-    max_grad_norm: float = 1.0
-    """clip the global gradient norm to this; 0 never clips"""
-    num_epochs: int = 1
-    """passes over the training data"""
-    max_steps: int = -1
-    """optimizer steps; -1: as many as num_epochs takes"""
-    batch_size: int = 64
-    """pairs, rankings or rated responses per optimizer step, over all ranks"""
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
-    max_length: int = 2048
-    """most tokens of prompt and response; an example with a longer one is dropped, and counted"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
-    lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
-    lora_alpha: float = 16.0
-    """LoRA's scale is lora_alpha / lora_rank"""
-    lora_target: str = "all-linear"
-    """modules that get adapters: all-linear, or names joined by commas"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in backward; auto: for models of a billion parameters or more"""
-    compile: bool = False
-    """torch.compile each decoder block"""
-
-    # bookkeeping
-    eval_every: int = 100
-    """optimizer steps between evaluations"""
-    save_every: int = 500
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    optimization: OmitArgPrefixes[Optimization] = field(
+        default_factory=lambda: Optimization(learning_rate=9e-6, lr_schedule="cosine")
+    )
+    system: OmitArgPrefixes[System] = field(default_factory=System)
+    run: OmitArgPrefixes[Training] = field(
+        default_factory=lambda: Training(output_dir=f"runs/{Path(__file__).stem}")
+    )
 
 
 def bt_loss(margins: Tensor, label_prob: Tensor | float = 1.0) -> Tensor:
@@ -189,41 +143,31 @@ def ordered_right(table: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return ((margins > 0) & better).sum((1, 2)) / pairs, (margins * better).sum((1, 2)) / pairs
 
 
-def loss_and_metrics(scorer: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a row, all summed; the caller picks the denominators."""
+def loss_and_metrics(scorer: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a row, a sum that the caller divides by `count_losses`, and metrics as (sum, count)."""
     rewards = models.rewards(scorer, row)  # (sequences, A); a dummy row has none and a loss of exactly zero
     table, target = arrange(rewards, row.fields, args)
     loss = example_losses(table, target, row.fields, args).sum()
-    rewards, table = rewards.detach(), table.detach()
     if args.loss == "regression":
-        own = {"mae": regression_loss(table, target).sqrt().sum()}
+        num_losses = (~target.isnan()).sum()
+        own = {"mae": (regression_loss(table, target).sqrt().sum(), num_losses)}
     else:
-        right, margins = ordered_right(table, target)
-        own = {"accuracy": right.sum(), "margin": margins.sum()}
+        num_losses, (right, margins) = len(table), ordered_right(table, target)
+        own = {"accuracy": (right.sum(), num_losses), "margin": (margins.sum(), num_losses)}
     metrics = {
-        "loss": loss.detach(),
-        "mean_reward": rewards.sum(),
-        "reward_std": rewards.square().sum(),  # made a standard deviation by `means`
+        "loss": (loss, num_losses),
+        "mean_reward": (rewards.sum(), rewards.numel()),
+        "reward_std": (rewards.square().sum(), rewards.numel()),  # made a standard deviation by `main`
         **own,
     }
     return loss, metrics
 
 
 def count_losses(batch: list[data.Example], args: Args) -> int:
-    """The one denominator of a batch's loss, over all rows and ranks: its examples, or its known labels."""
+    """What divides a batch's loss, over all rows and ranks: its examples, or its known labels."""
     if args.loss != "regression":
         return len(batch)
     return max(1, sum(not math.isnan(label) for example in batch for label in example.fields.values()))
-
-
-def means(totals: dict[str, float], batch: list[data.Example], args: Args) -> dict[str, float]:
-    """Metrics of a batch from their sums over all its rows and ranks."""
-    num_labels = len(batch[0].fields) if args.loss == "regression" else 1
-    num_rewards = sum(len(example.sequences) for example in batch) * num_labels
-    square, mean = totals.pop("reward_std") / num_rewards, totals.pop("mean_reward") / num_rewards
-    metrics = {f"train/{name}": total / count_losses(batch, args) for name, total in totals.items()}
-    spread = math.sqrt(max(0.0, square - mean**2))
-    return metrics | {"train/mean_reward": mean, "train/reward_std": spread}
 
 
 def evaluation(rewards: Tensor, examples: list[data.Example], args: Args) -> dict[str, float]:
@@ -294,11 +238,12 @@ def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[data.Example
 
 def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
     """(train, eval) in the form the loss needs."""
+    sources = (tokenizer, args.dataset, args.eval_dataset, args.max_length)
     if args.loss == "regression":
-        return data.load_ratings(args, tokenizer)
+        return data.load_ratings(*sources)
     if args.loss in ("kwise", "plackett_luce"):
-        return data.load_ranked(args, tokenizer)
-    datasets = data.load_pairs(args, tokenizer, whole=True)
+        return data.load_ranked(*sources)
+    datasets = data.load_pairs(*sources, whole=True)
     positive = [example.fields["margin"] > 0 for example in datasets[0]]
     if args.loss == "scaled_bt" and not all(positive):
         raise data.wrong("scaled_bt", "pairs without margin", "a margin above 0, their weight, in each")
@@ -307,7 +252,7 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
     return datasets
 
 
-def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Any, device: torch.device) -> Path:
+def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Args, device: torch.device) -> Path:
     """Write the records of a file again with the rewards of their responses; complete or not at all.
 
     A response gets `reward`, or from an attribute model `label`, so that the result is a file of ratings; a
@@ -323,11 +268,11 @@ def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Any, device
     def work(chunk: list[data.Record]) -> list[dict]:
         found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
         examples = [data.Example([sequence], "") for sequences in found for sequence in sequences]
-        outputs = iter(models.score(scorer, examples, args, device).tolist())
+        outputs = iter(models.score(scorer, examples, args.system.micro_batch_tokens, device).tolist())
         scored = [[next(outputs) for _ in sequences] for sequences in found]
         return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
 
-    key = (files.fingerprint(args.model), args.dtype, args.chat_template)
+    key = (files.fingerprint(args.model), args.system.dtype, args.chat_template)
     files.write_lines(target, records, key, work)
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
@@ -350,36 +295,44 @@ def pad_token(tokenizer: Any) -> int:
     return next(token for token in special if token is not None and token != data.end_token(tokenizer))
 
 
+TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
+
+
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
+    optimization, system, run = args.optimization, args.system, args.run
     if args.score:
         tokenizer = data.load_tokenizer(args.model, args.chat_template)
-        scorer = models.load_scorer(args.model, device, args, trainable=False)
+        scorer = models.load_scorer(args.model, device, system, trainable=False)
         score_file(scorer, tokenizer, args.score, args, device)
         return
-    log = Log(args, __file__, SHOWN, TOY)
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_examples(args, tokenizer)
-    num_steps = data.num_steps(train_set, args)
+    num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     if not log.begin(num_steps):
         return
 
     # models
     names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]
-    scorer = models.load_scorer(args.model, device, args, names)
+    scorer = models.load_scorer(args.model, device, system, names)
     scorer.config.reward_mean = scorer.config.reward_std = None  # not those of the model it starts from
-    optimizer = torch.optim.AdamW(models.parameter_groups(scorer, args.weight_decay), betas=(0.9, 0.95))
+    groups = models.parameter_groups(scorer, optimization.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts = {"policy": (scorer, optimizer)}
-    resumed = checkpoint.resume(args, parts)
+    resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
+
+    def rewards_of(examples: list[data.Example]) -> Tensor:
+        return models.score(scorer, examples, system.micro_batch_tokens, device)
 
     def evaluate() -> dict[str, float]:
         metrics = {}
         for name, examples in eval_sets(eval_set, args).items():
-            found = evaluation(models.score(scorer, examples, args, device).cpu(), examples, args)
+            found = evaluation(rewards_of(examples).cpu(), examples, args)
             metrics |= {f"eval/{name}{metric}": value for metric, value in found.items()}
         return metrics
 
@@ -388,49 +341,53 @@ def main(args: Args) -> None:
 
     for step in range(start_step + 1, num_steps + 1):
         # update
-        step_start = time.perf_counter()
-        batch = data.batch(train_set, step, args)  # the same on every rank
+        step_start = time.perf_counter()  # the batch is the same on every rank
+        batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
         num_losses = count_losses(batch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * models.lr_factor(step, num_steps, args)
-        totals = Counter()
-        for row in data.rows(batch, args.micro_batch_tokens, device):  # this rank's share, equally many rows
+        lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
+        models.set_lr(optimizer, lr)
+        totals = dist.Totals()
+        for row in data.rows(
+            batch, system.micro_batch_tokens, device
+        ):  # this rank's share, equally many rows
             loss, metrics = loss_and_metrics(scorer, row, args)
             (loss / num_losses).backward()  # gradients add over rows and ranks: the mean over the batch
             totals.update(metrics)
-        grad_norm = models.clip_grad_norm(scorer, args.max_grad_norm)
+        grad_norm = models.clip_grad_norm(scorer, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        totals.update({"grad_norm": (grad_norm, 1)})
+        metrics = totals.reduce("train/")  # the step's one synchronisation
         seconds = time.perf_counter() - step_start
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics = {
-            "train/epoch": step * args.batch_size / train_set.epoch_size,
+        variance = metrics["train/reward_std"] - metrics["train/mean_reward"] ** 2
+        metrics |= {
+            "train/reward_std": math.sqrt(max(0.0, variance)),
+            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
             "train/num_tokens": num_tokens,
-            "train/learning_rate": optimizer.param_groups[0]["lr"],
-            "train/grad_norm": sums.pop("grad_norm"),
+            "train/learning_rate": lr,
         }
-        metrics |= means(sums, batch, args) | models.speed(scorer, batch, seconds)
+        metrics |= models.speed(scorer, batch, seconds)
         stop = dist.stop_requested()
-        if step % args.eval_every == 0 or step == num_steps:
+        if step % run.eval_every == 0 or step == num_steps:
             metrics |= evaluate()
 
         # log and save
         log(step, num_steps, metrics)
-        if step % args.save_every == 0 or step == num_steps or stop:
-            checkpoint.save(args, step, parts, num_tokens=num_tokens)
+        if step % run.save_every == 0 or step == num_steps or stop:
+            checkpoint.save(run, step, parts, num_tokens=num_tokens)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
     # centre on training responses, at most 1,024 examples
-    rewards = models.score(scorer, train_set[:: -(-len(train_set) // 1024)], args, device)
+    rewards = rewards_of(train_set[:: -(-len(train_set) // 1024)])
     scorer.config.reward_mean = rewards.mean(0).tolist()
     scorer.config.reward_std = rewards.std(0, correction=0).clamp(min=1e-6).tolist()
     scorer.config.pad_token_id = pad_token(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(scorer.config.pad_token_id)
-    checkpoint.export(args, scorer, tokenizer)
+    checkpoint.export(run.output_dir, scorer, tokenizer, args.model)
     log.finish()
 
 

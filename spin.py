@@ -24,32 +24,44 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
+from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import generate
-from common.log import Log, parse
+from common.log import Log
 
-TOY = dict(
-    beta=1.0,
-    num_iterations=3,
-    num_epochs=1,
-    num_prompts=1024,
-    learning_rate=5e-4,
-    warmup_steps=2,
-    batch_size=64,
-    max_new_tokens=48,
-    num_samples=200,
-)
 SHOWN = ("iteration", "loss", "rewards/accuracies", "rewards/margins", "nll", "distance", "grad_norm")
 LOGPS = ("ref_real_logps", "ref_generated_logps")  # log pi_t of the two sides of a pair
+
+
+@dataclass
+class IteratedOptimization(Optimization):
+    """How AdamW is run, its state and its schedule begun anew in every iteration."""
+
+    learning_rate: float | list[float] = 5e-7
+    """peak learning rate, reached anew in every iteration; one value, or one for each iteration"""
+
+
+@dataclass
+class IteratedRun(Run):
+    """Where a run is kept, how long it takes and what it records on the way."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("num_epochs",)  # it decides where the next iteration begins
+
+    num_iterations: int = 3
+    """times that the policy becomes the sampler"""
+    num_epochs: int | list[int] = 2
+    """passes over the pairs of an iteration; one value, or one for each iteration"""
 
 
 @dataclass
@@ -62,24 +74,18 @@ class Args:
     """demonstrations: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    max_length: int = 1024
+    """tokens of prompt and response; a prompt without room for max_new_tokens more is dropped, and counted"""
 
     # algorithm
     loss: Literal["logistic", "hinge"] = "logistic"
-    """the convex ell of Eq. 4.7"""
+    """the convex function ell of Eq. 4.7"""
     beta: float | list[float] = 0.1
     """pull towards the opponent; larger stays closer; one value, or one for each iteration"""
-    num_iterations: int = 3
-    """times that the policy becomes the sampler"""
-    num_epochs: int | list[int] = 2
-    """passes over the pairs of an iteration; one value, or one for each iteration"""
     num_prompts: int = 50000
     """prompts sampled in an iteration"""
     mix_previous: bool = True
@@ -87,65 +93,17 @@ class Args:
     max_new_tokens: int = 512
     """most tokens of a response, real or generated; a longer one is cut, and counted"""
     temperature: float = 1.0
-    """of sampling"""
+    """temperature at which the opponent samples"""
     top_p: float = 1.0
     """sample from the fewest tokens that hold this much of the mass"""
 
-    # optimization
-    learning_rate: float | list[float] = 5e-7
-    """peak learning rate, reached anew in every iteration; one value, or one for each iteration"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after warm-up: constant, or down to min_lr_ratio at the last step"""
-    warmup_steps: int = 150
-    """steps of linear warm-up"""
-    min_lr_ratio: float = 0.1
-    """the last step's share of the peak learning rate, for linear and cosine"""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only"""
-    max_grad_norm: float = 1.0
-    """clip the global gradient norm to this; 0 never clips"""
-    max_steps: int = -1
-    """optimizer steps; -1: as many as num_epochs takes"""
-    batch_size: int = 64
-    """pairs per optimizer step, over all ranks"""
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
-    max_length: int = 1024
-    """tokens of prompt and response; a prompt without room for max_new_tokens more is dropped, and counted"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
-    lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
-    lora_alpha: float = 16.0
-    """LoRA's scale is lora_alpha / lora_rank"""
-    lora_target: str = "all-linear"
-    """modules that get adapters: all-linear, or names joined by commas"""
-    merge_lora: bool = False
-    """fold the adapters into the exported model instead of writing a peft folder"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in backward; auto: for models of a billion parameters or more"""
-    compile: bool = False
-    """torch.compile each decoder block"""
-
-    # bookkeeping
-    eval_every: int = 100
-    """optimizer steps between evaluations"""
-    save_every: int = 500
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
-    num_samples: int = 16
-    """prompts answered and judged at each evaluation"""
-    judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    optimization: OmitArgPrefixes[IteratedOptimization] = field(
+        default_factory=lambda: IteratedOptimization(lr_schedule="linear", warmup_steps=150)
+    )
+    system: OmitArgPrefixes[System] = field(default_factory=System)
+    run: OmitArgPrefixes[IteratedRun] = field(
+        default_factory=lambda: IteratedRun(output_dir=f"runs/{Path(__file__).stem}")
+    )
 
 
 def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:
@@ -167,48 +125,43 @@ def response_logps(token_logps: Tensor, row: data.Row) -> Tensor:
 
 @torch.no_grad()
 def opponent_logps(
-    policy: nn.Module, pairs: list[data.Example], args: Args, device: torch.device
+    policy: nn.Module, pairs: list[data.Example], micro_batch_tokens: int, device: torch.device
 ) -> list[list[float]]:
     """[log pi_t(y|x), log pi_t(y'|x)] of each pair, while the policy is the opponent."""
     logps = torch.zeros(len(pairs), 2, device=device)
-    for row in data.rows(pairs, args.micro_batch_tokens, device):
+    for row in data.rows(pairs, micro_batch_tokens, device):
         logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
     return dist.sum_over_ranks(logps).tolist()  # each pair was scored by one rank
 
 
-def loss_and_metrics(policy: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a row, both summed over its pairs; the caller picks the denominator."""
+def loss_and_metrics(
+    policy: nn.Module, row: data.Row, beta: float, ell: str = "logistic"
+) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a row, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
     stats = models.token_stats(policy, row)  # (N_targets,) each
     logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
     lengths = response_logps(torch.ones_like(stats.logps), row)
     mean_logits = response_logps(stats.mean_logit, row) / lengths
     ref_logps = torch.stack([row.fields[name] for name in LOGPS], 1)
     ratios = logps - ref_logps
-    loss = spin_loss(ratios[:, 0] - ratios[:, 1], args.beta, args.loss).sum()
-    real, generated = (args.beta * ratios.detach()).unbind(1)
+    loss = spin_loss(ratios[:, 0] - ratios[:, 1], beta, ell).sum()
+    real, generated = (beta * ratios).unbind(1)
+    num_pairs, num_targets = len(logps), len(stats.logps)
     metrics = {
-        "loss": loss.detach(),
-        "rewards/real": real.sum(),
-        "rewards/generated": generated.sum(),
-        "rewards/margins": (real - generated).sum(),
-        "rewards/accuracies": (real > generated).sum(),
-        "logps/real": logps[:, 0].detach().sum(),
-        "logps/generated": logps[:, 1].detach().sum(),
-        "logits/real": mean_logits[:, 0].sum(),
-        "logits/generated": mean_logits[:, 1].sum(),
-        "nll": -logps[:, 0].detach().sum(),
-        "entropy": stats.entropy.detach().sum(),
-        "mean_token_accuracy": stats.accuracy.sum(),
+        "loss": (loss, num_pairs),
+        "rewards/real": (real.sum(), num_pairs),
+        "rewards/generated": (generated.sum(), num_pairs),
+        "rewards/margins": ((real - generated).sum(), num_pairs),
+        "rewards/accuracies": ((real > generated).sum(), num_pairs),
+        "logps/real": (logps[:, 0].sum(), num_pairs),
+        "logps/generated": (logps[:, 1].sum(), num_pairs),
+        "logits/real": (mean_logits[:, 0].sum(), num_pairs),
+        "logits/generated": (mean_logits[:, 1].sum(), num_pairs),
+        "nll": (-logps[:, 0].sum(), lengths[:, 0].sum()),
+        "entropy": (stats.entropy.sum(), num_targets),
+        "mean_token_accuracy": (stats.accuracy.sum(), num_targets),
     }
     return loss, metrics
-
-
-def means(totals: dict[str, float], batch: list[data.Example], prefix: str) -> dict[str, float]:
-    """Metrics of a batch from their sums over all its rows and ranks."""
-    num_targets = sum(pair.num_targets for pair in batch)
-    num_real = sum(int(pair.sequences[0][1].sum()) for pair in batch)
-    counts = {"nll": num_real, "entropy": num_targets, "mean_token_accuracy": num_targets}
-    return {f"{prefix}/{k}": v / counts.get(k, len(batch)) for k, v in totals.items()}
 
 
 # ------------------------------------------------------------------------------------------------- self-play
@@ -232,12 +185,25 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
         label = response[0].get("label", "") if response else ""
         return data.Example([(tokens[:end], mask[:end])], prompt, label=label)
 
-    datasets = data.load(args, "sft", encode)
+    datasets = data.load("sft", encode, args.dataset, args.eval_dataset, args.max_length)
     for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):
         num_cut = sum(response_tokens(e.sequences[0])[-1] != data.end_token(tokenizer) for e in examples)
         if dist.is_main() and num_cut:
             print(f"sft: {num_cut:,} responses to {name} cut, by max_new_tokens {args.max_new_tokens}")
     return datasets
+
+
+def choose_prompts(train_set: data.Dataset, args: Args) -> list[data.Example]:
+    """The demonstrations to whose prompts every iteration samples.
+
+    Raises:
+        RunError: there are fewer than a batch.
+    """
+    prompts = [train_set[i] for i in train_set.order(args.seed, 0)[: args.num_prompts]]
+    batch_size = args.optimization.batch_size
+    if len(prompts) < batch_size:
+        raise data.wrong("num_prompts", len(prompts), f"batch_size, {batch_size}, or more")
+    return prompts
 
 
 def prompt_tokens(sequence: data.Sequence) -> list[int]:
@@ -313,7 +279,7 @@ def play(
         records += [earlier[i - len(examples)] for i in chunk if i >= len(examples)]
         asked = [examples[i % len(examples)] for i in chunk]
         pairs = [make_pair(e, r["generated_tokens"]) for e, r in zip(asked, records, strict=True)]
-        logps = opponent_logps(policy, pairs, args, device)
+        logps = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
         return [r | dict(zip(LOGPS, both, strict=True)) for r, both in zip(records, logps, strict=True)]
 
     if not dist.from_main(is_done):
@@ -382,28 +348,46 @@ def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]
     return {"distance": sum(found.values()) / len(found), **found}
 
 
-def of_iteration(args: Args, number: int) -> Args:
+def distances_to_real(
+    judge: Callable | None, tokenizer: Any, examples: list[data.Example], texts: list[str]
+) -> dict[str, float]:
+    """Distances between the judge's scores of these replies and those of the real responses."""
+    if judge is None:
+        return {}
+    asked = [example.prompt[-1]["content"] for example in examples]
+    real = [decode(tokenizer, response_tokens(example.sequences[0])) for example in examples]
+    scores, real_scores = ([judge(*pair) for pair in zip(asked, x, strict=True)] for x in (texts, real))
+    return distances(scores, real_scores)
+
+
+class Settings(NamedTuple):
+    """Those of one iteration."""
+
+    beta: float
+    learning_rate: float
+    num_epochs: int
+
+
+def of_iteration(args: Args, number: int) -> Settings:
     """The settings of one iteration; the last value of a list serves all later ones."""
-    chosen = {}
-    for name in ("beta", "learning_rate", "num_epochs"):
-        value = getattr(args, name)
-        chosen[name] = value[min(number, len(value) - 1)] if isinstance(value, list) else value
-    return replace(args, **chosen, max_steps=-1)
+    given = (args.beta, args.optimization.learning_rate, args.run.num_epochs)
+    return Settings(*(x[min(number, len(x) - 1)] if isinstance(x, list) else x for x in given))
 
 
 def boundaries(num_prompts: int, args: Args) -> list[int]:
     """The optimizer steps after which iterations 0, 1, ... begin, then that at which the last one ends."""
     steps = [0]
-    for number in range(args.num_iterations):
+    for number in range(args.run.num_iterations):
         num_pairs = num_prompts * (2 if args.mix_previous and number > 0 else 1)
         num_examples = of_iteration(args, number).num_epochs * num_pairs
-        steps.append(steps[-1] + -(-num_examples // args.batch_size))
+        steps.append(steps[-1] + -(-num_examples // args.optimization.batch_size))
     return steps
 
 
-def fingerprint(log: Log, args: Args, examples: list[data.Example]) -> str:
+def fingerprint(args: Args, examples: list[data.Example]) -> str:
     """Tells samples of this run from those of other settings, models or data."""
-    settings = {name: value for name, value in asdict(args).items() if name not in log.changeable}
+    options = snapshot(args)
+    settings = {name: value for name, value in options.values.items() if name in options.fixed}
     digest = hashlib.sha256(repr((files.fingerprint(args.model), settings)).encode())
     for example in examples:
         digest.update(example.sequences[0][0].tobytes())
@@ -416,42 +400,54 @@ def check(args: Args) -> None:
         raise dist.RunError("temperature 0 is greedy; self-play samples, expected more than 0")
     if args.max_new_tokens >= args.max_length:
         raise data.wrong("max_new_tokens", args.max_new_tokens, f"less than max_length, {args.max_length}")
-    for name in ("beta", "learning_rate", "num_epochs"):
-        if getattr(args, name) == []:
+    given = (args.beta, args.optimization.learning_rate, args.run.num_epochs)
+    for name, value in zip(Settings._fields, given, strict=True):
+        if value == []:
             raise data.wrong(name, "nothing", "one value, or one for each iteration")
+
+
+TOY = dict(
+    beta=1.0,
+    num_iterations=3,
+    num_epochs=1,
+    num_prompts=1024,
+    learning_rate=5e-4,
+    warmup_steps=2,
+    batch_size=64,
+    max_new_tokens=48,
+    num_samples=200,
+)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
-    log = Log(
-        args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature", "num_epochs", "eval_dataset")
-    )
+    optimization, system, run = args.optimization, args.system, args.run
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_demonstrations(args, tokenizer)
-    prompts = [train_set[i] for i in train_set.order(args.seed, 0)[: args.num_prompts]]
-    if len(prompts) < args.batch_size:
-        raise data.wrong("num_prompts", len(prompts), f"batch_size, {args.batch_size}, or more")
+    prompts = choose_prompts(train_set, args)
     begins = boundaries(len(prompts), args)
-    num_steps = begins[-1] if args.max_steps < 0 else min(args.max_steps, begins[-1])
+    num_steps = begins[-1] if run.max_steps < 0 else min(run.max_steps, begins[-1])
     if not log.begin(num_steps):
         return
 
     # models
-    policy = models.load(args.model, device, args)
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
+    policy = models.load(args.model, device, system)
+    groups = models.parameter_groups(policy, optimization.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts = {"policy": (policy, optimizer)}
-    resumed = checkpoint.resume(args, parts)
+    resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    run = resumed.get("run") or dist.from_main(lambda: fingerprint(log, args, [*prompts, *eval_set]))
+    run_id = resumed.get("run") or dist.from_main(lambda: fingerprint(args, [*prompts, *eval_set]))
 
-    def begin(number: int, step: int) -> tuple[Args, data.Dataset, data.Dataset]:
+    def begin(number: int, step: int) -> tuple[Settings, data.Dataset, data.Dataset]:
         """An iteration's settings and its pairs, to train and to evaluate on."""
-        folder, earlier = Path(args.output_dir), []
-        origin = {"iteration": number, "opponent": f"step {begins[number]} of {run}", "seed": args.seed}
+        folder, earlier = Path(run.output_dir), []
+        origin = {"iteration": number, "opponent": f"step {begins[number]} of {run_id}", "seed": args.seed}
         held_out, generated = (folder / f"{name}_{number}.jsonl" for name in ("held_out", "generated"))
         if step == begins[number]:  # the policy is the opponent
             optimizer.state.clear()
@@ -467,20 +463,18 @@ def main(args: Args) -> None:
     now, train_pairs, eval_pairs = begin(number, start_step)
 
     def evaluate(step: int) -> dict[str, float]:
-        totals, apart = Counter(), {}
-        for row in data.rows(eval_pairs, args.micro_batch_tokens, device):
+        totals, apart = dist.Totals(), {}
+        for row in data.rows(eval_pairs, system.micro_batch_tokens, device):
             with torch.no_grad():
-                totals.update(loss_and_metrics(policy, row, now)[1])
-        metrics = means(dist.all_sum(totals), eval_pairs, "eval") | describe(eval_pairs, tokenizer)
+                totals.update(loss_and_metrics(policy, row, now.beta, args.loss)[1])
+        metrics = totals.reduce("eval/") | describe(eval_pairs, tokenizer)
 
         def compare(examples: list[data.Example], texts: list[str]) -> list:
-            if judge := log.judge():
-                asked = [example.prompt[-1]["content"] for example in examples]
-                real = [decode(tokenizer, response_tokens(example.sequences[0])) for example in examples]
-                apart.update(distances(*([*map(judge, asked, side)] for side in (texts, real))))
+            apart.update(distances_to_real(log.judge(), tokenizer, examples, texts))
             return []
 
-        metrics |= log.samples(step, policy, tokenizer, eval_set, compare)
+        sampling = Sampling(args.max_new_tokens, args.temperature)
+        metrics |= log.samples(step, policy, tokenizer, eval_set, sampling, compare)
         return metrics | {f"eval/{name}": value for name, value in apart.items()}
 
     if start_step == 0:
@@ -494,43 +488,45 @@ def main(args: Args) -> None:
         done, length = step - begins[number], begins[number + 1] - begins[number]
 
         # update
-        step_start = time.perf_counter()
-        batch = data.batch(train_pairs, done, now)  # the same on every rank
-        for group in optimizer.param_groups:
-            group["lr"] = now.learning_rate * models.lr_factor(done, length, args)
-        totals = Counter()
-        for row in data.rows(batch, args.micro_batch_tokens, device):  # this rank's share, equally many rows
-            loss, metrics = loss_and_metrics(policy, row, now)
+        step_start = time.perf_counter()  # the batch is the same on every rank
+        batch = data.batch(train_pairs, done, optimization.batch_size, args.seed, now.num_epochs)
+        lr = now.learning_rate * models.lr_factor(done, length, optimization)
+        models.set_lr(optimizer, lr)
+        totals = dist.Totals()
+        for row in data.rows(
+            batch, system.micro_batch_tokens, device
+        ):  # this rank's share, equally many rows
+            loss, metrics = loss_and_metrics(policy, row, now.beta, args.loss)
             (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
             totals.update(metrics)
-        grad_norm = models.clip_grad_norm(policy, args.max_grad_norm)
+        grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        totals.update({"grad_norm": (grad_norm, 1)})
+        metrics = totals.reduce("train/")  # the step's one synchronisation
         seconds = time.perf_counter() - step_start
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics = {
+        metrics |= {
             "train/iteration": number,
-            "train/epoch": done * args.batch_size / train_pairs.epoch_size,
+            "train/epoch": done * optimization.batch_size / train_pairs.epoch_size,
             "train/num_tokens": num_tokens,
-            "train/learning_rate": optimizer.param_groups[0]["lr"],
-            "train/grad_norm": sums.pop("grad_norm"),
+            "train/learning_rate": lr,
         }
-        metrics |= means(sums, batch, "train") | models.speed(policy, batch, seconds)
+        metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
-        if step % args.eval_every == 0 or done == length or step == num_steps:
+        if step % run.eval_every == 0 or done == length or step == num_steps:
             metrics |= evaluate(step)
 
         # log and save: always before the policy becomes the opponent
         log(step, num_steps, metrics)
-        if step % args.save_every == 0 or done == length or step == num_steps or stop:
-            checkpoint.save(args, step, parts, num_tokens=num_tokens, run=run)
+        if step % run.save_every == 0 or done == length or step == num_steps or stop:
+            checkpoint.save(run, step, parts, num_tokens=num_tokens, run=run_id)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(args, policy, tokenizer)
+    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
     log.finish()
 
 

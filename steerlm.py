@@ -22,31 +22,23 @@ import json
 import random
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
 import reward_model
 import sft
 from common import data, dist, files, models
+from common.args import PipelineRun, parse, snapshot, with_fields
 from common.generate import generate
-from common.log import Log, load_function, parse
+from common.log import Log, load_function
 from reward_model import Args as RewardArgs
 from sft import Args as SftArgs
 
-TOY = dict(
-    ratings="toy",
-    attributes="verbosity:1,toxicity:0",
-    num_bootstrap_rounds=1,
-    num_bootstrap_prompts=256,
-    max_new_tokens=48,
-    num_samples=32,
-    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
-    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=120, eval_every=120, num_samples=0),
-)
 SHOWN = ("follow/mae", "follow/pearson")
 EXTENSION = (
     "{%- if add_generation_prompt and attributes is defined -%}"
@@ -64,14 +56,10 @@ class Args:
     """conversations to annotate and train on: toy, .jsonl/.json/.parquet file, folder, hub/name"""
     ratings: str = "nvidia/HelpSteer2"
     """rated responses, to train the attribute model on"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
 
     # stages
     attribute_model: str = ""
@@ -83,31 +71,27 @@ class Args:
     attributes: str = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
     """attributes to condition on, and the values that a question about another one keeps, 0 to 4"""
     num_bootstrap_rounds: int = 0
-    """times to sample from the model, annotate and train again"""
+    """bootstrap rounds: times to sample from the model, annotate and train again"""
     num_bootstrap_prompts: int = 20000
-    """prompts of such a round"""
+    """prompts sampled in a bootstrap round"""
     bootstrap_top_k: int = 50
-    """sample from this many likeliest tokens"""
+    """a bootstrap round samples from this many likeliest tokens"""
     max_new_tokens: int = 512
     """most tokens of a response"""
     temperature: float = 1.0
-    """of sampling in a bootstrap round; the following table is greedy, as in the paper"""
-    reward_model: RewardArgs = field(default_factory=lambda: RewardArgs(learning_rate=2e-6, num_epochs=2))
-    """options of the reward model's training"""
-    sft: SftArgs = field(default_factory=lambda: SftArgs(learning_rate=5e-6, num_epochs=2, num_samples=0))
-    """options of fine-tuning"""
+    """temperature of sampling in a bootstrap round; the following table is greedy, as in the paper"""
+    reward_model: Suppress[Fixed[RewardArgs]] = field(
+        default_factory=lambda: with_fields(RewardArgs(), learning_rate=2e-6, num_epochs=2)
+    )
+    """options of the reward model's training, as --reward_model.learning_rate"""
+    sft: Suppress[Fixed[SftArgs]] = field(
+        default_factory=lambda: with_fields(SftArgs(), learning_rate=5e-6, num_epochs=2, num_samples=0)
+    )
+    """options of fine-tuning, as --sft.learning_rate"""
 
-    # bookkeeping
-    num_samples: int = 32
-    """prompts answered and judged at each evaluation"""
-    judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    run: OmitArgPrefixes[PipelineRun] = field(
+        default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}", num_samples=32)
+    )
 
 
 class Scorer(NamedTuple):
@@ -119,7 +103,8 @@ class Scorer(NamedTuple):
 
     def __call__(self, replies: list[data.Sequence], args: Args, device: torch.device) -> list[dict]:
         """Attribute values of encoded replies, before rounding; a collective."""
-        outputs = models.score(self.model, [data.Example([reply], "") for reply in replies], args.sft, device)
+        examples = [data.Example([reply], "") for reply in replies]
+        outputs = models.score(self.model, examples, args.sft.system.micro_batch_tokens, device)
         return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
 
 
@@ -217,7 +202,7 @@ def load_annotated(options: SftArgs, tokenizer: Any) -> tuple[data.Dataset, data
         replies = [t for t in turns if str(t.get("role", t.get("from"))).lower() in ("assistant", "gpt")]
         if record.get("type") != "VALUE_TO_TEXT" or not all(turn.get("label") for turn in replies):
             raise data.wrong(where, "a reply without label", "type VALUE_TO_TEXT and a label on each reply")
-    return data.load_sft(options, tokenizer)
+    return data.load_sft(tokenizer, options.dataset, options.eval_dataset, options.max_length)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -244,7 +229,7 @@ def sample_best(
     examples = [example for example in examples if example.prompt]
     chosen = rng.sample(examples, min(len(examples), args.num_bootstrap_prompts))
     tokens = [data.encode_prompt(tokenizer, e.prompt, rng.choice(lines)) for e in chosen]
-    policy = models.load(model, device, args.sft, trainable=False)
+    policy = models.load(model, device, args.sft.system, trainable=False)
     samples = generate(
         policy,
         tokenizer,
@@ -293,7 +278,7 @@ def follow(
     exchanges = [
         (example.prompt, sample.text) for (_, _, example), sample in zip(asked, samples, strict=True)
     ]
-    spec = args.judge or ("toy.language:judge" if args.dataset == "toy" else "")
+    spec = args.run.judge or ("toy.language:judge" if args.dataset == "toy" else "")
     if spec:
         judge = load_function(spec)
         found = [judge(prompt[-1]["content"], text) for prompt, text in exchanges]
@@ -360,7 +345,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def export(args: Args, last: str) -> None:
     """model/: the last stage's; its chat template takes `attributes` from users of apply_chat_template."""
     if dist.is_main():
-        target = Path(args.output_dir) / "model"
+        target = Path(args.run.output_dir) / "model"
         with files.whole(target) as unfinished:
             shutil.copytree(data.model_folder(last)[0], unfinished)
             tokenizer = data.load_tokenizer(str(unfinished))
@@ -370,12 +355,24 @@ def export(args: Args, last: str) -> None:
     dist.barrier()
 
 
+TOY = dict(
+    ratings="toy",
+    attributes="verbosity:1,toxicity:0",
+    num_bootstrap_rounds=1,
+    num_bootstrap_prompts=256,
+    max_new_tokens=48,
+    num_samples=32,
+    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
+    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=120, eval_every=120, num_samples=0),
+)
+
+
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
-    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature"))
+    log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
     known = {row["step"] for row in log.rows}  # the evaluations made before
-    folder, num_rounds = Path(args.output_dir), args.num_bootstrap_rounds
+    folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
     shared = dict(seed=args.seed, chat_template=args.chat_template, overwrite=False, track=False)
     given = args.conditioned_model
     if given and not dist.from_main(lambda: Path(data.model_folder(given)[0]).is_dir()):
@@ -386,14 +383,14 @@ def main(args: Args) -> None:
     # 1. attribute model
     attribute_model = args.attribute_model or str(folder / "1_attribute_model")
     if not args.attribute_model:
-        options = replace(
+        options = with_fields(
             args.reward_model, model=args.model, dataset=args.ratings, loss="regression", **shared
         )
-        if not log.stage(reward_model.main, replace(options, output_dir=attribute_model)):
+        if not log.stage(reward_model.main, with_fields(options, output_dir=attribute_model)):
             return
 
     def load_scorer() -> Scorer:
-        scorer = models.load_scorer(attribute_model, device, args.sft, trainable=False)
+        scorer = models.load_scorer(attribute_model, device, args.sft.system, trainable=False)
         scorer.config.reward_mean = None  # the scale of the labels
         return Scorer(scorer, data.load_tokenizer(attribute_model), models.output_names(scorer))
 
@@ -411,14 +408,14 @@ def main(args: Args) -> None:
             records = [record for part in parts for record in part or ()]
             if records:
                 annotate(load_scorer(), tokenizer, records, annotated / f"{split}.jsonl", key, args, device)
-    options = replace(args.sft, dataset=str(annotated), eval_dataset="", **shared)
+    options = with_fields(args.sft, dataset=str(annotated), eval_dataset="", **shared)
     train_set, eval_set = load_annotated(options, tokenizer)
-    prompts = [example for example in eval_set if example.prompt][: args.num_samples]
+    prompts = [example for example in eval_set if example.prompt][: args.run.num_samples]
 
     def evaluate(model: str, number: int) -> None:
         """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
         if number not in known:
-            policy = models.load(model, device, args.sft, trainable=False)
+            policy = models.load(model, device, args.sft.system, trainable=False)
             rows = follow(policy, load_scorer(), tokenizer, prompts, number, args, device)
             if dist.is_main():
                 with open(folder / "samples.jsonl", "a") as file:
@@ -430,7 +427,7 @@ def main(args: Args) -> None:
 
     # 3. fine-tune
     last = args.conditioned_model or str(folder / "3_sft")
-    conditioned = replace(options, model=args.model, output_dir=last)
+    conditioned = with_fields(options, model=args.model, output_dir=last)
     if not args.conditioned_model and not log.stage(sft.main, conditioned):
         return
     evaluate(last, 1)
@@ -443,7 +440,7 @@ def main(args: Args) -> None:
             key = (args.attributes, files.fingerprint(attribute_model))
             annotate(load_scorer(), tokenizer, records, sampled / "train.jsonl", key, args, device)
         before, last = last, str(folder / f"5_sft_{number}")
-        both = replace(options, dataset=f"{annotated},{sampled}", model=before, output_dir=last)
+        both = with_fields(options, dataset=f"{annotated},{sampled}", model=before, output_dir=last)
         if not log.stage(sft.main, both):
             return
         evaluate(last, number + 1)

@@ -18,31 +18,33 @@ Metrics, results and departures from the papers: docs/steerlm2.md
 """
 
 import time
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
+from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import generate
-from common.log import Log, parse
+from common.log import Log
 
-TOY = dict(
-    attribute_model="toy/attribute_model",
-    attributes="toxicity:0,verbosity:1;toxicity:4,verbosity:1;toxicity:0,verbosity:3",
-    num_prompts=192,
-    learning_rate=3e-4,
-    warmup_steps=3,
-    batch_size=32,
-    max_new_tokens=48,
-    eval_every=12,
-    num_samples=200,
-)
 SHOWN = ("loss", "ess", "w_max", "grad_norm")
 SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # what NeMo-Aligner's files call them
+
+
+@dataclass
+class IteratedRun(Run):
+    """Where a run is kept, how long it takes and what it records on the way."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("num_epochs",)  # it decides where the next iteration begins
+
+    num_iterations: int = 2
+    """times that the policy becomes the sampler"""
+    num_epochs: int = 2
+    """passes over the groups of an iteration"""
 
 
 @dataclass
@@ -55,98 +57,44 @@ class Args:
     """prompts: toy, .jsonl/.json/.parquet file, folder, hub/name[:config[:split]]; a,b*2 mixes"""
     eval_dataset: str = ""
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
-    output_dir: str = f"runs/{Path(__file__).stem}"
-    """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
-    overwrite: bool = False
-    """start anew in output_dir instead of resuming the run there"""
     seed: int = 1
-    """orders data and samples"""
+    """seed of the order of data and of samples"""
     chat_template: str = ""
-    """replaces the tokenizer's chat template: a Jinja file, or chatml"""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
 
     # algorithm
     attribute_model: str = ""
     """regression model of the attributes: a run of reward_model.py or its model folder"""
     sft_model: str = ""
-    """gives log P(y|x), to prompts without attributes; default: model"""
+    """model that gives log P(y|x), to prompts without attributes; default: model"""
     attributes: str = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
-    """wanted values, 0 to 4; several sets, which prompts take in turn, are joined by ;"""
+    """wanted attributes and values, 0 to 4; several sets, which prompts take in turn, are joined by ;"""
     groups: str = ""
     """file of groups scored before, NeMo-Aligner's records, instead of sampling; one iteration"""
     num_responses: int = 10
     """responses to each prompt"""
     num_prompts: int = 20000
     """prompts sampled in an iteration"""
-    num_iterations: int = 2
-    """times that the policy becomes the sampler"""
-    num_epochs: int = 2
-    """passes over the groups of an iteration"""
     beta_concentration: float = 24.0
     """alpha + beta of the Beta distribution around the attribute model's value"""
     bin_edges: Literal["nearest", "fifths"] = "nearest"
     """which part of [0, 1] is a value: what rounds to it, which is calibrated, or a fifth each"""
     weight_temperature: float = 1.0
-    """divides log w; above 1 flattens weights that are nearly one-hot"""
+    """temperature of the weights, which divides log w; above 1 flattens weights that are nearly one-hot"""
     max_prompt_length: int = 1024
     """most tokens of a prompt; one with more is dropped, and counted"""
     max_new_tokens: int = 512
     """most tokens of a response"""
     temperature: float = 1.0
-    """of sampling, and of every log-probability"""
+    """temperature of sampling and of every log-probability"""
 
-    # optimization
-    learning_rate: float = 1e-6
-    """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after warm-up: constant, or down to min_lr_ratio at the last step"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    min_lr_ratio: float = 0.1
-    """the last step's share of the peak learning rate, for linear and cosine"""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only"""
-    max_grad_norm: float = 1.0
-    """clip the global gradient norm to this; 0 never clips"""
-    max_steps: int = -1
-    """optimizer steps; -1: as many as num_epochs takes"""
-    batch_size: int = 128
-    """groups per optimizer step, over all ranks"""
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
-    lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
-    lora_alpha: float = 16.0
-    """LoRA's scale is lora_alpha / lora_rank"""
-    lora_target: str = "all-linear"
-    """modules that get adapters: all-linear, or names joined by commas"""
-    merge_lora: bool = False
-    """fold the adapters into the exported model instead of writing a peft folder"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in backward; auto: for models of a billion parameters or more"""
-    compile: bool = False
-    """torch.compile each decoder block"""
-
-    # bookkeeping
-    eval_every: int = 100
-    """optimizer steps between evaluations"""
-    save_every: int = 500
-    """optimizer steps between checkpoints"""
-    keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
-    num_samples: int = 16
-    """prompts answered and judged at each evaluation"""
-    judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
-    track: bool = False
-    """log to Weights & Biases too: online if logged in, else offline"""
-    wandb_project: str = "cleanalign"
-    """W&B project"""
-    run_name: str = ""
-    """W&B run name"""
+    optimization: OmitArgPrefixes[Optimization] = field(
+        default_factory=lambda: Optimization(learning_rate=1e-6, batch_size=128)
+    )
+    system: OmitArgPrefixes[System] = field(default_factory=System)
+    run: OmitArgPrefixes[IteratedRun] = field(
+        default_factory=lambda: IteratedRun(output_dir=f"runs/{Path(__file__).stem}")
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the maths
@@ -197,38 +145,38 @@ def response_logps(policy: nn.Module, row: data.Row, args: Args) -> Tensor:
     return models.segment_sum(logps, row.target_segments, row.num_segments)
 
 
-def loss_and_metrics(policy: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a row, both summed over its groups; the caller picks the denominator."""
+def loss_and_metrics(policy: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a row, a sum over its groups that the caller divides, and metrics as (sum, count)."""
     log_w, sampler_logps = tables(row.fields)
     logps = response_logps(policy, row, args).view(log_w.shape)  # (G, n); a dummy row has G = 0
     loss = group_loss(logps, sampler_logps, log_w).sum()
     return loss, group_metrics(loss, logps, sampler_logps, log_w)
 
 
-def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_w: Tensor) -> dict[str, Tensor]:
-    """Sums over groups; all but the loss (G, n)."""
-    weights, logps = log_w.softmax(1), logps.detach()
+def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_w: Tensor) -> dict[str, tuple]:
+    """Metrics of groups as (sum, count); all but the loss, which is summed, (G, n)."""
+    weights, num_groups = log_w.softmax(1), len(log_w)
     metrics = {
-        "loss": loss.detach(),
-        "ess": (1 / weights.square().sum(1)).sum(),
-        "w_max": weights.amax(1).sum(),
-        "logps/mean": logps.mean(1).sum(),
-        "kl": (logps - sampler_logps).mean(1).sum(),
+        "loss": (loss, num_groups),
+        "ess": ((1 / weights.square().sum(1)).sum(), num_groups),
+        "w_max": (weights.amax(1).sum(), num_groups),
+        "logps/mean": (logps.mean(1).sum(), num_groups),
+        "kl": ((logps - sampler_logps).mean(1).sum(), num_groups),
     }
     return metrics
 
 
-def backward(policy: nn.Module, batch: list[data.Example], args: Args, device: torch.device) -> Counter:
-    """Add the gradients of the mean loss over a batch of groups. -> sums of the metrics
+def backward(policy: nn.Module, batch: list[data.Example], args: Args, device: torch.device) -> dist.Totals:
+    """Add the gradients of the mean loss over a batch of groups. -> this rank's part of the metrics
 
     A group longer than micro_batch_tokens is run twice, a response at a time: for b', then with the gradient
     of Eq. 11, -sum_i (w'_i - b'_i) grad log Q(y_i|a, x). The two forms have the same gradient.
     """
-    totals = Counter()
-    limit = data.row_limit(args.micro_batch_tokens, device)
+    totals, micro_batch_tokens = dist.Totals(), args.system.micro_batch_tokens
+    limit = data.row_limit(micro_batch_tokens, device)
     small = [group for group in batch if group.num_tokens <= limit]
     large = [group for group in batch if group.num_tokens > limit]
-    for row in data.rows(small, args.micro_batch_tokens, device) if small else ():
+    for row in data.rows(small, micro_batch_tokens, device) if small else ():
         loss, metrics = loss_and_metrics(policy, row, args)
         (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
         totals.update(metrics)
@@ -240,10 +188,11 @@ def backward(policy: nn.Module, batch: list[data.Example], args: Args, device: t
         log_w, sampler_logps = tables(fields)
         loss = group_loss(logps, sampler_logps, log_w).sum()
         (gradient,) = torch.autograd.grad(loss / len(batch), logps)  # -(w' - b') / groups
-        for row in data.rows([data.Example([s], "") for s in sequences], args.micro_batch_tokens, device):
+        for row in data.rows([data.Example([s], "") for s in sequences], micro_batch_tokens, device):
             (response_logps(policy, row, args) * gradient.flatten()[row.example_ids]).sum().backward()
-        for name, total in group_metrics(loss, logps, sampler_logps, log_w).items():
-            totals[name] += total / dist.world_size()  # every rank has the same
+        size = dist.world_size()  # every rank has all the large groups: a share of each sum and count
+        metrics = group_metrics(loss, logps, sampler_logps, log_w)
+        totals.update({name: (total / size, count / size) for name, (total, count) in metrics.items()})
     return totals
 
 
@@ -320,7 +269,7 @@ def sequence_logps(
     """log pi(y|x) of each sequence, on every rank. -> (sequences,)"""
     examples, table = [data.Example([s], "") for s in sequences], torch.zeros(len(sequences), device=device)
     with torch.no_grad():
-        for row in data.rows(examples, args.micro_batch_tokens, device):
+        for row in data.rows(examples, args.system.micro_batch_tokens, device):
             table[row.example_ids] = response_logps(policy, row, args)
     return dist.sum_over_ranks(table)
 
@@ -329,9 +278,9 @@ def score_groups(
     policy: nn.Module, tokenizer: Any, groups: list[dict], args: Args, device: torch.device
 ) -> None:
     """Write into the groups log P(a|x,y), log P(y|x) and log Q'(y|a,x), all over the same tokens."""
-    scorer = models.load_scorer(args.attribute_model, device, args, trainable=False)
+    scorer = models.load_scorer(args.attribute_model, device, args.system, trainable=False)
     theirs, names = data.load_tokenizer(args.attribute_model), models.output_names(scorer)
-    sft_policy = models.load(args.sft_model or args.model, device, args, trainable=False)
+    sft_policy = models.load(args.sft_model or args.model, device, args.system, trainable=False)
 
     def encode(using: Any, labelled: bool) -> list[data.Sequence]:
         parts = dist.parallel_map(lambda group: read_group(using, group, "groups", labelled), groups)
@@ -339,7 +288,7 @@ def score_groups(
 
     plain = [data.Example([sequence], "") for sequence in encode(theirs, False)]
     scorer.config.reward_mean = None  # the scale of the labels
-    predicted = models.score(scorer, plain, args, device)  # (responses, A)
+    predicted = models.score(scorer, plain, args.system.micro_batch_tokens, device)  # (responses, A)
     n = args.num_responses
     attr_logps = []
     for group, outputs in zip(groups, predicted.view(len(groups), n, -1), strict=True):
@@ -382,10 +331,8 @@ def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
     return data.Dataset([(dist.parallel_map(encode, records), 1.0)])
 
 
-def main(args: Args) -> None:
-    # setup
-    device = dist.init(args.seed)
-    log = Log(args, __file__, SHOWN, TOY, fixed=("max_new_tokens", "temperature", "num_epochs"))
+def check(args: Args) -> None:
+    """Refuse settings that cannot go together, before any work starts."""
     if args.temperature <= 0:
         raise dist.RunError("temperature 0 is greedy and has no probabilities to weigh; expected more than 0")
     if not args.attribute_model:
@@ -393,47 +340,86 @@ def main(args: Args) -> None:
             "attribute_model is not set: a run of reward_model.py --loss regression, or its folder"
         )
 
-    # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    prompts, eval_set = data.load_prompts(args, tokenizer)
-    for example in prompts:
+
+def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval) prompts that NeMo-Aligner's records can hold.
+
+    Raises:
+        RunError: a prompt that ends with a turn of the assistant.
+    """
+    datasets = data.load_prompts(tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length)
+    for example in datasets[0]:
         if sum(turn["role"] != "system" for turn in example.prompt) % 2 == 0:
             raise data.wrong("dataset", f"the prompt {example.prompt}", "turns of user and assistant in turn")
-    num_iterations = 1 if args.groups else args.num_iterations
-    num_groups = (
-        len(data.read_file(Path(args.groups))) if args.groups else min(args.num_prompts, len(prompts))
-    )
-    if num_groups < args.batch_size:
-        raise data.wrong("groups", f"{num_groups} an iteration", f"batch_size, {args.batch_size}, or more")
-    steps_each = args.num_epochs * -(-num_groups // args.batch_size)
-    num_steps = num_iterations * steps_each if args.max_steps < 0 else args.max_steps
+    return datasets
+
+
+def count_groups(prompts: data.Dataset, args: Args) -> int:
+    """Groups of an iteration, before any is dropped.
+
+    Raises:
+        RunError: there are fewer than a batch.
+    """
+    given, batch_size = args.groups, args.optimization.batch_size
+    num_groups = len(data.read_file(Path(given))) if given else min(args.num_prompts, len(prompts))
+    if num_groups < batch_size:
+        raise data.wrong("groups", f"{num_groups} an iteration", f"batch_size, {batch_size}, or more")
+    return num_groups
+
+
+TOY = dict(
+    attribute_model="toy/attribute_model",
+    attributes="toxicity:0,verbosity:1;toxicity:4,verbosity:1;toxicity:0,verbosity:3",
+    num_prompts=192,
+    learning_rate=3e-4,
+    warmup_steps=3,
+    batch_size=32,
+    max_new_tokens=48,
+    eval_every=12,
+    num_samples=200,
+)
+
+
+def main(args: Args) -> None:
+    # setup
+    device = dist.init(args.seed)
+    check(args)
+    optimization, system, run = args.optimization, args.system, args.run
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+
+    # data
+    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    prompts, eval_set = load_prompts(args, tokenizer)
+    num_iterations = 1 if args.groups else run.num_iterations
+    num_groups = count_groups(prompts, args)
+    steps_each = run.num_epochs * -(-num_groups // optimization.batch_size)
+    num_steps = num_iterations * steps_each if run.max_steps < 0 else run.max_steps
     if not log.begin(num_steps):
         return
 
     # models
-    policy = models.load(args.model, device, args)
-    names = models.output_names(models.load_scorer(args.attribute_model, device, args, trainable=False))
+    policy = models.load(args.model, device, system)
+    names = models.output_names(models.load_scorer(args.attribute_model, device, system, trainable=False))
     wanted = [data.label_line(attributes) for attributes in wanted_sets(args, names)]
     for i, example in enumerate(eval_set):
         example.label = wanted[i % len(wanted)]
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
+    trained = models.parameter_groups(policy, optimization.weight_decay)
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95))
     parts = {"policy": (policy, optimizer)}
-    resumed = checkpoint.resume(args, parts)
+    resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
 
     def evaluate(step: int) -> dict[str, float]:
-        return log.samples(step, policy, tokenizer, eval_set)
+        sampling = Sampling(args.max_new_tokens, args.temperature)
+        return log.samples(step, policy, tokenizer, eval_set, sampling)
 
     def make_groups(number: int) -> Path:
         """Sample and score an iteration's groups with the policy as it is; a file that exists is kept."""
-        path = Path(args.groups or f"{args.output_dir}/groups_{number + 1}.jsonl")
+        path = Path(args.groups or f"{run.output_dir}/groups_{number + 1}.jsonl")
         if dist.from_main(lambda: path.exists() and bool(args.groups or start_step)):
             return path  # one without a checkpoint may be of other settings
-        sampled = replace(args, batch_size=num_groups, max_steps=num_iterations)
-        chosen = [
-            replace(e, label=wanted[i % len(wanted)])
-            for i, e in enumerate(data.batch(prompts, number + 1, sampled))
-        ]
+        drawn = data.batch(prompts, number + 1, num_groups, args.seed)
+        chosen = [replace(e, label=wanted[i % len(wanted)]) for i, e in enumerate(drawn)]
         groups = sample_groups(policy, tokenizer, chosen, number, args)
         score_groups(policy, tokenizer, groups, args, device)
         if dist.is_main():
@@ -452,38 +438,37 @@ def main(args: Args) -> None:
 
         # update
         step_start = time.perf_counter()
-        batch = data.batch(groups, step, replace(args, max_steps=num_steps))  # the same on every rank
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * models.lr_factor(step, num_steps, args)
+        batch = data.batch(groups, step, optimization.batch_size, args.seed)  # the same on every rank
+        lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
+        models.set_lr(optimizer, lr)
         totals = backward(policy, batch, args, device)
-        grad_norm = models.clip_grad_norm(policy, args.max_grad_norm)
+        grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})  # the step's one synchronisation
+        totals.update({"grad_norm": (grad_norm, 1)})
+        metrics = totals.reduce("train/")  # the step's one synchronisation
         seconds = time.perf_counter() - step_start
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics = {
-            "train/epoch": step / steps_each * args.num_epochs,
+        metrics |= {
+            "train/epoch": step / steps_each * run.num_epochs,
             "train/num_tokens": num_tokens,
-            "train/learning_rate": optimizer.param_groups[0]["lr"],
-            "train/grad_norm": sums.pop("grad_norm"),
+            "train/learning_rate": lr,
         }
-        metrics |= {f"train/{name}": total / len(batch) for name, total in sums.items()}
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
-        if step % args.eval_every == 0 or step == num_steps:
+        if step % run.eval_every == 0 or step == num_steps:
             metrics |= evaluate(step)
 
         # log and save: always before the policy becomes the sampler
         log(step, num_steps, metrics)
-        if step % args.save_every == 0 or step % steps_each == 0 or step == num_steps or stop:
-            checkpoint.save(args, step, parts, num_tokens=num_tokens)
+        if step % run.save_every == 0 or step % steps_each == 0 or step == num_steps or stop:
+            checkpoint.save(run, step, parts, num_tokens=num_tokens)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(args, policy, tokenizer)
+    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
     log.finish()
 
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from common import data, dist, files, models
+from common.args import Training
 from common.files import cached, fingerprint, write_lines  # noqa: F401
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
@@ -30,15 +31,15 @@ OPTIONS = StateDictOptions(
 )  # frozen weights come from the model's own files
 
 
-def newest(args: Any) -> Path | None:
+def newest(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of the run folder."""
-    done = [p for p in Path(args.output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
+    done = [p for p in Path(output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
     return max(done, default=None, key=lambda p: int(p.name[5:]))
 
 
-def save(args: Any, step: int, parts: Parts, **numbers: Any) -> None:
-    """Write models, optimizers, the step and a few JSON numbers; keep the newest keep_checkpoints."""
-    folder = Path(args.output_dir) / "checkpoints"
+def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
+    """Write models, optimizers, the step and a few JSON numbers; keep the newest run.keep_checkpoints."""
+    folder = Path(run.output_dir) / "checkpoints"
     final = folder / f"step_{step:08d}"
     unfinished = files.temporary(final)  # all ranks write into it
     if dist.is_main():
@@ -49,18 +50,18 @@ def save(args: Any, step: int, parts: Parts, **numbers: Any) -> None:
         (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         files.finish(unfinished, final)
         complete = sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name))
-        for old in complete[: -args.keep_checkpoints]:
+        for old in complete[: -run.keep_checkpoints]:
             files.remove(old)
     dist.barrier()
 
 
-def resume(args: Any, parts: Parts) -> dict[str, Any]:
+def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     """Load the newest checkpoint into models and optimizers. -> its numbers, or `step` and `num_tokens` 0.
 
     Raises:
         RunError: the checkpoint's tensors do not have the shapes of these models.
     """
-    folder = dist.from_main(lambda: newest(args))
+    folder = dist.from_main(lambda: newest(output_dir))
     if folder is None:
         return {"step": 0, "num_tokens": 0}
     state = _state(parts)
@@ -99,14 +100,17 @@ def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
+def export(output_dir: str, policy: nn.Module, tokenizer: Any, model: str, merge_lora: bool = True) -> None:
     """Write `model/`: a folder plain transformers loads; with LoRA one peft loads, unless merge_lora.
 
     Weights take the dtype the model had on disk. generation_config stops at the token trained to end a turn.
+
+    Args:
+        model: what the policy started from, on which the adapters of a peft folder stand.
     """
-    folder = Path(args.output_dir) / "model"
+    folder = Path(output_dir) / "model"
     lora = getattr(policy, "lora_config", None)
-    merge = lora is None or hasattr(policy, "score") or args.merge_lora  # transformers loads a reward model
+    merge = lora is None or merge_lora
     weights = {}
     for name, tensor in models.full_weights(policy, merge_lora=merge):
         if dist.is_main():
@@ -116,7 +120,7 @@ def export(args: Any, policy: nn.Module, tokenizer: Any) -> None:
             if merge:
                 _save_transformers(unfinished, policy, tokenizer, weights)
             else:
-                _save_peft(unfinished, args, lora, weights)
+                _save_peft(unfinished, model, lora, weights)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
@@ -139,11 +143,11 @@ def _save_transformers(
     shell.save_pretrained(folder, state_dict=weights)
 
 
-def _save_peft(folder: Path, args: Any, lora: Any, weights: dict[str, torch.Tensor]) -> None:
+def _save_peft(folder: Path, model: str, lora: Any, weights: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    base, gguf = data.model_folder(args.model)
+    base, gguf = data.model_folder(model)
     lora.base_model_name_or_path = str(Path(base) / gguf) if gguf else base
     lora.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -85,20 +84,37 @@ class Dataset(list):
         return self._order[1]
 
 
-def num_steps(dataset: Dataset, args: Any) -> int:
-    """Optimizer steps of a run: max_steps if set, else to the end of num_epochs; the last may be small."""
-    in_epochs = -(-args.num_epochs * dataset.epoch_size // args.batch_size)  # rounded up
-    return in_epochs if args.max_steps < 0 else args.max_steps
+def num_steps(dataset: Dataset, batch_size: int, num_epochs: int, max_steps: int = -1) -> int:
+    """Optimizer steps of a run: max_steps if set, else to the end of num_epochs; the last may be small.
+
+    Raises:
+        RunError: an epoch has fewer examples than a batch.
+    """
+    if dataset.epoch_size < batch_size:
+        found = f"{dataset.epoch_size} examples an epoch"
+        raise wrong("dataset", found, f"batch_size, {batch_size}, or more")
+    in_epochs = -(-num_epochs * dataset.epoch_size // batch_size)  # rounded up
+    return in_epochs if max_steps < 0 else max_steps
 
 
-def batch(dataset: Dataset, step: int, args: Any) -> list[Example]:
-    """The examples of an optimizer step, counted from 1: a function of (seed, step), alike on every rank."""
+def batch(
+    dataset: Dataset,
+    step: int,
+    batch_size: int,
+    seed: int,
+    num_epochs: int | None = None,
+    max_steps: int = -1,
+) -> list[Example]:
+    """The examples of an optimizer step, counted from 1: a function of (seed, step), alike on every rank.
+
+    The data end after num_epochs, if that and not max_steps is the end of the run; else they begin anew.
+    """
     size = dataset.epoch_size
-    end = step * args.batch_size
-    if args.max_steps < 0:
-        end = min(end, args.num_epochs * size)
-    positions = range((step - 1) * args.batch_size, end)
-    return [dataset[dataset.order(args.seed, p // size)[p % size]] for p in positions]
+    end = step * batch_size
+    if num_epochs is not None and max_steps < 0:
+        end = min(end, num_epochs * size)
+    positions = range((step - 1) * batch_size, end)
+    return [dataset[dataset.order(seed, p // size)[p % size]] for p in positions]
 
 
 # ------------------------------------------------------------------------------------- tokenizer and template
@@ -272,7 +288,9 @@ def read_responses(tokenizer: Any, value: dict, where: str) -> list[Tokens]:
     return [encode_response(tokenizer, prompt, side) for side in sides]
 
 
-def load_sft(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
+def load_sft(
+    tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, train_on_prompt: bool = False
+) -> tuple[Dataset, Dataset]:
     """(train, eval) demonstrations: one sequence an example; train_on_prompt scores all of its tokens."""
 
     def encode(value: dict, where: str) -> Example:
@@ -283,12 +301,14 @@ def load_sft(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
         trained = trained_turns(value, prompt + response)
         attach_labels(value, prompt + response, where)
         tokens, mask = encode_response(tokenizer, prompt, response, trained)
-        return Example([(tokens, mask | args.train_on_prompt)], prompt)
+        return Example([(tokens, mask | train_on_prompt)], prompt)
 
-    return load(args, "sft", encode)
+    return load("sft", encode, dataset, eval_dataset, max_length)
 
 
-def load_pairs(args: Any, tokenizer: Any, whole: bool = False) -> tuple[Dataset, Dataset]:
+def load_pairs(
+    tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, whole: bool = False
+) -> tuple[Dataset, Dataset]:
     """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields. whole: drop what would be cut."""
 
     def encode(value: dict, where: str) -> Example:
@@ -296,10 +316,10 @@ def load_pairs(args: Any, tokenizer: Any, whole: bool = False) -> tuple[Dataset,
         sequences = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
         return Example(sequences, prompt, numbers)
 
-    return load(args, "pairs", encode, whole=whole)
+    return load("pairs", encode, dataset, eval_dataset, max_length, whole)
 
 
-def load_ranked(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
+def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
     """(train, eval) ranked responses, never cut: a sequence each; fields rank_0, rank_1, ..., then NaN.
 
     Rank 1 is best and equal ranks are ties. A preference pair counts as two responses.
@@ -319,7 +339,7 @@ def load_ranked(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
         fields = {f"rank_{k}": rank for k, rank in enumerate(ranks)}
         return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
 
-    return fill_fields(load(args, "pairs", encode, whole=True))
+    return fill_fields(load("pairs", encode, dataset, eval_dataset, max_length, whole=True))
 
 
 def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
@@ -330,17 +350,19 @@ def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
     return datasets
 
 
-def load_ratings(args: Any, tokenizer: Any) -> tuple[Dataset, Dataset]:
+def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
     """(train, eval) rated replies, never cut: one sequence each, attributes as fields, NaN if missing."""
 
     def encode(value: dict, where: str) -> Example:
         prompt, response = read_exchange(tokenizer, value, where)
         return Example([encode_response(tokenizer, prompt, response)], prompt, read_label(value, where))
 
-    return fill_fields(load(args, "ratings", encode, whole=True))
+    return fill_fields(load("ratings", encode, dataset, eval_dataset, max_length, whole=True))
 
 
-def load_prompts(args: Any, tokenizer: Any, kind: str = "prompts") -> tuple[Dataset, Dataset]:
+def load_prompts(
+    tokenizer: Any, dataset: str, eval_dataset: str, max_prompt_length: int, kind: str = "prompts"
+) -> tuple[Dataset, Dataset]:
     """(train, eval) prompts, never cut: one sequence each, which generations start from, nothing scored.
 
     kind: the toy world's folder.
@@ -351,19 +373,28 @@ def load_prompts(args: Any, tokenizer: Any, kind: str = "prompts") -> tuple[Data
         tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
         return Example([(tokens, np.zeros(len(tokens), bool))], prompt)
 
-    return load(args, kind, encode, "max_prompt_length", whole=True)
+    return load(kind, encode, dataset, eval_dataset, max_prompt_length, whole=True, scored=False)
 
 
-def load(args: Any, kind: str, encode: Callable, limit: str = "max_length", whole: bool = False) -> tuple:
-    """Read, encode (the ranks share the work), fit to args.<limit>, hold out where there is no test split.
+def load(
+    kind: str,
+    encode: Callable[[dict, str], Example],
+    dataset: str,
+    eval_dataset: str,
+    max_length: int,
+    whole: bool = False,
+    scored: bool = True,
+) -> tuple[Dataset, Dataset]:
+    """(train, eval): read, encode (the ranks share the work), fit, hold out where there is no test split.
 
-    A longer example is cut at the end, and dropped if a sequence is left without a scored token; with `whole`
-    it is always dropped. Both are counted and printed.
+    An example with a sequence of more than max_length tokens is cut at the end, and dropped if a sequence is
+    left without a scored token; with `whole` it is always dropped. Both are counted and printed.
 
-    Returns:
-        (train, eval), a Dataset each.
+    Args:
+        kind: the toy world's folder.
+        scored: False for prompts, in which no token is scored.
     """
-    longest = getattr(args, limit)
+    option = "max_length" if scored else "max_prompt_length"  # what the user would change
 
     def attempt(record: Record) -> Example:
         try:
@@ -392,36 +423,35 @@ def load(args: Any, kind: str, encode: Callable, limit: str = "max_length", whol
         records, kept, num_cut = untied, [], 0
         for record, example in zip(records, dist.parallel_map(attempt, records), strict=True):
             example.record = record.value
-            is_long = any(len(tokens) > longest for tokens, _ in example.sequences)
-            example.sequences = [(tokens[:longest], mask[:longest]) for tokens, mask in example.sequences]
-            is_scored = all(mask.any() for _, mask in example.sequences) or limit == "max_prompt_length"
+            is_long = any(len(tokens) > max_length for tokens, _ in example.sequences)
+            example.sequences = [
+                (tokens[:max_length], mask[:max_length]) for tokens, mask in example.sequences
+            ]
+            is_scored = all(mask.any() for _, mask in example.sequences) or not scored
             if is_scored and not (whole and is_long):
                 kept.append(example)
                 num_cut += is_long
         num_dropped = len(records) - len(kept)
         if dist.is_main() and (num_cut or num_dropped):
             note = f"{num_cut:,} cut, {num_dropped:,} dropped{'' if whole else ' with no scored token left'}"
-            print(f"{kind}: {source}: {note}, by {limit} {longest}", flush=True)
+            print(f"{kind}: {source}: {note}, by {option} {max_length}", flush=True)
         if not kept:
-            raise wrong(f"dataset {source}", "nothing to train on", f"a larger {limit} than {longest}")
+            raise wrong(f"dataset {source}", "nothing to train on", f"a larger {option} than {max_length}")
         return kept
 
     train_parts, eval_parts = [], []
-    for source, weight in read_sources(args.dataset):
+    for source, weight in read_sources(dataset):
         examples = read(source, "train")
-        if not args.eval_dataset:
+        if not eval_dataset:
             test = read(source, "test")
             examples, test = hold_out(examples, source) if test is None else (examples, test)
             eval_parts.append((test, 1.0))
         train_parts.append((examples, weight))
-    for source, _ in read_sources(args.eval_dataset) if args.eval_dataset else ():
+    for source, _ in read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
-    if limit == "max_length" and train.epoch_size < args.batch_size:
-        found = f"{train.epoch_size} examples an epoch"
-        raise wrong(f"dataset {args.dataset}", found, f"batch_size, {args.batch_size}, or more")
     return train, evaluation
 
 
@@ -498,10 +528,7 @@ def readable(row: dict) -> str:
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.chat_template)
     loaders = {"sft": load_sft, "pairs": load_pairs, "prompts": load_prompts, "ratings": load_ratings}
-    limits = dict(max_length=args.max_length, max_prompt_length=args.max_length, batch_size=1)
-    source = dict(dataset=args.file, eval_dataset=args.file)  # nothing is held out
-    options = SimpleNamespace(**source, **limits, train_on_prompt=False)
-    examples, _ = loaders[args.kind](options, tokenizer)
+    examples, _ = loaders[args.kind](tokenizer, args.file, args.file, args.max_length)  # nothing is held out
     if not args.output:
         print("\n".join(map(readable, describe(examples[:3], tokenizer))))
         return

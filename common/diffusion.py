@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from common import data, dist, files, log, models
+from common.args import Weights
 
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -61,12 +62,17 @@ class Reward(NamedTuple):
 
 
 def load(
-    model: str, device: torch.device, args: Any, trainable: bool = True, fuse: bool = True
+    model: str,
+    device: torch.device,
+    weights: Weights,
+    seed: int,
+    trainable: bool = True,
+    fuse: bool = True,
 ) -> tuple[Any, nn.Module]:
     """(pipeline, U-Net): all frozen but the U-Net, or its adapters, which is sharded over all ranks.
 
-    Every rank reads the files itself: a U-Net fits on one card, what training adds to it may not. Reads from
-    args: dtype, sharding, seed, and lora_rank, lora_alpha, lora_target for a trainable model.
+    Every rank reads the files itself: a U-Net fits on one card, what training adds to it may not. Only a
+    trainable model gets adapters, drawn from the seed.
 
     Raises:
         RunError: no such pipeline, or one of another kind.
@@ -76,15 +82,15 @@ def load(
     first: list[Any] = []  # one rank finds what is wrong, or downloads
     dist.from_main(lambda: first.append(read_pipeline(model, fuse)))
     pipe = first[0] if first else read_pipeline(model, fuse)
-    dtype = models.resolve_dtype(args.dtype, device)
+    dtype = models.resolve_dtype(weights.dtype, device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
             if part is not pipe.unet:
                 part.to(device, dtype)
     unet = pipe.unet
-    if trainable and args.lora_rank > 0:
-        add_lora(unet, args)
+    if trainable and weights.lora_rank > 0:
+        add_lora(unet, weights, seed)
     elif trainable:
         unet.requires_grad_(True)
     for parameter in unet.parameters():
@@ -92,7 +98,7 @@ def load(
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
     unet.to(device)
     # resharded after each forward, so that a change of the weights in place is seen by the next one
-    plan = models.fsdp_plan(unet, dtype, device, args) | {"reshard_after_forward": True}
+    plan = models.fsdp_plan(unet, dtype, device, weights.sharding) | {"reshard_after_forward": True}
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block, **plan)
     fully_shard(unet, **plan)
@@ -159,19 +165,20 @@ def is_xl(pipe: Any) -> bool:
     return hasattr(pipe, "text_encoder_2")
 
 
-def add_lora(unet: nn.Module, args: Any) -> None:
+def add_lora(unet: nn.Module, weights: Weights, seed: int) -> None:
     """Put peft's adapters into the U-Net, in place; only they stay trainable."""
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
-    targets = linear if args.lora_target == "all-linear" else args.lora_target.split(",")
-    unet.lora_config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
+    targets = linear if weights.lora_target == "all-linear" else weights.lora_target.split(",")
+    rank, alpha = weights.lora_rank, weights.lora_alpha
+    unet.lora_config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)  # the same adapters on every rank
+            torch.manual_seed(seed)  # the same adapters on every rank
             inject_adapter_in_model(unet.lora_config, unet)
     except ValueError as error:
-        raise dist.RunError(f"lora_target {args.lora_target!r}: {data.first_line(error)}") from error
+        raise dist.RunError(f"lora_target {weights.lora_target!r}: {data.first_line(error)}") from error
 
 
 # -------------------------------------------------------------------------------------- sampling and decoding
@@ -402,7 +409,7 @@ def diversity(features: Tensor, images_per_prompt: int) -> float:
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def load_prompts(args: Any) -> tuple[data.Dataset, data.Dataset]:
+def load_prompts(dataset: str, eval_dataset: str) -> tuple[data.Dataset, data.Dataset]:
     """(train, eval) prompts; 5 % are held out where there is neither eval_dataset nor a test split."""
 
     def read(source: str, split: str) -> list[data.Example] | None:
@@ -410,14 +417,14 @@ def load_prompts(args: Any) -> tuple[data.Dataset, data.Dataset]:
         return prompts and [data.Example([], [{"role": "user", "content": prompt}]) for prompt in prompts]
 
     train_parts, eval_parts = [], []
-    for source, weight in data.read_sources(args.dataset):
+    for source, weight in data.read_sources(dataset):
         examples = read(source, "train")
-        if not args.eval_dataset:
+        if not eval_dataset:
             test = read(source, "test")
             examples, test = data.hold_out(examples, source) if test is None else (examples, test)
             eval_parts.append((test, 1.0))
         train_parts.append((examples, weight))
-    for source, _ in data.read_sources(args.eval_dataset) if args.eval_dataset else ():
+    for source, _ in data.read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = data.Dataset(train_parts), data.Dataset(eval_parts)
     if dist.is_main():
@@ -517,11 +524,15 @@ def averaged(unet: nn.Module, ema: nn.Module | None) -> Iterator[None]:
             _swap(ema, unet)
 
 
-def export(args: Any, pipe: Any, unet: nn.Module) -> None:
-    """Write `model/`: a diffusers pipeline; with LoRA weights for load_lora_weights, unless merge_lora."""
-    folder = Path(args.output_dir) / "model"
+def export(output_dir: str, pipe: Any, unet: nn.Module, model: str, merge_lora: bool) -> None:
+    """Write `model/`: a diffusers pipeline; with LoRA weights for load_lora_weights, unless merge_lora.
+
+    Args:
+        model: what the U-Net started from, whose other parts the pipeline takes.
+    """
+    folder = Path(output_dir) / "model"
     lora = getattr(unet, "lora_config", None)
-    merge = lora is None or args.merge_lora
+    merge = lora is None or merge_lora
     weights = {}
     for name, tensor in models.full_weights(unet, merge_lora=merge):
         if dist.is_main():
@@ -529,7 +540,7 @@ def export(args: Any, pipe: Any, unet: nn.Module) -> None:
     if dist.is_main():
         with files.whole(folder) as unfinished:
             if merge:
-                plain = read_pipeline(args.model)
+                plain = read_pipeline(model)
                 plain.unet.load_state_dict(weights)
                 plain.save_pretrained(unfinished)
             else:

@@ -82,36 +82,59 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def all_sum(
-    sums: Mapping[str, Tensor | float], same: Mapping[str, Tensor | float] | None = None
-) -> dict[str, float]:
+def all_sum(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Add each value over ranks and bring the results to the host: one collective, one synchronisation.
 
-    Args:
-        sums: scalars to add; every rank passes the same keys.
-        same: scalars every rank already agrees on (a gradient norm), which only ride along.
-
-    The pending stop signal of any rank travels along, so all ranks see `stop_requested` at the same step.
+    Every rank passes the same keys. The pending stop signal of any rank travels along, so all ranks see
+    `stop_requested` at the same step.
     """
-    same = same or {}
-    device = next((v.device for v in (*sums.values(), *same.values()) if isinstance(v, Tensor)), "cpu")
+    device = next((v.device for v in sums.values() if isinstance(v, Tensor)), "cpu")
     # a dummy row's metrics are made of the same keys, so the order of `sums` agrees between ranks
-    values = [
-        torch.as_tensor(v, dtype=torch.float64).to(device)
-        for v in (float(_stop["signal"] > 0), *sums.values())
-    ]
-    flat = torch.stack(values)
+    values = (float(_stop["signal"] > 0), *sums.values())
+    flat = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values])
     if world_size() > 1:
         torch_dist.all_reduce(flat)
-    agreed = [torch.as_tensor(v, dtype=torch.float64).to(device) for v in same.values()]
-    stop, *numbers = torch.cat([flat, torch.stack(agreed)] if agreed else [flat]).tolist()
+    stop, *numbers = flat.tolist()
     _stop["agreed"] = stop > 0
-    return dict(zip((*sums, *same), numbers, strict=True))
+    return dict(zip(sums, numbers, strict=True))
+
+
+class Totals:
+    """Metrics of a step or an evaluation: of each the sum and the count that divides it, over rows and ranks.
+
+        totals.update({"entropy": (stats.entropy.sum(), len(stats.entropy))})  # for each row
+        totals.reduce("train/")  # -> {"train/entropy": mean over the tokens of all rows and ranks}
+
+    What all ranks agree on, as a gradient norm, is a metric like others, (norm, 1). A sum that is divided
+    already has the count 0 and stays a sum.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, Tensor | float] = {}
+
+    def update(self, metrics: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        """Add the metrics of a row, scalars all; no gradient is kept."""
+        for name, (total, count) in metrics.items():
+            total = total.detach() if isinstance(total, Tensor) else total
+            self.sums[name] = self.sums.get(name, 0) + total
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def reduce(self, prefix: str = "") -> dict[str, float]:
+        """The metrics over all rows and ranks, after one synchronisation, with prefix before their names."""
+        found = all_sum(self.sums | {f"{name} count": count for name, count in self.counts.items()})
+        return {f"{prefix}{name}": found[name] / (found[f"{name} count"] or 1) for name in self.sums}
 
 
 def stop_requested() -> bool:
     """True on every rank once any rank has received SIGTERM or SIGINT; decided by the latest `all_sum`."""
     return _stop["agreed"]
+
+
+def poll_stop() -> bool:
+    """`stop_requested`, asked where no sum is due: a collective."""
+    all_sum({})
+    return stop_requested()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

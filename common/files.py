@@ -147,8 +147,7 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
         if dist.is_main():
             with unfinished.open("a") as file:
                 file.write(as_lines(records))
-        dist.all_sum({})
-        if dist.stop_requested():
+        if dist.poll_stop():
             raise dist.Stopped(
                 f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
             )

@@ -18,7 +18,6 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ import tyro
 from torch import Tensor, nn
 
 from common import data, dist, models
+from common.args import System
 
 LEVELS = 3  # of the search through the vocabulary, see `invert`
 STRIDE = {"cpu": 1, "cuda": 8}  # steps from one look of the host to the next; a look waits for the device
@@ -598,8 +598,7 @@ def main(args: Args) -> None:
     device = dist.init(args.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tokenizer = data.load_tokenizer(args.model)
-    options = SimpleNamespace(dtype="auto", sharding="full", compile=False)
-    policy = models.load(args.model, device, options, trainable=False)
+    policy = models.load(args.model, device, System(), trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     label = data.read_line(args.attributes, "attributes")
     shown = ""

@@ -3,7 +3,6 @@
 Only rank 0 writes. Metrics go to the file in full and to the console in part, a few lines a minute.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -14,40 +13,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import checkpoint, data, dist, files
+from common.args import Folder, Sampling, Snapshot, dotted
 from common.generate import generate
-
-# a run may resume with these changed: they alter its length, what it records or how it fits, no number
-CHANGEABLE = """
-    output_dir overwrite max_steps num_epochs num_iterations eval_dataset eval_every save_every
-    keep_checkpoints num_samples max_new_tokens temperature judge micro_batch_tokens activation_checkpointing
-    compile sharding merge_lora precompute_ref track wandb_project run_name micro_batch_size
-    step_checkpointing images_per_prompt sample weights
-""".split()  # noqa: SIM905
-
-
-def parse(Args: type, toy: dict[str, Any]) -> Any:  # noqa: N803
-    """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win."""
-    import tyro
-
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default=Args.model)
-    wants_toy = peek.parse_known_args()[0].model == "toy"
-    asks_help = {"-h", "--help"} & set(sys.argv[1:])
-    defaults = Args() if asks_help or not wants_toy else with_fields(Args(), toy)
-    settings = " ".join(f"--{name} {value}" for name, value in _flat(toy).items())
-    about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
-    return tyro.cli(Args, default=defaults, description=about, use_underscores=True)
-
-
-def with_fields(args: Any, changes: dict[str, Any]) -> Any:
-    """A copy of args with fields changed; a dict changes fields of the stage options it names."""
-    own = {k: with_fields(getattr(args, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return replace(args, **own)
 
 
 def load_function(spec: str) -> Callable:
@@ -62,46 +33,38 @@ def load_function(spec: str) -> Callable:
 
 
 class Log:
-    """The run folder. `log(step, metrics)` appends a row; numbers under eval/ make the table at the end.
-
-    A pipeline is a script with the Args of others among its own; its steps are its stages.
-    """
+    """The run folder. `log(step, metrics)` appends a row; numbers under eval/ make the table at the end."""
 
     running: "Log | None" = None  # the pipeline a stage of which is running
 
     def __init__(
         self,
-        args: Any,
+        run: Folder,
         script: str,
         show: tuple[str, ...],
-        toy: dict[str, Any] | None = None,
-        fixed: tuple[str, ...] = (),
+        options: Snapshot,
+        is_pipeline: bool = False,
         columns: tuple[str, ...] = ("before", "after"),
     ):
-        """fixed: fields of CHANGEABLE that do alter this script's numbers.
+        """is_pipeline: a script that runs others as its stages; its steps are these.
 
         columns: of the table at the end; two are the first and the last evaluation, more are all of them.
         """
-        self.args, self.show, self.columns, self.wandb = args, show, columns, None
+        self.run, self.script, self.show, self.options = run, script, show, options
+        self.is_pipeline, self.columns, self.wandb = is_pipeline, columns, None
         self.outer = Log.running  # the pipeline that this run is a stage of
-        self.is_pipeline = any(is_dataclass(getattr(args, f.name)) for f in fields(args))
-        self.changeable = set(CHANGEABLE) - set(fixed)
         self.first_step: int | None = None  # of this process, for the time left
-        if os.environ.get("WANDB_SWEEP_ID"):  # runs of a sweep must not share a folder
-            args.track = True
-            if args.output_dir == next(f.default for f in fields(args) if f.name == "output_dir"):
-                args.output_dir += "-" + os.environ.get("WANDB_RUN_ID", "run")
-        self.folder = Path(args.output_dir)
+        self.folder = Path(run.output_dir)
         self.rows: list[dict] = dist.from_main(self._open)
-        self.script = script
-        if dist.is_main() and args.model == "toy" and toy is not None and not self.outer:
-            used = " ".join(f"{k}={v}" for k, v in toy.items() if getattr(args, k) == v)
+        values = options.values
+        if dist.is_main() and values["model"] == "toy" and options.toy and not self.outer:
+            used = " ".join(f"{k}={v}" for k, v in options.toy.items() if values[k] == v)
             print(f"toy world: {used}; for real: --model <hub id or folder> --dataset <file>", flush=True)
 
     def _open(self) -> list[dict]:
         """Make or reopen the folder. -> the rows up to the checkpoint the run will resume from."""
-        args, folder = self.args, self.folder
-        if args.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
+        folder = self.folder
+        if self.run.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
             shutil.rmtree(folder, ignore_errors=True)
         try:
             (folder if self.is_pipeline else folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -109,17 +72,10 @@ class Log:
             (folder / ".writable").unlink()
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
-        last = checkpoint.newest(args)
+        last = checkpoint.newest(folder)
         # without a checkpoint there is nothing to resume, but for the stages of a pipeline
         if (last or self.is_pipeline) and (folder / "args.json").exists():
-            before, now = _flat(json.loads((folder / "args.json").read_text())), _flat(asdict(args))
-            for name, value in now.items():
-                changeable = name.rsplit(".")[-1] in self.changeable
-                if not changeable and name in before and before[name] != value:
-                    raise dist.RunError(
-                        f"output_dir {folder} holds a run with {name} {before[name]!r}, now {value!r}: "
-                        "give that value to resume it, another output_dir, or --overwrite to start anew"
-                    )
+            self._compare(dotted(json.loads((folder / "args.json").read_text())))
         keep = int(last.name[5:]) if last else math.inf if self.is_pipeline else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in files.read_rows(folder / name) if row["step"] <= keep]
@@ -128,11 +84,20 @@ class Log:
                 keep = max((row["step"] for row in kept), default=-1)
         return files.read_rows(folder / "metrics.jsonl")
 
+    def _compare(self, before: dict[str, Any]) -> None:
+        """Refuse a change of what decides numbers; `before` are the options that the run began with."""
+        for name, value in dotted(self.options.values).items():
+            if name in self.options.fixed and name in before and before[name] != value:
+                raise dist.RunError(
+                    f"output_dir {self.folder} holds a run with {name} {before[name]!r}, now {value!r}: "
+                    "give that value to resume it, another output_dir, or --overwrite to start anew"
+                )
+
     def _start_wandb(self) -> None:
         """Online if logged in, else offline; never asks, and a failure to start only costs the tracking."""
         if self.outer:
             self.wandb = self.outer.wandb
-        if self.outer or not self.args.track:
+        if self.outer or not self.run.track:
             return
         id_file = self.folder / "wandb_id"
         try:
@@ -142,13 +107,13 @@ class Log:
             online = os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False)
             run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID")
             self.wandb = wandb.init(
-                project=self.args.wandb_project,
-                name=self.args.run_name or None,
+                project=self.run.wandb_project,
+                name=self.run.run_name or None,
                 id=run_id,
                 resume="allow",
                 mode=os.environ.get("WANDB_MODE") or ("online" if online else "offline"),
                 dir=self.folder,
-                config=asdict(self.args),
+                config=self.options.values,
             )
             id_file.write_text(self.wandb.id)
         except Exception as error:
@@ -165,21 +130,20 @@ class Log:
             if last:
                 print(f"resuming {self.folder} from step {last}", flush=True)
             shutil.copyfile(self.script, self.folder / Path(self.script).name)
-            files.write(self.folder / "args.json", json.dumps(asdict(self.args), indent=2) + "\n")
+            files.write(self.folder / "args.json", json.dumps(self.options.values, indent=2) + "\n")
             self._start_wandb()
         return not done
 
     def stage(self, main: Callable, args: Any) -> bool:
-        """Run the main of another script in its own folder, unless that is complete.
+        """Run the main of another script with its Args, in their folder, unless that is complete.
 
         Its metrics go into this run's W&B run, under the folder's name.
 
         Returns:
             False if a stop was asked for; the stage has saved and the pipeline must end too.
         """
-        folder = Path(args.output_dir)
-        dist.all_sum({})
-        if not dist.stop_requested() and not dist.from_main((folder / "model").is_dir):
+        folder = Path(args.run.output_dir)
+        if not dist.poll_stop() and not dist.from_main((folder / "model").is_dir):
             if dist.is_main():
                 print(f"\nstage {folder.name}", flush=True)
             gc.collect()  # FSDP's modules refer to themselves
@@ -189,7 +153,7 @@ class Log:
             finally:
                 Log.running = before
             gc.collect()
-            dist.all_sum({})
+            dist.poll_stop()
         if dist.stop_requested() and dist.is_main():
             print(f"stopped in or after {folder.name}; the same command goes on from there", flush=True)
         return not dist.stop_requested() and dist.from_main((folder / "model").is_dir)
@@ -210,7 +174,7 @@ class Log:
         """
         for name in ("train/loss", "train/grad_norm"):
             if not abs(metrics.get(name, 0.0)) < float("inf"):
-                last = checkpoint.newest(self.args)
+                last = checkpoint.newest(self.folder)
                 raise dist.RunError(
                     f"{name} is {metrics[name]} at step {step}; the run stops. "
                     + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
@@ -253,7 +217,13 @@ class Log:
         return pace + f"  eta {int(left // 60)}:{int(left % 60):02d}"
 
     def samples(
-        self, step: int, policy: Any, tokenizer: Any, dataset: data.Dataset, reward: Callable | None = None
+        self,
+        step: int,
+        policy: Any,
+        tokenizer: Any,
+        dataset: data.Dataset,
+        sampling: Sampling,
+        reward: Callable | None = None,
     ) -> dict[str, float]:
         """Answer the first num_samples distinct prompts, judge the answers and append both to samples.jsonl.
 
@@ -266,15 +236,22 @@ class Log:
         """
         chosen: dict[str, data.Example] = {}
         for example in dataset:
-            if len(chosen) == self.args.num_samples:
+            if len(chosen) == self.options.values["num_samples"]:
                 break
             if example.prompt:
                 chosen.setdefault(json.dumps([example.prompt, example.label]), example)
         if not chosen:
             return {}
         prompts = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in chosen.values()]
-        settings = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.args.temperature}
-        samples = generate(policy, tokenizer, prompts, **settings, seed=self.args.seed, step=step)
+        samples = generate(
+            policy,
+            tokenizer,
+            prompts,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=self.options.values["seed"],
+            step=step,
+        )
         rewards = reward([*chosen.values()], [sample.text for sample in samples]) if reward else []
         if not dist.is_main():
             return {}
@@ -317,7 +294,8 @@ class Log:
 
     def judge(self) -> Callable | None:
         """What scores a reply, if anything does."""
-        spec = self.args.judge or ("toy.language:judge" if self.args.dataset == "toy" else "")
+        values = self.options.values
+        spec = values["judge"] or ("toy.language:judge" if values["dataset"] == "toy" else "")
         return load_function(spec) if spec else None
 
     def finish(self, stopped_at: int | None = None) -> None:
@@ -366,14 +344,6 @@ def following(rows: list[dict]) -> dict[str, float]:
         if both.asked.nunique() > 1 and both.found.nunique() > 1:
             metrics[f"follow/pearson/{name}"] = float(both.corr().iloc[0, 1])
     return metrics
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options of stages by the names they have on the command line: sft.learning_rate."""
-    flat = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _draw(rows: list[dict], path: Path, show: tuple[str, ...]) -> None:

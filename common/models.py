@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from common import dist
+from common.args import Optimization, System
 from common.data import Example, Row, model_folder, rows
 
 
@@ -328,14 +329,16 @@ def values(model: nn.Module, row: Row) -> Tensor:
 
 
 @torch.no_grad()
-def score(scorer: nn.Module, examples: list[Example], args: Any, device: torch.device) -> Tensor:
+def score(
+    scorer: nn.Module, examples: list[Example], micro_batch_tokens: int, device: torch.device
+) -> Tensor:
     """Outputs for every sequence of the examples, in order, on every rank. -> (sequences, A) float32
 
-    Centred and scaled by the model's config.reward_mean and reward_std, if set. Reads micro_batch_tokens.
+    Centred and scaled by the model's config.reward_mean and reward_std, if set.
     """
     starts = list(itertools.accumulate((len(e.sequences) for e in examples), initial=0))
     table = torch.zeros(starts[-1], scorer.config.num_labels, device=device)
-    for row in rows(examples, args.micro_batch_tokens, device):
+    for row in rows(examples, micro_batch_tokens, device):
         found = [at for i in row.example_ids.tolist() for at in range(starts[i], starts[i + 1])]
         table[found] = rewards(scorer, row)
     dist.sum_over_ranks(table)  # each example was scored by one rank
@@ -353,17 +356,16 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
 # --------------------------------------------------------------------------------------------- load and shard
 
 
-def load(model: str, device: torch.device, args: Any, trainable: bool = True) -> nn.Module:
+def load(model: str, device: torch.device, system: System, trainable: bool = True) -> nn.Module:
     """A causal language model, sharded over all ranks, whose forward is `token_stats`.
 
-    Only rank 0 reads the weights; the others receive their shards. Reads from args: dtype, sharding,
-    activation_checkpointing, compile, and lora_rank, lora_alpha, lora_target for a trainable model.
+    Only rank 0 reads the weights; the others receive their shards. Only a trainable model gets adapters.
 
     Raises:
         RunError: no such model, no weights in the folder, or an architecture that packing cannot serve.
     """
     shell = _load(
-        lambda: read_pretrained(*model_folder(model)), "AutoModelForCausalLM", device, args, trainable
+        lambda: read_pretrained(*model_folder(model)), "AutoModelForCausalLM", device, system, trainable
     )
     factor, divisor = (getattr(shell.config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
     shell.logit_scale_ = factor / divisor
@@ -376,7 +378,7 @@ def load(model: str, device: torch.device, args: Any, trainable: bool = True) ->
 def load_scorer(
     model: str,
     device: torch.device,
-    args: Any,
+    system: System,
     names: Sequence[str] = (),
     trainable: bool = True,
     zero_head: bool = False,
@@ -392,7 +394,7 @@ def load_scorer(
     def read() -> nn.Module:
         return read_scorer(*model_folder(model), names, zero_head)
 
-    shell = _load(read, "AutoModelForSequenceClassification", device, args, trainable)
+    shell = _load(read, "AutoModelForSequenceClassification", device, system, trainable)
     shell.forward = types.MethodType(_score_forward, shell)
     return shell
 
@@ -403,7 +405,11 @@ def output_names(scorer: nn.Module) -> list[str]:
 
 
 def _load(
-    read_plain: Callable[[], nn.Module], auto_class: str, device: torch.device, args: Any, trainable: bool
+    read_plain: Callable[[], nn.Module],
+    auto_class: str,
+    device: torch.device,
+    system: System,
+    trainable: bool,
 ) -> nn.Module:
     import transformers
 
@@ -411,12 +417,12 @@ def _load(
     # no mask function: packed rows need no mask
     transformers.AttentionInterface.register("varlen", varlen_attention)
     find_kernel(device)
-    low = device.type == "cuda" and resolve_dtype(args.dtype, device) != torch.float32
+    low = device.type == "cuda" and resolve_dtype(system.dtype, device) != torch.float32
     full: list[nn.Module] = []  # rank 0's; the others stay without a copy
 
     def with_lora(plain: nn.Module) -> nn.Module:
-        if trainable and args.lora_rank > 0:
-            add_lora(plain, args.lora_rank, args.lora_alpha, args.lora_target)
+        if trainable and system.lora_rank > 0:
+            add_lora(plain, system.lora_rank, system.lora_alpha, system.lora_target)
         return plain
 
     def read() -> tuple:
@@ -432,11 +438,11 @@ def _load(
     if low:
         fuse_norms(shell)
     shell.generation_config, shell.dtype_on_disk = generation_config, dtype_on_disk
-    shell.compute_dtype_, shell.auto_class_ = resolve_dtype(args.dtype, device), auto
+    shell.compute_dtype_, shell.auto_class_ = resolve_dtype(system.dtype, device), auto
     shell.eval()  # no dropout, layer drop or router noise, ever: policy and reference are one function
     if not trainable:
         shell.requires_grad_(False)
-    shard(shell, device, args)
+    shard(shell, device, system)
     fill(shell, full[0] if full else None, device)
     return shell
 
@@ -589,18 +595,18 @@ def mesh(device: torch.device, sharding: str) -> DeviceMesh:
     return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, device: torch.device, args: Any) -> None:
+def shard(model: nn.Module, device: torch.device, system: System) -> None:
     """Activation checkpointing, compile, then FSDP2, in that order, on a model without weights yet."""
-    dtype = resolve_dtype(args.dtype, device)
+    dtype = resolve_dtype(system.dtype, device)
     trainable = any(p.requires_grad for p in model.parameters())
     head, embedding = output_head(model), model.get_input_embeddings()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and name != "score.weight":
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
-    plan = fsdp_plan(model, dtype, device, args)
-    recompute = trainable and use_checkpointing(args.activation_checkpointing, model)
+    plan = fsdp_plan(model, dtype, device, system.sharding)
+    recompute = trainable and use_checkpointing(system.activation_checkpointing, model)
     for block in blocks(model):
-        if args.compile:  # inside the recomputation: the same graph runs in forward and again in backward
+        if system.compile:  # inside the recomputation: the same graph runs in forward and again in backward
             block.forward = torch.compile(block.forward, dynamic=True)
         if recompute:
             block.forward = functools.partial(
@@ -617,12 +623,12 @@ def shard(model: nn.Module, device: torch.device, args: Any) -> None:
     sum_gradients(model)
 
 
-def fsdp_plan(model: nn.Module, dtype: torch.dtype, device: torch.device, args: Any) -> dict[str, Any]:
+def fsdp_plan(model: nn.Module, dtype: torch.dtype, device: torch.device, sharding: str) -> dict[str, Any]:
     """What `fully_shard` is told of every part of the model: ranks, compute dtype, float32 gradients."""
     low = None if dtype == torch.float32 else dtype
-    whole = dist.world_size() == 1 or args.sharding == "none"
+    whole = dist.world_size() == 1 or sharding == "none"
     return {
-        "mesh": mesh(device, args.sharding),
+        "mesh": mesh(device, sharding),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
         # whole float32 weights are neither gathered nor cast: FSDP would only copy them, row by row
         "ignored_params": set(model.parameters()) if whole and low is None else None,
@@ -742,18 +748,24 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def lr_factor(step: int, num_steps: int, args: Any) -> float:
+def lr_factor(step: int, num_steps: int, optimization: Optimization) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 1.
 
     Linear warm-up, then constant, or linear or cosine down to min_lr_ratio at the last step.
     """
-    if step <= args.warmup_steps:
-        return step / (args.warmup_steps + 1)
-    if args.lr_schedule == "constant":
+    warmup_steps, least = optimization.warmup_steps, optimization.min_lr_ratio
+    if step <= warmup_steps:
+        return step / (warmup_steps + 1)
+    if optimization.lr_schedule == "constant":
         return 1.0
-    done = (step - args.warmup_steps - 1) / max(1, num_steps - args.warmup_steps - 1)
-    left = 1 - done if args.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return args.min_lr_ratio + (1 - args.min_lr_ratio) * left
+    done = (step - warmup_steps - 1) / max(1, num_steps - warmup_steps - 1)
+    left = 1 - done if optimization.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return least + (1 - least) * left
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def training_flops(model: nn.Module, lengths: list[int]) -> float:

@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 from common import dist  # noqa: E402
+from common.args import with_fields  # noqa: E402
 from toy import language  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
@@ -60,6 +61,18 @@ def tokenizer(toy: Path) -> Any:
     from common import data
 
     return data.load_tokenizer("toy")
+
+
+def args_of(Args: type, **options: Any) -> Any:
+    """Args with options by the names of the command line, whatever block they are in."""
+    return with_fields(Args(), **options)
+
+
+def means(metrics: dict[str, tuple]) -> dict[str, float]:
+    """The metrics that a `loss_and_metrics` returns, of its row alone."""
+    totals = dist.Totals()
+    totals.update(metrics)
+    return totals.reduce()
 
 
 def make_tiny_model(folder: Path, tokenizer: Any, seed: int = 0, **config: Any) -> Path:

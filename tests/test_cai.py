@@ -17,12 +17,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, args_of, read_metrics
 from torch import nn
 
 import cai
 import reward_model
-import sft
 from common import checkpoint, data, dist, log
 from toy import language
 
@@ -246,7 +245,7 @@ def test_both_options_are_scored_at_one_token_after_the_same_context(tokenizer: 
 
 
 def judge_args(**more: Any) -> cai.Args:
-    return log.with_fields(cai.Args(), {**cai.TOY, **more})
+    return args_of(cai.Args, **{**cai.TOY, **more})
 
 
 def questions() -> list[data.Messages]:
@@ -450,7 +449,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def endpoint_args(url: str, folder: Any, **more: Any) -> cai.Args:
     more = {"judge_timeout": 0.3, "judge_retries": 12, **more}
-    return cai.Args(judge_url=url, judge_model="m", output_dir=str(folder), **more)
+    return args_of(cai.Args, judge_url=url, judge_model="m", output_dir=str(folder), **more)
 
 
 def ask(url: str, folder: str, texts: list[str], **more: Any) -> list[str]:
@@ -594,7 +593,7 @@ def small(folder: Path, world: Path, **more: Any) -> cai.Args:
         "ppo": {**cai.TOY["ppo"], **stage, "rollout_size": 8, "max_steps": 3, "max_new_tokens": 16},
         "dpo": {**cai.TOY["dpo"], **stage, "max_steps": 3},
     }
-    return log.with_fields(cai.Args(output_dir=str(folder)), {**cai.TOY, **settings, **more})
+    return args_of(cai.Args, output_dir=str(folder), **{**cai.TOY, **settings, **more})
 
 
 STAGES = ["2_sft", "4_preference_model", "5_ppo"]
@@ -672,8 +671,7 @@ def test_a_file_of_the_judge_trains_the_preference_model_with_soft_labels(
     whole: Path, tokenizer: Any
 ) -> None:
     pairs = read(whole / "3_pairs" / "pairs.jsonl")
-    args = reward_model.Args(dataset=str(whole / "3_pairs" / "pairs.jsonl"), batch_size=4)
-    train, held_out = data.load_pairs(args, tokenizer)
+    train, held_out = data.load_pairs(tokenizer, str(whole / "3_pairs" / "pairs.jsonl"), "", 2048)
     assert len(train) + len(held_out) == len(pairs)
     found = sorted(example.fields["label_prob"] for example in [*train, *held_out])
     assert found == sorted(pair["label_prob"] for pair in pairs) and 0.5 < found[0] < found[-1] < 1
@@ -692,11 +690,11 @@ def test_held_out_prompts_that_are_trained_on_are_left_out(tmp_path: Path, token
     for split, texts in (("train", "ab"), ("test", "bc")):
         lines = [json.dumps({"prompt": text}) for text in texts]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    prompts, held_out = cai.load_red_team(cai.Args(dataset=str(tmp_path)), tokenizer)
+    prompts, held_out = cai.load_red_team(args_of(cai.Args, dataset=str(tmp_path)), tokenizer)
     assert len(prompts) == 2 and [e.prompt[0]["content"] for e in held_out] == ["c"]
     (tmp_path / "test.jsonl").write_text('{"prompt": "a"}')
     with pytest.raises(dist.RunError, match="prompts of the training data only"):
-        cai.load_red_team(cai.Args(dataset=str(tmp_path)), tokenizer)
+        cai.load_red_team(args_of(cai.Args, dataset=str(tmp_path)), tokenizer)
 
 
 class Killed(BaseException):
@@ -752,7 +750,7 @@ def test_a_kill_in_a_trained_stage_loses_nothing(
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die(patch, log.Log, "__call__", lambda self, n: self.folder.name == stage and n == 3)
             cai.main(small(folder, world))
-        assert checkpoint.newest(sft.Args(output_dir=str(folder / stage))).name == "step_00000001"
+        assert checkpoint.newest(str(folder / stage)).name == "step_00000001"
     cai.main(small(folder, world))
     assert numbers(folder) == numbers(whole)
 
@@ -937,7 +935,7 @@ def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path, toy: Path) -
 
 def learned(folder: str) -> list[dict]:
     """The toy run as it is without arguments; called on the two ranks."""
-    cai.main(log.with_fields(cai.Args(output_dir=folder), cai.TOY))
+    cai.main(args_of(cai.Args, output_dir=folder, **cai.TOY))
     return read_metrics(folder)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import args_of, make_tiny_model
 
 import sft
 from common import checkpoint, data, dist, models
@@ -15,14 +15,14 @@ from common import checkpoint, data, dist, models
 def train(folder: str, few: str, **settings: Any) -> None:
     """Four steps of sft.py; called here and on the two ranks."""
     base = {**sft.TOY, "dataset": f"{few}/sft", "output_dir": folder, "max_steps": 4, "batch_size": 8}
-    sft.main(sft.Args(**{**base, "num_samples": 0, "learning_rate": 1e-2, **settings}))
+    sft.main(args_of(sft.Args, **{**base, "num_samples": 0, "learning_rate": 1e-2, **settings}))
 
 
 def our_logps(folder: str, tokens: list[int], device: torch.device, resumed: sft.Args) -> torch.Tensor:
     """Log-probs of tokens under the policy as it was trained: base model plus the newest checkpoint."""
-    policy = models.load(resumed.model, device, resumed)
+    policy = models.load(resumed.model, device, resumed.system)
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0))
-    assert checkpoint.resume(resumed, {"policy": (policy, optimizer)})["step"] == 4
+    assert checkpoint.resume(resumed.run.output_dir, {"policy": (policy, optimizer)})["step"] == 4
     mask = torch.ones(len(tokens), dtype=torch.bool).numpy()
     mask[0] = False
     example = data.Example([(torch.tensor(tokens, dtype=torch.int32).numpy(), mask)], "")
@@ -53,7 +53,7 @@ def test_an_export_is_the_trained_policy_in_plain_transformers(
     else:
         train(folder, str(few), model=base)
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
-    ours = our_logps(folder, TOKENS, device, sft.Args(model=base, output_dir=folder))
+    ours = our_logps(folder, TOKENS, device, args_of(sft.Args, model=base, output_dir=folder))
     torch.testing.assert_close(plain_logps(model, TOKENS), ours, atol=1e-5, rtol=1e-5)
     untrained = AutoModelForCausalLM.from_pretrained(base)
     assert (plain_logps(untrained, TOKENS) - ours).abs().max() > 0.1
@@ -74,7 +74,9 @@ def test_lora_exports_a_peft_folder_or_a_merged_model(
     train(folder, str(few), model=tiny_model, lora_rank=4, merge_lora=merge)
     assert Path(folder, "model", "adapter_config.json").exists() != merge
     loader = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
-    ours = our_logps(folder, TOKENS, device, sft.Args(model=tiny_model, output_dir=folder, lora_rank=4))
+    ours = our_logps(
+        folder, TOKENS, device, args_of(sft.Args, model=tiny_model, output_dir=folder, lora_rank=4)
+    )
     theirs = plain_logps(loader.from_pretrained(f"{folder}/model"), TOKENS)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     again = plain_logps(

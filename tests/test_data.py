@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,19 +26,19 @@ REPLIES = [message["role"] == "assistant" for message in CHAT]
 CORPUS = ["user assistant model [INST] [/INST] Yes. No. Is it so? Are you sure? 3+4? 7 8 \n"] * 4
 
 
-def make_args(dataset: Any, **changes: Any) -> SimpleNamespace:
-    args = {"eval_dataset": str(dataset), "max_length": 512, "max_prompt_length": 512, "batch_size": 1}
-    args |= {"train_on_prompt": False, "seed": 1, "max_steps": -1, "num_epochs": 1}
-    return SimpleNamespace(dataset=str(dataset), **(args | changes))
-
-
 def write(folder: Path, *records: dict, name: str = "data.jsonl") -> str:
     (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(folder / name)
 
 
+def load_both(kind: str, source: Any, tokenizer: Any, **changes: Any) -> tuple[data.Dataset, data.Dataset]:
+    limit = "max_prompt_length" if kind == "prompts" else "max_length"
+    options = {"dataset": str(source), "eval_dataset": str(source), limit: 512, **changes}
+    return getattr(data, f"load_{kind}")(tokenizer, **options)
+
+
 def load(kind: str, source: str, tokenizer: Any, **changes: Any) -> data.Dataset:
-    return getattr(data, f"load_{kind}")(make_args(source, **changes), tokenizer)[0]
+    return load_both(kind, source, tokenizer, **changes)[0]
 
 
 def scored(tokenizer: Any, sequence: data.Sequence) -> list[str]:
@@ -565,8 +564,8 @@ def test_the_docs_page_has_examples_of_every_kind() -> None:
     ],
 )
 def test_real_files_load(families: dict, kind: str, name: str, count: int) -> None:
-    changes = {"eval_dataset": "", "max_length": 10**6, "max_prompt_length": 10**6}
-    train, held_out = getattr(data, f"load_{kind}")(make_args(DATA / name, **changes), families["gemma"])
+    limit = {"max_prompt_length" if kind == "prompts" else "max_length": 10**6}
+    train, held_out = load_both(kind, DATA / name, families["gemma"], eval_dataset="", **limit)
     assert len(train) + len(held_out) == count and len(held_out) == round(0.05 * count)
 
 
@@ -725,7 +724,7 @@ def test_hub_data_sets_are_read_by_their_splits(monkeypatch: pytest.MonkeyPatch,
         return found[split] if split else found
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    train, test = data.load_sft(make_args("me/it", eval_dataset=""), tokenizer)
+    train, test = load_both("sft", "me/it", tokenizer, eval_dataset="")
     assert (len(train), len(test)) == (3, 1)
     assert len(load("sft", "me/it::extra", tokenizer)) == 2
     with pytest.raises(
@@ -768,7 +767,7 @@ def test_a_pair_goes_if_one_side_loses_its_target_and_whole_pairs_are_never_cut(
     late = {"chosen": [ASK, SEVEN], "rejected": [ASK, {**ASK, "content": "a " * 30}, EIGHT]}
     source = write(tmp_path, fits, one_long, no_room, late)
     assert [e.record for e in load("pairs", source, tokenizer, max_length=20)] == [fits, one_long]
-    whole, _ = data.load_pairs(make_args(source, max_length=20), tokenizer, whole=True)
+    whole, _ = load_both("pairs", source, tokenizer, max_length=20, whole=True)
     assert [example.record for example in whole] == [fits]
 
 
@@ -790,9 +789,9 @@ def numbered(count: int, start: int = 0) -> list[data.Example]:
     ]
 
 
-def epoch(dataset: data.Dataset, number: int, **changes: Any) -> list[int]:
-    args = make_args("", batch_size=dataset.epoch_size, max_steps=99, **changes)
-    return [example.num_tokens for example in data.batch(dataset, number, args)]
+def epoch(dataset: data.Dataset, number: int) -> list[int]:
+    batch = data.batch(dataset, number, dataset.epoch_size, seed=1)
+    return [example.num_tokens for example in batch]
 
 
 def test_weights_say_how_often_an_epoch_visits() -> None:
@@ -807,43 +806,39 @@ def test_weights_say_how_often_an_epoch_visits() -> None:
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    args = make_args("", batch_size=7, max_steps=50)
     dataset, again = (data.Dataset([(numbered(20), 1.0)]) for _ in range(2))
-    steps = [[e.num_tokens for e in data.batch(dataset, step, args)] for step in range(1, 11)]
+    steps = [[e.num_tokens for e in data.batch(dataset, step, 7, seed=1)] for step in range(1, 11)]
     for step in (10, 3, 7, 1):  # in any order, as after a resume
-        assert [e.num_tokens for e in data.batch(again, step, args)] == steps[step - 1]
-    assert [
-        e.num_tokens for e in data.batch(dataset, 1, make_args("", batch_size=7, max_steps=50, seed=2))
-    ] != steps[0]
+        assert [e.num_tokens for e in data.batch(again, step, 7, seed=1)] == steps[step - 1]
+    assert [e.num_tokens for e in data.batch(dataset, 1, 7, seed=2)] != steps[0]
     flat = sum(steps, [])
     assert sorted(flat[:20]) == sorted(flat[20:40]) == list(range(1, 21))  # epochs follow without a gap
 
 
 def test_the_last_batch_of_a_run_by_epochs_is_partial() -> None:
     dataset = data.Dataset([(numbered(20), 1.0)])
-    args = make_args("", batch_size=16, num_epochs=2)
-    assert data.num_steps(dataset, args) == 3
-    assert [len(data.batch(dataset, step, args)) for step in (1, 2, 3)] == [16, 16, 8]
-    args = make_args("", batch_size=16, max_steps=4)
-    assert data.num_steps(dataset, args) == 4 and len(data.batch(dataset, 4, args)) == 16
-    assert data.num_steps(dataset, make_args("", batch_size=20, max_steps=0)) == 0
+    assert data.num_steps(dataset, 16, num_epochs=2) == 3
+    assert [len(data.batch(dataset, step, 16, seed=1, num_epochs=2)) for step in (1, 2, 3)] == [16, 16, 8]
+    assert data.num_steps(dataset, 16, num_epochs=1, max_steps=4) == 4
+    assert len(data.batch(dataset, 4, 16, seed=1, num_epochs=1, max_steps=4)) == 16
+    assert data.num_steps(dataset, 20, num_epochs=1, max_steps=0) == 0
 
 
 def test_fewer_examples_than_a_batch_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     source = write(tmp_path, {"messages": CHAT})
     with pytest.raises(dist.RunError, match="found 1 examples an epoch; expected batch_size, 2, or more"):
-        load("sft", source, tokenizer, batch_size=2)
-    assert len(load("sft", f"{source}*2", tokenizer, batch_size=2)) == 1
+        data.num_steps(load("sft", source, tokenizer), batch_size=2, num_epochs=1)
+    assert data.num_steps(load("sft", f"{source}*2", tokenizer), batch_size=2, num_epochs=1) == 1
 
 
 def test_a_folder_brings_its_test_split_and_so_does_the_toy(tokenizer: Any, tmp_path: Path) -> None:
     write(tmp_path, {"text": "a b"}, name="train-00000-of-00002.jsonl")
     write(tmp_path, {"text": "a c"}, name="train-00001-of-00002.jsonl")
     write(tmp_path, {"text": "a d"}, name="validation.jsonl")
-    train, test = data.load_sft(make_args(tmp_path, eval_dataset=""), tokenizer)
+    train, test = load_both("sft", tmp_path, tokenizer, eval_dataset="")
     assert [e.record["text"] for e in train] == ["a b", "a c"] and [e.record["text"] for e in test] == ["a d"]
     for kind in ("prompts", "ratings"):
-        train, test = getattr(data, f"load_{kind}")(make_args("toy", eval_dataset=""), tokenizer)
+        train, test = load_both(kind, "toy", tokenizer, eval_dataset="")
         assert len(train) >= 1000 and len(test) == 200
 
 
@@ -876,7 +871,7 @@ def test_a_single_prompt_cannot_be_held_out() -> None:
 
 def ranks_share(dataset: str, cases: list[list[int]]) -> dict[str, Any]:
     """What one rank sees of pairs that both ranks encode together. Runs on the session of two ranks."""
-    train = data.load_pairs(make_args(dataset), data.load_tokenizer("toy"))[0]
+    train = load("pairs", dataset, data.load_tokenizer("toy"))
     found = [list(data.rows(train[:size], limit, CPU)) for limit, size in cases]
     ids = [[row.example_ids.tolist() for row in rows] for rows in found]
     return {"ids": ids, "tokens": [[tokens.tolist() for tokens, _ in e.sequences] for e in train]}
@@ -884,7 +879,7 @@ def ranks_share(dataset: str, cases: list[list[int]]) -> dict[str, Any]:
 
 def ranks_fail(dataset: str) -> str:
     try:
-        data.load_pairs(make_args(dataset), data.load_tokenizer("toy"))
+        load("pairs", dataset, data.load_tokenizer("toy"))
     except dist.RunError as error:
         return str(error)
     return "no error"

@@ -45,15 +45,20 @@ def test_shares_are_balanced(per_rank: int, most: float):
 
 def test_one_process_adds_and_gathers_its_own():
     dist.init(seed=1)
-    assert dist.all_sum({"a": torch.tensor(2.0), "b": 3}, same={"c": torch.tensor(4.0)}) == {
-        "a": 2.0,
-        "b": 3.0,
-        "c": 4.0,
-    }
+    assert dist.all_sum({"a": torch.tensor(2.0), "b": 3}) == {"a": 2.0, "b": 3.0}
     assert dist.all_sum({}) == {}
     assert dist.gather([1, "x"]) == [1, "x"]
     assert dist.parallel_map(lambda x: x * x, [1, 2, 3]) == [1, 4, 9]
     assert dist.parallel_map(len, []) == []
+
+
+def test_totals_divide_sums_by_their_own_counts():
+    totals = dist.Totals()
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    totals.update({"x": (x.sum(), 3), "pairs": (x[0], 1), "none": (0.0, 0), "divided": (0.25, 0)})
+    totals.update({"x": (x[:1].sum(), 1), "pairs": (x[1], 1), "none": (0.0, 0), "divided": (0.5, 0)})
+    assert not totals.sums["x"].requires_grad
+    assert totals.reduce() == {"x": 1.75, "pairs": 1.5, "none": 0.0, "divided": 0.75}
 
 
 def test_all_sum_keeps_what_float32_would_round_away():
@@ -78,8 +83,7 @@ def test_init_again_repeats_the_random_numbers_and_forgets_a_stop():
     dist.init(seed=3)
     first = draws()
     os.kill(os.getpid(), signal.SIGTERM)
-    dist.all_sum({})
-    assert dist.stop_requested()
+    assert dist.poll_stop() and dist.stop_requested()
     dist.init(seed=3)
     assert draws() == first and not dist.stop_requested()
     dist.all_sum({})
@@ -144,8 +148,12 @@ def sums_and_order() -> dict[str, Any]:
     """Run on each rank."""
     me = dist.rank()
     box = torch.tensor([1.0, 10.0]) * (me + 1)
+    totals = dist.Totals()
+    totals.update({"x": (torch.tensor(2.0, requires_grad=True), 1 + 2 * me)})
+    totals.update({"norm": (torch.tensor(0.5), 1), "done": (1.0, 0)})
     return {
-        "sums": dist.all_sum({"x": torch.tensor(me + 1.0), "n": 10 * (me + 1)}, same={"norm": 0.5}),
+        "means": totals.reduce("train/"),
+        "sums": dist.all_sum({"x": torch.tensor(me + 1.0), "n": 10 * (me + 1)}),
         "gathered": dist.gather([f"{me}a", f"{me}b"] if me == 0 else ["1a"]),
         "mapped": dist.parallel_map(lambda x: (x, dist.rank()), list(range(5))),
         "from_main": dist.from_main(lambda: f"of rank {dist.rank()}"),
@@ -158,7 +166,9 @@ def test_two_ranks_agree_on_sums_and_order(two_ranks: Any):
     first, second = two_ranks("test_dist:sums_and_order")
     assert first.pop("world") == [2, True] and second.pop("world") == [2, False]
     assert first == second
-    assert first["sums"] == {"x": 3.0, "n": 30.0, "norm": 0.5}  # the norm rides along, it is not added
+    assert first["sums"] == {"x": 3.0, "n": 30.0}
+    # 2 + 2 over 1 + 3 tokens, which a mean of the ranks' means would make 1.33; the norm is one on both
+    assert first["means"] == {"train/x": 1.0, "train/norm": 0.5, "train/done": 2.0}
     assert first["gathered"] == ["0a", "0b", "1a"]
     assert first["mapped"] == [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]
     assert first["from_main"] == "of rank 0"

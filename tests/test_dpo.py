@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import args_of, read_metrics
 
 import dpo
 from common import data, models
@@ -24,7 +24,7 @@ def pair_loss(chosen: float, rejected: float, lengths: tuple[int, int] = (1, 1),
     """The loss of one pair whose log-ratios are given, through the choice that `loss` makes."""
     fields = one_pair(**{k: settings.pop(k) for k in list(settings) if k in data.PAIR_FIELDS})
     logps = torch.tensor([[chosen, rejected]])
-    args = dpo.Args(**settings)
+    args = args_of(dpo.Args, **settings)
     return dpo.pair_losses(logps, torch.zeros(1, 2), torch.tensor([lengths]), fields, args).item()
 
 
@@ -119,7 +119,7 @@ def test_losses_stay_finite_far_out() -> None:
 
 def test_the_gradient_raises_chosen_and_lowers_rejected() -> None:
     logps = torch.zeros(1, 2, requires_grad=True)
-    args = dpo.Args(beta=0.4)
+    args = args_of(dpo.Args, beta=0.4)
     dpo.pair_losses(logps, torch.zeros(1, 2), torch.ones(1, 2), one_pair(), args).sum().backward()
     torch.testing.assert_close(logps.grad, torch.tensor([[-0.2, 0.2]]))  # -/+ beta / 2
 
@@ -134,8 +134,8 @@ def test_rpo_gradient_by_hand() -> None:
 
 
 def load(model: str, device: torch.device, **settings: Any) -> tuple[Any, dpo.Args]:
-    args = dpo.Args(model=model, **settings)
-    return models.load(model, device, args), args
+    args = args_of(dpo.Args, model=model, **settings)
+    return models.load(model, device, args.system), args
 
 
 def make_row(device: torch.device, **fields: float) -> data.Row:
@@ -156,14 +156,16 @@ def test_step_zero_is_log_two_with_each_reference(
     tiny_model: str, device: torch.device, reference: str
 ) -> None:
     policy, args = load(tiny_model, device, lora_rank=4 if reference == "adapters" else 0)
-    ref_policy = models.load(tiny_model, device, args, trainable=False) if reference == "copy" else None
+    ref_policy = (
+        models.load(tiny_model, device, args.system, trainable=False) if reference == "copy" else None
+    )
     row = make_row(device)
     if reference == "computed before":
         logps = dpo.response_logps(models.token_logps(policy, row).detach(), row)
         row.fields |= {"ref_chosen_logps": logps[:, 0], "ref_rejected_logps": logps[:, 1]}
     loss, metrics = dpo.loss_and_metrics(policy, ref_policy, row, args)
     assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics["rewards/margins"].item() == 0.0 and metrics["rewards/accuracies"].item() == 0
+    assert metrics["rewards/margins"][0].item() == 0.0 and metrics["rewards/accuracies"][0].item() == 0
 
 
 def test_only_response_tokens_count(tiny_model: str, device: torch.device) -> None:
@@ -177,7 +179,7 @@ def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: to
     row = data.make_row([data.Example([], "", fields=dict.fromkeys(data.PAIR_FIELDS, 1.0))], [], device)
     loss, metrics = dpo.loss_and_metrics(policy, policy, row, args)
     loss.backward()
-    assert loss.item() == 0.0 and all(value.item() == 0 for value in metrics.values())
+    assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
 
 
@@ -186,8 +188,8 @@ def test_rewards_carry_beta(tiny_model: str, device: torch.device) -> None:
     row = make_row(device, ref_chosen_logps=-20.0, ref_rejected_logps=-20.0)
     rewards = {}
     for beta in (0.1, 0.3):
-        _, metrics = dpo.loss_and_metrics(policy, None, row, dpo.Args(beta=beta))
-        rewards[beta] = metrics["rewards/chosen"].item()
+        _, metrics = dpo.loss_and_metrics(policy, None, row, args_of(dpo.Args, beta=beta))
+        rewards[beta] = metrics["rewards/chosen"][0].item()
     assert rewards[0.3] == pytest.approx(3 * rewards[0.1], rel=1e-5)
 
 
@@ -195,7 +197,7 @@ def test_sft_coef_adds_the_mean_nll_of_chosen(tiny_model: str, device: torch.dev
     policy, args = load(tiny_model, device)
     row = make_row(device, ref_chosen_logps=0.0, ref_rejected_logps=0.0)
     plain, metrics = dpo.loss_and_metrics(policy, None, row, args)
-    mixed, _ = dpo.loss_and_metrics(policy, None, row, dpo.Args(sft_coef=0.5))
+    mixed, _ = dpo.loss_and_metrics(policy, None, row, args_of(dpo.Args, sft_coef=0.5))
     logps = dpo.response_logps(models.token_logps(policy, row), row)
     nll = -(logps[0, 0] / 3 + logps[1, 0] / 4)
     torch.testing.assert_close(mixed - plain, 0.5 * nll)
@@ -210,7 +212,7 @@ def test_sft_coef_adds_the_mean_nll_of_chosen(tiny_model: str, device: torch.dev
 def test_every_loss_learns_to_prefer_chosen(few: Path, tmp_path: Path, loss: str) -> None:
     settings = {**dpo.TOY, "max_steps": 12, "batch_size": 16, "eval_every": 12, "num_samples": 0}
     settings["beta"] = 2.0 if loss == "simpo" else settings["beta"]  # per token, not per response
-    dpo.main(dpo.Args(**settings, dataset=str(few / "pairs"), loss=loss, output_dir=str(tmp_path)))
+    dpo.main(args_of(dpo.Args, **settings, dataset=str(few / "pairs"), loss=loss, output_dir=str(tmp_path)))
     rows = read_metrics(tmp_path)
     # without a reference the policy's own preference is the start, which must be improved on
     bar = rows[0]["eval/rewards/accuracies"] if loss == "simpo" else 0.75

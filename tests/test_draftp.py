@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_diffusion
 import torch
-from conftest import DATA, read_metrics
+from conftest import DATA, args_of, read_metrics
 from torch import Tensor
 
 import draftp
@@ -48,11 +48,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(tiny: Path, name: str = "sd", **changes: Any) -> draftp.Args:
-    return draftp.Args(**{**BRIEF, "model": str(tiny / name), "dataset": str(tiny / "prompts"), **changes})
+    return args_of(
+        draftp.Args, **{**BRIEF, "model": str(tiny / name), "dataset": str(tiny / "prompts"), **changes}
+    )
 
 
 def prepare(args: draftp.Args, device: torch.device) -> draftp.Models:
-    pipe, policy = diffusion.load(args.model, device, args)
+    pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
     return draftp.setup(args, pipe, policy, None, device)
 
 
@@ -133,7 +135,7 @@ def test_noise_has_an_address(tiny: Path, device: torch.device) -> None:
 # gradients
 
 
-def one_batch(m: draftp.Models, args: draftp.Args, k: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+def one_batch(m: draftp.Models, args: draftp.Args, k: int = 1) -> tuple[Tensor, dict[str, tuple]]:
     (micro,) = diffusion.micro_batches(["a cat", "a dog"], 4, m.device)
     return draftp.loss_and_metrics(m, micro, 1, k, args)
 
@@ -143,7 +145,7 @@ def test_the_first_gradient_reaches_every_lora_b_and_no_lora_a(tiny: Path, devic
     m = prepare(args, device)
     loss, metrics = one_batch(m, args)
     loss.backward()
-    assert metrics["kl"].item() == 0.0 and loss.item() == -metrics["reward"].item()
+    assert metrics["kl"][0].item() == 0.0 and loss.item() == -metrics["reward"][0].item()
     for name, parameter in trained(m.policy).items():
         assert bool(parameter.grad.any()) == ("lora_B" in name), name
 
@@ -363,7 +365,7 @@ def test_a_bad_file_of_prompts_is_named(tmp_path: Path, name: str, content: Any,
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(f"{i} cats" for i in range(100)))
-    train, held_out = diffusion.load_prompts(draftp.Args(dataset=str(tmp_path / "a.txt")))
+    train, held_out = diffusion.load_prompts(str(tmp_path / "a.txt"), "")
     assert len(train) == 95 and not set(diffusion.texts(train)) & set(diffusion.texts(held_out))
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_metrics
+from conftest import args_of, read_metrics
+
+from common.args import flat
 
 STEPS = 6
 BASE = {
@@ -63,8 +65,8 @@ def brevity(prompts: list, responses: list[str], examples: list) -> list[float]:
 def run(script: str, folder: str, **settings: Any) -> list[dict[str, float]]:
     """What is compared after each step of a run; called here and on the two ranks."""
     module = importlib.import_module(script)
-    common = {name: value for name, value in COMMON.items() if hasattr(module.Args, name)}
-    module.main(module.Args(**{**common, **BASE[script], **settings}, output_dir=folder))
+    common = {name: value for name, value in COMMON.items() if name in flat(module.Args())}
+    module.main(args_of(module.Args, **{**common, **BASE[script], **settings}, output_dir=folder))
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [{name: row[name] for name in COMPARED if name in row} for row in rows]

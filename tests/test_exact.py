@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import args_of
 from torch import Tensor
 
 import dpo
@@ -88,7 +89,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def load(tiny: str, device: torch.device) -> tuple[Any, Tensor]:
     """A policy, and the log-probabilities of its 85 answers at the start: the reference."""
-    policy = models.load(tiny, device, dpo.Args())
+    policy = models.load(tiny, device, dpo.Args().system)
     log_ref = log_probs(policy, everything(device)).detach()
     assert abs(log_ref.exp().sum().item() - 1) < 1e-5, "probabilities must sum to 1: EOS or mask mistake"
     return policy, log_ref
@@ -231,7 +232,7 @@ def reward_run(tiny: str, device: torch.device, num_steps: int = 400, num_pairs:
     log_ref = load(tiny, device)[1]
     args = reward_model.Args()
     torch.manual_seed(0)  # the new head
-    scorer = models.load_scorer(tiny, device, args, ["reward"])
+    scorer = models.load_scorer(tiny, device, args.system, ["reward"])
     rng, ref = np.random.default_rng(0), log_ref.exp().double().numpy()
     ref /= ref.sum()
     sequences, rewards = [sequence(a) for a in ANSWERS], REWARDS.double().numpy()
@@ -313,8 +314,8 @@ def test_e5_regression_on_noisy_labels_reaches_their_variance(trap: bool) -> Non
 
 @pytest.mark.slow
 def test_e5_an_attribute_model_reaches_the_variance(tiny: str, device: torch.device) -> None:
-    args = reward_model.Args(loss="regression")
-    scorer = models.load_scorer(tiny, device, args, ["helpfulness", "verbosity"])
+    args = args_of(reward_model.Args, loss="regression")
+    scorer = models.load_scorer(tiny, device, args.system, ["helpfulness", "verbosity"])
     generator = torch.Generator().manual_seed(0)
 
     def loss(step: int) -> Tensor:
@@ -369,7 +370,7 @@ def test_e6_the_tabular_optimum() -> None:
 def dpo_run(tiny: str, device: torch.device, num_steps: int = 600, trap: str = "") -> float:
     """Train on 64 random pairs a step with soft labels sigmoid(r_i - r_j). -> TV(policy, optimum)"""
     policy, log_ref = load(tiny, device)
-    args = dpo.Args(beta=BETA)
+    args = args_of(dpo.Args, beta=BETA)
     rng = np.random.default_rng(0)
 
     def example(i: int, j: int) -> data.Example:

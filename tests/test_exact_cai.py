@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model, read_metrics
+from conftest import args_of, make_tiny_model, read_metrics
 
 import cai
 import reward_model
 import sft
-from common import data, dist, log, models
+from common import data, dist, models
 
 Q, FORBIDDEN = 0.4, "You fool."
 ANIMALS = ("dog", "cat", "cow", "duck", "pig", "sheep", "horse", "lion", "frog", "bee", "owl", "mouse")
@@ -73,7 +73,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
 
 
 def settings(**more: Any) -> cai.Args:
-    return log.with_fields(cai.Args(), {**cai.TOY, **more})
+    return args_of(cai.Args, **{**cai.TOY, **more})
 
 
 def read(path: Path) -> list[dict]:
@@ -147,7 +147,7 @@ def test_e15_the_preference_model_learns_the_rule(scripted: Any, tmp_path: Path,
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     options = {**cai.TOY["reward_model"], "max_steps": 15, "batch_size": 32, "eval_every": 15}
     reward_model.main(
-        reward_model.Args(**options, dataset=f"{tmp_path}/pairs.jsonl", output_dir=f"{tmp_path}/pm")
+        args_of(reward_model.Args, **options, dataset=f"{tmp_path}/pairs.jsonl", output_dir=f"{tmp_path}/pm")
     )
     assert read_metrics(tmp_path / "pm")[-1]["eval/accuracy"] == 1
 
@@ -173,7 +173,9 @@ def test_with_a_reviser_that_changes_nothing_sl_cai_is_fine_tuning_on_the_first_
     for name, lines in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         options = {**cai.TOY["sft"], "max_steps": 3, "batch_size": 16, "num_samples": 0}
-        sft.main(sft.Args(**options, dataset=f"{tmp_path}/{name}.jsonl", output_dir=f"{tmp_path}/{name}"))
+        sft.main(
+            args_of(sft.Args, **options, dataset=f"{tmp_path}/{name}.jsonl", output_dir=f"{tmp_path}/{name}")
+        )
         losses.append([row.get("train/loss") for row in read_metrics(tmp_path / name)])
     assert losses[0] == losses[1]
 
@@ -187,7 +189,7 @@ BETA = 1.0
 def prob_forbidden(model: str, device: torch.device) -> torch.Tensor:
     """P(forbidden) of each prompt among the two replies, by enumeration. -> (12,)"""
     tokenizer = data.load_tokenizer(model)
-    policy = models.load(model, device, sft.Args(), trainable=False)
+    policy = models.load(model, device, sft.Args().system, trainable=False)
     sides = [
         [data.encode_response(tokenizer, prompt, [cai.assistant(text)]) for text in REPLIES]
         for prompt in PROMPTS
@@ -221,7 +223,7 @@ def test_e15_reinforcement_leaves_the_forbidden_as_likely_as_the_optimum_has_it(
     base = str(make_tiny_model(tmp_path / "base", tokenizer))
     options = dict(learning_rate=5e-3, batch_size=64, max_steps=80, num_samples=0, eval_every=80)
     start = str(tmp_path / "start")
-    sft.main(sft.Args(**options, model=base, dataset=f"{tmp_path}/demo", output_dir=start))
+    sft.main(args_of(sft.Args, **options, model=base, dataset=f"{tmp_path}/demo", output_dir=start))
     q = prob_forbidden(start, device)
     assert q.min() > 0.4 and q.max() < 0.8
 
@@ -255,7 +257,7 @@ def test_e15_reinforcement_leaves_the_forbidden_as_likely_as_the_optimum_has_it(
             num_samples=0,
         ),
     }
-    cai.main(log.with_fields(cai.Args(output_dir=str(tmp_path / "run")), {**cai.TOY, **settings}))
+    cai.main(args_of(cai.Args, output_dir=str(tmp_path / "run"), **{**cai.TOY, **settings}))
     pairs = read(tmp_path / "run" / "3_pairs" / "pairs.jsonl")
     assert {round(pair["label_prob"], 6) for pair in pairs} == {0.731059}  # sigma(1)
     # reward_model.py exports its scale, and PPO's scores are in units of it

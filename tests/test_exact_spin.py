@@ -145,7 +145,6 @@ def spin_run(tiny: str, device: torch.device, trap: str = "", num_steps: int = 6
     policy, log_opponent = load(tiny, device)
     generator = torch.Generator().manual_seed(0)
     log_p = torch.log_softmax(log_opponent + torch.randn(len(ANSWERS), generator=generator), 0)
-    settings = spin.Args(beta=1.0)
 
     def make(i: int, j: int) -> data.Example:
         logps = dict(zip(spin.LOGPS, (log_opponent[i].item(), log_opponent[j].item()), strict=True))
@@ -160,7 +159,7 @@ def spin_run(tiny: str, device: torch.device, trap: str = "", num_steps: int = 6
             i, j = j, i
         pairs = [make(a, b) for a, b in zip(i.tolist(), j.tolist(), strict=True)]
         row = data.make_row(pairs, list(range(len(pairs))), device)
-        return spin.loss_and_metrics(policy, row, settings)[0] / len(pairs)
+        return spin.loss_and_metrics(policy, row, beta=1.0)[0] / len(pairs)
 
     minimise(policy, num_steps, loss)
     return tv(log_opponent, log_p), tv(log_probs(policy, everything(device)).detach(), log_p)

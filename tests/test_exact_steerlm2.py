@@ -76,7 +76,7 @@ def after(value: int, answer: tuple[int, ...]) -> data.Sequence:
 def llama_run(tiny: str, device: torch.device, num_steps: int = 300, trap: str = "") -> list[float]:
     """16 groups of 16 answers of each value a step, drawn from the policy. -> TV to the posterior of each"""
     args = steerlm2.Args()
-    policy = models.load(tiny, device, args)
+    policy = models.load(tiny, device, args.system)
     every = [data.Example([after(value, a)], "") for value in range(2) for a in ANSWERS]
     row = data.make_row(every, list(range(len(every))), device)
     prior = log_probs(policy, row).detach()[: len(ANSWERS)]

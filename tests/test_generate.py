@@ -3,7 +3,6 @@
 import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from common import data, dist, generate, models
+from common.args import System
 from toy import language
 
 EOS = 1
@@ -27,10 +27,8 @@ class Words:
         return "".join(f"{t} " for t in tokens if not (skip_special_tokens and t in (0, EOS)))
 
 
-def options(**changes: Any) -> SimpleNamespace:
-    values = {"dtype": "float32", "sharding": "full", "activation_checkpointing": "off", "compile": False}
-    values |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_target": "all-linear"}
-    return SimpleNamespace(**{**values, **changes})
+def options(**changes: Any) -> System:
+    return System(**{"dtype": "float32", "activation_checkpointing": "off", **changes})
 
 
 def save(folder: Path, kind: str = "Llama", seed: int = 0, eos: Any = EOS, **config: Any) -> nn.Module:

@@ -1,6 +1,5 @@
 """What a run writes, what it refuses, and how it stops."""
 
-import dataclasses
 import json
 import os
 import re
@@ -8,16 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, args_of, read_metrics
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
 import dpo
 import sft
 from common import checkpoint, dist, log
+from common.args import Folder, flat, parse, snapshot, with_fields
 from sft import Args as SftArgs
 
 
@@ -38,20 +40,46 @@ def settings(few: Path, folder: Path, **more: Any) -> dict[str, Any]:
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str) -> dpo.Args:
     monkeypatch.setattr(sys, "argv", ["dpo.py", *argv])
-    return log.parse(dpo.Args, dpo.TOY)
+    return parse(dpo.Args, dpo.TOY)
 
 
 def test_toy_sets_defaults_and_explicit_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parsed(monkeypatch).learning_rate == dpo.TOY["learning_rate"]
-    assert parsed(monkeypatch, "--learning_rate", "3e-4").learning_rate == 3e-4
-    real = parsed(monkeypatch, "--model=runs/sft")
-    assert (real.learning_rate, real.batch_size) == (dpo.Args.learning_rate, dpo.Args.batch_size)
+    assert parsed(monkeypatch).optimization.learning_rate == dpo.TOY["learning_rate"]
+    assert parsed(monkeypatch, "--learning_rate", "3e-5").optimization.learning_rate == 3e-5
+    assert parsed(monkeypatch, "--model=runs/sft").optimization == dpo.Args().optimization
 
 
 def test_hyphens_underscores_and_equal_signs_all_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for argv in (["--batch-size", "7"], ["--batch_size", "7"], ["--batch_size=7"]):
-        assert parsed(monkeypatch, *argv).batch_size == 7
-    assert parsed(monkeypatch, "--track").track and not parsed(monkeypatch, "--no_track").track
+        assert parsed(monkeypatch, *argv).optimization.batch_size == 7
+
+
+def test_booleans_take_a_flag_its_opposite_and_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv in ("--merge_lora", "--merge-lora", "--merge_lora=True", "--merge-lora=true"):
+        assert parsed(monkeypatch, argv).run.merge_lora
+    for argv in ("--no_merge_lora", "--no-merge-lora", "--merge_lora=False", "--merge-lora=false"):
+        assert not parsed(monkeypatch, "--merge_lora", argv).run.merge_lora
+    assert parsed(monkeypatch, "--judge=True").run.judge == "True"  # only booleans are read so
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--merge_lora=7")
+
+
+def test_options_are_flat_and_change_wherever_they_stand() -> None:
+    args = with_fields(dpo.Args(), beta=0.3, batch_size=7, judge="a:b", temperature=0.0)
+    assert (args.optimization.batch_size, args.run.judge, args.sampling.temperature) == (7, "a:b", 0.0)
+    values = flat(args)
+    assert not [name for name, value in values.items() if isinstance(value, dict)]
+    assert (values["beta"], values["batch_size"], values["judge"]) == (0.3, 7, "a:b")
+    assert with_fields(dpo.Args(), **values) == args
+    with pytest.raises(TypeError, match="no_such_option"):
+        with_fields(args, no_such_option=1)
+
+
+def test_what_a_resumed_run_must_keep_follows_from_the_block() -> None:
+    free = set(flat(dpo.Args())) - snapshot(dpo.Args()).fixed
+    run = set(flat(dpo.Args().run)) | {"max_new_tokens", "temperature"}
+    system = {"micro_batch_tokens", "sharding", "activation_checkpointing", "compile", "precompute_ref"}
+    assert free == run | system
 
 
 # the run folder
@@ -60,7 +88,7 @@ def test_hyphens_underscores_and_equal_signs_all_work(monkeypatch: pytest.Monkey
 @pytest.fixture(scope="module")
 def finished(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    dpo.main(dpo.Args(**settings(few, folder)))
+    dpo.main(args_of(dpo.Args, **settings(few, folder)))
     return folder
 
 
@@ -88,7 +116,7 @@ def test_a_finished_run_prints_its_table_and_changes_nothing(
     finished: Path, few: Path, capsys: pytest.CaptureFixture
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.parent.name == "model"}
-    dpo.main(dpo.Args(**settings(few, finished)))
+    dpo.main(args_of(dpo.Args, **settings(few, finished)))
     out = capsys.readouterr().out
     assert "is finished at step 6" in out and "rewards/margins" in out
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -96,24 +124,24 @@ def test_a_finished_run_prints_its_table_and_changes_nothing(
 
 def test_a_changed_field_is_named(finished: Path, few: Path) -> None:
     with pytest.raises(dist.RunError, match=r"beta 0\.3, now 0\.2.*--overwrite"):
-        dpo.main(dpo.Args(**settings(few, finished, beta=0.2)))
+        dpo.main(args_of(dpo.Args, **settings(few, finished, beta=0.2)))
 
 
 def test_overwrite_starts_anew_but_never_removes_a_folder_that_is_no_run(few: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, overwrite=True)))
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, overwrite=True)))
     assert (tmp_path / "thesis.txt").exists()
-    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True)))
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True)))
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_rows_past_the_checkpoint_and_a_torn_line_are_dropped_on_resume(few: Path, tmp_path: Path) -> None:
-    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=2)))
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=2)))
     straight = read_metrics(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "train/loss": 99.0}\n{"step": 4, "train/lo')
     (tmp_path / "checkpoints" / "step_00000004.tmp").mkdir()  # what a kill while saving leaves
-    dpo.main(dpo.Args(**settings(few, tmp_path, max_steps=4)))
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=4)))
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[:3] == straight
     assert rows[3]["train/loss"] < 1
@@ -122,12 +150,12 @@ def test_rows_past_the_checkpoint_and_a_torn_line_are_dropped_on_resume(few: Pat
 def test_an_unwritable_output_dir_is_refused(few: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(dist.RunError, match="cannot be written"):
-        dpo.main(dpo.Args(**settings(few, tmp_path / "file" / "run")))
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path / "file" / "run")))
 
 
 def test_a_missing_judge_is_named(few: Path, tmp_path: Path) -> None:
     with pytest.raises(dist.RunError, match="package.module:function"):
-        dpo.main(dpo.Args(**settings(few, tmp_path, judge="nowhere:at_all")))
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path, judge="nowhere:at_all")))
 
 
 # stopping
@@ -144,15 +172,15 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(dpo, "dpo_loss", poisoned)
     with pytest.raises(dist.RunError, match=r"train/loss is nan at step 3.*step_00000002"):
-        dpo.main(dpo.Args(**settings(few, tmp_path, num_samples=0, micro_batch_tokens=100_000)))
-    assert checkpoint.newest(dpo.Args(output_dir=str(tmp_path))).name == "step_00000002"
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path, num_samples=0, micro_batch_tokens=100_000)))
+    assert checkpoint.newest(str(tmp_path)).name == "step_00000002"
     assert not (tmp_path / "model").exists() and read_metrics(tmp_path)[-1]["step"] == 2
 
 
 def test_sigterm_saves_says_how_to_resume_and_resuming_changes_no_number(few: Path, tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     more = {"save_every": 1000, "max_steps": 14, "num_samples": 0, "eval_every": 1000}
-    dpo.main(dpo.Args(**settings(few, whole, **more)))
+    dpo.main(args_of(dpo.Args, **settings(few, whole, **more)))
     flags = [f"--{k}={v}" for k, v in settings(few, halves, **more).items()]
     process = subprocess.Popen(
         [sys.executable, "dpo.py", *flags],
@@ -174,7 +202,7 @@ def test_sigterm_saves_says_how_to_resume_and_resuming_changes_no_number(few: Pa
     assert process.returncode == 0, out
     stopped = int(re.search(r"stopped at step (\d+) and saved; the same command resumes there", out)[1])
     assert 3 <= stopped < 14
-    dpo.main(dpo.Args(**settings(few, halves, **more)))
+    dpo.main(args_of(dpo.Args, **settings(few, halves, **more)))
     for a, b in zip(read_metrics(whole), read_metrics(halves), strict=True):
         assert a.get("train/loss") == b.get("train/loss") and a.get("train/grad_norm") == b.get(
             "train/grad_norm"
@@ -202,31 +230,27 @@ def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:
 # pipelines: scripts that run the main of others as stages
 
 
-@dataclasses.dataclass
+@dataclass
 class Pipeline:
     model: str = "toy"
     dataset: str = "toy"
-    output_dir: str = "runs/pipeline"
-    overwrite: bool = False
     seed: int = 1
-    track: bool = False
-    wandb_project: str = "cleanalign"
-    run_name: str = ""
-    sft: SftArgs = dataclasses.field(default_factory=SftArgs)
+    run: OmitArgPrefixes[Folder] = field(default_factory=lambda: Folder(output_dir="runs/pipeline"))
+    sft: Suppress[Fixed[SftArgs]] = field(default_factory=SftArgs)
 
 
 def pipeline(few: str, folder: str, num_stages: int = 2, **more: Any) -> list[int]:
     """Trains in num_stages folders, one after the other. -> the steps its log knew when it began."""
-    args = Pipeline(output_dir=folder, **more)
+    args = args_of(Pipeline, output_dir=folder, **more)
     dist.init(args.seed)
     options = {**sft.TOY, "max_steps": 3, "batch_size": 8, "eval_every": 2, "num_samples": 2}
-    args.sft = sft.Args(**options, max_new_tokens=8, dataset=f"{few}/sft", seed=args.seed)
-    run = log.Log(args, __file__, ())
+    args.sft = args_of(sft.Args, **options, max_new_tokens=8, dataset=f"{few}/sft", seed=args.seed)
+    run = log.Log(args.run, __file__, (), snapshot(args), is_pipeline=True)
     known = [row["step"] for row in run.rows]
     if not run.begin(num_stages):
         return known
     for number in range(1, num_stages + 1):
-        if not run.stage(sft.main, dataclasses.replace(args.sft, output_dir=f"{folder}/{number}_sft")):
+        if not run.stage(sft.main, with_fields(args.sft, output_dir=f"{folder}/{number}_sft")):
             return known
         if number not in known:
             run(number, num_stages, {"eval/number": float(number)})
@@ -238,10 +262,15 @@ def pipeline(few: str, folder: str, num_stages: int = 2, **more: Any) -> list[in
 def test_options_of_a_stage_are_nested_and_explicit_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = {"seed": 3, "sft": {"batch_size": 8, "max_steps": 5}}
     monkeypatch.setattr(sys, "argv", ["pipeline.py", "--sft.max_steps=7"])
-    args = log.parse(Pipeline, toy)
-    assert (args.seed, args.sft.batch_size, args.sft.max_steps) == (3, 8, 7)
+    args = parse(Pipeline, toy)
+    assert (args.seed, args.sft.optimization.batch_size, args.sft.run.max_steps) == (3, 8, 7)
+    words = ["--sft.max-steps", "7", "--seed=4", "--sft.merge_lora", "--sft.train_on_prompt=True"]
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", *words])
+    args = parse(Pipeline, toy)
+    assert (args.seed, args.sft.run.max_steps, args.sft.train_on_prompt) == (4, 7, True)
+    assert args.sft.run.merge_lora and args.run == Pipeline().run
     monkeypatch.setattr(sys, "argv", ["pipeline.py", "--model=other"])
-    assert log.parse(Pipeline, toy) == Pipeline(model="other")
+    assert parse(Pipeline, toy) == Pipeline(model="other")
 
 
 def test_a_finished_stage_is_not_run_again_and_its_row_is_kept(few: Path, tmp_path: Path) -> None:
@@ -269,7 +298,7 @@ def test_a_stop_in_a_stage_ends_the_pipeline(
     with monkeypatch.context() as patch:
         patch.setattr(log.Log, "__call__", interrupted)
         pipeline(str(few), str(folder))
-    assert checkpoint.newest(sft.Args(output_dir=str(folder / "1_sft")))
+    assert checkpoint.newest(str(folder / "1_sft"))
     assert not (folder / "1_sft" / "model").exists() and not (folder / "2_sft").exists()
     pipeline(str(few), str(folder))
     assert [row["step"] for row in read_metrics(folder)] == [1, 2]
@@ -310,7 +339,7 @@ def tracked(folder: str, few: str) -> list[str]:
     os.environ.pop("WANDB_API_KEY", None)
     more = {"max_steps": 2, "eval_every": 1, "num_samples": 2, "track": True}
     args = {**sft.TOY, "dataset": f"{few}/sft", "output_dir": folder, "batch_size": 8, **more}
-    sft.main(sft.Args(**args))
+    sft.main(args_of(sft.Args, **args))
     return sorted(p.name for p in Path(folder, "wandb").glob("offline-run-*"))
 
 
@@ -329,6 +358,8 @@ def test_a_sweep_agent_tracks_and_gets_folders_of_its_own(
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "run7")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    more = {"max_steps": 1, "num_samples": 0, "batch_size": 8, "dataset": str(few / "sft")}
-    sft.main(sft.Args(**{**sft.TOY, **more}))
+    flags = ["--max_steps=1", "--num_samples=0", "--batch_size=8", f"--dataset={few}/sft"]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
+    sft.main(parse(sft.Args, sft.TOY))
     assert (tmp_path / "runs" / "sft-run7" / "metrics.jsonl").exists()
+    assert list((tmp_path / "runs" / "sft-run7" / "wandb").glob("offline-run-*"))

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from common import checkpoint, data, dist, models
+from common.args import Optimization, System
 
 V = 60
 FAMILIES = [
@@ -38,10 +39,8 @@ FAMILIES = [
 ]
 
 
-def options(**changes: Any) -> SimpleNamespace:
-    values = {"dtype": "float32", "sharding": "full", "activation_checkpointing": "off", "compile": False}
-    values |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_target": "all-linear"}
-    return SimpleNamespace(**{**values, **changes})
+def options(**changes: Any) -> System:
+    return System(**{"dtype": "float32", "activation_checkpointing": "off", **changes})
 
 
 def configure(kind: str, **changes: Any) -> Any:
@@ -751,10 +750,11 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     """Run on each rank: export an adapted policy; how far our merged weights are from those peft makes."""
     from peft import PeftModel
 
-    args = options(lora_rank=4, lora_alpha=6.0, output_dir=out, merge_lora=False, model=folder)
+    args = options(lora_rank=4, lora_alpha=6.0)
     policy = models.load(folder, dist.init(1), args)
     move_adapters(policy)
-    checkpoint.export(args, policy, SimpleNamespace(save_pretrained=lambda folder: None))
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    checkpoint.export(out, policy, tokenizer, folder, merge_lora=False)
     ours = dict(models.full_weights(policy))
     alone = [name for name, _ in models.full_weights(policy, merge_lora=False)]
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -922,7 +922,7 @@ def test_a_max_grad_norm_of_0_never_clips(folder: Path, device):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3, 9, 10, 50])
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_floor(schedule: str, warmup: int):
-    args = SimpleNamespace(warmup_steps=warmup, lr_schedule=schedule, min_lr_ratio=0.1)
+    args = Optimization(warmup_steps=warmup, lr_schedule=schedule, min_lr_ratio=0.1)
     factors = [models.lr_factor(step, 10, args) for step in range(1, 11)]
     rise, fall = factors[: warmup + 1], factors[warmup:]
     assert all(0 < f <= 1 for f in factors) and factors[0] == 1 / (warmup + 1)
@@ -936,7 +936,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_floor(schedule: st
 
 
 def test_the_learning_rate_half_way_by_hand():
-    args = SimpleNamespace(warmup_steps=0, lr_schedule="linear", min_lr_ratio=0.2)
+    args = Optimization(warmup_steps=0, lr_schedule="linear", min_lr_ratio=0.2)
     assert models.lr_factor(6, 11, args) == pytest.approx(0.6)
     args.lr_schedule = "cosine"
     assert models.lr_factor(6, 11, args) == pytest.approx(0.6)

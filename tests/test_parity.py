@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model
+from conftest import args_of, make_tiny_model, means
 
 import dpo
 import reward_model
@@ -126,8 +126,8 @@ def sft_sides(
         processing_class=tokenizer,
     )
     source = write_lines(folder / "train.jsonl", records)
-    args = sft.Args(model=model, dataset=source, eval_dataset=source, batch_size=1)
-    return trainer, data.load_sft(args, tokenizer)[0], models.load(model, device, args)
+    examples, _ = data.load_sft(tokenizer, source, source, 2048)
+    return trainer, examples, models.load(model, device, sft.Args().system)
 
 
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion", "plain text"])
@@ -162,9 +162,9 @@ def test_the_sft_loss_is_trls(
     (loss / len(row.targets)).backward()
     close(loss / len(row.targets), their_loss)
     close(grad_norm(policy), grad_norm(trainer.model))
-    ours = sft.means(metrics, examples, "train")
-    close(ours["train/entropy"], theirs["entropy"])
-    close(ours["train/mean_token_accuracy"], theirs["mean_token_accuracy"])
+    ours = means(metrics)
+    close(ours["entropy"], theirs["entropy"])
+    close(ours["mean_token_accuracy"], theirs["mean_token_accuracy"])
 
 
 def test_twenty_sft_steps_are_trls(
@@ -186,7 +186,7 @@ def test_twenty_sft_steps_are_trls(
     ours = []
     for batch in in_turn(examples, size):
         (row,) = data.rows(batch, ONE_ROW, device)
-        loss = sft.loss_and_metrics(policy, row)[0] / sft.count_targets(batch)
+        loss = sft.loss_and_metrics(policy, row)[0] / sum(example.num_targets for example in batch)
         ours.append(step(loss, optimizer))
     assert_same_course(ours, theirs)
 
@@ -257,10 +257,10 @@ def dpo_sides(
         processing_class=tokenizer,
     )
     source = write_lines(folder / "train.jsonl", records)
-    args = dpo.Args(model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
-    pairs = data.load_pairs(args, tokenizer)[0]
-    ref_policy = models.load(reference, device, args, trainable=False)
-    return trainer, pairs, models.load(model, device, args), ref_policy, args
+    args = args_of(dpo.Args, **ours)
+    pairs, _ = data.load_pairs(tokenizer, source, source, args.max_length)
+    ref_policy = models.load(reference, device, args.system, trainable=False)
+    return trainer, pairs, models.load(model, device, args.system), ref_policy, args
 
 
 # ours, TRL's settings, pairs. TRL has cDPO only as aot, which sorts the pairs of a batch: alike for one pair.
@@ -337,10 +337,10 @@ def test_the_dpo_metrics_are_trls(
     trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     (row,) = data.rows(pairs, ONE_ROW, device)
-    ours = dpo.means(dpo.loss_and_metrics(policy, ref_policy, row, args)[1], pairs, "train")
+    ours = means(dpo.loss_and_metrics(policy, ref_policy, row, args)[1])
     same = ["entropy", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies"))]
     for name in [*same, "logps/chosen", "logps/rejected"]:
-        close(ours[f"train/{name}"], theirs[name])
+        close(ours[name], theirs[name])
 
     # defined otherwise: TRL's token accuracy leaves out rejected responses, its mean logits weigh a response
     # by its tokens where ours average within each response first
@@ -348,7 +348,7 @@ def test_the_dpo_metrics_are_trls(
     stats = models.token_stats(policy, row)
     chosen = row.target_segments % 2 == 0
     close(stats.accuracy[chosen].mean(), theirs["mean_token_accuracy"])
-    close(stats.accuracy.mean(), ours["train/mean_token_accuracy"])
+    close(stats.accuracy.mean(), ours["mean_token_accuracy"])
     for side, tokens in (("chosen", chosen), ("rejected", ~chosen)):
         close(stats.mean_logit[tokens].mean(), theirs[f"logits/{side}"])
 
@@ -399,25 +399,24 @@ def test_the_spin_loss_and_metrics_are_trls_dpo_on_real_and_generated(
     their_loss.backward()
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
-    args = spin.Args(beta=0.3, loss=loss)
     pairs = [
         spin.make_pair(data.Example(pair.sequences[:1], ""), spin.response_tokens(pair.sequences[1]))
         for pair in pairs
     ]
-    for pair, logps in zip(pairs, spin.opponent_logps(opponent, pairs, args, device), strict=True):
+    for pair, logps in zip(pairs, spin.opponent_logps(opponent, pairs, 0, device), strict=True):
         pair.fields = dict(zip(spin.LOGPS, logps, strict=True))
     (row,) = data.rows(pairs, ONE_ROW, device)
-    ours, metrics = spin.loss_and_metrics(policy, row, args)
+    ours, metrics = spin.loss_and_metrics(policy, row, beta=0.3, ell=loss)
     (ours / len(pairs)).backward()
     close(ours / len(pairs), their_loss)
     close(grad_norm(policy), grad_norm(trainer.model))
-    found = spin.means(metrics, pairs, "train")
+    found = means(metrics)
     words = {"chosen": "real", "rejected": "generated"}
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "entropy"):
         group, _, side = name.partition("/")
-        close(found[f"train/{group}/{words.get(side, side)}" if side else f"train/{name}"], logged[name])
+        close(found[f"{group}/{words.get(side, side)}" if side else name], logged[name])
     for side, word in words.items():
-        close(found[f"train/logps/{word}"], logged[f"logps/{side}"])
+        close(found[f"logps/{word}"], logged[f"logps/{side}"])
 
 
 # ----------------------------------------------------------------------------------------------- reward model
@@ -450,9 +449,9 @@ def reward_sides(
         processing_class=tokenizer,
     )
     source = write_lines(folder / "train.jsonl", records)
-    args = reward_model.Args(model=model, dataset=source, eval_dataset=source, batch_size=1, **ours)
-    pairs = data.load_pairs(args, tokenizer, whole=True)[0]
-    return trainer, pairs, models.load_scorer(model, device, args, ["reward"]), args
+    args = args_of(reward_model.Args, **ours)
+    pairs, _ = data.load_pairs(tokenizer, source, source, args.max_length, whole=True)
+    return trainer, pairs, models.load_scorer(model, device, args.system, ["reward"]), args
 
 
 @pytest.mark.parametrize("name", ["plain", "margin", "centred"])
@@ -480,9 +479,9 @@ def test_the_reward_model_loss_and_metrics_are_trls(
     (loss / len(pairs)).backward()
     close(loss / len(pairs), their_loss)
     close(grad_norm(scorer), grad_norm(trainer.model))
-    ours = reward_model.means({key: value.item() for key, value in metrics.items()}, pairs, args)
+    ours = means(metrics)
     for key in ("mean_reward", "accuracy", "margin"):
-        close(ours[f"train/{key}"], theirs[key])
+        close(ours[key], theirs[key])
     evaluation = reward_model.evaluation(models.rewards(scorer, row).detach(), in_order(pairs, row), args)
     close(evaluation["min_reward"], theirs["min_reward"])
     close(evaluation["max_reward"], theirs["max_reward"])

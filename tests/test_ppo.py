@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import args_of, means, read_metrics
 from torch import Tensor
 
 import ppo
@@ -203,7 +203,7 @@ def test_token_weights_by_hand(reduction: str, weights: list) -> None:
 )
 def test_kl_coef_moves_by_a_clipped_share_of_the_error(kl: float, expected: float) -> None:
     # target 6: errors 0, .1, and 9 and -1 clipped to +-.2; times 640 / 10,000
-    args = ppo.Args(kl_target=6.0, kl_horizon=10_000.0)
+    args = args_of(ppo.Args, kl_target=6.0, kl_horizon=10_000.0)
     assert ppo.adapt_kl_coef(0.15, kl, 640, args) == pytest.approx(expected, rel=1e-9)
 
 
@@ -218,7 +218,7 @@ def test_running_statistics_of_two_rollouts_are_those_of_all_scores() -> None:
 
 
 def test_minibatches_cover_each_response_once_an_epoch() -> None:
-    args = ppo.Args(seed=3, batch_size=4, num_ppo_epochs=2)
+    args = args_of(ppo.Args, seed=3, batch_size=4, num_ppo_epochs=2)
     chosen = ppo.minibatches(10, 7, args)
     assert [len(part) for part in chosen] == [4, 4, 2] * 2
     epochs = [sum(chosen[:3], []), sum(chosen[3:], [])]
@@ -226,13 +226,13 @@ def test_minibatches_cover_each_response_once_an_epoch() -> None:
     np.random.seed(99)  # noqa: NPY002
     torch.manual_seed(99)
     assert chosen == ppo.minibatches(10, 7, args) != ppo.minibatches(10, 8, args)
-    assert chosen != ppo.minibatches(10, 7, ppo.Args(seed=4, batch_size=4, num_ppo_epochs=2))
+    assert chosen != ppo.minibatches(10, 7, args_of(ppo.Args, seed=4, batch_size=4, num_ppo_epochs=2))
 
 
 def test_steps_are_whole_rollouts() -> None:
     def counted(**settings: Any) -> tuple[int, int]:
         prompts = data.Dataset([([data.Example([], "")] * 100, 1.0)])
-        return ppo.count_steps(prompts, ppo.Args(rollout_size=16, samples_per_prompt=2, **settings))
+        return ppo.count_steps(prompts, args_of(ppo.Args, rollout_size=16, samples_per_prompt=2, **settings))
 
     # 32 responses in batches of 10: 4 steps, twice
     assert counted(batch_size=10, num_ppo_epochs=2, max_steps=9) == (2, 8)
@@ -250,14 +250,15 @@ def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings:
     for i, end in enumerate(ended):
         tokens = rng.integers(10, 60, (3, 1, 4, 2)[i]).tolist()
         samples.append(Sample(0, i, prompt, tokens, [0.0] * len(tokens), end, ""))
-    args = ppo.Args(**{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
+    args = args_of(ppo.Args, **{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
     scores = torch.arange(1.0, 1 + len(ended), device=device)
-    return *ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args), args
+    rollout, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
+    return rollout, means(metrics), args
 
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: str, device: torch.device) -> Any:
-    return models.load(tiny_model, device, ppo.Args(model=tiny_model))
+    return models.load(tiny_model, device, ppo.Args().system)
 
 
 def first_advantages(rollout: ppo.Rollout) -> list[float]:
@@ -268,10 +269,10 @@ def test_a_response_cut_off_gets_the_penalty_instead_of_its_score(policy: Any, d
     rollout, metrics, _ = made(device, policy, (True, False, True), missing_eos_penalty=-5.0)
     assert first_advantages(rollout) == [1.0, -5.0, 3.0]
     assert rollout.mask.sum(1).tolist() == [3, 1, 4]
-    assert metrics["train/completions/clipped_ratio"] == pytest.approx(1 / 3)
-    assert metrics["train/val/num_eos_tokens"] == 2
-    assert metrics["train/objective/scores"] == 2.0  # of what was scored, not of the penalty
-    lengths = [metrics[f"train/completions/{name}_length"] for name in ("min", "mean", "max")]
+    assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 3)
+    assert metrics["val/num_eos_tokens"] == 2
+    assert metrics["objective/scores"] == 2.0  # of what was scored, not of the penalty
+    lengths = [metrics[f"completions/{name}_length"] for name in ("min", "mean", "max")]
     assert lengths == pytest.approx([1, 8 / 3, 4])
 
 
@@ -292,7 +293,7 @@ def test_a_masked_response_has_no_gradient(policy: Any, device: torch.device) ->
     rollout, _, args = made(device, policy, (True, False), missing_eos="mask")
     row = data.make_row(rollout.sequences, [1], device)
     loss, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
-    assert loss.item() == 0.0 and metrics["policy/entropy_avg"].item() == 0.0
+    assert loss.item() == 0.0 and metrics["policy/entropy_avg"][0].item() == 0.0
 
 
 @pytest.mark.parametrize("whitened", [True, False])
@@ -315,11 +316,11 @@ def test_scores_are_clipped(policy: Any, device: torch.device) -> None:
 def test_a_group_all_alike_is_counted_whatever_its_score(
     policy: Any, device: torch.device, last: float, share: float
 ) -> None:
-    args = ppo.Args(kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
+    args = args_of(ppo.Args, kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
     samples = [Sample(0, i, [11, 12], [20], [0.0], True, "") for i in range(7)]
     scores = torch.tensor([0.1] * 6 + [last], device=device)  # the std of seven times .1 is 7e-9
     _, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
-    assert metrics["train/frac_reward_zero_std"] == share
+    assert means(metrics)["frac_reward_zero_std"] == share
 
 
 def test_returns_are_those_before_whitening(policy: Any, device: torch.device) -> None:
@@ -357,7 +358,7 @@ def test_entropy_is_maximised(policy: Any, device: torch.device) -> None:
     plain, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
     args.entropy_coef = 0.5
     more, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
-    assert (more - plain).item() == pytest.approx(-0.5 * metrics["policy/entropy_avg"].item(), abs=1e-5)
+    assert (more - plain).item() == pytest.approx(-0.5 * means(metrics)["policy/entropy_avg"], abs=1e-5)
 
 
 # rewards of a run
@@ -401,7 +402,7 @@ ASKED = [
     ],
 )
 def test_a_bad_reward_function_is_named_with_the_prompt(name: str, message: str, device: Any) -> None:
-    args = ppo.Args(reward=f"test_ppo:{name}")
+    args = args_of(ppo.Args, reward=f"test_ppo:{name}")
     with pytest.raises(dist.RunError, match=message):
         ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
 
@@ -421,7 +422,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, toke
 
 
 def test_a_reward_model_scores_prompt_and_response(reward_model: str, tokenizer: Any, device: Any) -> None:
-    args = ppo.Args(reward=reward_model)
+    args = args_of(ppo.Args, reward=reward_model)
     found = ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
     plain = models.read_pretrained(reward_model, auto_class="AutoModelForSequenceClassification")
     for i, text in enumerate(["a b", "c", "d"]):
@@ -432,7 +433,7 @@ def test_a_reward_model_scores_prompt_and_response(reward_model: str, tokenizer:
 
 def test_two_rewards_are_their_weighted_sum(reward_model: str, device: torch.device) -> None:
     def scores(reward: str) -> Tensor:
-        args = ppo.Args(reward=reward)
+        args = args_of(ppo.Args, reward=reward)
         return ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
 
     mixed = scores(f"{reward_model}*0.5,test_ppo:length*2")
@@ -444,7 +445,7 @@ def test_an_attribute_model_is_no_reward(
 ) -> None:
     folder = make_scorer(tmp_path, tiny_model, tokenizer, ["helpfulness", "verbosity"])
     with pytest.raises(dist.RunError, match="helpfulness, verbosity; expected one"):
-        ppo.load_rewards(ppo.Args(reward=folder), device)
+        ppo.load_rewards(args_of(ppo.Args, reward=folder), device)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ def test_an_attribute_model_is_no_reward(
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        ppo.main(ppo.Args(**{**ppo.TOY, "output_dir": str(tmp_path / "run"), **settings}))
+        ppo.main(args_of(ppo.Args, **{**ppo.TOY, "output_dir": str(tmp_path / "run"), **settings}))
 
 
 # short runs
@@ -468,7 +469,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, m
 def run(folder: Path, **settings: Any) -> list[dict]:
     small = {"rollout_size": 16, "batch_size": 16, "max_new_tokens": 20, "num_samples": 0, "warmup_steps": 0}
     args = {**ppo.TOY, **small, "max_steps": 1, "output_dir": str(folder), **settings}
-    ppo.main(ppo.Args(**args))
+    ppo.main(args_of(ppo.Args, **args))
     return read_metrics(folder)
 
 
@@ -618,7 +619,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stop_waits_for_the_end_of_the_rollout(stopped: Path) -> None:
     rows = read_metrics(stopped)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert checkpoint.newest(ppo.Args(output_dir=str(stopped))).name == "step_00000004"
+    assert checkpoint.newest(str(stopped)).name == "step_00000004"
     numbers = json.loads((stopped / "checkpoints" / "step_00000004" / "numbers.json").read_text())
     assert numbers["running"]["count"] == 16 and numbers["kl_coef"] != ppo.Args.kl_coef
 

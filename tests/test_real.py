@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, read_metrics
+from conftest import DATA, args_of, read_metrics
 
 import dpo
 import ppo
@@ -72,7 +72,9 @@ def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("lora_rank", [0, 16])
 def test_dpo_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path, lora_rank: int) -> None:
     more = {"lora_rank": lora_rank, "merge_lora": True, "learning_rate": 1e-4 if lora_rank else 2e-6}
-    dpo.main(dpo.Args(**settings(gguf, "hh_harmless.jsonl.gz", tmp_path), eval_dataset=few_pairs, **more))
+    dpo.main(
+        args_of(dpo.Args, **settings(gguf, "hh_harmless.jsonl.gz", tmp_path), eval_dataset=few_pairs, **more)
+    )
     rows = read_metrics(tmp_path)
     assert rows[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert rows[-1]["train/rewards/margins"] != 0 and rows[-1]["step"] == 3
@@ -80,7 +82,7 @@ def test_dpo_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path, lora_rank: i
 
 
 def test_sft_on_instructions(gguf: str, tmp_path: Path) -> None:
-    sft.main(sft.Args(**settings(gguf, "self_instruct_seeds.jsonl", tmp_path), learning_rate=1e-5))
+    sft.main(args_of(sft.Args, **settings(gguf, "self_instruct_seeds.jsonl", tmp_path), learning_rate=1e-5))
     rows = read_metrics(tmp_path)
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
     assert "Paris" in answer(tmp_path / "model", "What is the capital of France?")
@@ -89,7 +91,7 @@ def test_sft_on_instructions(gguf: str, tmp_path: Path) -> None:
 def test_reward_model_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path) -> None:
     flags = {**settings(gguf, "hh_harmless.jsonl.gz", tmp_path), "eval_dataset": few_pairs}
     flags.pop("num_samples")
-    reward_model.main(reward_model.Args(**flags, learning_rate=1e-5))
+    reward_model.main(args_of(reward_model.Args, **flags, learning_rate=1e-5))
     rows = read_metrics(tmp_path)
     assert rows[-1]["step"] == 3 and 0 < rows[-1]["train/loss"] < 3
 
@@ -101,10 +103,10 @@ def test_reward_model_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path) -> 
     found = [torch.tensor(tokens)[None] for tokens, _ in data.read_responses(tokenizer, *record)]
     theirs = torch.stack([plain(tokens.long()).logits[0, 0] for tokens in found])
     args = reward_model.Args()
-    scorer = models.load_scorer(str(tmp_path), dist.init(1), args, trainable=False)
+    scorer = models.load_scorer(str(tmp_path), dist.init(1), args.system, trainable=False)
     scorer.config.reward_mean = None
     sequences = data.read_responses(tokenizer, *record)
-    ours = models.score(scorer, [data.Example(sequences, "")], args, torch.device("cpu"))[:, 0]
+    ours = models.score(scorer, [data.Example(sequences, "")], 0, torch.device("cpu"))[:, 0]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
@@ -113,8 +115,8 @@ def test_ppo_on_gsm8k_with_a_verifiable_reward(gguf: str, tmp_path: Path) -> Non
     flags.pop("max_length")
     flags |= {"reward": "recipes.rewards:final_number", "rollout_size": 16, "batch_size": 16}
     flags |= {"max_new_tokens": 128, "max_prompt_length": 256, "missing_eos": "keep"}
-    ppo.main(ppo.Args(**{**flags, "max_steps": 2}))
-    ppo.main(ppo.Args(**flags))  # goes on from step 2
+    ppo.main(args_of(ppo.Args, **{**flags, "max_steps": 2}))
+    ppo.main(args_of(ppo.Args, **flags))  # goes on from step 2
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(abs(row["train/objective/kl"]) < 1 for row in rows[1:])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import args_of, means, read_metrics
 
 import dpo
 import spin
@@ -35,14 +35,14 @@ def test_distances_by_hand() -> None:
 
 
 def test_a_list_has_one_value_for_each_iteration_and_its_last_for_the_rest() -> None:
-    args = spin.Args(beta=[0.1, 5.0], learning_rate=1e-6, num_epochs=[2, 1], num_iterations=3)
+    args = args_of(spin.Args, beta=[0.1, 5.0], learning_rate=1e-6, num_epochs=[2, 1], num_iterations=3)
     found = [spin.of_iteration(args, number) for number in range(3)]
     assert [a.beta for a in found] == [0.1, 5.0, 5.0]
     assert [a.num_epochs for a in found] == [2, 1, 1] and {a.learning_rate for a in found} == {1e-6}
 
 
 def test_an_iteration_ends_after_its_passes_over_its_pairs() -> None:
-    args = spin.Args(num_epochs=[2, 1], num_iterations=3, batch_size=4)
+    args = args_of(spin.Args, num_epochs=[2, 1], num_iterations=3, batch_size=4)
     assert spin.boundaries(10, args) == [0, 5, 10, 15]  # 2 x 10 / 4, then 1 x (10 + 10) / 4
     args.mix_previous = False
     assert spin.boundaries(10, args) == [0, 5, 8, 11]  # 1 x 10 / 4, rounded up
@@ -54,38 +54,37 @@ def test_an_iteration_ends_after_its_passes_over_its_pairs() -> None:
 def test_policy_equal_to_opponent_gives_log_two_and_equal_sides_no_gradient(
     tiny_model: str, device: torch.device
 ) -> None:
-    args = spin.Args(model=tiny_model)
-    policy = models.load(tiny_model, device, args)
+    policy = models.load(tiny_model, device, spin.Args().system)
     pairs = [make_pair([5, 6], [7, 8, 9], [10, 11]), make_pair([5], [7, 8], [7, 8])]
-    logps = spin.opponent_logps(policy, pairs, args, device)
+    logps = spin.opponent_logps(policy, pairs, 0, device)
     for pair, both in zip(pairs, logps, strict=True):
         pair.fields = dict(zip(spin.LOGPS, both, strict=True))
-    loss, metrics = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), args)
+    loss, metrics = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), beta=0.1)
     assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics["rewards/margins"].item() == 0 and metrics["rewards/accuracies"].item() == 0
+    assert metrics["rewards/margins"][0].item() == 0 and metrics["rewards/accuracies"][0].item() == 0
     loss.backward()
     assert models.clip_grad_norm(policy, 0).item() > 1e-3
     policy.zero_grad()
-    loss, _ = spin.loss_and_metrics(policy, data.make_row(pairs, [1], device), args)
+    loss, _ = spin.loss_and_metrics(policy, data.make_row(pairs, [1], device), beta=0.1)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert models.clip_grad_norm(policy, 0).item() < 1e-7
 
 
 def test_rewards_carry_beta_and_the_nll_does_not(tiny_model: str, device: torch.device) -> None:
-    policy = models.load(tiny_model, device, spin.Args())
+    policy = models.load(tiny_model, device, spin.Args().system)
     row = data.make_row([make_pair([5, 6], [7, 8, 9], [10, 11], -20.0, -20.0)], [0], device)
-    one, three = (spin.loss_and_metrics(policy, row, spin.Args(beta=beta))[1] for beta in (0.1, 0.3))
-    assert three["rewards/margins"].item() == pytest.approx(3 * one["rewards/margins"].item(), rel=1e-5)
-    assert three["nll"].item() == one["nll"].item() == -one["logps/real"].item()
+    one, three = (means(spin.loss_and_metrics(policy, row, beta)[1]) for beta in (0.1, 0.3))
+    assert three["rewards/margins"] == pytest.approx(3 * one["rewards/margins"], rel=1e-5)
+    assert 3 * three["nll"] == 3 * one["nll"] == -one["logps/real"]  # of three tokens, of one response
 
 
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
-    policy = models.load(tiny_model, device, spin.Args())
+    policy = models.load(tiny_model, device, spin.Args().system)
     row = data.make_row([make_pair([5], [6], [7], 0.0, 0.0)], [], device)
-    loss, metrics = spin.loss_and_metrics(policy, row, spin.Args())
+    loss, metrics = spin.loss_and_metrics(policy, row, beta=0.1)
     loss.backward()
-    assert loss.item() == 0.0 and all(value.item() == 0 for value in metrics.values())
+    assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
 
 
@@ -97,9 +96,8 @@ def make_pair(prompt: list[int], real: list[int], generated: list[int], *logps: 
 
 def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.device) -> None:
     pairs = [make_pair([5, 6], [7, 8, 9], [10, 11], -9.0, -4.0), make_pair([5], [7], [8, 9], -3.0, -7.5)]
-    policy = models.load(tiny_model, device, spin.Args())
-    args = spin.Args(beta=0.3)
-    loss, ours = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), args)
+    policy = models.load(tiny_model, device, spin.Args().system)
+    loss, ours = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), beta=0.3)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
@@ -107,16 +105,17 @@ def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.devic
     for pair in pairs:
         pair.fields = data.PAIR_FIELDS | dict(zip(names, pair.fields.values(), strict=True))
     row = data.make_row(pairs, [0, 1], device)
-    their_loss, theirs = dpo.loss_and_metrics(policy, None, row, dpo.Args(beta=0.3))
+    their_loss, theirs = dpo.loss_and_metrics(policy, None, row, args_of(dpo.Args, beta=0.3))
     their_loss.backward()
     their_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert loss.item() == their_loss.item()
     torch.testing.assert_close(gradient, their_gradient, rtol=0, atol=0)
     words = {"real": "chosen", "generated": "rejected"}
-    for name, value in ours.items():
+    for name, (total, count) in ours.items():
         group, _, side = name.partition("/")
         if name != "nll":
-            assert value.item() == theirs[f"{group}/{words.get(side, side)}" if side else group].item()
+            their_total, their_count = theirs[f"{group}/{words.get(side, side)}" if side else group]
+            assert (total.item(), count) == (their_total.item(), their_count)
 
 
 # demonstrations
@@ -125,7 +124,7 @@ def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.devic
 def demonstrations(tokenizer: Any, tmp_path: Path, records: list[dict], **settings: Any) -> data.Dataset:
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    args = spin.Args(dataset=str(path), eval_dataset=str(path), batch_size=1, **settings)
+    args = args_of(spin.Args, dataset=str(path), eval_dataset=str(path), batch_size=1, **settings)
     return spin.load_demonstrations(args, tokenizer)[0]
 
 
@@ -216,7 +215,7 @@ RUN = {
 
 def run(folder: str, **settings: Any) -> list[list[float]]:
     """[loss, gradient norm] after each step of a run; called here and on the two ranks."""
-    spin.main(spin.Args(**{**RUN, **settings}, output_dir=folder))
+    spin.main(args_of(spin.Args, **{**RUN, **settings}, output_dir=folder))
     return [[row["train/loss"], row["train/grad_norm"]] for row in read_metrics(folder) if row["step"]]
 
 
@@ -296,8 +295,8 @@ def test_the_opponent_stands_still_in_an_iteration_and_moves_after_it(
     straight: tuple[Path, list], settings: dict, device: torch.device
 ) -> None:
     folder, _ = straight
-    args = spin.Args(**settings, **RUN)
-    start, end = (models.load(model, device, args) for model in (args.model, str(folder)))
+    args = args_of(spin.Args, **settings, **RUN)
+    start, end = (models.load(model, device, args.system) for model in (args.model, str(folder)))
     examples = spin.load_demonstrations(args, data.load_tokenizer(args.model))[1]
     held_out = []
     for number in range(3):
@@ -305,14 +304,14 @@ def test_the_opponent_stands_still_in_an_iteration_and_moves_after_it(
         origin = {name: first[0][name] for name in ("iteration", "opponent", "seed")}
         held_out.append(spin.read_pairs(folder / f"held_out_{number}.jsonl", examples, origin))
     real = [[pair.fields["ref_real_logps"] for pair in pairs] for pairs in held_out]
-    expected = [logps[0] for logps in spin.opponent_logps(start, held_out[0], args, device)]
+    expected = [logps[0] for logps in spin.opponent_logps(start, held_out[0], 0, device)]
     assert real[0] == pytest.approx(expected, abs=1e-4)  # the model the run began with, not the trained one
     apart = [
         max(abs(a - b) for a, b in zip(*sides, strict=True))
         for sides in (
             (real[0], real[1]),
             (real[1], real[2]),
-            (real[2], [x[0] for x in spin.opponent_logps(end, held_out[2], args, device)]),
+            (real[2], [x[0] for x in spin.opponent_logps(end, held_out[2], 0, device)]),
         )
     ]
     assert min(apart) > 0.1
@@ -341,7 +340,7 @@ def test_what_is_trained_as_generated_is_what_the_template_makes_of_its_text(
     folder = tmp_path / "run"
     run(str(folder), **{**settings, "model": "toy"}, num_iterations=1, max_steps=0, max_new_tokens=48)
     tokenizer, checked = data.load_tokenizer("toy"), 0
-    args = spin.Args(**{**RUN, **settings, "max_new_tokens": 48})
+    args = args_of(spin.Args, **{**RUN, **settings, "max_new_tokens": 48})
     examples = spin.load_demonstrations(args, tokenizer)[1]
     first = lines(folder, 0, "held_out")[0]
     origin = {name: first[name] for name in ("iteration", "opponent", "seed")}
@@ -363,8 +362,8 @@ def test_a_budget_is_that_of_a_sample_and_not_of_its_neighbours(
     examples = demonstrations(
         tokenizer, tmp_path, [{"messages": p + REPLY} for p in prompts], max_length=200, max_new_tokens=20
     )
-    args = spin.Args(model=tiny_model, max_new_tokens=20, max_length=200, seed=3)
-    policy = models.load(tiny_model, device, args)  # random: it hardly ever ends
+    args = args_of(spin.Args, model=tiny_model, max_new_tokens=20, max_length=200, seed=3)
+    policy = models.load(tiny_model, device, args.system)  # random: it hardly ever ends
     origin = {"iteration": 0, "opponent": "", "seed": 3}
     spin.play(policy, tokenizer, examples, [], tmp_path / "pairs.jsonl", origin, 0, args, device)
     written = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
@@ -536,10 +535,10 @@ def test_a_finished_run_takes_a_further_iteration(
 def test_every_iteration_has_a_fresh_optimizer(
     straight: tuple[Path, list], settings: dict, device: torch.device
 ) -> None:
-    args = spin.Args(**RUN, **settings, output_dir=str(straight[0]))
-    policy = models.load(args.model, device, args)
-    optimizer = torch.optim.AdamW(models.parameter_groups(policy, args.weight_decay), betas=(0.9, 0.95))
-    checkpoint.resume(args, {"policy": (policy, optimizer)})
+    args = args_of(spin.Args, **RUN, **settings, output_dir=str(straight[0]))
+    policy = models.load(args.model, device, args.system)
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), betas=(0.9, 0.95))
+    checkpoint.resume(args.run.output_dir, {"policy": (policy, optimizer)})
     assert {state["step"].item() for state in optimizer.state.values()} == {4.0}  # of 10
 
 
@@ -548,14 +547,14 @@ def test_a_stop_while_sampling_ends_in_peace(
 ) -> None:
     monkeypatch.setattr(dist, "stop_requested", lambda: True)
     with pytest.raises(SystemExit) as ended:
-        dist.run(spin.main, spin.Args(**RUN, **settings, output_dir=str(tmp_path)))
+        dist.run(spin.main, args_of(spin.Args, **RUN, **settings, output_dir=str(tmp_path)))
     assert ended.value.code == 0
     assert "stopped after 48 records; the same command goes on" in capsys.readouterr().err
 
 
 def test_the_checkpoint_says_which_samples_it_goes_with(straight: tuple[Path, list]) -> None:
     folder, _ = straight
-    last = checkpoint.newest(spin.Args(output_dir=str(folder)))
+    last = checkpoint.newest(str(folder))
     run_name = json.loads((last / "numbers.json").read_text())["run"]
     assert lines(folder, 2)[0]["opponent"] == f"step 6 of {run_name}"
 
@@ -592,7 +591,7 @@ def test_bad_settings(settings: dict, tmp_path: Path, changed: dict, message: st
 def test_a_run_on_the_toy_world_comes_closer_to_the_data(few: Path, tmp_path: Path) -> None:
     changed = {**spin.TOY, "num_prompts": 128, "num_iterations": 1, "batch_size": 16, "num_samples": 48}
     changed |= {"dataset": str(few / "sft"), "judge": "toy.language:judge"}
-    spin.main(spin.Args(**changed, output_dir=str(tmp_path)))
+    spin.main(args_of(spin.Args, **changed, output_dir=str(tmp_path)))
     first, *_, last = (row for row in read_metrics(tmp_path) if "eval/distance" in row)
     assert last["eval/distance"] < first["eval/distance"]
     assert last["eval/nll"] < first["eval/nll"]

@@ -1,6 +1,5 @@
 """SteerLM: labels, conditioned text, stages that run once, and replies that follow what is asked."""
 
-import dataclasses
 import json
 import math
 import os
@@ -11,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import args_of, read_metrics
 
 import sft
 import steerlm
 from common import checkpoint, data, dist, log
+from common.args import with_fields
 from reward_model import Args as RewardArgs
 from sft import Args as SftArgs
 
@@ -34,7 +34,7 @@ def test_scores_are_clamped_then_rounded_halves_to_even(score: float, value: int
 
 
 def test_attributes_are_in_the_order_of_the_model() -> None:
-    args = steerlm.Args(attributes="toxicity:0, helpfulness:4")
+    args = args_of(steerlm.Args, attributes="toxicity:0, helpfulness:4")
     assert list(steerlm.wanted(args, NAMES).items()) == [("helpfulness", 4.0), ("toxicity", 0.0)]
 
 
@@ -50,7 +50,7 @@ def test_attributes_are_in_the_order_of_the_model() -> None:
 )
 def test_attributes_that_cannot_be_asked_for(attributes: str, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        steerlm.wanted(steerlm.Args(attributes=attributes), NAMES)
+        steerlm.wanted(args_of(steerlm.Args, attributes=attributes), NAMES)
 
 
 def test_the_default_attributes_are_helpsteer2s() -> None:
@@ -87,7 +87,7 @@ def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: 
     for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
         (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
         path = str(tmp_path / "data.jsonl")
-        options = SftArgs(dataset=path, eval_dataset=path, batch_size=2)
+        options = args_of(SftArgs, dataset=path, eval_dataset=path, batch_size=2)
         sets.append(steerlm.load_annotated(options, tokenizer)[0][0].sequences[0])
     for ours, theirs in zip(*sets, strict=True):
         assert ours.tolist() == theirs.tolist()
@@ -211,7 +211,7 @@ def settings(folder: Path, ratings: Path, **more: Any) -> steerlm.Args:
         "num_samples": 2,
         "max_new_tokens": 32,
     }
-    return steerlm.Args(**{**base, **more}, sft=SftArgs(**SHORT))
+    return args_of(steerlm.Args, **{**base, **more}, sft=args_of(SftArgs, **SHORT))
 
 
 def run(folder: str, ratings: str, **more: Any) -> dict[str, str]:
@@ -315,7 +315,7 @@ def test_artefacts_replace_stages(whole: tuple, ratings: Path, tmp_path: Path) -
 def test_the_attribute_model_is_trained_on_the_ratings(ratings: Path, tmp_path: Path) -> None:
     args = settings(tmp_path / "run", ratings, attribute_model="", num_bootstrap_rounds=0)
     less = {name: value for name, value in SHORT.items() if name != "num_samples"}
-    args = dataclasses.replace(args, ratings=str(ratings), reward_model=RewardArgs(**less))
+    args = with_fields(args, ratings=str(ratings), reward_model=args_of(RewardArgs, **less))
     args.attributes = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
     steerlm.main(args)
     config = json.loads((tmp_path / "run" / "1_attribute_model" / "model" / "config.json").read_text())
@@ -368,7 +368,7 @@ def test_a_stop_in_a_stage_ends_the_run(
 
     monkeypatch.setattr(log.Log, "__call__", interrupted)
     steerlm.main(settings(tmp_path / "run", ratings))
-    assert checkpoint.newest(SftArgs(output_dir=str(tmp_path / "run" / "3_sft")))
+    assert checkpoint.newest(str(tmp_path / "run" / "3_sft"))
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "4_bootstrap_1").exists()
 
 
@@ -443,7 +443,7 @@ def test_a_conditioned_model_is_a_folder(ratings: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_run_follows_what_is_asked(tmp_path: Path) -> None:
-    args = log.with_fields(steerlm.Args(output_dir=str(tmp_path / "run")), steerlm.TOY)
+    args = args_of(steerlm.Args, output_dir=str(tmp_path / "run"), **steerlm.TOY)
     steerlm.main(args)
     rows = read_metrics(tmp_path / "run")
     for name in ("verbosity", "toxicity"):
@@ -466,5 +466,5 @@ def test_the_default_run_follows_what_is_asked(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "no"),
     }
     more["attribute_model"] = str(tmp_path / "run" / "1_attribute_model")
-    steerlm.main(dataclasses.replace(args, **more))
+    steerlm.main(with_fields(args, **more))
     assert read_metrics(tmp_path / "no")[-1]["eval/follow/pearson"] < 0.5

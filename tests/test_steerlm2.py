@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import args_of, read_metrics
 from torch import Tensor
 
 import dpo
@@ -149,7 +149,7 @@ NAMES = ["verbosity", "toxicity", "helpfulness"]
 
 
 def test_wanted_sets_are_in_the_order_of_the_attribute_model() -> None:
-    args = steerlm2.Args(attributes="toxicity:0,verbosity:1; helpfulness:4")
+    args = args_of(steerlm2.Args, attributes="toxicity:0,verbosity:1; helpfulness:4")
     sets = steerlm2.wanted_sets(args, NAMES)
     assert sets == [{"verbosity": 1.0, "toxicity": 0.0}, {"helpfulness": 4.0}]
     assert [data.label_line(s) for s in sets] == ["verbosity:1,toxicity:0\n", "helpfulness:4\n"]
@@ -169,7 +169,7 @@ def test_wanted_sets_are_in_the_order_of_the_attribute_model() -> None:
 )
 def test_attributes_that_cannot_be_wanted(text: str, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        steerlm2.wanted_sets(steerlm2.Args(attributes=text), NAMES)
+        steerlm2.wanted_sets(args_of(steerlm2.Args, attributes=text), NAMES)
 
 
 # groups
@@ -222,7 +222,7 @@ def test_nemo_aligners_record_is_read(tokenizer: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(log_w, torch.tensor([[-1.7, -10.1]]))
     torch.testing.assert_close(log_w.softmax(1), torch.tensor([[0.99978, 0.00022]]), rtol=0, atol=1e-5)
     assert sampler.tolist() == [[-2.5, -5.0]]
-    (group,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args(weight_temperature=2.0))
+    (group,) = steerlm2.read_groups(path, tokenizer, args_of(steerlm2.Args, weight_temperature=2.0))
     assert group.fields["log_w1"] == pytest.approx(-5.05) and group.fields["log_q1"] == -5.0
 
 
@@ -278,7 +278,7 @@ def test_groups_with_a_response_cut_off_are_dropped_and_counted(
         data.Example([], [system, {"role": "user", "content": f"{i}?"}], label="toxicity:0\n")
         for i in range(3)
     ]
-    args = steerlm2.Args(num_responses=2)
+    args = args_of(steerlm2.Args, num_responses=2)
     scripted(monkeypatch, [True, True, True, False, True, True])
     first, last = steerlm2.sample_groups(None, tokenizer, prompts, 0, args)
     assert "1 dropped, a response was cut off" in capsys.readouterr().out
@@ -313,32 +313,32 @@ def made_up(folder: Path, count: int = 6) -> Path:
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(
     tiny_model: str, device: torch.device, tmp_path: Path
 ) -> None:
-    args = steerlm2.Args(model=tiny_model)
-    policy = models.load(tiny_model, device, args)
+    args = args_of(steerlm2.Args, model=tiny_model)
+    policy = models.load(tiny_model, device, args.system)
     groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
     loss, metrics = steerlm2.loss_and_metrics(policy, data.make_row(groups, [], device), args)
     loss.backward()
-    assert loss.item() == 0.0 and all(value.item() == 0 for value in metrics.values())
+    assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
 
 
 def test_a_group_larger_than_a_micro_batch_has_the_same_gradient(
     tiny_model: str, device: torch.device, tmp_path: Path
 ) -> None:
-    args = steerlm2.Args(model=tiny_model, micro_batch_tokens=100_000)
-    policy = models.load(tiny_model, device, args)
+    args = args_of(steerlm2.Args, model=tiny_model, micro_batch_tokens=100_000)
+    policy = models.load(tiny_model, device, args.system)
     groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
     sizes = sorted(group.num_tokens for group in groups)
     found = []
     for limit in (100_000, sizes[3] - 1, 20):  # none, some and all are larger
-        changed = steerlm2.Args(model=tiny_model, micro_batch_tokens=limit)
-        sums = steerlm2.backward(policy, list(groups), changed, device)
+        changed = args_of(steerlm2.Args, model=tiny_model, micro_batch_tokens=limit)
+        totals = steerlm2.backward(policy, list(groups), changed, device)
         grads = torch.cat([p.grad.flatten() for p in policy.parameters()])
         policy.zero_grad()
-        found.append(({name: value.item() for name, value in sums.items()}, grads))
+        found.append((totals.reduce(), grads))
     assert sizes[0] < sizes[3] - 1 < sizes[-1]
-    for sums, grads in found[1:]:
-        assert sums == pytest.approx(found[0][0], rel=1e-5)
+    for metrics, grads in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=1e-5)
         assert (grads - found[0][1]).norm() <= 1e-5 * found[0][1].norm()
         torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-5)
 
@@ -368,7 +368,7 @@ def prompts(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(folder: str, **settings: Any) -> list[tuple[float, float]]:
     """(loss, gradient norm) after each step of a run; called here and on the two ranks."""
-    steerlm2.main(steerlm2.Args(**settings, output_dir=folder))
+    steerlm2.main(args_of(steerlm2.Args, **settings, output_dir=folder))
     return [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(folder) if row["step"]]
 
 
@@ -451,13 +451,13 @@ def test_every_response_is_scored_by_the_three_models(sampled: Path, device: tor
     lines = [json.loads(line) for line in (sampled / "groups_1.jsonl").read_text().splitlines()]
     assert {line["label"] for line in lines} == {"verbosity:1,toxicity:0", "verbosity:1,toxicity:4"}
     args, tokenizer = steerlm2.Args(), data.load_tokenizer("toy")
-    policy = models.load("toy", device, args, trainable=False)
-    scorer = models.load_scorer("toy/attribute_model", device, args, trainable=False)
+    policy = models.load("toy", device, args.system, trainable=False)
+    scorer = models.load_scorer("toy/attribute_model", device, args.system, trainable=False)
     names = models.output_names(scorer)
     for line in lines[:2]:
         found = {name: torch.tensor([reply[name] for reply in line["responses"]]) for name in steerlm2.SCORES}
         plain = steerlm2.read_group(tokenizer, line, "", labelled=False)
-        predicted = models.score(scorer, [data.Example(plain, "")], args, device)
+        predicted = models.score(scorer, [data.Example(plain, "")], 0, device)
         expected = torch.zeros(len(plain))
         for item in line["label"].split(","):
             name, value = item.split(":")
@@ -475,7 +475,7 @@ def test_the_stored_logps_of_the_sampler_are_those_of_the_training_forward(
     sampled: Path, device: torch.device
 ) -> None:
     args = steerlm2.Args()
-    policy = models.load("toy", device, args)
+    policy = models.load("toy", device, args.system)
     groups = steerlm2.read_groups(sampled / "groups_1.jsonl", data.load_tokenizer("toy"), args)
     for row in data.rows(list(groups), 0, device):
         _, sampler = steerlm2.tables(row.fields)
@@ -485,12 +485,12 @@ def test_the_stored_logps_of_the_sampler_are_those_of_the_training_forward(
 
 def test_an_iteration_starts_at_its_sampler(sampled: Path) -> None:
     rows = {row["step"]: row for row in read_metrics(sampled)}
-    settings = steerlm2.Args(**SAMPLED, max_steps=6)
+    settings = args_of(steerlm2.Args, **SAMPLED, max_steps=6)
     for number, step in ((1, 1), (2, 4)):
         groups = steerlm2.read_groups(
             sampled / f"groups_{number}.jsonl", data.load_tokenizer("toy"), settings
         )
-        batch = data.batch(groups, step, settings)
+        batch = data.batch(groups, step, settings.optimization.batch_size, settings.seed)
         log_w = torch.tensor([[e.fields[f"log_w{i}"] for i in range(4)] for e in batch])
         entropy = torch.distributions.Categorical(logits=log_w).entropy().mean().item()
         assert rows[step]["train/kl"] == pytest.approx(0, abs=1e-5)
@@ -527,7 +527,7 @@ def test_two_ranks_sample_score_and_train_alike(
 
 def following(folder: Path, **settings: Any) -> tuple[dict, dict]:
     """The first and the last evaluation, on the same prompts."""
-    steerlm2.main(steerlm2.Args(**{**steerlm2.TOY, **settings}, output_dir=str(folder)))
+    steerlm2.main(args_of(steerlm2.Args, **{**steerlm2.TOY, **settings}, output_dir=str(folder)))
     rows = [row for row in read_metrics(folder) if "eval/follow/mae/toxicity" in row]
     return rows[0], rows[-1]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import args_of, read_metrics
 
 import draftp
 from common import diffusion
@@ -129,7 +129,7 @@ def test_brightness_rises_and_the_kl_term_holds_it_back(world: Path, tmp_path: P
             "weights": "draft",
             "output_dir": str(tmp_path / str(kl_coef)),
         }
-        draftp.main(draftp.Args(**{**draftp.TOY, **changes}))
+        draftp.main(args_of(draftp.Args, **{**draftp.TOY, **changes}))
         found.append(read_metrics(changes["output_dir"])[-1])
     gains, kls = ([row[f"eval/{name}"] for row in found] for name in ("reward/gain", "kl"))
     assert gains[0] > gains[1] > gains[2] > 0 and gains[0] > 0.1, found
@@ -138,7 +138,7 @@ def test_brightness_rises_and_the_kl_term_holds_it_back(world: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_the_default_run_draws_more_of_what_is_asked_for(world: Path, tmp_path: Path) -> None:
-    draftp.main(draftp.Args(**draftp.TOY, output_dir=str(tmp_path / "run")))
+    draftp.main(args_of(draftp.Args, **draftp.TOY, output_dir=str(tmp_path / "run")))
     rows = read_metrics(tmp_path / "run")
     first, last = rows[0], rows[-1]
     assert last["eval/reward"] > first["eval/reward"] + 1.5
