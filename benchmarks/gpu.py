@@ -379,6 +379,7 @@ def run_peer(started: float, flags: list[str]) -> dict[str, Any]:
 def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> dict[str, Any]:
     """Shares of the stages of ppo.py, with a reward that costs nothing, at its second rollout."""
     import ppo
+    from common.args import with_fields
 
     device = dist.init(1)
     with tempfile.TemporaryDirectory() as name:
@@ -393,7 +394,8 @@ def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> d
         lines = [{"prompt": " ".join(f"w{w}" for w in row)} for row in words.tolist()]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         ppo.main(
-            ppo.Args(
+            with_fields(
+                ppo.Args(),
                 model=name,
                 dataset=f"{name}/prompts.jsonl",
                 eval_dataset=f"{name}/prompts.jsonl",
