@@ -454,15 +454,16 @@ def loss_and_metrics(
     if args.kl_placement == "loss":
         loss = loss + kl_coef * (weights * k3(stats.logps, batch.ref_logps[at])).sum()
     counted = batch.mask[at]  # 0 on the tokens of a response that is left out
+    num_counted = counted.sum()
     is_clipped = losses != -ratio * advantages
     metrics = {
         "loss": (loss, 0),  # a sum of shares
         "loss/policy_avg": (policy_loss, 0),
-        "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), counted.sum()),
-        "policy/clipfrac_avg": ((counted * is_clipped).sum(), counted.sum()),
-        "policy/entropy_avg": ((counted * stats.entropy).sum(), counted.sum()),
-        "val/ratio": ((counted * ratio).sum(), counted.sum()),
-        "val/ratio_var": ((counted * (ratio - 1).square()).sum(), counted.sum()),
+        "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), num_counted),
+        "policy/clipfrac_avg": ((counted * is_clipped).sum(), num_counted),
+        "policy/entropy_avg": ((counted * stats.entropy).sum(), num_counted),
+        "val/ratio": ((counted * ratio).sum(), num_counted),
+        "val/ratio_var": ((counted * (ratio - 1).square()).sum(), num_counted),
     }
     return loss, metrics
 

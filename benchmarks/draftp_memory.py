@@ -45,10 +45,12 @@ def measure(k: int, step_checkpointing: bool, images: int) -> dict[str, float]:
     """MiB above the loaded models and seconds of a step, in this process."""
     import draftp
     from common import diffusion, dist
+    from common.args import with_fields
 
     device = dist.init(1)
-    args = draftp.Args(**{**draftp.TOY, "num_grad_steps": k}, step_checkpointing=step_checkpointing)
-    pipe, policy = diffusion.load("toy", device, args)
+    changes = {**draftp.TOY, "num_grad_steps": k, "step_checkpointing": step_checkpointing}
+    args = with_fields(draftp.Args(), **changes)
+    pipe, policy = diffusion.load("toy", device, args.system, args.seed)
     m = draftp.setup(args, pipe, policy, None, device)
 
     def step(count: int) -> float:

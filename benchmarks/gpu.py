@@ -312,7 +312,7 @@ def run_head(started: float, vocab_size: int, tokens: int, width: int) -> dict[s
 
     def work() -> None:
         head.weight.grad = h.grad = None
-        head(h, y, 1.0).logps.sum().neg().backward()
+        packed.ChunkedHead.like(head)(h, y).logps.sum().neg().backward()
 
     spent = seconds(work, 3)
     grad = vocab_size * width * head.weight.element_size() / 2**20
@@ -371,6 +371,7 @@ def run_peer(started: float, flags: list[str]) -> dict[str, Any]:
 def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> dict[str, Any]:
     """Shares of the stages of ppo.py, with a reward that costs nothing, at its second rollout."""
     import ppo
+    from common.args import with_fields
 
     device = dist.init(1)
     with tempfile.TemporaryDirectory() as name:
@@ -385,7 +386,8 @@ def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> d
         lines = [{"prompt": " ".join(f"w{w}" for w in row)} for row in words.tolist()]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         ppo.main(
-            ppo.Args(
+            with_fields(
+                ppo.Args(),
                 model=name,
                 dataset=f"{name}/prompts.jsonl",
                 eval_dataset=f"{name}/prompts.jsonl",
@@ -423,6 +425,7 @@ CELLS: dict[str, tuple[Callable, list[dict]]] = {
         [
             *({"check": name} for name in CHECKS if name != "check_tests"),
             {"check": "check_sampler", "lora_rank": 16},
+            {"check": "check_head", "compiled": True},
             {"check": "check_tests"},
         ],
     ),

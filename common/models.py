@@ -28,6 +28,7 @@ from common import dist, packed
 from common.args import Optimization, System
 from common.files import model_folder
 from common.packed import Example, MicroBatch, TokenStats, micro_batches, segment_sum  # noqa: F401
+from common.plan import training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
 
@@ -362,9 +363,14 @@ def mesh(device: torch.device, sharding: str) -> DeviceMesh:
     """Ranks that share a copy of the model: all of them, those of a node (hybrid), or none."""
     world = dist.world_size()
     size = {"full": world, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world)), "none": 1}[sharding]
-    if size == world:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    return _make_mesh(device.type, world // size, size)
+
+
+@functools.cache  # each one makes process groups of its own
+def _make_mesh(kind: str, copies: int, size: int) -> DeviceMesh:
+    if copies == 1:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (copies, size), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(shell: PackedModel, device: torch.device, system: System) -> None:
@@ -375,7 +381,7 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
         if not parameter.requires_grad and not name.endswith("score.weight"):
             parameter.data = parameter.data.to(shell.compute_dtype)  # frozen ones need no float32 master
     plan = fsdp_plan(shell, shell.compute_dtype, device, system.sharding)
-    recompute = trainable and use_checkpointing(system.activation_checkpointing, shell)
+    recompute, keep = memory_choices(shell, system, device) if trainable else (False, False)
     if system.compile and device.type == "cuda":
         head.compiled = True
     for block in blocks(shell):
@@ -385,7 +391,8 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
-        fully_shard(block, **plan)
+        # what forward gathered stays for backward if it fits; frozen weights have no backward to give it back
+        fully_shard(block, **plan, reshard_after_forward=not keep)
     if head.weight is not embedding.weight:  # tied weights stay together in the root's group
         fully_shard(embedding, **plan)
         precise = plan
@@ -416,9 +423,35 @@ def sum_gradients(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def use_checkpointing(choice: str, model: nn.Module) -> bool:
-    """auto: recompute activations for models of a billion parameters or more."""
-    return choice == "on" or (choice == "auto" and sum(p.numel() for p in model.parameters()) >= 1e9)
+def memory_choices(shell: PackedModel, system: System, device: torch.device) -> tuple[bool, bool]:
+    """(recompute activations, keep whole weights from forward to backward), by what the device can hold.
+
+    A third of its memory is left to other models, as a critic, and to what the estimate does not know.
+    """
+    trained = sum(p.numel() for p in shell.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in shell.parameters()) - trained
+    need = functools.partial(
+        training_memory,
+        shell.config,
+        trained,
+        frozen,
+        num_tokens=packed.token_limit(system.micro_batch_tokens, device),
+        num_shards=mesh(device, system.sharding)["shard"].size(),
+        itemsize=shell.compute_dtype.itemsize,
+    )
+    room = 2 / 3 * device_memory(device)
+    choice = system.activation_checkpointing
+    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total > room)
+    whole = shell.compute_dtype.itemsize * (trained + frozen)
+    return recompute, need(recompute=recompute).total + whole < room
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes that one rank can count on: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -106,6 +106,8 @@ def plain_stats(model: nn.Module, examples: list[data.Example], temperature: flo
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """By the names of the transformers model, which may be inside ours."""
+    model = model.model if isinstance(model, models.PackedModel) else model
     return {
         name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
         for name, p in model.named_parameters()
@@ -519,7 +521,7 @@ def test_the_head_takes_no_targets_and_skips_what_is_frozen(monkeypatch: pytest.
     assert weight.grad.count_nonzero() == 0 and bias.grad.count_nonzero() == 0 and h.grad.shape == (0, 8)
     h, weight, bias, tokens = head_inputs(5, torch.float32)
     weight.requires_grad_(False)
-    monkeypatch.setattr(models, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
+    monkeypatch.setattr(packed, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
     packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)[0].sum().backward()
     assert weight.grad is None and h.grad is not None
 
@@ -558,12 +560,12 @@ def test_weights_equal_from_pretrained(kind: str, tied: bool, tmp_path, device):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     policy = models.load(str(tmp_path), device, options())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    ours = dict(models.full_weights(policy))
+    ours = dict(models.full_weights(policy.model))
     assert ours.keys() == theirs.state_dict().keys()
     assert all(torch.equal(ours[name], t) for name, t in theirs.state_dict().items())
     assert {p.dtype for p in policy.parameters()} == {torch.float32} == {policy.dtype_on_disk}
     assert len(list(policy.parameters())) == len(list(theirs.parameters()))  # tied stays tied
-    buffers = dict(policy.named_buffers())
+    buffers = dict(policy.model.named_buffers())
     assert all(torch.equal(buffers[name], t) for name, t in theirs.named_buffers())
 
 
@@ -572,7 +574,7 @@ def test_a_bfloat16_file_is_trained_in_float32_and_remembered(tmp_path, device):
     plain.save_pretrained(tmp_path)
     policy = models.load(str(tmp_path), device, options())
     assert policy.dtype_on_disk == torch.bfloat16
-    weights = dict(models.full_weights(policy))
+    weights = dict(models.full_weights(policy.model))
     assert all(torch.equal(weights[n], t.float()) for n, t in plain.state_dict().items())
 
 
@@ -708,6 +710,70 @@ def test_adapters_where_they_would_be_lost_are_refused(target: str, folder: Path
         models.load(str(folder), device, options(lora_rank=2, lora_target=target))
 
 
+# ----------------------------------------------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize(("kind", "config"), [("Llama", {}), ("GPT2", {}), ("Cohere", {"logit_scale": 0.25})])
+def test_logits_of_scored_tokens_are_those_of_transformers(kind: str, config: dict, tmp_path, device):
+    plain = save(tmp_path, kind, **config)
+    policy, examples = models.load(str(tmp_path), device, options()), documents()
+    theirs = []
+    for example in examples:
+        ids, mask = (torch.from_numpy(x) for x in example.sequences[0])
+        theirs.append(plain(input_ids=ids.long()[None]).logits[0, :-1][mask[1:]])
+    ours, theirs = policy.logits(pack(examples)), torch.cat(theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn_like(ours)
+    plain.zero_grad()
+    (ours * upstream).sum().backward(), (theirs * upstream).sum().backward()
+    assert furthest(gradients(policy), gradients(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_copy_can_train_on_the_full_kl_to_a_reference(dtype: str, lora_rank: int, tmp_path, device):
+    """KL(pi_ref || pi), all words of every scored token, in four lines: distillation brings it to nothing."""
+    save(tmp_path / "student"), save(tmp_path / "teacher", seed=1)
+    system = options(dtype=dtype, lora_rank=lora_rank)
+    policy = models.load(str(tmp_path / "student"), device, system)
+    teacher = models.load(str(tmp_path / "teacher"), device, options(dtype=dtype), trainable=False)
+    optimizer, batch, found = torch.optim.AdamW(policy.parameters(), lr=0.01), pack(documents()), []
+    for _ in range(30):
+        with torch.no_grad():
+            ref_logp = teacher.logits(batch).log_softmax(-1)
+        loss = (ref_logp.exp() * (ref_logp - policy.logits(batch).log_softmax(-1))).sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    assert 0 < found[-1] < 0.5 * found[0]
+
+
+def test_a_policy_is_no_transformers_model(folder: Path, device):
+    """It does not pass for one: what it cannot do is no method of it."""
+    policy = models.load(str(folder), device, options())
+    assert isinstance(policy, models.Policy) and not isinstance(policy, transformers.PreTrainedModel)
+    assert not hasattr(policy, "generate")
+    with pytest.raises(TypeError, match="input_ids"):
+        policy(input_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.slow
+def test_the_compiled_head_is_the_head():
+    """Its formulas, of which a GPU's compiler makes fewer passes: values and gradients in float64."""
+    torch.manual_seed(0)
+    h, w = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64)
+    h, w, y = h.requires_grad_(), w.requires_grad_(), torch.randint(29, (13,))
+    for upstream in ((True, True), (True, False), (False, True)):
+        results = []
+        for compiled in (False, True):
+            stats = packed._TokenStats.apply(h, w, None, y, 0.7, 5, compiled)
+            loss = sum((x * x).sum() for x, used in zip(stats[:2], upstream, strict=True) if used)
+            results.append([*stats, *torch.autograd.grad(loss, (h, w))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -755,8 +821,8 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     move_adapters(policy)
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
     checkpoint.export(out, policy, tokenizer, folder, merge_lora=False)
-    ours = dict(models.full_weights(policy))
-    alone = [name for name, _ in models.full_weights(policy, merge_lora=False)]
+    ours = dict(models.full_weights(policy.model))
+    alone = [name for name, _ in models.full_weights(policy.model, merge_lora=False)]
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
     theirs = PeftModel.from_pretrained(base, f"{out}/model").merge_and_unload().state_dict()

@@ -663,7 +663,7 @@ def test_a_foreign_reward_model_without_names_gets_one(
     scorer = models.load_scorer(str(folder), device, reward_model.Args().system, ["reward"])
     assert models.output_names(scorer) == ["reward"]
     kept = load_file(folder / "model.safetensors")["score.weight"]
-    torch.testing.assert_close(dict(models.full_weights(scorer))["score.weight"], kept)
+    torch.testing.assert_close(dict(models.full_weights(scorer.model))["score.weight"], kept)
 
 
 def test_a_model_without_a_score_head_scores_nothing(few: Path, tiny_model: str, tmp_path: Path) -> None:
