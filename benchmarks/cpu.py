@@ -107,7 +107,7 @@ def run_length(
     started: float, shape: tuple[int, ...], lengths: list[int], tokens: int, rounds: int
 ) -> dict[str, Any]:
     """CPU seconds and FLOPs of a step of the same number of tokens, cut into longer and longer documents."""
-    from common import models
+    from common import plan
 
     policy, optimizer, device = setup(shape)
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
@@ -115,7 +115,7 @@ def run_length(
     for i in range(rounds + 1):
         for length in lengths:
             batch = fixed_documents(tokens // length, length, shape[0])
-            flops[length] = models.training_flops(policy, [length] * len(batch))
+            flops[length] = plan.training_flops(policy, [length] * len(batch))
             start = time.process_time()
             sft_step(policy, optimizer, batch, tokens, device)
             if i:  # the first round warms up

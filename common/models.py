@@ -28,7 +28,7 @@ from common import dist, packed
 from common.args import Optimization, System
 from common.files import model_folder
 from common.packed import Example, MicroBatch, TokenStats, micro_batches, segment_sum  # noqa: F401
-from common.plan import training_memory
+from common.plan import training_flops, training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
 
@@ -46,9 +46,18 @@ class PackedModel(nn.Module):
         self.generation_config = getattr(model, "generation_config", None)
         self.compute_dtype, self.dtype_on_disk = compute_dtype, dtype_on_disk
         self.lora_config = getattr(model, "lora_config", None)
+        self.has_copies = (
+            False  # replicated by FSDP, which then reduces gradients twice: in a copy, over copies
+        )
+
+    @property
+    def head(self) -> nn.Linear:
+        return output_head(self.model)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The trunk over a micro-batch. -> (N, D)"""
+        if self.has_copies and torch.is_grad_enabled():
+            self.set_requires_all_reduce(batch.is_last)  # over copies once a step
         return getattr(self.model, self.model.base_model_prefix)(
             input_ids=batch.tokens[None],
             position_ids=batch.position_ids[None],
@@ -78,7 +87,7 @@ class Policy(PackedModel):
         """Log-probability, entropy and top-1 hit of each scored token, under logits / temperature."""
         hidden = self.hidden_states(batch).index_select(0, batch.targets - 1)  # position t-1 scores token t
         tokens = None if as_logits else batch.tokens[batch.targets]
-        return self.model.get_output_embeddings()(hidden, tokens, self.logit_scale / temperature)
+        return self.head(hidden, tokens, self.logit_scale / temperature)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """What each scored token was drawn from, with gradient, for a KL or distillation. -> (N_targets, V)
@@ -95,7 +104,7 @@ class Scorer(PackedModel):
 
     def forward(self, batch: MicroBatch, positions: Tensor) -> Tensor:
         """Outputs at these positions of the row. (n,) -> (n, A)"""
-        return self.model.score(self.hidden_states(batch).index_select(0, positions).float())
+        return self.head(self.hidden_states(batch).index_select(0, positions).float())
 
 
 def token_stats(policy: Policy, batch: MicroBatch, temperature: float = 1.0) -> TokenStats:
@@ -376,7 +385,7 @@ def _make_mesh(kind: str, copies: int, size: int) -> DeviceMesh:
 def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     """Compile, activation checkpointing, then FSDP2, in that order, on a model without weights yet."""
     trainable = any(p.requires_grad for p in shell.parameters())
-    head, embedding = output_head(shell.model), shell.model.get_input_embeddings()
+    head, embedding = shell.head, shell.model.get_input_embeddings()
     for name, parameter in shell.named_parameters():
         if not parameter.requires_grad and not name.endswith("score.weight"):
             parameter.data = parameter.data.to(shell.compute_dtype)  # frozen ones need no float32 master
@@ -400,6 +409,7 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
             precise = plan | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
         fully_shard(head, **precise, reshard_after_forward=not trainable)  # backward begins with it
     fully_shard(shell, **plan)
+    shell.has_copies = plan["mesh"].ndim == 2 and plan["ignored_params"] is None
     sum_gradients(shell)
 
 
@@ -574,22 +584,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def training_flops(shell: PackedModel, lengths: list[int]) -> float:
-    """FLOPs of forward and backward over sequences of these lengths, recomputation not counted.
-
-    A token costs 6 for each parameter outside an untied input embedding, 4 if it is frozen (LoRA); the causal
-    attention of a sequence 6 x layers x heads x head width x length^2. Every expert of a mixture is counted.
-    """
-    config = shell.config
-    table = shell.model.get_input_embeddings().weight
-    table = None if output_head(shell.model).weight is table else table
-    per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in shell.parameters() if p is not table)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return float(per_token * sum(lengths) + attention * sum(n * n for n in lengths))
-
-
-def speed(model: nn.Module, batch: list[Example], seconds: float) -> dict[str, float]:
+def speed(model: PackedModel, batch: list[Example], seconds: float) -> dict[str, float]:
     """Tokens per second over all ranks; on GPU also MFU, of 989 TFLOP/s a rank, and peak memory."""
     lengths = [len(tokens) for example in batch for tokens, _ in example.sequences]
     metrics = {"train/tokens_per_second": sum(lengths) / seconds}

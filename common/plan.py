@@ -1,4 +1,4 @@
-"""What a training run needs, before it starts: bytes of memory on a rank."""
+"""What a training run needs: bytes of memory on a rank, operations for a token."""
 
 from typing import Any, NamedTuple
 
@@ -54,3 +54,18 @@ def training_memory(
         activations=num_tokens * kept,
         head=4 * (table if trained else 0) + 2 * 4 * min(num_tokens, 2048) * config.vocab_size,
     )
+
+
+def training_flops(model: Any, lengths: list[int]) -> float:
+    """FLOPs of forward and backward over sequences of these lengths, recomputation not counted.
+
+    A token costs 6 for each parameter outside an untied input embedding, 4 if it is frozen (LoRA); the causal
+    attention of a sequence 6 x layers x heads x head width x length^2. Every expert of a mixture is counted.
+    """
+    config = model.config
+    table = model.model.get_input_embeddings().weight
+    table = None if model.head.weight is table else table
+    per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters() if p is not table)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    return float(per_token * sum(lengths) + attention * sum(n * n for n in lengths))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models, packed
+from common import checkpoint, data, dist, models, packed, plan
 from common.args import Optimization, System
 
 V = 60
@@ -871,12 +871,24 @@ def sharded(folder: str, **changes: Any) -> dict[str, Any]:
     finally:
         transformers.AutoModelForCausalLM.from_pretrained = read
     rows = list(data.rows(examples, 30, device))
-    for row in rows:
-        (-models.token_logps(policy, row).sum()).backward()
+    all_reduce, reduced = torch.distributed.all_reduce, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        reduced.append(args)
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        for row in rows:
+            (-models.token_logps(policy, row).sum()).backward()
+    finally:
+        torch.distributed.all_reduce = all_reduce
     ours = models.clip_grad_norm(policy, 0.5)
     return {
         "reads": len(reads),
         "rows": len(rows),
+        "all_reduces": len(reduced),
+        "parts": len(models.blocks(policy)) + 3,
         "error": furthest(gradients(policy), expected),
         "norms": [ours.item(), norm],
         "share": sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters())
@@ -906,6 +918,7 @@ def test_copies_in_low_precision_are_left_to_fsdp(tmp_path, two_ranks: Any):
     save(tmp_path)
     for result in two_ranks("test_models:sharded", folder=str(tmp_path), sharding="none", dtype="bfloat16"):
         assert result["mesh"] == [2, 1] and result["share"] == 1.0
+        assert result["all_reduces"] == result["parts"] and result["rows"] > 1  # once a step
         assert result["error"] < 0.25  # of the largest entry: bfloat16 on a model of random weights
         assert result["norms"][0] == pytest.approx(result["norms"][1], rel=0.03)
 
@@ -1020,10 +1033,10 @@ def test_training_flops_by_hand(tmp_path, device):
         save(tmp_path, tie_word_embeddings=tied)
         policy = models.load(str(tmp_path), device, options())
         expected = 6 * (2 * layer + norms + table) * (3 + 5) + 6 * 2 * 4 * 8 * (9 + 25)
-        assert models.training_flops(policy, [3, 5]) == expected
+        assert plan.training_flops(policy, [3, 5]) == expected
     adapted = models.load(str(tmp_path), device, options(lora_rank=2, lora_target="q_proj"))
     expected = (4 * (2 * layer + norms + table) + 6 * 2 * 2 * (32 + 32)) * 8 + 6 * 2 * 4 * 8 * (9 + 25)
-    assert models.training_flops(adapted, [3, 5]) == expected
+    assert plan.training_flops(adapted, [3, 5]) == expected
 
 
 def test_speed_counts_every_token(folder: Path, device):
