@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -513,30 +513,23 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return local if local.shape == tensor.shape else tensor.full_tensor()
 
 
-def full_weights(model: nn.Module, merge_lora: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain transformers model, whole tensor), one at a time; a collective all ranks must join.
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of all weights, one at a time; a collective that all ranks must join."""
+    for name, tensor in model.state_dict().items():
+        yield name, whole_tensor(tensor)
 
-    With merge_lora the adapters are folded into the weights they sit on; without, they alone come, under the
-    names peft gives them.
+
+def lora_deltas(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain model, change of the weight in float32) of each weight that adapters sit on.
+
+    Args:
+        weights: the whole weights of the model, of which only those of adapters are read.
     """
-    state = model.state_dict()
-    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
-
-    def whole(name: str) -> Tensor:
-        return whole_tensor(state[name])
-
-    for name in state:
-        if not merge_lora:
-            if ".lora_" in name:
-                yield name, whole(name)
-        elif ".lora_" not in name:
-            owner, _, leaf = name.partition(".base_layer.")
-            full = whole(name)
-            if leaf == "weight":
-                a, b = (whole(f"{owner}.lora_{x}.default.weight") for x in "AB")
-                delta = adapted[owner].scaling["default"] * (b @ a)
-                full = full + (delta.T if adapted[owner].fan_in_fan_out else delta).to(full.dtype)
-            yield name.replace(".base_layer.", "."), full
+    for owner, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            a, b = (weights[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
+            delta = layer.scaling["default"] * (b @ a)
+            yield f"{owner}.weight", delta.T if layer.fan_in_fan_out else delta
 
 
 # ----------------------------------------------------------------------------------------------- optimization

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import checkpoint, data, dist, models, packed, plan
@@ -821,10 +822,12 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     move_adapters(policy)
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
     checkpoint.export(out, policy, tokenizer, folder, merge_lora=False)
-    ours = dict(models.full_weights(policy.model))
-    alone = [name for name, _ in models.full_weights(policy.model, merge_lora=False)]
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
+    ours = {name: t.clone() for name, t in before.items()}
+    for name, delta in models.lora_deltas(policy.model, dict(models.full_weights(policy.model))):
+        ours[name] += delta
+    alone = load_file(f"{out}/model/adapter_model.safetensors")
     theirs = PeftModel.from_pretrained(base, f"{out}/model").merge_and_unload().state_dict()
     again = models.read_pretrained(f"{out}/model").state_dict()
     return {
