@@ -509,8 +509,9 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, its own memory where that is all there is. A collective if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
-    local = tensor.to_local()
-    return local if local.shape == tensor.shape else tensor.full_tensor()
+    # not by the shape of the local part: of a head with one row the first rank has all, the others nothing
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return tensor.to_local() if all(p.is_replicate() or n == 1 for p, n in sizes) else tensor.full_tensor()
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
