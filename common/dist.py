@@ -4,7 +4,9 @@ No script asks for its rank. A value that decides anything comes from `all_sum` 
 """
 
 import atexit
+import ctypes
 import datetime
+import hashlib
 import heapq
 import os
 import random
@@ -18,7 +20,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-_stop = {"signal": 0, "agreed": False}
+# what asks for a stop: schedulers send TERM, INT or USR1, a closed terminal HUP
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+TWICE_SECONDS = (
+    3.0  # torchrun passes on a signal that may have reached its ranks already: that is one request
+)
+_stop = {"signal": 0, "time": 0.0, "agreed": False}
 
 
 class RunError(ValueError):
@@ -46,9 +53,11 @@ def init(seed: int) -> torch.device:
             **store,
         )
         atexit.register(_leave)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, _on_signal)
-    _stop.update(signal=0, agreed=False)
+        if not alone:
+            _stop_with_parent()
+    _stop.update(signal=0, time=0.0, agreed=False)
     random.seed(seed)
     torch.manual_seed(seed)  # the same on every rank: new weights (LoRA, heads) must agree
     return device
@@ -60,9 +69,18 @@ def _leave() -> None:
 
 
 def _on_signal(number: int, frame: Any) -> None:
-    if _stop["signal"] and number == signal.SIGINT:
+    now = time.monotonic()
+    if number == signal.SIGINT and _stop["signal"] and now - _stop["time"] > TWICE_SECONDS:
         raise KeyboardInterrupt  # asked twice: do not wait for the step to end
-    _stop["signal"] = number
+    if not _stop["signal"]:
+        _stop.update(signal=number, time=now)
+
+
+def _stop_with_parent() -> None:
+    """Let Linux send SIGTERM when torchrun dies, as by SIGKILL: its ranks would go on training for nobody."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def world_size() -> int:
@@ -208,6 +226,20 @@ def run(main: Any, args: Any) -> None:
         main(args)
     except RunError as error:
         stopped = isinstance(error, Stopped)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line a node: its disk may be what differs
-            print(error if stopped else f"error: {error}", file=sys.stderr, flush=True)
+        if _speaks_first(str(error)):
+            where = "" if rank() == 0 else f" (rank {rank()})"
+            print(error if stopped else f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(0 if stopped else 1)
+
+
+def _speaks_first(message: str) -> bool:
+    """Whether no other rank has said this: most errors are found by all ranks, some by one alone."""
+    if world_size() == 1:
+        return int(os.environ.get("RANK", 0)) == 0  # before the group was formed all ranks find the same
+    if rank() > 0:
+        time.sleep(0.5)  # what rank 0 finds too is its to say
+    name = "said/" + hashlib.sha256(message.encode()).hexdigest()
+    try:
+        return torch_dist.distributed_c10d._get_default_store().add(name, 1) == 1
+    except RuntimeError:  # the store has gone with the rank that held it
+        return True

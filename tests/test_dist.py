@@ -1,10 +1,13 @@
 """common/dist.py: every rank ends up with the same numbers, the same errors and the same decision to stop."""
 
+import contextlib
+import io
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -92,12 +95,54 @@ def test_init_again_repeats_the_random_numbers_and_forgets_a_stop():
     assert draws() != first
 
 
-def test_a_second_interrupt_does_not_wait_for_the_step():
+def test_a_second_interrupt_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch):
+    """The same one that comes twice, from the terminal and passed on by torchrun, is no second one."""
     dist.init(seed=1)
     os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    dist.all_sum({})
+    assert dist.stop_requested()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     dist.init(seed=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_what_schedulers_send_asks_for_a_stop(number: int):
+    dist.init(seed=1)
+    os.kill(os.getpid(), number)
+    dist.all_sum({})
+    assert dist.stop_requested()
+    dist.init(seed=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_rank_whose_torchrun_was_killed_stops():
+    """A parent starts a rank and is killed; the rank, which would go on for a minute, is asked to stop."""
+    rank = (
+        "import time\n"
+        "from common import dist\n"
+        "dist.init(1)\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(600):\n"
+        "    dist.all_sum({})\n"
+        "    if dist.stop_requested():\n"
+        "        print('stopped', flush=True)\n"
+        "        break\n"
+        "    time.sleep(0.1)\n"
+    )
+    from conftest import free_port
+
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=ROOT, env=os.environ | group, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    assert process.stdout.readline() == "stopped\n"
 
 
 def test_a_mistake_ends_the_run_with_one_line_and_exit_code_1():
@@ -120,17 +165,30 @@ def test_a_mistake_ends_the_run_with_one_line_and_exit_code_1():
     assert done.stderr == "error: data.jsonl line 3: found x; expected y\n"
 
 
-def test_only_one_rank_of_a_node_prints_the_mistake(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    def main(args: Any) -> None:
-        raise dist.RunError("no such file")
+def said(ranks: list[int], message: str) -> str:
+    """Run on each rank: what this one prints when these find the same mistake."""
+    dist.init(seed=1)
+    printed, code = io.StringIO(), None
 
-    for local_rank, printed in (("0", "error: no such file\n"), ("1", "")):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        with pytest.raises(SystemExit) as end:
+    def main(args: Any) -> None:
+        if dist.rank() in ranks:
+            raise dist.RunError(message)
+
+    with contextlib.redirect_stderr(printed):
+        try:
             dist.run(main, None)
-        assert end.value.code == 1 and capsys.readouterr().err == printed
+        except SystemExit as end:
+            code = end.code
+    assert code == (1 if dist.rank() in ranks else None)
+    dist.barrier()
+    return printed.getvalue()
+
+
+def test_a_mistake_is_printed_once_by_whichever_rank_found_it(two_ranks: Any):
+    found = two_ranks("test_dist:said", ranks=[0, 1], message="no such file")
+    assert found == ["error: no such file\n", ""]
+    found = two_ranks("test_dist:said", ranks=[1], message="no such disk")
+    assert found == ["", "error (rank 1): no such disk\n"]
 
 
 def test_a_bug_keeps_its_traceback():

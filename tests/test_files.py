@@ -222,6 +222,24 @@ def test_the_cache_folder_names_the_way_out(tmp_path: Path, monkeypatch: pytest.
         files.cache_folder()
 
 
+def cached_here(model: str, folder: str) -> list[float]:
+    """Run on each rank, as on nodes with caches of their own: only that of rank 0 holds the result."""
+    os.environ["CLEANALIGN_CACHE"] = f"{folder}/{dist.rank()}"
+    dist.init(seed=1)
+    try:
+        return files.cached(
+            lambda: torch.arange(3.0) + dist.sum_over_ranks(torch.ones(1)), "x", model
+        ).tolist()
+    finally:
+        del os.environ["CLEANALIGN_CACHE"]
+
+
+def test_a_cache_that_one_node_has_serves_all(tmp_path: Path, tiny_model: str, two_ranks: Any) -> None:
+    for _ in range(2):
+        assert two_ranks("test_files:cached_here", model=tiny_model, folder=str(tmp_path)) == [[2, 3, 4]] * 2
+    assert not list((tmp_path / "1").glob("*.pt"))
+
+
 def test_a_result_is_computed_once_for_each_key_and_each_state_of_the_model(
     tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
