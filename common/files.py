@@ -6,6 +6,7 @@ complete.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -99,6 +100,35 @@ def write(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- JSON lines
+
+
+_locks: dict[Path, IO] = {}  # open as long as this process lives
+
+
+def lock(folder: Path) -> None:
+    """Claim a folder for this process; the system frees what a dead one held, however it died.
+
+    Raises:
+        RunError: another living process has it.
+    """
+    path = folder.resolve() / ".lock"
+    if path in _locks:  # a stage, or a second run in one process
+        return
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise dist.RunError(
+            f"output_dir {folder}: the run of process {file.read() or 'unknown'} is still writing there; wait "
+            "for it to end, or give another --output_dir"
+        ) from error
+    except OSError:
+        return file.close()  # a file system without locks
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[path] = file
 
 
 def as_lines(records: Iterable[dict]) -> str:

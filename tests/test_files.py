@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 from common import dist, files
 
@@ -115,6 +118,21 @@ def test_runs_that_write_a_shared_file_at_once_do_not_meet(tmp_path: Path) -> No
 
 
 # JSON lines
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_dead(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom common import files\n"
+        f"files.lock(Path({str(tmp_path)!r}))\nprint('locked', flush=True)\ntime.sleep(600)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(dist.RunError, match=f"the run of process {other.pid} is still writing there"):
+        files.lock(tmp_path)
+    other.kill()
+    other.wait()
+    files.lock(tmp_path)
+    files.lock(tmp_path)  # ours already
 
 
 def test_rows_of_a_torn_file(tmp_path: Path) -> None:
