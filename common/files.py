@@ -120,8 +120,8 @@ def lock(folder: Path) -> None:
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise dist.RunError(
-            f"output_dir {folder}: the run of process {file.read() or 'unknown'} is still writing there; wait "
-            "for it to end, or give another --output_dir"
+            f"output_dir {folder}: the run of process {file.read() or 'unknown'} is still writing there; "
+            "wait for it to end, or give another --output_dir"
         ) from error
     except OSError:
         return file.close()  # a file system without locks
