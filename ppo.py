@@ -15,8 +15,9 @@ RLOO, GRPO, Dr. GRPO.
     python ppo.py --help
     torchrun --nproc_per_node=8 ppo.py --model runs/sft --reward runs/reward_model --dataset prompts.jsonl
 
-Shapes: a rollout has R responses, the longest of L tokens; what belongs to its tokens is a table (R, L), zero
-past the end of a response. A row packs some of them; N_targets of its tokens are response tokens.
+Shapes: a rollout has R responses, the longest of L tokens; what belongs to its tokens is a table (R, L), with
+a mask that is 1 on tokens the policy sampled: 0 past the end of a response, and between its turns on what
+tools or users said. A row packs some of them; N_targets of its tokens are sampled ones.
 
 Metrics, results and departures from the papers: docs/ppo.md
 """
@@ -32,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, models
@@ -128,29 +130,35 @@ class Args:
 
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Reward of each token: -kl_coef * log(pi / pi_ref), and the score at the last one.
+    """Reward of each token: -kl_coef * log(pi / pi_ref), and the score at the last sampled one.
 
     Args:
-        scores: (R,). logps, ref_logps: (R, L) of the sampled tokens, nats. mask: (R, L) 1 on response tokens.
+        scores: (R,). logps, ref_logps: (R, L) in nats. mask: (R, L) 1 on sampled tokens, at least one each.
 
     Returns:
-        (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)).
+        (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
     """
-    rewards = -kl_coef * (logps - ref_logps) * mask
-    last = mask.sum(1).long() - 1
-    return rewards.scatter_add(1, last[:, None], scores[:, None])
+    rewards = torch.where(mask > 0, -kl_coef * (logps - ref_logps), 0.0)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask > 0, places, 0).amax(1, keepdim=True)  # (R, 1)
+    return rewards.scatter_add(1, last, scores[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimation, https://arxiv.org/abs/1506.02438, Eq. 16; all (R, L).
 
-    Nothing comes after the last token of a response: value and advantage are 0 there.
+    A step of time leads from a sampled token to the next sampled one: gamma and gae_lambda discount it once,
+    however many masked tokens stand between them, and the next value is that before the first token of the
+    next turn. Masked tokens have advantage 0. After the last sampled token value and advantage are 0.
     """
-    advantages, after, value_after = torch.zeros_like(rewards), 0.0, 0.0
+    advantages = torch.zeros_like(rewards)
+    after = value_after = rewards.new_zeros(len(rewards))  # (R,) of the next sampled token
     for t in reversed(range(rewards.shape[1])):
+        is_sampled = mask[:, t] > 0
         delta = rewards[:, t] + gamma * value_after - values[:, t]
-        after = advantages[:, t] = (delta + gamma * gae_lambda * after) * mask[:, t]
-        value_after = values[:, t] * mask[:, t]
+        after = torch.where(is_sampled, delta + gamma * gae_lambda * after, after)
+        value_after = torch.where(is_sampled, values[:, t], value_after)
+        advantages[:, t] = torch.where(is_sampled, after, 0.0)
     return advantages
 
 
@@ -174,14 +182,14 @@ def group_advantages(returns: Tensor, valid: Tensor, kind: str) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """Unit variance, and mean 0 with shift, over all tokens of a rollout; biased variance. (R, L)"""
     mean, variance = moments(x, mask)
-    return (x - mean * shift) * (variance + 1e-8).rsqrt() * mask
+    return torch.where(mask > 0, (x - mean * shift) * (variance + 1e-8).rsqrt(), 0.0)
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the tokens of a mask (R, L); 0 where every response is masked."""
     count = mask.sum().clamp(min=1)
-    mean = (x * mask).sum() / count
-    return mean, ((x - mean).square() * mask).sum() / count
+    mean = torch.where(mask > 0, x, 0.0).sum() / count
+    return mean, torch.where(mask > 0, (x - mean).square(), 0.0).sum() / count
 
 
 def policy_losses(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -312,8 +320,8 @@ def call(reward: Reward, examples: list[data.Example], texts: list[str]) -> list
 class Rollout(NamedTuple):
     """Responses and what the update needs of them; `take` makes a minibatch of the same form."""
 
-    sequences: list[data.Example]  # R: prompt and response
-    prompt_lengths: Tensor  # (R,)
+    examples: list[data.Example]  # R: prompt and response, scored on the sampled tokens
+    starts: Tensor  # (R,) where the response begins in its sequence
     mask: Tensor  # (R, L) 1 on tokens that count in the loss
     logps: Tensor  # (R, L) of the policy that sampled, by the forward that training uses
     ref_logps: Tensor  # (R, L)
@@ -323,23 +331,33 @@ class Rollout(NamedTuple):
 
     def take(self, chosen: list[int]) -> "Rollout":
         index = torch.tensor(chosen, device=self.mask.device)
-        return Rollout([self.sequences[i] for i in chosen], *(table[index] for table in self[1:]))
+        return Rollout([self.examples[i] for i in chosen], *(table[index] for table in self[1:]))
 
 
-def places(row: data.Row, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+def to_response(sample: Sample) -> data.Example:
+    """A sampled response as `make_rollout` takes it: the sampler's log-probs and whether it ended as fields.
+
+    One of several turns is one sequence too, its mask False on what tools or users said between them.
+    """
+    example = to_example(sample)
+    example.fields = {"sampler_logps": np.array(sample.logps, np.float32), "ended": float(sample.ended)}
+    return example
+
+
+def places(row: data.Row, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Where a row's scored tokens stand in a table (R, L): response and place in it. (N_targets,) each"""
     response = row.example_ids[row.target_segments]
-    return response, row.position_ids[row.targets] - prompt_lengths[response]
+    return response, row.position_ids[row.targets] - starts[response]
 
 
 @torch.no_grad()
 def tabulate(
-    compute: Callable, sequences: list, prompt_lengths: Tensor, like: Tensor, micro_batch_tokens: int
+    compute: Callable, examples: list[data.Example], starts: Tensor, like: Tensor, micro_batch_tokens: int
 ) -> Tensor:
     """compute(row) for all tokens of the responses, on every rank. -> (R, L)"""
     table = torch.zeros_like(like)
-    for row in data.rows(sequences, micro_batch_tokens, like.device):
-        table[places(row, prompt_lengths)] = compute(row)
+    for row in data.rows(examples, micro_batch_tokens, like.device):
+        table[places(row, starts)] = compute(row)
     return dist.sum_over_ranks(table)  # each response was computed by one rank
 
 
@@ -353,8 +371,8 @@ def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
     return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
 
 
-def roll_out(
-    samples: list[Sample],
+def make_rollout(
+    examples: list[data.Example],
     scores: Tensor,
     policy: nn.Module,
     ref_policy: nn.Module | None,
@@ -363,16 +381,21 @@ def roll_out(
     running: dict[str, float],
     args: Args,
 ) -> tuple[Rollout, dict[str, tuple]]:
-    """Log-probabilities, values, rewards and advantages of scored responses; metrics as (sum, count)."""
+    """Log-probabilities, values, rewards and advantages of scored responses; metrics as (sum, count).
+
+    Args:
+        examples: one for each response, see `to_response`.
+    """
     device = scores.device
-    sequences = [to_example(sample) for sample in samples]
-    lengths = torch.tensor([len(sample.tokens) for sample in samples], device=device)
-    prompt_lengths = torch.tensor([len(sample.prompt_tokens) for sample in samples], device=device)
-    ended = torch.tensor([sample.ended for sample in samples], device=device)
-    mask = (torch.arange(int(max(lengths)), device=device) < lengths[:, None]).float()  # (R, L)
+    masks = [torch.from_numpy(mask) for example in examples for _, mask in example.sequences]
+    starts = [int(mask.int().argmax()) for mask in masks]  # a response begins with its first sampled token
+    mask = pad_sequence([mask[i:] for mask, i in zip(masks, starts, strict=True)], batch_first=True)
+    mask, starts = mask.float().to(device), torch.tensor(starts, device=device)  # (R, L), (R,)
+    lengths = mask.sum(1)
+    ended = torch.tensor([example.fields["ended"] > 0 for example in examples], device=device)
 
     def table(compute: Callable) -> Tensor:
-        return tabulate(compute, sequences, prompt_lengths, mask, args.system.micro_batch_tokens)
+        return tabulate(compute, examples, starts, mask, args.system.micro_batch_tokens)
 
     logps = table(lambda row: models.token_logps(policy, row, args.temperature))
     ref_logps = logps
@@ -384,8 +407,8 @@ def roll_out(
     values = torch.zeros_like(mask)
     if value_model is not None:
         values = table(lambda row: models.values(value_model, row))
-    sampled = [logp for sample in samples for logp in sample.logps]
-    gap = (logps[mask.bool()] - torch.tensor(sampled, device=device)).abs()
+    sampler_logps = np.concatenate([example.fields["sampler_logps"] for example in examples])
+    gap = (logps[mask.bool()] - torch.from_numpy(sampler_logps).to(device)).abs()
 
     used = normalize(scores, running) if args.normalize_reward else scores
     used = used.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else used
@@ -406,7 +429,7 @@ def roll_out(
         returns = advantages
 
     kl, groups = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
-    num = len(samples)
+    num = len(examples)
     metrics = {
         "objective/scores": (scores.sum(), num),
         "objective/scores_std": (scores.std(correction=0), 1),
@@ -431,7 +454,7 @@ def roll_out(
         left, _ = moments((returns - values).square(), counted)
         explained = 1 - left / (moments(returns, counted)[1] + 1e-8)
         metrics["val/explained_variance"] = (explained, 1)
-    rollout = Rollout(sequences, prompt_lengths, counted, logps, ref_logps, values, advantages, returns)
+    rollout = Rollout(examples, starts, counted, logps, ref_logps, values, advantages, returns)
     return rollout, metrics
 
 
@@ -443,24 +466,29 @@ def loss_and_metrics(
 ) -> tuple[Tensor, dict[str, tuple]]:
     """A row's share of the minibatch's loss, which nothing divides any more, and metrics as (sum, count)."""
     stats = models.token_stats(policy, row, args.temperature)  # (N_targets,) each
-    at = places(row, batch.prompt_lengths)
+    at = places(row, batch.starts)
     weights = token_weights(batch.mask, args.loss_reduction, args.max_new_tokens)[at]
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
-    log_ratio = stats.logps - batch.logps[at]
-    ratio, advantages = log_ratio.exp(), batch.advantages[at]
+    counted = batch.mask[at]  # 0 on the tokens of a response that is left out
+    # what does not count is set to 0: times 0 an infinite ratio is NaN, in the loss or in its gradient
+    logps, entropy, old_logps, ref_logps = (
+        torch.where(counted > 0, x, 0.0)
+        for x in (stats.logps, stats.entropy, batch.logps[at], batch.ref_logps[at])
+    )
+    log_ratio, advantages = logps - old_logps, batch.advantages[at]
+    ratio = log_ratio.exp()
     losses = policy_losses(ratio, advantages, args.clip_range, args.clip_range_high or args.clip_range)
     policy_loss = (weights * losses).sum()
-    loss = policy_loss - args.entropy_coef * (mean * stats.entropy).sum()
+    loss = policy_loss - args.entropy_coef * (mean * entropy).sum()
     if args.kl_placement == "loss":
-        loss = loss + kl_coef * (weights * k3(stats.logps, batch.ref_logps[at])).sum()
-    counted = batch.mask[at]  # 0 on the tokens of a response that is left out
+        loss = loss + kl_coef * (weights * k3(logps, ref_logps)).sum()
     is_clipped = losses != -ratio * advantages
     metrics = {
         "loss": (loss, 0),  # a sum of shares
         "loss/policy_avg": (policy_loss, 0),
         "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), counted.sum()),
         "policy/clipfrac_avg": ((counted * is_clipped).sum(), counted.sum()),
-        "policy/entropy_avg": ((counted * stats.entropy).sum(), counted.sum()),
+        "policy/entropy_avg": ((counted * entropy).sum(), counted.sum()),
         "val/ratio": ((counted * ratio).sum(), counted.sum()),
         "val/ratio_var": ((counted * (ratio - 1).square()).sum(), counted.sum()),
     }
@@ -472,7 +500,7 @@ def value_loss_and_metrics(
 ) -> tuple[Tensor, dict[str, tuple]]:
     """The same of the value model."""
     values = models.values(value_model, row)  # (N_targets,)
-    at = places(row, batch.prompt_lengths)
+    at = places(row, batch.starts)
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
     losses = value_losses(values, batch.values[at], batch.returns[at], args.clip_range_value)
     loss, counted = (mean * losses).sum(), batch.mask[at]
@@ -499,7 +527,7 @@ def update(
         compute: (model, row, batch) -> the row's share of the loss, and its metrics.
     """
     models.set_lr(optimizer, lr)
-    for row in data.rows(batch.sequences, args.system.micro_batch_tokens, batch.mask.device):
+    for row in data.rows(batch.examples, args.system.micro_batch_tokens, batch.mask.device):
         loss, metrics = compute(model, row, batch)
         loss.backward()  # gradients add over rows and ranks
         totals.update(metrics)
@@ -630,12 +658,15 @@ def main(args: Args) -> None:
         scores = score(rewards, asked, [sample.text for sample in samples], args, device)
         times["train/time/scoring"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        rollout, metrics = roll_out(samples, scores, policy, ref_policy, value_model, kl_coef, running, args)
+        examples = [to_response(sample) for sample in samples]
+        rollout, metrics = make_rollout(
+            examples, scores, policy, ref_policy, value_model, kl_coef, running, args
+        )
         totals = dist.Totals()
         totals.update(metrics)
         rollout_metrics = totals.reduce("train/")
         times["train/time/advantages"] = time.perf_counter() - clock
-        num_tokens += sum(sequence.num_tokens for sequence in rollout.sequences)
+        num_tokens += sum(example.num_tokens for example in examples)
 
         for i, chosen in enumerate(minibatches(len(samples), number, args)):
             # update
@@ -663,7 +694,7 @@ def main(args: Args) -> None:
                 "train/learning_rate": lr,
             }
             metrics |= rollout_metrics | times
-            metrics |= models.speed(policy, batch.sequences, time.perf_counter() - step_start)
+            metrics |= models.speed(policy, batch.examples, time.perf_counter() - step_start)
             if i + 1 < steps_each:
                 log(step, num_steps, metrics)
 

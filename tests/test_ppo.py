@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ppo
 from common import checkpoint, data, dist, models
-from common.generate import Sample
+from common.generate import Sample, generate
 
 
 def close(found: Tensor, expected: Any, tolerance: float = 1e-4) -> None:
@@ -59,6 +59,47 @@ def test_what_stands_past_the_end_of_a_response_changes_nothing(gae_lambda: floa
     rewards, values = torch.cat([R, junk], 1), torch.cat([V, 3 * junk], 1)
     padded = ppo.gae(rewards, values, torch.tensor([[1.0, 1, 1, 0, 0]]), 0.9, gae_lambda)
     close(padded, [[*alone[0].tolist(), 0.0, 0.0]], 1e-6)
+
+
+# masks with gaps: two turns with what a tool said between them, which the policy did not sample
+
+GAP = torch.tensor([[1.0, 1, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_credit_flows_through_a_gap_as_if_it_were_not_there(gae_lambda: float) -> None:
+    def spread(x: Tensor, junk: float) -> Tensor:
+        return torch.cat([x[:, :2], torch.full((1, 2), junk), x[:, 2:]], 1)
+
+    alone = ppo.gae(R, V, ONES, 0.9, gae_lambda)  # gamma discounts sampled tokens only
+    found = ppo.gae(spread(R, 5.0), spread(V, -7.0), GAP, 0.9, gae_lambda)
+    torch.testing.assert_close(found, spread(alone, 0.0), atol=0, rtol=0)
+
+
+def test_gae_over_a_gap_by_hand() -> None:
+    rewards, values = torch.tensor([[0.0, 0, 0, 0, 1]]), torch.tensor([[0.5, 0.4, 9.0, 9, 0.2]])
+    advantages = ppo.gae(rewards, values, GAP, gamma=0.5, gae_lambda=0.5)
+    # deltas .5 * .4 - .5 = -.3, .5 * .2 - .4 = -.3, 1 - .2 = .8; -.3 + .25 * .8 = -.1, -.3 - .25 * .1
+    close(advantages, [[-0.325, -0.1, 0, 0, 0.8]])
+
+
+def test_the_score_stands_at_the_last_sampled_token() -> None:
+    mask = torch.tensor([[1.0, 1, 0, 0, 1, 1], [1, 0, 0, 1, 0, 0]])
+    logps, infinite = torch.full((2, 6), -1.0), torch.where(mask > 0, -2.0, -math.inf)
+    rewards = ppo.token_rewards(torch.tensor([1.0, 2.0]), logps, infinite, mask, kl_coef=0.1)
+    close(rewards, [[-0.1, -0.1, 0, 0, -0.1, 0.9], [-0.1, 0, 0, 1.9, 0, 0]])
+
+
+def test_whitening_leaves_gaps_out() -> None:
+    x = torch.tensor([[1.0, math.nan, 2.0], [3.0, math.inf, 4.0]])
+    mask = torch.tensor([[1.0, 0, 1], [1, 0, 1]])
+    close(ppo.whiten(x, mask), [[-1.3416, 0.0, -0.4472], [0.4472, 0.0, 1.3416]])
+
+
+def test_weights_count_sampled_tokens() -> None:
+    mask = torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 1]])
+    close(ppo.token_weights(mask, "token_mean", 9), [[0.2, 0, 0, 0.2], [0.2, 0.2, 0, 0.2]])
+    close(ppo.token_weights(mask, "sequence_mean", 9), [[1 / 4, 0, 0, 1 / 4], [1 / 6, 1 / 6, 0, 1 / 6]])
 
 
 # rewards
@@ -244,7 +285,7 @@ def test_steps_are_whole_rollouts() -> None:
 
 
 def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings: Any) -> tuple:
-    """roll_out for responses of 3, 1, 4, 2, ... tokens to one prompt, which score 1, 2, 3, ..."""
+    """make_rollout for responses of 3, 1, 4, 2, ... tokens to one prompt, which score 1, 2, 3, ..."""
     rng, samples = np.random.default_rng(0), []
     prompt = rng.integers(10, 60, 5).tolist()
     for i, end in enumerate(ended):
@@ -252,7 +293,9 @@ def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings:
         samples.append(Sample(0, i, prompt, tokens, [0.0] * len(tokens), end, ""))
     args = args_of(ppo.Args, **{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
     scores = torch.arange(1.0, 1 + len(ended), device=device)
-    rollout, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
+    rollout, metrics = ppo.make_rollout(
+        [*map(ppo.to_response, samples)], scores, policy, None, None, 0.0, {}, args
+    )
     return rollout, means(metrics), args
 
 
@@ -291,7 +334,7 @@ def test_a_masked_response_is_no_baseline_for_the_others(policy: Any, device: to
 
 def test_a_masked_response_has_no_gradient(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, False), missing_eos="mask")
-    row = data.make_row(rollout.sequences, [1], device)
+    row = data.make_row(rollout.examples, [1], device)
     loss, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
     assert loss.item() == 0.0 and metrics["policy/entropy_avg"][0].item() == 0.0
 
@@ -302,7 +345,7 @@ def test_a_rollout_all_masked_has_a_loss_of_zero_and_finite_metrics(
 ) -> None:
     settings = {"missing_eos": "mask", "whiten_rewards": whitened}
     rollout, metrics, args = made(device, policy, (False, False), **settings)
-    row = data.make_row(rollout.sequences, [0, 1], device)
+    row = data.make_row(rollout.examples, [0, 1], device)
     loss, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
     assert loss.item() == 0.0 and all(math.isfinite(value) for value in metrics.values())
 
@@ -319,7 +362,7 @@ def test_a_group_all_alike_is_counted_whatever_its_score(
     args = args_of(ppo.Args, kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
     samples = [Sample(0, i, [11, 12], [20], [0.0], True, "") for i in range(7)]
     scores = torch.tensor([0.1] * 6 + [last], device=device)  # the std of seven times .1 is 7e-9
-    _, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
+    _, metrics = ppo.make_rollout([*map(ppo.to_response, samples)], scores, policy, None, None, 0.0, {}, args)
     assert means(metrics)["frac_reward_zero_std"] == share
 
 
@@ -332,7 +375,7 @@ def test_returns_are_those_before_whitening(policy: Any, device: torch.device) -
 
 def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.device) -> None:
     together, _, _ = made(device, policy, (True, True, True))
-    for i, sequence in enumerate(together.sequences):
+    for i, sequence in enumerate(together.examples):
         alone = models.token_logps(policy, data.make_row([sequence], [0], device)).detach()
         torch.testing.assert_close(together.logps[i, : len(alone)], alone, atol=1e-5, rtol=0)
         assert not together.logps[i, len(alone) :].any()
@@ -343,7 +386,7 @@ def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.d
 
 def test_gradients_raise_what_scored_well_and_k3_pulls_back(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, True), kl_placement="loss")
-    row = data.make_row(rollout.sequences, [0, 1], device)
+    row = data.make_row(rollout.examples, [0, 1], device)
     plain, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
     # scores 1 on three tokens, 2 on one, ratio 1: the loss is minus the mean advantage
     assert plain.item() == pytest.approx(-5 / 4, abs=1e-5)
@@ -352,9 +395,84 @@ def test_gradients_raise_what_scored_well_and_k3_pulls_back(policy: Any, device:
     assert (pulled - plain).item() == pytest.approx(0.1 / math.e, abs=1e-5)
 
 
+@pytest.mark.parametrize("kl_placement", ["reward", "loss"])
+def test_an_infinite_ratio_of_a_masked_token_is_no_nan(policy: Any, device: Any, kl_placement: str) -> None:
+    settings = {"missing_eos": "mask", "kl_placement": kl_placement}
+    rollout, _, args = made(device, policy, (True, False, True), **settings)
+    far = torch.where(rollout.mask > 0, rollout.logps, -1e4)  # exp(1e4) is infinite
+    far_ref = torch.where(rollout.mask > 0, rollout.ref_logps, 1e4)
+    row = data.make_row(rollout.examples, [0, 1, 2], device)
+
+    def gradient(batch: ppo.Rollout) -> tuple[float, Tensor]:
+        loss, metrics = ppo.loss_and_metrics(policy, row, batch, 0.1, args)
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        policy.zero_grad()
+        assert all(math.isfinite(value) for value in means(metrics).values())
+        return loss.item(), found
+
+    loss, expected = gradient(rollout)
+    for batch in (rollout._replace(logps=far), rollout._replace(logps=far, ref_logps=far_ref)):
+        again, found = gradient(batch)
+        assert again == loss and torch.equal(found, expected) and expected.any()
+
+
+PROMPT, RESULT = [5, 6, 7], [11, 12, 13]
+
+
+def two_turns(policy: Any, tokenizer: Any, number: int) -> list[data.Example]:
+    """64 responses to one prompt: a turn of up to 4 tokens, what a tool said, another turn."""
+    turn = {"max_new_tokens": 4, "seed": 3, "step": number}
+    said = generate(policy, tokenizer, [PROMPT] * 64, **turn)
+    so_far = [PROMPT + sample.tokens + RESULT for sample in said]
+    replies = generate(policy, tokenizer, so_far, first_index=64, **turn)
+    examples = []
+    for first, second in zip(said, replies, strict=True):
+        example = ppo.to_response(second)
+        _, mask = example.sequences[0]
+        mask[len(PROMPT) : len(PROMPT) + len(first.tokens)] = True
+        example.fields["sampler_logps"] = np.array(first.logps + second.logps, np.float32)
+        examples.append(example)
+    return examples
+
+
+def test_two_turns_with_an_observation_train_what_was_sampled_only(
+    tiny_model: str, tokenizer: Any, device: torch.device
+) -> None:
+    args = args_of(ppo.Args, kl_coef=0.0, gae_lambda=1.0, missing_eos="keep")
+    policy, scored, wins = models.load(tiny_model, device, args.system), [], []
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-2)
+
+    def watched(row: Any, temperature: float) -> Any:
+        stats = policy(row, temperature)
+        stats.logps.retain_grad()
+        scored.append(stats.logps)
+        return stats
+
+    for number in range(15):
+        examples = two_turns(policy, tokenizer, number)
+        # the first token of the first turn decides the score, which stands at the end of the second
+        first_tokens = [int(tokens[len(PROMPT)]) for e in examples for tokens, _ in e.sequences]
+        scores = torch.tensor([float(token % 2) for token in first_tokens], device=device)
+        wins.append(scores.mean().item())
+        rollout, metrics = ppo.make_rollout(examples, scores, policy, None, None, 0.0, {}, args)
+        assert means(metrics)["sampler_logp_gap_max"] < 1e-4
+        assert torch.equal((rollout.advantages != 0).float(), rollout.mask)
+
+        row = data.make_row(examples, [*range(64)], device)
+        ppo.loss_and_metrics(watched, row, rollout, 0.0, args)[0].backward()
+        has_gradient = torch.zeros_like(rollout.mask)
+        has_gradient[ppo.places(row, rollout.starts)] = (scored[-1].grad != 0).float()
+        assert torch.equal(has_gradient, rollout.mask)  # each sampled token, of both turns, and no other
+        assert all(m[4:8] == [0, 0, 0, 1] for m in rollout.mask.tolist() if m[3])  # a first turn of 4 tokens
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.mean(wins[-3:]) > np.mean(wins[:3]) + 0.2, wins
+
+
 def test_entropy_is_maximised(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, True))
-    row = data.make_row(rollout.sequences, [0, 1], device)
+    row = data.make_row(rollout.examples, [0, 1], device)
     plain, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
     args.entropy_coef = 0.5
     more, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
