@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, models
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.args import Optimization, Run, Sampling, System, flat, parse, snapshot
 from common.generate import Sample, generate, to_example
 from common.log import Log, load_function
 
@@ -72,6 +72,8 @@ class Args:
     """the score that replaces that of a response cut off"""
 
     # algorithm
+    algorithm: Literal["ppo", "rloo", "grpo", "dr_grpo", "dapo"] = "ppo"
+    """sets the switches below as published, which --help lists; what is given beside it wins"""
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"
     """gae needs a value model; the others compare the samples_per_prompt responses to a prompt"""
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
@@ -580,6 +582,47 @@ def is_due(step: int, every: int, steps_each: int) -> bool:
     return step // every > (step - steps_each) // every
 
 
+# what --algorithm sets: the table of docs/ppo.md, which says where each is published
+ALGORITHMS = {
+    "ppo": {},  # the defaults of Args
+    "rloo": dict(
+        advantage="rloo",
+        samples_per_prompt=4,
+        loss_reduction="sequence_sum",
+        clip_range=1e9,  # none
+        kl_placement="reward",
+        kl_coef=0.05,
+    ),
+    "grpo": dict(
+        advantage="grpo",
+        samples_per_prompt=8,
+        loss_reduction="sequence_mean",
+        clip_range=0.2,
+        kl_placement="loss",
+        kl_coef=0.04,
+    ),
+    "dr_grpo": dict(
+        advantage="dr_grpo", samples_per_prompt=8, loss_reduction="constant", clip_range=0.2, kl_coef=0.0
+    ),
+    "dapo": dict(
+        advantage="grpo",
+        samples_per_prompt=16,
+        loss_reduction="token_mean",
+        clip_range=0.2,
+        clip_range_high=0.28,
+        kl_coef=0.0,
+    ),
+}
+
+
+def describe_algorithm(args: Args) -> str:
+    """The switches that --algorithm has set, and those that were given beside it."""
+    preset, values = ALGORITHMS[args.algorithm], flat(args)
+    used = "".join(f" {name}={value}" for name, value in preset.items() if values[name] == value)
+    given = "".join(f" {name}={values[name]}" for name, value in preset.items() if values[name] != value)
+    return f"algorithm {args.algorithm}:{used}{'; but' if given else ''}{given}"
+
+
 TOY = dict(
     reward="toy.language:reward",
     rollout_size=128,
@@ -598,6 +641,8 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    if dist.is_main() and ALGORITHMS[args.algorithm]:
+        print(describe_algorithm(args), flush=True)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
@@ -716,4 +761,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY))
+    dist.run(main, parse(Args, TOY, ALGORITHMS))

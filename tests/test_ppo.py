@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ppo
 from common import checkpoint, data, dist, models
+from common.args import parse
 from common.generate import Sample, generate
 
 
@@ -579,6 +580,81 @@ def test_an_attribute_model_is_no_reward(
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
         ppo.main(args_of(ppo.Args, **{**ppo.TOY, "output_dir": str(tmp_path / "run"), **settings}))
+
+
+# published variants by name
+
+PUBLISHED = {  # advantage, samples_per_prompt, loss_reduction, clip below and above, kl_placement, kl_coef
+    "ppo": ("gae", 1, "token_mean", 0.2, 0.0, "reward", 0.05),
+    "rloo": ("rloo", 4, "sequence_sum", 1e9, 0.0, "reward", 0.05),
+    "grpo": ("grpo", 8, "sequence_mean", 0.2, 0.0, "loss", 0.04),
+    "dr_grpo": ("dr_grpo", 8, "constant", 0.2, 0.0, "reward", 0.0),
+    "dapo": ("grpo", 16, "token_mean", 0.2, 0.28, "reward", 0.0),
+}
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> ppo.Args:
+    monkeypatch.setattr("sys.argv", ["ppo.py", *words])
+    return parse(ppo.Args, ppo.TOY, ppo.ALGORITHMS)
+
+
+def switches(args: ppo.Args) -> tuple:
+    clip = (args.clip_range, args.clip_range_high)
+    kl = (args.kl_placement, args.kl_coef)
+    return (args.advantage, args.samples_per_prompt, args.loss_reduction, *clip, *kl)
+
+
+@pytest.mark.parametrize("algorithm", PUBLISHED)
+@pytest.mark.parametrize("model", ["toy", "runs/sft"])
+def test_an_algorithm_is_its_published_switches(
+    algorithm: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parsed(monkeypatch, f"--algorithm={algorithm}", "--model", model)
+    assert switches(args) == PUBLISHED[algorithm]
+    ppo.check(args)
+    assert (args.rollout_size == ppo.TOY["rollout_size"]) == (model == "toy")
+
+
+def test_what_is_given_beside_an_algorithm_wins_even_if_it_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--kl_coef", "0.05", "--samples_per_prompt=1", "--algorithm", "grpo", "--clip-range=0.3")
+    args = parsed(monkeypatch, *words)  # grpo has kl_coef .04 and 8 samples
+    assert switches(args) == ("grpo", 1, "sequence_mean", 0.3, 0.0, "loss", 0.05)
+    assert ppo.describe_algorithm(args) == (
+        "algorithm grpo: advantage=grpo loss_reduction=sequence_mean kl_placement=loss"
+        "; but samples_per_prompt=1 clip_range=0.3 kl_coef=0.05"
+    )
+
+
+def test_a_sweep_varies_the_algorithm_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    args = parsed(monkeypatch, "--algorithm=dapo", "--kl_coef=0.01")
+    assert switches(args) == (*PUBLISHED["dapo"][:-1], 0.01)
+    assert args.run.track and args.run.output_dir.endswith("ppo-abc")
+
+
+def test_a_run_says_what_its_algorithm_set_and_keeps_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = f"--output_dir={tmp_path}/run"
+    small = ["--rollout_size=4", "--samples_per_prompt=2", "--batch_size=8"]
+    small += ["--max_new_tokens=20", "--num_samples=0"]
+
+    def go(algorithm: str, steps: int) -> None:
+        ppo.main(parsed(monkeypatch, f"--algorithm={algorithm}", f"--max_steps={steps}", folder, *small))
+
+    go("grpo", 1)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("algorithm grpo: advantage=grpo") and first.endswith("; but samples_per_prompt=2")
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (kept["algorithm"], kept["advantage"], kept["kl_coef"]) == ("grpo", "grpo", 0.04)
+    go("grpo", 2)
+    assert "resuming" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    with pytest.raises(dist.RunError, match="holds a run with algorithm 'grpo'"):
+        go("dapo", 3)
 
 
 # short runs
