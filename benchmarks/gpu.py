@@ -52,7 +52,7 @@ from harness import (
 )
 from torch import Tensor, nn
 
-from common import data, dist, generate, models
+from common import data, dist, generate, models, packed
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2},
@@ -143,7 +143,7 @@ def run_attention(started: float, heads: int, kv_heads: int, width: int, tokens:
     mask = (owner[:, None] == owner) & (t[:, None] >= t)
 
     def ours() -> Tensor:
-        return models.varlen_attention(
+        return packed.packed_attention(
             nn.Module(), q, k, v, None, cu_seq_lens_q=cu, max_length_q=max(lengths)
         )[0]
 
@@ -187,13 +187,13 @@ def run_attention(started: float, heads: int, kv_heads: int, width: int, tokens:
 # --------------------------------------------------------------------------------------------------- training
 
 
-def dense_head(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> models.TokenStats:
+def dense_head(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> packed.TokenStats:
     """What the chunked head replaces: all logits at once."""
     raw = F.linear(h, head.weight).float()
     logp = (raw * scale).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     accuracy = (logp.argmax(-1) == tokens).float()
-    return models.TokenStats(logp.gather(1, tokens[:, None])[:, 0], entropy, accuracy, raw.detach().mean(-1))
+    return packed.TokenStats(logp.gather(1, tokens[:, None])[:, 0], entropy, accuracy, raw.detach().mean(-1))
 
 
 def pad(examples: list[data.Example], group: int = 8) -> list[data.Example]:
@@ -257,7 +257,7 @@ def time_sft(
         activation_checkpointing=checkpointing,
         lora_rank=lora_rank,
     )
-    output = policy.get_output_embeddings()
+    output = policy.model.get_output_embeddings()
     if head == "dense":
         output.forward = types.MethodType(dense_head, output)
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-5)
@@ -312,7 +312,7 @@ def run_head(started: float, vocab_size: int, tokens: int, width: int) -> dict[s
 
     def work() -> None:
         head.weight.grad = h.grad = None
-        models._head_forward(head, h, y, 1.0).logps.sum().neg().backward()
+        head(h, y, 1.0).logps.sum().neg().backward()
 
     spent = seconds(work, 3)
     grad = vocab_size * width * head.weight.element_size() / 2**20
@@ -345,10 +345,10 @@ def run_decode(
     how = contextlib.nullcontext() if graphs else eager_decode()
     with how, generate.rollout(policy):  # both include the prefill and the capture of a graph
         step = (seconds(lambda: reply(new), 1) - seconds(lambda: reply(short), 1)) / (new - short)
-    size = sum(p.numel() for p in policy.parameters()) * policy.compute_dtype_.itemsize
+    size = sum(p.numel() for p in policy.parameters()) * policy.compute_dtype.itemsize
     heads = config.num_key_value_heads * config.head_dim
     context = prompt + (new + short) / 2
-    cache = batch * context * 2 * config.num_hidden_layers * heads * policy.compute_dtype_.itemsize
+    cache = batch * context * 2 * config.num_hidden_layers * heads * policy.compute_dtype.itemsize
     return {
         "step_ms": 1e3 * step,
         "tokens_per_second": batch / step,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from harness import ROOT, NoText, documents, llama, random_policy, sft_step
 from torch import Tensor, nn
 
-from common import data, dist, generate, models
+from common import data, dist, generate, models, packed
 
 SMALL = {"vocab_size": 2048, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2}
 
@@ -31,7 +31,7 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 def check_attention(tokens: int = 4096) -> dict[str, Any]:
     """The packed kernel in bfloat16 against float32 attention document by document: out, dq, dk, dv."""
     device = dist.init(1)
-    models.find_kernel(device)
+    packed.find_kernel(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lengths = [1, 2, 127, 128, 129, 500]
     lengths.append(tokens - sum(lengths))
@@ -52,7 +52,7 @@ def check_attention(tokens: int = 4096) -> dict[str, Any]:
         ]
         upstream = torch.randn(1, tokens, heads, value_width, device=device, dtype=dtype)
         settings = {"sliding_window": window, "cu_seq_lens_q": cu, "max_length_q": max(lengths)}
-        out, _ = models.varlen_attention(nn.Identity(), *low, None, **settings)
+        out, _ = packed.packed_attention(nn.Identity(), *low, None, **settings)
         ours = [out, *torch.autograd.grad(out, low, upstream)]
         high = [x.detach().float().requires_grad_() for x in low]
         exact = by_document(*high, lengths, window)
@@ -87,7 +87,7 @@ def check_head(tokens: int = 3000, width: int = 512, vocab_size: int = 32_000) -
     nn.init.normal_(head.weight, std=0.2)
     y = torch.randint(vocab_size, (tokens,), device=device)
     g = torch.randn(2, tokens, device=device)
-    stats = models._head_forward(head, h, y, 1.0)
+    stats = head(h, y, 1.0)
     ours = torch.autograd.grad((g[0] * stats.logps + g[1] * stats.entropy).sum(), (h, head.weight, head.bias))
     h64, w64, b64 = (x.detach().double().requires_grad_() for x in (h, head.weight, head.bias))
     logp = (h64 @ w64.T + b64).log_softmax(-1)

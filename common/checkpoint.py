@@ -100,7 +100,9 @@ def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def export(output_dir: str, policy: nn.Module, tokenizer: Any, model: str, merge_lora: bool = True) -> None:
+def export(
+    output_dir: str, policy: models.PackedModel, tokenizer: Any, model: str, merge_lora: bool = True
+) -> None:
     """Write `model/`: a folder plain transformers loads; with LoRA one peft loads, unless merge_lora.
 
     Weights take the dtype the model had on disk. generation_config stops at the token trained to end a turn.
@@ -109,10 +111,10 @@ def export(output_dir: str, policy: nn.Module, tokenizer: Any, model: str, merge
         model: what the policy started from, on which the adapters of a peft folder stand.
     """
     folder = Path(output_dir) / "model"
-    lora = getattr(policy, "lora_config", None)
+    lora = policy.lora_config
     merge = lora is None or merge_lora
     weights = {}
-    for name, tensor in models.full_weights(policy, merge_lora=merge):
+    for name, tensor in models.full_weights(policy.model, merge_lora=merge):
         if dist.is_main():
             weights[name] = tensor.to("cpu", policy.dtype_on_disk if merge else torch.float32, copy=True)
     if dist.is_main():
@@ -126,15 +128,17 @@ def export(output_dir: str, policy: nn.Module, tokenizer: Any, model: str, merge
 
 
 def _save_transformers(
-    folder: Path, policy: nn.Module, tokenizer: Any, weights: dict[str, torch.Tensor]
+    folder: Path, policy: models.PackedModel, tokenizer: Any, weights: dict[str, torch.Tensor]
 ) -> None:
-    from transformers import GenerationConfig
+    import transformers
 
     with torch.device("meta"):
-        shell = policy.auto_class_.from_config(policy.config, dtype=policy.dtype_on_disk)
-    if hasattr(policy, "score"):
+        shell = getattr(transformers, policy.auto_class).from_config(
+            policy.config, dtype=policy.dtype_on_disk
+        )
+    if isinstance(policy, models.Scorer):
         return shell.save_pretrained(folder, state_dict=weights)
-    generation_config = policy.generation_config or GenerationConfig()
+    generation_config = policy.generation_config or transformers.GenerationConfig()
     before = generation_config.eos_token_id
     ends = [data.end_token(tokenizer), *(before if isinstance(before, list) else [before])]
     ends = list(dict.fromkeys(e for e in ends if e is not None))

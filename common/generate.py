@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from common import data, dist, models
+from common import data, dist, models, packed
 from common.args import System
 
 LEVELS = 3  # of the search through the vocabulary, see `invert`
@@ -67,7 +67,7 @@ class Settings(NamedTuple):
 
 
 def generate(
-    policy: nn.Module,
+    policy: models.Policy,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -139,16 +139,16 @@ def check(settings: Settings, samples_per_prompt: int, prompts: Sequence[Sequenc
             raise dist.RunError(f"prompt {i} has {len(prompt)} tokens; this model takes 1 to {most}")
 
 
-def to_example(sample: Sample) -> data.Example:
-    """Prompt and response as one sequence for `data.rows`, the mask on the response."""
+def to_example(sample: Sample) -> packed.Example:
+    """Prompt and response as one sequence for `packed.micro_batches`, the mask on the response."""
     tokens = np.array(sample.prompt_tokens + sample.tokens, np.int32)
-    return data.Example([(tokens, np.arange(len(tokens)) >= len(sample.prompt_tokens))], prompt="")
+    return packed.Example([(tokens, np.arange(len(tokens)) >= len(sample.prompt_tokens))], prompt="")
 
 
-def row_logps(samples: Sequence[Sample], row: data.Row) -> Tensor:
-    """The sampler's log-probabilities of a row packed from these samples. -> (N_targets,)"""
-    logps = [logp for i in row.example_ids.tolist() for logp in samples[i].logps]
-    return torch.tensor(logps, dtype=torch.float32, device=row.tokens.device)
+def sampled_logps(samples: Sequence[Sample], batch: packed.MicroBatch) -> Tensor:
+    """The sampler's log-probabilities of a micro-batch packed from these samples. -> (N_targets,)"""
+    logps = [logp for i in batch.example_ids.tolist() for logp in samples[i].logps]
+    return torch.tensor(logps, dtype=torch.float32, device=batch.tokens.device)
 
 
 # -------------------------------------------------------------------------------------------------- one token
@@ -213,42 +213,42 @@ class Replica:
     round away. The frozen base is the policy's own memory wherever a rank holds all of it.
     """
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: models.Policy):
         from peft import inject_adapter_in_model
         from transformers import AttentionInterface, AutoModelForCausalLM
 
         config = copy.deepcopy(policy.config)  # from_config keeps the object it is given
         self.config, self.device = config, next(policy.parameters()).device
         AttentionInterface.register("rollout", rollout_attention)
-        how = {"attn_implementation": "rollout", "dtype": policy.compute_dtype_}
+        how = {"attn_implementation": "rollout", "dtype": policy.compute_dtype}
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, **how)
-            if hasattr(policy, "lora_config"):
+            if policy.lora_config is not None:
                 inject_adapter_in_model(policy.lora_config, self.model)
-        self.model.to(policy.compute_dtype_)  # peft makes float32 adapters
+        self.model.to(policy.compute_dtype)  # peft makes float32 adapters
         self.model.to_empty(device=self.device).requires_grad_(False).eval()
         self.model.tie_weights()  # to_empty made two of each shared parameter
-        if self.device.type == "cuda" and policy.compute_dtype_ != torch.float32:
-            models.fuse_norms(self.model)
+        if self.device.type == "cuda" and policy.compute_dtype != torch.float32:
+            packed.fuse_norms(self.model)
         self.trunk = getattr(self.model, self.model.base_model_prefix)
-        self.logit_scale = policy.logit_scale_
-        buffers = dict(policy.named_buffers())
+        self.logit_scale = policy.logit_scale
+        buffers = dict(policy.model.named_buffers())
         for name, buffer in self.model.named_buffers():  # rotary frequencies are in no state dict
             buffer.copy_(buffers[name])
         # frozen weights have the compute dtype already: those that are whole here are shared, not copied
-        parameters = policy.named_parameters(remove_duplicate=False)  # tied weights have two names
+        parameters = policy.model.named_parameters(remove_duplicate=False)  # tied weights have two names
         self.shared = {name for name, p in parameters if not p.requires_grad}
         self.sizes: dict[nn.Parameter, int] = {}
         self.awake = False
 
     @torch.no_grad()
-    def fill(self, policy: nn.Module) -> None:
+    def fill(self, policy: models.Policy) -> None:
         """Copy the policy's weights in, or point to them. A collective."""
         for parameter, size in self.sizes.items():
             parameter.untyped_storage().resize_(size)
         weights = self.model.state_dict()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        state = policy.state_dict()  # also reshards what a forward has left gathered
+        state = policy.model.state_dict()  # also reshards what a forward has left gathered
         assert state.keys() == weights.keys(), f"left empty: {sorted(weights.keys() - state.keys())}"
         for name, tensor in state.items():
             whole = models.whole_tensor(tensor)
@@ -271,27 +271,27 @@ class Replica:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) float32 of hidden states (n, D)."""
         head = self.model.get_output_embeddings()
-        return models.float32_logits(hidden, head.weight, head.bias) * self.logit_scale
+        return packed.float32_logits(hidden, head.weight, head.bias) * self.logit_scale
 
 
 @contextlib.contextmanager
-def rollout(policy: nn.Module) -> Iterator[Replica]:
+def rollout(policy: models.Policy) -> Iterator[Replica]:
     """Within the block the replica stays filled: for several `generate` calls, no optimizer step between."""
-    outermost = not (hasattr(policy, "replica_") and policy.replica_.awake)
+    outermost = policy.replica is None or not policy.replica.awake
     if outermost:
         try:
-            policy.replica_ = getattr(policy, "replica_", None) or Replica(policy)
-            policy.replica_.fill(policy)
+            policy.replica = policy.replica or Replica(policy)
+            policy.replica.fill(policy)
         except torch.OutOfMemoryError as error:
             billions = sum(p.numel() for p in policy.parameters()) / 1e9
             raise dist.RunError(
                 f"no memory for generation, which puts all {billions:.1f}B weights beside the training state"
             ) from error
     try:
-        yield policy.replica_
+        yield policy.replica
     finally:
         if outermost:
-            policy.replica_.sleep()
+            policy.replica.sleep()
 
 
 def rollout_attention(
@@ -314,7 +314,7 @@ def rollout_attention(
         (n, 1, H, K), and None for the attention weights.
     """
     if attention_mask is None:
-        return models.varlen_attention(
+        return packed.packed_attention(
             module, query, key, value, None, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
     if sliding_window is not None:
@@ -340,7 +340,9 @@ class Cache:
         self.rows, self.slots, self.source, self.width = rows, slots, source, width
         return self
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:  # zeros, since a masked value is multiplied by 0 and must be finite
             rows, slots = self.shape
             self.layers[layer] = [x.new_zeros(rows, x.shape[1], slots, x.shape[3]) for x in (key, value)]
@@ -408,26 +410,26 @@ class Batch:
         self.uniforms[index] = torch.from_numpy(streams).to(self.device)
         takers = list(takers.values())
         prompts = [np.array(self.owners[rows[0]].prompt_tokens) for rows in takers]
-        examples = [data.Example([(tokens, np.zeros(len(tokens), bool))], "") for tokens in prompts]
+        examples = [packed.Example([(tokens, np.zeros(len(tokens), bool))], "") for tokens in prompts]
         limit = 16384 if self.device.type == "cuda" else 2048  # tokens of one forward
-        for chosen in data.pack(range(len(examples)), [len(tokens) for tokens in prompts], limit):
-            self.prefill(data.make_row(examples, chosen, self.device), [takers[i] for i in chosen])
+        for chosen in packed.pack(range(len(examples)), [len(tokens) for tokens in prompts], limit):
+            self.prefill(packed.make_micro_batch(examples, chosen, self.device), [takers[i] for i in chosen])
 
-    def prefill(self, packed: data.Row, takers: list[list[int]]) -> None:
+    def prefill(self, prompts: packed.MicroBatch, takers: list[list[int]]) -> None:
         """Run packed prompts, each for the rows that take it."""
-        bounds = packed.cu_seqlens.tolist()
+        bounds = prompts.cu_seqlens.tolist()
         spans = [(row, a, b) for rows, a, b in zip(takers, bounds, bounds[1:], strict=False) for row in rows]
         rows = self.ids(np.concatenate([np.full(b - a, row) for row, a, b in spans]))
         source = self.ids(np.concatenate([np.arange(a, b) for _, a, b in spans]))
         hidden = self.replica.trunk(
-            input_ids=packed.tokens[None],
-            position_ids=packed.position_ids[None],
-            past_key_values=self.cache.at(rows, packed.position_ids[source], source),
+            input_ids=prompts.tokens[None],
+            position_ids=prompts.position_ids[None],
+            past_key_values=self.cache.at(rows, prompts.position_ids[source], source),
             use_cache=True,
-            cu_seq_lens_q=packed.cu_seqlens,
-            cu_seq_lens_k=packed.cu_seqlens,
-            max_length_q=packed.max_seqlen,
-            max_length_k=packed.max_seqlen,
+            cu_seq_lens_q=prompts.cu_seqlens,
+            cu_seq_lens_k=prompts.cu_seqlens,
+            max_length_q=prompts.max_seqlen,
+            max_length_k=prompts.max_seqlen,
         )[0][0]  # (N, D)
         self.emit(self.ids([row for row, _, _ in spans]), hidden[self.ids([b - 1 for _, _, b in spans])])
 

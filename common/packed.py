@@ -1,17 +1,25 @@
-"""What one forward is: examples, and the micro-batches they are packed into.
+"""What one forward is: packed examples, attention within each sequence, a head that holds no logits.
 
 Sequences stand end to end in one row of tokens, without pads; a mask is True on the tokens that are scored.
-`micro_batches` deals the examples of a step out to the ranks and packs each share.
+`micro_batches` deals the examples of a step out to the ranks and packs each share, `packed_attention` is told
+where sequences begin, and `ChunkedHead` scores tokens without ever holding the logits of a whole row.
+
+Shapes: N tokens of a row, N_targets scored ones, D width, V vocabulary, H heads, K head width.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from common import dist
 from common.formats import Messages
@@ -142,3 +150,343 @@ def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndar
     for row, value in zip(table, values, strict=True):
         row[: len(value)] = value
     return table
+
+
+def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
+    """Sum values (M,) by the segment each belongs to. -> (num_segments,)"""
+    return values.new_zeros(num_segments).index_add(0, segment_ids, values)
+
+
+# ------------------------------------------------------------------------------------------- packed attention
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a packed row, for transformers' AttentionInterface.
+
+    Args:
+        query: (1, H, N, K); key, value: (1, H_kv, N, K), H_kv divides H.
+        cu_seq_lens_q: (S + 1,) int32, where sequences begin and the last one ends.
+
+    Returns:
+        (1, N, H, K), and None for the attention weights.
+
+    Raises:
+        RunError: the model asks for something else than plain causal attention over a packed row.
+    """
+    if cu_seq_lens_q is None or attention_mask is not None:
+        raise dist.RunError(f"{type(module).__name__} does its own masking, so it cannot take packed rows")
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise dist.RunError(f"{type(module).__name__} caps its logits or has sinks; packed rows take neither")
+    if _flash_kernel is not None and query.dtype != torch.float32:
+        width = max(query.shape[-1], value.shape[-1])
+        width = -(-width // 8) * 8  # the kernels want one width for all, a multiple of 8
+        q, k, v = (_widen(x[0].transpose(0, 1), width) for x in (query, key, value))  # (N, H, K)
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left and right
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)
+        return out[None, ..., : value.shape[-1]], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
+    out = [
+        F.scaled_dot_product_attention(q, k, v, **_causal(q, sliding_window), scale=scaling, enable_gqa=True)
+        for q, k, v in parts
+    ]
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
+    length = q.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": True}
+    t = torch.arange(length, device=q.device)
+    return {"attn_mask": (t[:, None] >= t) & (t[:, None] - t < window)}
+
+
+# FlashAttention over packed sequences, found once when a model is loaded onto a GPU: an import inside the
+# forward would break the graph of every compiled block
+_flash_kernel: Callable | None = None
+
+
+def find_kernel(device: torch.device) -> None:
+    """Let `packed_attention` use FlashAttention on a GPU; a CPU goes on with SDPA."""
+    global _flash_kernel
+    if device.type == "cuda" and _flash_kernel is None:
+        _flash_kernel = _find_flash_kernel()
+
+
+def _find_flash_kernel() -> Callable:
+    """The flash-attn package's kernel if it is installed, else torch's own."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+
+        def kernel(q, k, v, cu, longest, scale, window):
+            gqa = {"enable_gqa": True} if takes_gqa else {}  # older ones share key heads without being told
+            return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **gqa)
+
+        return kernel
+
+    return lambda q, k, v, cu, longest, scale, window: flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
+    )
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let RMSNorms run as one kernel; the eight of transformers take a fifth of a training step on a GPU.
+
+    Rounds once, from float32, where transformers rounds before and after the product with the weight.
+    """
+    for module in model.modules():
+        if is_plain_rms_norm(type(module)):
+            module.forward = types.MethodType(_rms_norm, module)
+
+
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
+
+
+@functools.cache
+def is_plain_rms_norm(kind: type[nn.Module]) -> bool:
+    """Whether a class computes weight * x / rms(x), tried out on numbers: Gemma's adds 1 to its weight."""
+    if not kind.__name__.endswith("RMSNorm"):
+        return False
+    with contextlib.suppress(TypeError, AttributeError), torch.random.fork_rng(devices=[]), torch.no_grad():
+        norm, x = kind(8, eps=0.1), torch.randn(3, 8)
+        norm.weight.normal_()
+        return dict(norm.named_parameters()).keys() == {"weight"} and torch.allclose(
+            norm(x), _rms_norm(norm, x)
+        )
+    return False
+
+
+# ----------------------------------------------------------------------------------------------- chunked head
+
+
+class TokenStats(NamedTuple):
+    """What one packed forward says about its N_targets scored tokens; all float32."""
+
+    logps: Tensor  # (N_targets,) log p(token | tokens before it), nats
+    entropy: Tensor  # (N_targets,) of the distribution the token was scored under, nats
+    accuracy: Tensor  # (N_targets,) 1 where the token was the most likely one, no gradient
+    mean_logit: Tensor  # (N_targets,) mean logit over the vocabulary, before any scale, no gradient
+
+
+class ChunkedHead(nn.Linear):
+    """The output head of a language model, put in its place by `set_output_embeddings`."""
+
+    @classmethod
+    def like(cls, head: nn.Linear) -> "ChunkedHead":
+        """With the very weight of `head`, which may be tied to an embedding."""
+        ours = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        ours.weight, ours.bias = head.weight, head.bias
+        ours.compiled = False
+        return ours
+
+    def forward(self, h: Tensor, tokens: Tensor | None = None, scale: float = 1.0) -> TokenStats | Tensor:
+        """What (n, D) hidden states say of the (n,) tokens that come next; without tokens the logits (n, V).
+
+        Logits are float32 and multiplied by scale, in both cases with gradient.
+        """
+        if tokens is None:
+            return _Logits.apply(h, self.weight, self.bias) * scale
+        # a buffer is of 16 MiB at most, 1 GiB on GPU, whatever the vocabulary
+        most = min(2048, 2**28 // len(self.weight)) if h.is_cuda else min(256, 2**22 // len(self.weight))
+        return TokenStats(*_TokenStats.apply(h, self.weight, self.bias, tokens, scale, most, self.compiled))
+
+
+class _TokenStats(torch.autograd.Function):
+    """Log-probabilities and entropies of tokens from chunks of logits, which backward computes again.
+
+    All chunks share two buffers: fresh ones would be mapped and zeroed by the system chunk by chunk. Products
+    of bfloat16 add up to float32 logits and dW: rounded to bfloat16, logits are .02 nats a token off.
+    z = h W^T + b, lp = z_y - logsumexp z, H = -sum_v p_v log p_v;
+    dz = g_lp (onehot(y) - p) - g_H p (log p + H), dh = dz W, dW = sum dz^T h.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        scale: float,
+        chunk: int,
+        compiled: bool,
+    ):
+        ctx.save_for_backward(h, weight, bias, y)
+        ctx.scale, ctx.chunk, ctx.compiled = scale, chunk, compiled
+        h, weight, bias = _operands(h, weight, bias)
+        columns = [h.new_empty(len(y), dtype=_wide(h)) for _ in TokenStats._fields]
+        buffers = _chunk_buffers(h, weight, chunk, count=1 if compiled else 2)
+        for start in range(0, len(y), chunk):
+            part = slice(start, start + chunk)
+            z, *spare = buffers[:, : len(y[part])]
+            float32_logits(h[part], weight, bias, out=z)
+            found = (
+                _fused(_statistics)(z, y[part], scale) if compiled else _describe(z, *spare, y[part], scale)
+            )
+            for column, values in zip(columns, found, strict=True):
+                column[part] = values
+        ctx.mark_non_differentiable(*columns[2:])
+        ctx.set_materialize_grads(False)
+        return tuple(columns)
+
+    @staticmethod
+    def backward(ctx, g_logps: Tensor | None, g_entropy: Tensor | None, *_: Any):
+        h, weight, bias, y = ctx.saved_tensors
+        dtype = h.dtype
+        h, weight, bias = _operands(h, weight, bias)
+        dh = torch.empty_like(h)
+        # sums over thousands of tokens: float32 whatever the compute dtype
+        dw, db = (
+            torch.zeros_like(x, dtype=_wide(h)) if needed else None
+            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
+        buffers = _chunk_buffers(h, weight, ctx.chunk, count=1 if ctx.compiled else 2)
+        for start in range(0, len(y), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            z, *spare = buffers[:, : len(y[part])]
+            float32_logits(h[part], weight, bias, out=z)
+            given = (
+                y[part],
+                ctx.scale,
+                *(None if g is None else g[part, None] for g in (g_logps, g_entropy)),
+            )
+            dz = _fused(_gradient)(z, *given, h.dtype) if ctx.compiled else _differentiate(z, *spare, *given)
+            low = dz.to(h.dtype)
+            torch.mm(low, weight, out=dh[part])
+            if dw is not None:
+                _add_product(dw, low.T, h[part])
+            if db is not None:
+                db += dz.sum(0)
+        dh, dw, db = (None if d is None else d.to(dtype) for d in (dh, dw, db))
+        return dh, dw, db, None, None, None, None
+
+
+def _describe(z: Tensor, p: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """The columns of TokenStats from logits z (n, V); z and p are overwritten."""
+    mean_logit = z.mean(-1)
+    if scale != 1.0:
+        z *= scale
+    top, argmax = z.max(-1)
+    logps = z.gather(1, y[:, None])[:, 0]
+    z -= top[:, None]
+    torch.exp(z, out=p)
+    total = p.sum(-1)
+    log_total = total.log()
+    return logps - (top + log_total), log_total - z.mul_(p).sum(-1) / total, argmax == y, mean_logit
+
+
+def _differentiate(
+    z: Tensor, p: Tensor, y: Tensor, scale: float, g_logps: Tensor | None, g_entropy: Tensor | None
+) -> Tensor:
+    """Gradient by logits z (n, V), from those by log-probabilities and entropies (n, 1); z, p overwritten."""
+    if scale != 1.0:
+        z *= scale
+    logp = torch.log_softmax(z, -1, out=p)
+    torch.exp(logp, out=z)
+    p, dz = z, None
+    if g_entropy is not None:
+        entropy = -torch.linalg.vecdot(p, logp)
+        dz = logp.add_(entropy[:, None]).mul_(p).mul_(-g_entropy)
+    if g_logps is not None:
+        p.mul_(-g_logps)
+        dz = p if dz is None else dz.add_(p)
+        dz.scatter_add_(1, y[:, None], g_logps)
+    return dz if scale == 1.0 else dz.mul_(scale)
+
+
+def _statistics(z: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """`_describe` as formulas, of which a compiler makes two passes over the logits instead of ten."""
+    mean_logit, z = z.mean(-1), z * scale
+    logp = z.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(1, y[:, None])[:, 0], entropy, z.argmax(-1) == y, mean_logit
+
+
+def _gradient(
+    z: Tensor, y: Tensor, scale: float, g_logps: Tensor | None, g_entropy: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`_differentiate` as formulas, rounded to dtype."""
+    logp = (z * scale).log_softmax(-1)
+    p, dz = logp.exp(), torch.zeros_like(z)
+    if g_logps is not None:
+        is_y = torch.arange(z.shape[1], device=z.device) == y[:, None]
+        dz = dz + g_logps * (is_y.to(p.dtype) - p)
+    if g_entropy is not None:
+        dz = dz - g_entropy * p * (logp - (p * logp).sum(-1, keepdim=True))
+    return (dz * scale).to(dtype)
+
+
+@functools.cache
+def _fused(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def _wide(h: Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32)
+
+
+def _chunk_buffers(h: Tensor, weight: Tensor, chunk: int, count: int) -> Tensor:
+    """(count, chunk, V), less if there are fewer tokens."""
+    return h.new_empty(count, min(chunk, len(h)), len(weight), dtype=_wide(h))
+
+
+def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What enters the head's products. A GPU adds up low precision in float32; a CPU gets float32 numbers."""
+    return tuple(x if x is None or x.is_cuda else x.to(_wide(x)) for x in tensors)
+
+
+def float32_logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """h W^T + b with float32 sums that are never rounded to h's precision. (n, D), (V, D), (V,) -> (n, V)"""
+    if h.dtype == _wide(h):
+        out = torch.mm(h, weight.T, out=out)
+    elif h.is_cuda:
+        out = torch.mm(h, weight.T, out_dtype=torch.float32, out=out)
+    else:
+        out = torch.mm(h.float(), weight.float().T, out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b, accumulated in out's dtype."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+class _Logits(torch.autograd.Function):
+    """`float32_logits` with gradient, for those who need a distribution: a full KL, distillation."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None):
+        ctx.save_for_backward(h, weight, bias)
+        return float32_logits(h, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dz: Tensor):
+        h, weight, bias = ctx.saved_tensors
+        low = dz.to(h.dtype)
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = _add_product(torch.zeros_like(weight, dtype=dz.dtype), *_operands(low.T, h)).to(h.dtype)
+        return low @ weight, dw, None if bias is None else dz.sum(0).to(h.dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import data, dist, generate, models
+from common import data, dist, generate, models, packed
 from common.args import System
 from toy import language
 
@@ -218,7 +218,7 @@ def test_logps_are_those_of_the_training_forward(policy, device, temperature):
     for row in data.rows([generate.to_example(s) for s in samples], 100, device):
         with torch.no_grad():
             logps = models.token_logps(policy, row, temperature or 1.0)
-        torch.testing.assert_close(generate.row_logps(samples, row), logps, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(generate.sampled_logps(samples, row), logps, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- batch and addresses
@@ -377,7 +377,7 @@ def test_a_trained_policy_is_sampled_with_its_new_weights(changes, tmp_path, dev
     assert all(p.requires_grad for p in policy.parameters()) or changes
     for row in data.rows([generate.to_example(s) for s in after], 0, device):
         logps = models.token_logps(policy, row)
-        torch.testing.assert_close(generate.row_logps(after, row), logps.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(generate.sampled_logps(after, row), logps.detach(), atol=1e-5, rtol=1e-5)
         logps.sum().backward()  # generation leaves the policy fit to train
 
 
@@ -385,7 +385,7 @@ def test_the_replica_holds_no_memory_between_calls(tmp_path, device):
     save(tmp_path, tie_word_embeddings=True)
     policy = models.load(str(tmp_path), device, options())
     replies(policy)
-    model = policy.replica_.model
+    model = policy.replica.model
     size = lambda: sum(p.untyped_storage().nbytes() for p in model.parameters())  # noqa: E731
     assert size() == 0
     with generate.rollout(policy) as replica:
@@ -420,7 +420,9 @@ def test_adapters_do_not_take_the_bfloat16_sampler_from_the_training_forward(tmp
     def gap() -> float:
         samples, row = draw()
         with torch.no_grad():
-            return (models.token_logps(policy, row) - generate.row_logps(samples, row)).abs().mean().item()
+            return (
+                (models.token_logps(policy, row) - generate.sampled_logps(samples, row)).abs().mean().item()
+            )
 
     before, row = gap(), draw()[1]
     for _ in range(10):
@@ -439,7 +441,7 @@ def test_a_replica_shares_the_frozen_base(tmp_path, device):
     with generate.rollout(policy) as replica:
         same = [n for n, x in replica.model.state_dict().items() if x.data_ptr() == state[n]]
         assert same == [name for name in state if ".lora_" not in name]
-    assert policy.get_input_embeddings().weight.numel() > 0 and replies(policy) == first
+    assert policy.model.get_input_embeddings().weight.numel() > 0 and replies(policy) == first
 
 
 # --------------------------------------------------------------------------------------------------- ranks

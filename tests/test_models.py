@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, models, packed
 from common.args import Optimization, System
 
 V = 60
@@ -132,7 +132,7 @@ def test_a_packed_row_says_what_each_sequence_says_alone(kind: str, config: dict
         stats = models.token_stats(policy, row, temperature)
         for ours, theirs in zip(stats, plain_stats(plain, examples, temperature), strict=False):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    logits = models.token_stats(policy, row).mean_logit * policy.logit_scale_
+    logits = models.token_stats(policy, row).mean_logit * policy.logit_scale
     theirs = torch.cat(
         [
             plain(input_ids=torch.from_numpy(e.sequences[0][0]).long()[None])
@@ -235,7 +235,7 @@ def test_masks_soft_caps_and_sinks_are_refused_in_the_attention_too():
         (None, {"cu_seq_lens_q": cu, "s_aux": torch.zeros(4)}),
     ):
         with pytest.raises(dist.RunError, match="packed rows"):
-            models.varlen_attention(nn.Identity(), q, q, q, mask, **settings)
+            packed.packed_attention(nn.Identity(), q, q, q, mask, **settings)
 
 
 def test_a_refused_model_stops_the_load(tmp_path, device):
@@ -346,8 +346,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     elif KERNELS[request.param]:
         monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    found = models._find_flash_kernel() if request.param != "sdpa" else None
-    monkeypatch.setattr(models, "_flash_kernel", found)
+    found = packed._find_flash_kernel() if request.param != "sdpa" else None
+    monkeypatch.setattr(packed, "_flash_kernel", found)
     return request.param
 
 
@@ -378,7 +378,7 @@ def test_attention_back_ends_equal_a_masked_softmax(
         for h, w in ((heads, width), (key_heads, width), (key_heads, value_width))
     ]
     upstream = torch.randn(1, 40, heads, value_width, dtype=torch.float64)
-    ours, _ = models.varlen_attention(
+    ours, _ = packed.packed_attention(
         nn.Identity(),
         *inputs,
         None,
@@ -411,7 +411,7 @@ def test_the_real_kernel_equals_sdpa_on_gpu(window: int | None):
     low = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
     high = [x.detach().float().requires_grad_() for x in low]
     settings = {"scaling": 0.125, "sliding_window": window, "cu_seq_lens_q": cu, "max_length_q": 194}
-    outs = [models.varlen_attention(nn.Identity(), *x, None, **settings)[0] for x in (low, high)]
+    outs = [packed.packed_attention(nn.Identity(), *x, None, **settings)[0] for x in (low, high)]
     upstream = torch.randn_like(outs[0])
     for a, b in zip(
         [outs[0], *torch.autograd.grad(outs[0], low, upstream)],
@@ -428,11 +428,11 @@ def test_norms_are_fused_where_they_are_plain(kind: str, plain: bool):
     """Fused, they say the same in float32; Gemma's adds 1 to its weight and is left alone."""
     module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
     norm = getattr(module, f"{kind}RMSNorm")(16, eps=1e-3)
-    assert models.is_plain_rms_norm(type(norm)) == plain
+    assert packed.is_plain_rms_norm(type(norm)) == plain
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 16)
     before, forward = norm(x), norm.forward
-    models.fuse_norms(norm)
+    packed.fuse_norms(norm)
     assert (norm.forward != forward) == plain
     torch.testing.assert_close(norm(x), before)
 
@@ -469,7 +469,7 @@ def test_the_chunked_head_equals_a_dense_one(chunk: int, scale: float, with_bias
     ours, theirs = head_inputs(13, torch.float32), head_inputs(13, torch.float64)
     if not with_bias:
         ours, theirs = ((h, w, None, y) for h, w, _, y in (ours, theirs))
-    stats, expected = models._ChunkedHead.apply(*ours, scale, chunk), dense_head(*theirs, scale)
+    stats, expected = packed._TokenStats.apply(*ours, scale, chunk, False), dense_head(*theirs, scale)
     for a, b in zip(stats, expected, strict=True):
         assert relative(a, b) < 1e-5
     assert not stats[2].requires_grad and not stats[3].requires_grad
@@ -497,7 +497,7 @@ def test_wrong_heads_are_far_beyond_the_tolerance():
     right, right_dw = dw(tokens)
     assert relative(dw(tokens.roll(1))[0], right) > 0.1
     assert relative(dw(tokens, normalised=False)[1], right_dw) > 0.1  # without the softmax part of dW
-    ours = models._ChunkedHead.apply(h, weight, bias, tokens, 1.0, 7)[0]
+    ours = packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 7, False)[0]
     assert relative(ours, right) < 1e-12
     assert relative(torch.autograd.grad(ours, weight, g)[0], right_dw) < 1e-12
 
@@ -506,21 +506,21 @@ def test_the_chunked_head_passes_gradcheck():
     h, weight, bias, tokens = head_inputs(5, torch.float64)
 
     def both(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return models._ChunkedHead.apply(h, weight, bias, tokens, 1.3, 2)[:2]
+        return packed._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False)[:2]
 
     assert torch.autograd.gradcheck(both, (h, weight, bias), check_undefined_grad=False)
 
 
 def test_the_head_takes_no_targets_and_skips_what_is_frozen(monkeypatch: pytest.MonkeyPatch):
     h, weight, bias, tokens = head_inputs(0, torch.float32)
-    stats = models._ChunkedHead.apply(h, weight, bias, tokens, 1.0, 4)
+    stats = packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)
     assert [len(x) for x in stats] == [0] * 4
     stats[0].sum().backward()
     assert weight.grad.count_nonzero() == 0 and bias.grad.count_nonzero() == 0 and h.grad.shape == (0, 8)
     h, weight, bias, tokens = head_inputs(5, torch.float32)
     weight.requires_grad_(False)
     monkeypatch.setattr(models, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
-    models._ChunkedHead.apply(h, weight, bias, tokens, 1.0, 4)[0].sum().backward()
+    packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)[0].sum().backward()
     assert weight.grad is None and h.grad is not None
 
 
@@ -528,7 +528,7 @@ def test_the_head_in_bfloat16_sums_its_weight_gradient_in_float32():
     """1,024 equal contributions, one a chunk: a bfloat16 sum would stop growing at 256 of them."""
     h = torch.ones(1024, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    stats = models._ChunkedHead.apply(h, weight, None, torch.zeros(1024, dtype=torch.long), 1.0, 1)
+    stats = packed._TokenStats.apply(h, weight, None, torch.zeros(1024, dtype=torch.long), 1.0, 1, False)
     assert stats[0].dtype == torch.float32
     stats[0].sum().backward()
     assert weight.grad.tolist() == [[512.0], [-512.0]]  # each token adds onehot - p = (1/2, -1/2)
@@ -614,7 +614,7 @@ def test_bfloat16_runs_on_cpu_with_float32_masters(lora_rank: int, folder: Path,
     policy, ref_policy = (models.load(str(folder), device, args, trainable=t) for t in (True, False))
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in ref_policy.parameters()} == {torch.bfloat16}  # no master to keep
-    assert policy.compute_dtype_ == torch.bfloat16
+    assert policy.compute_dtype == torch.bfloat16
     logps = models.token_logps(policy, row)
     assert logps.dtype == torch.float32 and 0 < (logps - exact).abs().mean() < 0.1
     with torch.no_grad():
@@ -815,7 +815,9 @@ def sharded(folder: str, **changes: Any) -> dict[str, Any]:
         "norms": [ours.item(), norm],
         "share": sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters())
         / sum(p.numel() for p in policy.parameters()),
-        "mesh": list(mesh.shape) if (mesh := getattr(policy.lm_head.weight, "device_mesh", None)) else None,
+        "mesh": list(mesh.shape)
+        if (mesh := getattr(policy.model.lm_head.weight, "device_mesh", None))
+        else None,
     }
 
 

@@ -735,7 +735,7 @@ def captured_value_start(monkeypatch: pytest.MonkeyPatch) -> list:
     def watched(model: str, *rest: Any, **more: Any) -> Any:
         scorer = load_scorer(model, *rest, **more)
         if more.get("zero_head"):
-            started.append((model, scorer.score.weight.abs().max().item()))
+            started.append((model, scorer.model.score.weight.abs().max().item()))
         return scorer
 
     monkeypatch.setattr(models, "load_scorer", watched)

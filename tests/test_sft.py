@@ -44,7 +44,7 @@ def test_the_gradient_of_the_logits_is_softmax_minus_onehot_over_n(device: torch
 def test_uniform_logits_give_log_v(tiny_model: str, tokenizer, device: torch.device) -> None:
     policy = models.load(tiny_model, device, sft.Args().system)
     with torch.no_grad():
-        policy.get_output_embeddings().weight.zero_()
+        policy.model.get_output_embeddings().weight.zero_()
     row = data.make_row([make_example([5, 6, 7, 8, 9], 4)], [0], device)
     loss, metrics = sft.loss_and_metrics(policy, row)
     assert loss.item() / 4 == pytest.approx(math.log(len(tokenizer)), abs=1e-5)
