@@ -9,21 +9,19 @@ Each rollout serves a few minibatches of the clipped surrogate (PPO, https://arx
 
     loss = -min(ratio_t A_t, clip(ratio_t, 1 - clip_range, 1 + clip_range) A_t)
 
-with A_t by generalized advantage estimation from a value model, or from the other responses to the prompt:
-RLOO, GRPO, Dr. GRPO.
+with A_t by generalized advantage estimation from a value model, or from the other responses to the prompt
+(RLOO, GRPO, Dr. GRPO).
 
     python ppo.py --help
     torchrun --nproc_per_node=8 ppo.py --model runs/sft --reward runs/reward_model --dataset prompts.jsonl
 
 Shapes: a rollout has R responses, the longest of L tokens; what belongs to its tokens is a table (R, L), with
 a mask that is 1 on tokens the policy sampled: 0 past the end of a response, and between its turns on what
-tools or users said. A row packs some of them; N_targets of its tokens are sampled ones.
+tools or users said. A micro-batch packs some of them; N_targets of its tokens are sampled ones.
 
 Metrics, results and departures from the papers: docs/ppo.md
 """
 
-import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,14 +30,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, models
-from common.args import Optimization, Run, Sampling, System, flat, parse, snapshot
+from common import checkpoint, data, dist, models, packed, rewards
+from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import Sample, generate, to_example
-from common.log import Log, load_function
+from common.log import Log
+from common.packed import Example, MicroBatch
 
 SHOWN = ("objective/scores", "objective/kl", "loss/policy_avg", "policy/entropy_avg", "grad_norm")
 
@@ -126,9 +125,6 @@ class Args:
     )
     system: OmitArgPrefixes[System] = field(default_factory=System)
     run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
-
-
-# ------------------------------------------------------------------------------------------------- the maths
 
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -227,102 +223,11 @@ def adapt_kl_coef(kl_coef: float, kl: float, num_responses: int, args: Args) -> 
     return kl_coef * (1 + error * num_responses / args.kl_horizon)
 
 
-# --------------------------------------------------------------------------------------------------- rewards
-
-
-class Reward(NamedTuple):
-    """A function, or a reward model with its own tokenizer."""
-
-    weight: float
-    name: str
-    function: Callable | None
-    scorer: nn.Module | None
-    tokenizer: Any
-
-
-def load_rewards(args: Args, device: torch.device) -> list[Reward]:
-    rewards = []
-    for source, weight in data.read_sources(args.reward or "-", "reward"):
-        if source == "-":
-            raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
-        if ":" in source:
-            rewards.append(Reward(weight, source, load_function(source), None, None))
-        else:
-            frozen = models.load_scorer(source, device, args.system, trainable=False)
-            if frozen.config.num_labels > 1:
-                found = ", ".join(models.output_names(frozen))
-                raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
-            rewards.append(Reward(weight, source, None, frozen, data.load_tokenizer(source)))
-    return rewards
-
-
-def score(
-    rewards: list[Reward], examples: list[data.Example], texts: list[str], args: Args, device: Any
-) -> Tensor:
-    """The weighted sum of all rewards of responses to these examples, on every rank. -> (R,) float32
-
-    Raises:
-        RunError: a function raises, or does not return one finite number a response.
-    """
-    total = torch.zeros(len(texts), device=device)
-    for reward in rewards:
-        if reward.function:
-            total += reward.weight * torch.tensor(call(reward, examples, texts), device=device)
-            continue
-        sequences = []
-        for example, text in zip(examples, texts, strict=True):
-            prompt = example.prompt
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            reply = [{"role": "assistant", "content": text}]
-            sequences.append(data.encode_response(reward.tokenizer, prompt, reply))
-        scored = [data.Example([sequence], "") for sequence in sequences]
-        outputs = models.score(reward.scorer, scored, args.system.micro_batch_tokens, device)
-        total += reward.weight * outputs[:, 0]
-    return total
-
-
-def call(reward: Reward, examples: list[data.Example], texts: list[str]) -> list[float]:
-    """A reward function's numbers; the ranks share the prompts, all responses to one stay together."""
-    size = dist.world_size()
-    keys = {key: i for i, key in enumerate(dict.fromkeys(map(id, examples)))}
-    groups = [[i for i, e in enumerate(examples) if keys[id(e)] % size == part] for part in range(size)]
-
-    def attempt(chosen: list[int]) -> list[float]:
-        if not chosen:
-            return []
-        prompts, replies = [examples[i].prompt for i in chosen], [texts[i] for i in chosen]
-        shown = f"the first prompt was {prompts[0]!r}"
-        try:
-            found = [
-                float(x) for x in reward.function(prompts, replies, [examples[i].record for i in chosen])
-            ]
-        except Exception as error:  # a user's function may raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise dist.RunError(f"reward {reward.name} raised {reason}; {shown}") from error
-        if len(found) != len(chosen):
-            raise dist.RunError(
-                f"reward {reward.name} gave {len(found)} numbers for {len(chosen)} responses; {shown}"
-            )
-        for i, number in zip(chosen, found, strict=True):
-            if not math.isfinite(number):
-                raise dist.RunError(
-                    f"reward {reward.name} gave {number} for {texts[i]!r} to {examples[i].prompt!r}"
-                )
-        return found
-
-    numbers: dict[int, float] = {}
-    for chosen, found in zip(groups, dist.parallel_map(attempt, groups), strict=True):
-        numbers |= dict(zip(chosen, found, strict=True))
-    return [numbers[i] for i in range(len(texts))]
-
-
-# -------------------------------------------------------------------------------------------------- rollouts
-
-
 class Rollout(NamedTuple):
     """Responses and what the update needs of them; `take` makes a minibatch of the same form."""
 
-    examples: list[data.Example]  # R: prompt and response, scored on the sampled tokens
+    examples: list[Example]  # R: prompt and response, scored on the sampled tokens
+    kl_coef: float
     starts: Tensor  # (R,) where the response begins in its sequence
     mask: Tensor  # (R, L) 1 on tokens that count in the loss
     logps: Tensor  # (R, L) of the policy that sampled, by the forward that training uses
@@ -333,10 +238,11 @@ class Rollout(NamedTuple):
 
     def take(self, chosen: list[int]) -> "Rollout":
         index = torch.tensor(chosen, device=self.mask.device)
-        return Rollout([self.examples[i] for i in chosen], *(table[index] for table in self[1:]))
+        examples = [self.examples[i] for i in chosen]
+        return Rollout(examples, self.kl_coef, *(table[index] for table in self[2:]))
 
 
-def to_response(sample: Sample) -> data.Example:
+def to_response(sample: Sample) -> Example:
     """A sampled response as `make_rollout` takes it: the sampler's log-probs and whether it ended as fields.
 
     One of several turns is one sequence too, its mask False on what tools or users said between them.
@@ -346,39 +252,19 @@ def to_response(sample: Sample) -> data.Example:
     return example
 
 
-def places(row: data.Row, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a row's scored tokens stand in a table (R, L): response and place in it. (N_targets,) each"""
-    response = row.example_ids[row.target_segments]
-    return response, row.position_ids[row.targets] - starts[response]
+def places(micro_batch: MicroBatch, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where scored tokens stand in a table (R, L): the response and the place in it. (N_targets,) each"""
+    response = micro_batch.example_ids[micro_batch.target_segments]
+    return response, micro_batch.position_ids[micro_batch.targets] - starts[response]
 
 
 @torch.no_grad()
-def tabulate(
-    compute: Callable, examples: list[data.Example], starts: Tensor, like: Tensor, micro_batch_tokens: int
-) -> Tensor:
-    """compute(row) for all tokens of the responses, on every rank. -> (R, L)"""
-    table = torch.zeros_like(like)
-    for row in data.rows(examples, micro_batch_tokens, like.device):
-        table[places(row, starts)] = compute(row)
-    return dist.sum_over_ranks(table)  # each response was computed by one rank
-
-
-def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
-    """Scores by the mean and standard deviation of all so far, these included; updates `running`."""
-    count, mean, square = (running.get(k, 0.0) for k in ("count", "mean", "square"))
-    total = count + len(scores)
-    mean = (count * mean + scores.sum().item()) / total
-    square = (count * square + scores.square().sum().item()) / total
-    running.update(count=total, mean=mean, square=square)
-    return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
-
-
 def make_rollout(
-    examples: list[data.Example],
+    examples: list[Example],
     scores: Tensor,
-    policy: nn.Module,
-    ref_policy: nn.Module | None,
-    value_model: nn.Module | None,
+    policy: models.Policy,
+    ref_policy: models.Policy | None,
+    value_model: models.Scorer | None,
     kl_coef: float,
     running: dict[str, float],
     args: Args,
@@ -387,51 +273,51 @@ def make_rollout(
 
     Args:
         examples: one for each response, see `to_response`.
+        running: statistics of all scores so far, which normalize_reward needs.
     """
     device = scores.device
     masks = [torch.from_numpy(mask) for example in examples for _, mask in example.sequences]
     starts = [int(mask.int().argmax()) for mask in masks]  # a response begins with its first sampled token
     mask = pad_sequence([mask[i:] for mask, i in zip(masks, starts, strict=True)], batch_first=True)
     mask, starts = mask.float().to(device), torch.tensor(starts, device=device)  # (R, L), (R,)
-    lengths = mask.sum(1)
+    lengths, num = mask.sum(1), len(examples)
     ended = torch.tensor([example.fields["ended"] > 0 for example in examples], device=device)
 
-    def table(compute: Callable) -> Tensor:
-        return tabulate(compute, examples, starts, mask, args.system.micro_batch_tokens)
+    def table(compute: Callable[[MicroBatch], Tensor]) -> Tensor:
+        found = torch.zeros_like(mask)
+        for micro_batch in packed.micro_batches(examples, args.system.micro_batch_tokens, device):
+            found[places(micro_batch, starts)] = compute(micro_batch)
+        return dist.sum_over_ranks(found)  # each response was computed by one rank
 
-    logps = table(lambda row: models.token_logps(policy, row, args.temperature))
-    ref_logps = logps
-    if ref_policy is not None:
-        ref_logps = table(lambda row: models.token_logps(ref_policy, row, args.temperature))
-    elif args.kl_coef > 0:
-        with models.adapters_off(policy):
-            ref_logps = table(lambda row: models.token_logps(policy, row, args.temperature))
+    logps = ref_logps = table(lambda micro_batch: policy(micro_batch, args.temperature).logps)
+    if args.kl_coef > 0:
+        with models.reference(policy, ref_policy) as ref:
+            ref_logps = table(lambda micro_batch: ref(micro_batch, args.temperature).logps)
     values = torch.zeros_like(mask)
     if value_model is not None:
-        values = table(lambda row: models.values(value_model, row))
+        values = table(lambda micro_batch: models.values(value_model, micro_batch))
     sampler_logps = np.concatenate([example.fields["sampler_logps"] for example in examples])
-    gap = (logps[mask.bool()] - torch.from_numpy(sampler_logps).to(device)).abs()
+    gap = (logps[mask > 0] - torch.from_numpy(sampler_logps).to(device)).abs()
 
-    used = normalize(scores, running) if args.normalize_reward else scores
+    used = rewards.normalize(scores, running) if args.normalize_reward else scores
     used = used.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else used
     used = torch.where(ended, used, args.missing_eos_penalty) if args.missing_eos == "penalty" else used
     valid = ended if args.missing_eos == "mask" else torch.ones_like(ended)
     counted = mask * valid[:, None]
 
-    rewards = token_rewards(used, logps, ref_logps, mask, kl_coef if args.kl_placement == "reward" else 0.0)
+    penalty = kl_coef if args.kl_placement == "reward" else 0.0
+    earned = token_rewards(used, logps, ref_logps, mask, penalty)
     if args.advantage == "gae":
-        rewards = whiten(rewards, counted, shift=False) if args.whiten_rewards else rewards
-        advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        earned = whiten(earned, counted, shift=False) if args.whiten_rewards else earned
+        advantages = gae(earned, values, mask, args.gamma, args.gae_lambda)
         returns = advantages + values
         advantages = whiten(advantages, counted) if args.whiten_advantages else advantages
     else:
-        groups = (-1, args.samples_per_prompt)
-        advantages = group_advantages(rewards.sum(1).view(groups), valid.view(groups), args.advantage)
-        advantages = advantages.view(-1, 1) * mask
+        totals, is_valid = (x.view(-1, args.samples_per_prompt) for x in (earned.sum(1), valid))
+        advantages = group_advantages(totals, is_valid, args.advantage).view(-1, 1) * mask
         returns = advantages
 
-    kl, groups = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
-    num = len(examples)
+    kl, of_prompt = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
     metrics = {
         "objective/scores": (scores.sum(), num),
         "objective/scores_std": (scores.std(correction=0), 1),
@@ -442,7 +328,7 @@ def make_rollout(
         "objective/rlhf_reward": ((scores - kl_coef * kl).sum(), num),
         "objective/kl_coef": (kl_coef, 1),
         "objective/ref_perplexity": ((-(ref_logps * mask).sum() / mask.sum()).exp(), 1),
-        "frac_reward_zero_std": ((groups.amax(1) == groups.amin(1)).sum(), len(groups)),
+        "frac_reward_zero_std": ((of_prompt.amax(1) == of_prompt.amin(1)).sum(), len(of_prompt)),
         "completions/mean_length": (lengths.sum(), num),
         "completions/min_length": (lengths.min(), 1),
         "completions/max_length": (lengths.max(), 1),
@@ -456,19 +342,16 @@ def make_rollout(
         left, _ = moments((returns - values).square(), counted)
         explained = 1 - left / (moments(returns, counted)[1] + 1e-8)
         metrics["val/explained_variance"] = (explained, 1)
-    rollout = Rollout(examples, starts, counted, logps, ref_logps, values, advantages, returns)
-    return rollout, metrics
-
-
-# ------------------------------------------------------------------------------------------------ the updates
+    tables = (counted, logps, ref_logps, values, advantages, returns)
+    return Rollout(examples, kl_coef, starts, *tables), metrics
 
 
 def loss_and_metrics(
-    policy: nn.Module, row: data.Row, batch: Rollout, kl_coef: float, args: Args
+    policy: models.Policy, micro_batch: MicroBatch, batch: Rollout, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
-    """A row's share of the minibatch's loss, which nothing divides any more, and metrics as (sum, count)."""
-    stats = models.token_stats(policy, row, args.temperature)  # (N_targets,) each
-    at = places(row, batch.starts)
+    """A micro-batch's share of the minibatch's loss, which nothing divides, and metrics as (sum, count)."""
+    stats = policy(micro_batch, args.temperature)  # (N_targets,) each
+    at = places(micro_batch, batch.starts)
     weights = token_weights(batch.mask, args.loss_reduction, args.max_new_tokens)[at]
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
     counted = batch.mask[at]  # 0 on the tokens of a response that is left out
@@ -483,7 +366,7 @@ def loss_and_metrics(
     policy_loss = (weights * losses).sum()
     loss = policy_loss - args.entropy_coef * (mean * entropy).sum()
     if args.kl_placement == "loss":
-        loss = loss + kl_coef * (weights * k3(logps, ref_logps)).sum()
+        loss = loss + batch.kl_coef * (weights * k3(logps, ref_logps)).sum()
     is_clipped = losses != -ratio * advantages
     metrics = {
         "loss": (loss, 0),  # a sum of shares
@@ -498,11 +381,11 @@ def loss_and_metrics(
 
 
 def value_loss_and_metrics(
-    value_model: nn.Module, row: data.Row, batch: Rollout, args: Args
+    value_model: models.Scorer, micro_batch: MicroBatch, batch: Rollout, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """The same of the value model."""
-    values = models.values(value_model, row)  # (N_targets,)
-    at = places(row, batch.starts)
+    values = models.values(value_model, micro_batch)  # (N_targets,)
+    at = places(micro_batch, batch.starts)
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
     losses = value_losses(values, batch.values[at], batch.returns[at], args.clip_range_value)
     loss, counted = (mean * losses).sum(), batch.mask[at]
@@ -514,24 +397,36 @@ def value_loss_and_metrics(
     return loss, metrics
 
 
-def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    compute: Callable[..., tuple[Tensor, dict]],
-    batch: Rollout,
-    totals: dist.Totals,
-    args: Args,
-) -> Tensor:
-    """One optimizer step on a minibatch, whose metrics go into totals. -> the norm of the gradient
+def sample_and_score(
+    policy: models.Policy, tokenizer: Any, prompts: list, score: Callable, number: int, args: Args
+) -> tuple[list[Example], Tensor, dict[str, float]]:
+    """Responses of a rollout, their scores (R,), and the seconds that both took; alike on every rank."""
+    start = time.perf_counter()
+    samples = generate(
+        policy,
+        tokenizer,
+        [tokens for prompt in prompts for tokens, _ in prompt.sequences],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        samples_per_prompt=args.samples_per_prompt,
+        seed=args.seed,
+        step=number,
+    )
+    sampled = time.perf_counter()
+    scores = score(prompts, [sample.text for sample in samples])
+    times = {"train/time/rollout": sampled - start, "train/time/scoring": time.perf_counter() - sampled}
+    return [to_response(sample) for sample in samples], torch.tensor(scores), times
 
-    Args:
-        compute: (model, row, batch) -> the row's share of the loss, and its metrics.
-    """
+
+def update(
+    part: tuple, lr: float, compute: Callable, batch: Rollout, totals: dist.Totals, args: Args
+) -> Tensor:
+    """One step of part, (model, optimizer), by `compute`, one of the two functions above. -> gradient norm"""
+    (model, optimizer), device = part, batch.mask.device
     models.set_lr(optimizer, lr)
-    for row in data.rows(batch.examples, args.system.micro_batch_tokens, batch.mask.device):
-        loss, metrics = compute(model, row, batch)
-        loss.backward()  # gradients add over rows and ranks
+    for micro_batch in packed.micro_batches(batch.examples, args.system.micro_batch_tokens, device):
+        loss, metrics = compute(model, micro_batch, batch, args)
+        loss.backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     norm = models.clip_grad_norm(model, args.optimization.max_grad_norm)
     optimizer.step()
@@ -540,12 +435,12 @@ def update(
 
 
 def count_steps(train_set: data.Dataset, args: Args) -> tuple[int, int]:
-    """(rollouts, optimizer steps of each): max_steps, rounded up to whole rollouts, or num_epochs."""
+    """(optimizer steps, steps of each rollout): max_steps, rounded up to whole rollouts, or num_epochs."""
     num_responses = args.rollout_size * args.samples_per_prompt
     steps_each = args.num_ppo_epochs * -(-num_responses // args.optimization.batch_size)
     if args.run.max_steps >= 0:
-        return -(-args.run.max_steps // steps_each), steps_each
-    return max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size), steps_each
+        return -(-args.run.max_steps // steps_each) * steps_each, steps_each
+    return max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size) * steps_each, steps_each
 
 
 def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
@@ -560,67 +455,37 @@ def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.advantage != "gae" and args.samples_per_prompt < 2:
-        raise dist.RunError(
-            f"advantage {args.advantage} compares responses: set samples_per_prompt to 2 or more"
-        )
+        raise data.wrong("samples_per_prompt", args.samples_per_prompt, f"2 or more for {args.advantage}")
     if args.temperature <= 0:
-        raise dist.RunError(
-            "temperature 0 is greedy and has no probabilities to learn from; expected more than 0"
-        )
+        raise data.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
     if args.kl_target > 0 and args.kl_coef <= 0:
-        raise dist.RunError("kl_target adapts kl_coef, which is 0; expected a start above 0")
+        raise data.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
 
-def load_value_model(args: Args, rewards: list[Reward], tokenizer: Any, device: torch.device) -> nn.Module:
+def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.device) -> models.Scorer:
     """From the first reward model that reads the policy's tokens, else from the policy; its head is zero."""
-    alike = (r.name for r in rewards if r.scorer and r.tokenizer.get_vocab() == tokenizer.get_vocab())
-    return models.load_scorer(next(alike, args.model), device, args.system, ["value"], zero_head=True)
+    vocabulary = tokenizer.get_vocab()
+    alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
+    start = alike[0] if alike else args.model
+    return models.load_scorer(start, device, args.system, ["value"], zero_head=True)
 
 
-def is_due(step: int, every: int, steps_each: int) -> bool:
-    """Whether a multiple of `every` is among the steps_each steps that end with this one."""
-    return step // every > (step - steps_each) // every
+def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
+    """Whether a rollout ends with this step, and in it the run or a multiple of `every` steps."""
+    ends_rollout = step % steps_each == 0
+    return ends_rollout and (step == num_steps or step // every > (step - steps_each) // every)
 
 
-# what --algorithm sets: the table of docs/ppo.md, which says where each is published
+# what --algorithm sets, the table of docs/ppo.md
+SWITCHES = ("advantage", "samples_per_prompt", "loss_reduction", "clip_range", "kl_placement", "kl_coef")
 ALGORITHMS = {
     "ppo": {},  # the defaults of Args
-    "rloo": dict(
-        advantage="rloo",
-        samples_per_prompt=4,
-        loss_reduction="sequence_sum",
-        clip_range=1e9,  # none
-        kl_placement="reward",
-        kl_coef=0.05,
-    ),
-    "grpo": dict(
-        advantage="grpo",
-        samples_per_prompt=8,
-        loss_reduction="sequence_mean",
-        clip_range=0.2,
-        kl_placement="loss",
-        kl_coef=0.04,
-    ),
-    "dr_grpo": dict(
-        advantage="dr_grpo", samples_per_prompt=8, loss_reduction="constant", clip_range=0.2, kl_coef=0.0
-    ),
-    "dapo": dict(
-        advantage="grpo",
-        samples_per_prompt=16,
-        loss_reduction="token_mean",
-        clip_range=0.2,
-        clip_range_high=0.28,
-        kl_coef=0.0,
-    ),
+    "rloo": dict(zip(SWITCHES, ("rloo", 4, "sequence_sum", 1e9, "reward", 0.05), strict=True)),  # never clips
+    "grpo": dict(zip(SWITCHES, ("grpo", 8, "sequence_mean", 0.2, "loss", 0.04), strict=True)),
+    "dr_grpo": dict(zip(SWITCHES, ("dr_grpo", 8, "constant", 0.2, "reward", 0.0), strict=True)),
+    "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
+    | {"clip_range_high": 0.28},
 }
-
-
-def describe_algorithm(args: Args) -> str:
-    """The switches that --algorithm has set, and those that were given beside it."""
-    preset, values = ALGORITHMS[args.algorithm], flat(args)
-    used = "".join(f" {name}={value}" for name, value in preset.items() if values[name] == value)
-    given = "".join(f" {name}={values[name]}" for name, value in preset.items() if values[name] != value)
-    return f"algorithm {args.algorithm}:{used}{'; but' if given else ''}{given}"
 
 
 TOY = dict(
@@ -641,8 +506,6 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
-    if dist.is_main() and ALGORITHMS[args.algorithm]:
-        print(describe_algorithm(args), flush=True)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
@@ -651,9 +514,8 @@ def main(args: Args) -> None:
     train_set, eval_set = data.load_prompts(
         tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length
     )
-    num_rollouts, steps_each = count_steps(train_set, args)
-    num_steps = num_rollouts * steps_each
-    rewards = load_rewards(args, device)
+    num_steps, steps_each = count_steps(train_set, args)
+    scored_by = rewards.load(args.reward, device, system)
     if not log.begin(num_steps):
         return
 
@@ -665,7 +527,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts, value_model = {"policy": (policy, optimizer)}, None
     if args.advantage == "gae":
-        value_model = load_value_model(args, rewards, tokenizer, device)
+        value_model = load_value_model(args, scored_by, tokenizer, device)
         groups = models.parameter_groups(value_model, optimization.weight_decay)
         value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         parts["value"] = (value_model, value_optimizer)
@@ -673,87 +535,67 @@ def main(args: Args) -> None:
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
     kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
-    def evaluate(step: int) -> dict[str, float]:
-        def reward_of(examples: list[data.Example], texts: list[str]) -> list[float]:
-            return score(rewards, examples, texts, args, device).tolist()
+    def score(examples: list[Example], replies: list[str]) -> list[float]:
+        return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
 
+    def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        return log.samples(step, policy, tokenizer, eval_set, sampling, reward_of)
+        return log.samples(step, policy, tokenizer, eval_set, sampling, score)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 
-    for number in range(start_step // steps_each + 1, num_rollouts + 1):
-        # sample and score
-        clock = time.perf_counter()
-        prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
-        samples = generate(
-            policy,
-            tokenizer,
-            [example.sequences[0][0] for example in prompts],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            samples_per_prompt=args.samples_per_prompt,
-            seed=args.seed,
-            step=number,
-        )
-        times = {"train/time/rollout": time.perf_counter() - clock}
-        clock = time.perf_counter()
-        asked = [prompts[sample.prompt_index] for sample in samples]
-        scores = score(rewards, asked, [sample.text for sample in samples], args, device)
-        times["train/time/scoring"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-        examples = [to_response(sample) for sample in samples]
-        rollout, metrics = make_rollout(
-            examples, scores, policy, ref_policy, value_model, kl_coef, running, args
-        )
-        totals = dist.Totals()
-        totals.update(metrics)
-        rollout_metrics = totals.reduce("train/")
-        times["train/time/advantages"] = time.perf_counter() - clock
-        num_tokens += sum(example.num_tokens for example in examples)
+    for step in range(start_step + 1, num_steps + 1):
+        number, place = (step - 1) // steps_each + 1, (step - 1) % steps_each  # of the rollout, and in it
+        if place == 0:
+            # sample and score
+            prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
+            examples, scores, times = sample_and_score(policy, tokenizer, prompts, score, number, args)
+            clock = time.perf_counter()
+            rollout, metrics = make_rollout(
+                examples, scores.to(device), policy, ref_policy, value_model, kl_coef, running, args
+            )
+            totals = dist.Totals()
+            totals.update(metrics)
+            rollout_metrics = totals.reduce("train/")
+            times["train/time/advantages"] = time.perf_counter() - clock
+            num_tokens += sum(example.num_tokens for example in examples)
+            chosen = minibatches(len(examples), number, args)
 
-        for i, chosen in enumerate(minibatches(len(samples), number, args)):
-            # update
-            step_start = time.perf_counter()
-            step = (number - 1) * steps_each + i + 1
-            factor = models.lr_factor(step, num_steps, optimization)
-            batch, totals = rollout.take(chosen), dist.Totals()
-            if value_model is not None:
-                compute = functools.partial(value_loss_and_metrics, args=args)
-                lr = args.value_learning_rate * factor
-                norm = update(value_model, value_optimizer, lr, compute, batch, totals, args)
-                totals.update({"value_grad_norm": (norm, 1)})
-            times["train/time/value"] = time.perf_counter() - step_start
-            clock, lr = time.perf_counter(), optimization.learning_rate * factor
-            if step > args.value_warmup_steps:
-                compute = functools.partial(loss_and_metrics, kl_coef=kl_coef, args=args)
-                norm = update(policy, optimizer, lr, compute, batch, totals, args)
-                totals.update({"grad_norm": (norm, 1)})
-            metrics = totals.reduce("train/")  # the step's one synchronisation
-            times["train/time/policy"] = time.perf_counter() - clock
-            metrics |= {
-                "train/epoch": number * args.rollout_size / train_set.epoch_size,
-                "train/episode": number * len(samples),
-                "train/num_tokens": num_tokens,
-                "train/learning_rate": lr,
-            }
-            metrics |= rollout_metrics | times
-            metrics |= models.speed(policy, batch.examples, time.perf_counter() - step_start)
-            if i + 1 < steps_each:
-                log(step, num_steps, metrics)
-
-        if args.kl_target > 0:
-            kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(samples), args)
+        # update
+        step_start = time.perf_counter()
+        batch, totals = rollout.take(chosen[place]), dist.Totals()
+        factor = models.lr_factor(step, num_steps, optimization)
+        if value_model is not None:
+            lr = args.value_learning_rate * factor
+            norm = update(parts["value"], lr, value_loss_and_metrics, batch, totals, args)
+            totals.update({"value_grad_norm": (norm, 1)})
+        times["train/time/value"] = time.perf_counter() - step_start
+        clock, lr = time.perf_counter(), optimization.learning_rate * factor
+        if step > args.value_warmup_steps:
+            norm = update(parts["policy"], lr, loss_and_metrics, batch, totals, args)
+            totals.update({"grad_norm": (norm, 1)})
+        metrics = totals.reduce("train/")  # the step's one synchronisation
+        times["train/time/policy"] = time.perf_counter() - clock
+        metrics |= {
+            "train/epoch": number * args.rollout_size / train_set.epoch_size,
+            "train/episode": number * len(examples),
+            "train/num_tokens": num_tokens,
+            "train/learning_rate": lr,
+        }
+        metrics |= models.speed(policy, batch.examples, time.perf_counter() - step_start)
+        metrics |= rollout_metrics | times
 
         # evaluate, log and save: between rollouts only
-        stop, is_last = dist.stop_requested(), number == num_rollouts
-        if is_due(step, run.eval_every, steps_each) or is_last:
+        stop = dist.stop_requested() and step % steps_each == 0
+        if args.kl_target > 0 and step % steps_each == 0:
+            kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)
+        if is_due(step, run.eval_every, steps_each, num_steps):
             metrics |= evaluate(step)
         log(step, num_steps, metrics)
-        if is_due(step, run.save_every, steps_each) or is_last or stop:
+        if stop or is_due(step, run.save_every, steps_each, num_steps):
             checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
-        if stop and not is_last:
+        if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
     checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)

@@ -12,8 +12,8 @@ nothing moves.
     python spin.py --help
     torchrun --nproc_per_node=8 spin.py --model runs/sft --dataset demonstrations.jsonl
 
-Shapes: a row packs B pairs as 2B sequences end to end (real, generated, real, ...), N tokens in all;
-N_targets of them are response tokens, the ones that are scored.
+Shapes: a micro-batch packs B pairs as 2B sequences end to end (real, generated, real, ...), N tokens
+in all; N_targets of them are response tokens, the ones that are scored.
 
 Metrics, results and departures from the paper: docs/spin.md
 """
@@ -32,13 +32,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models
+from common import checkpoint, data, dist, files, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import generate
 from common.log import Log
+from common.packed import Example, MicroBatch
 
 SHOWN = ("iteration", "loss", "rewards/accuracies", "rewards/margins", "nll", "distance", "grad_norm")
 LOGPS = ("ref_real_logps", "ref_generated_logps")  # log pi_t of the two sides of a pair
@@ -118,31 +119,31 @@ def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:
     return -F.logsigmoid(beta * h) if ell == "logistic" else (1 - beta * h).relu()
 
 
-def response_logps(token_logps: Tensor, row: data.Row) -> Tensor:
-    """log pi(y|x) of every pair in a row: the sum of log p over response tokens. -> (B, 2)"""
-    return models.segment_sum(token_logps, row.target_segments, row.num_segments).view(-1, 2)
+def response_logps(token_logps: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """log pi(y|x) of every pair of a micro-batch: the sum of log p over response tokens. -> (B, 2)"""
+    return packed.segment_sum(token_logps, micro_batch.target_segments, micro_batch.num_segments).view(-1, 2)
 
 
 @torch.no_grad()
 def opponent_logps(
-    policy: nn.Module, pairs: list[data.Example], micro_batch_tokens: int, device: torch.device
+    policy: models.Policy, pairs: list[Example], micro_batch_tokens: int, device: torch.device
 ) -> list[list[float]]:
     """[log pi_t(y|x), log pi_t(y'|x)] of each pair, while the policy is the opponent."""
     logps = torch.zeros(len(pairs), 2, device=device)
-    for row in data.rows(pairs, micro_batch_tokens, device):
-        logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
+    for micro_batch in packed.micro_batches(pairs, micro_batch_tokens, device):
+        logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
     return dist.sum_over_ranks(logps).tolist()  # each pair was scored by one rank
 
 
 def loss_and_metrics(
-    policy: nn.Module, row: data.Row, beta: float, ell: str = "logistic"
+    policy: models.Policy, micro_batch: MicroBatch, beta: float, ell: str = "logistic"
 ) -> tuple[Tensor, dict[str, tuple]]:
-    """Loss of a row, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
-    stats = models.token_stats(policy, row)  # (N_targets,) each
-    logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
-    lengths = response_logps(torch.ones_like(stats.logps), row)
-    mean_logits = response_logps(stats.mean_logit, row) / lengths
-    ref_logps = torch.stack([row.fields[name] for name in LOGPS], 1)
+    """Loss of a micro-batch, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
+    stats = policy(micro_batch)  # (N_targets,) each
+    logps = response_logps(stats.logps, micro_batch)  # (B, 2); a dummy has B = 0 and a loss of exactly zero
+    lengths = response_logps(torch.ones_like(stats.logps), micro_batch)
+    mean_logits = response_logps(stats.mean_logit, micro_batch) / lengths
+    ref_logps = torch.stack([micro_batch.fields[name] for name in LOGPS], 1)
     ratios = logps - ref_logps
     loss = spin_loss(ratios[:, 0] - ratios[:, 1], beta, ell).sum()
     real, generated = (beta * ratios).unbind(1)
@@ -173,7 +174,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     Real responses are cut where generated ones are, so that their length tells nothing.
     """
 
-    def encode(value: dict, where: str) -> data.Example:
+    def encode(value: dict, where: str) -> Example:
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
         prompt, response = data.read_exchange(tokenizer, value, where)
@@ -183,7 +184,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
         if end > args.max_length:
             mask[:] = False  # nothing is scored, so it is dropped and counted
         label = response[0].get("label", "") if response else ""
-        return data.Example([(tokens[:end], mask[:end])], prompt, label=label)
+        return Example([(tokens[:end], mask[:end])], prompt, label=label)
 
     datasets = data.load("sft", encode, args.dataset, args.eval_dataset, args.max_length)
     for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):
@@ -193,7 +194,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     return datasets
 
 
-def choose_prompts(train_set: data.Dataset, args: Args) -> list[data.Example]:
+def choose_prompts(train_set: data.Dataset, args: Args) -> list[Example]:
     """The demonstrations to whose prompts every iteration samples.
 
     Raises:
@@ -206,12 +207,12 @@ def choose_prompts(train_set: data.Dataset, args: Args) -> list[data.Example]:
     return prompts
 
 
-def prompt_tokens(sequence: data.Sequence) -> list[int]:
+def prompt_tokens(sequence: packed.Tokens) -> list[int]:
     tokens, mask = sequence
     return tokens[: mask.argmax()].tolist()
 
 
-def response_tokens(sequence: data.Sequence) -> list[int]:
+def response_tokens(sequence: packed.Tokens) -> list[int]:
     tokens, mask = sequence
     return tokens[mask].tolist()
 
@@ -220,18 +221,18 @@ def decode(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def make_pair(example: data.Example, generated: list[int], **logps: float) -> data.Example:
+def make_pair(example: Example, generated: list[int], **logps: float) -> Example:
     """Real and generated after the same prompt tokens; `generated` as sampled, never text encoded anew."""
     prompt = prompt_tokens(example.sequences[0])
     tokens = np.array(prompt + generated, np.int32)
     sampled = (tokens, np.arange(len(tokens)) >= len(prompt))
-    return data.Example([example.sequences[0], sampled], example.prompt, logps)
+    return Example([example.sequences[0], sampled], example.prompt, logps)
 
 
 def play(
-    policy: nn.Module,
+    policy: models.Policy,
     tokenizer: Any,
-    examples: list[data.Example],
+    examples: list[Example],
     earlier: list[dict],
     path: Path,
     origin: dict[str, Any],
@@ -286,7 +287,7 @@ def play(
         files.write_lines(path, [*range(len(examples) + len(earlier))], origin, work)
 
 
-def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any]) -> data.Dataset:
+def read_pairs(path: Path, examples: list[Example], origin: dict[str, Any]) -> data.Dataset:
     """The pairs that `play` wrote for these examples.
 
     Raises:
@@ -304,7 +305,7 @@ def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any])
     return data.Dataset([(pairs, 1.0)])
 
 
-def describe(pairs: list[data.Example], tokenizer: Any) -> dict[str, float]:
+def describe(pairs: list[Example], tokenizer: Any) -> dict[str, float]:
     """What the two sides of an iteration's pairs look like apart from what they say."""
     end = data.end_token(tokenizer)
     real, generated = ([response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1))
@@ -349,7 +350,7 @@ def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]
 
 
 def distances_to_real(
-    judge: Callable | None, tokenizer: Any, examples: list[data.Example], texts: list[str]
+    judge: Callable | None, tokenizer: Any, examples: list[Example], texts: list[str]
 ) -> dict[str, float]:
     """Distances between the judge's scores of these replies and those of the real responses."""
     if judge is None:
@@ -384,7 +385,7 @@ def boundaries(num_prompts: int, args: Args) -> list[int]:
     return steps
 
 
-def fingerprint(args: Args, examples: list[data.Example]) -> str:
+def fingerprint(args: Args, examples: list[Example]) -> str:
     """Tells samples of this run from those of other settings, models or data."""
     options = snapshot(args)
     settings = {name: value for name, value in options.values.items() if name in options.fixed}
@@ -464,12 +465,12 @@ def main(args: Args) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         totals, apart = dist.Totals(), {}
-        for row in data.rows(eval_pairs, system.micro_batch_tokens, device):
+        for micro_batch in packed.micro_batches(eval_pairs, system.micro_batch_tokens, device):
             with torch.no_grad():
-                totals.update(loss_and_metrics(policy, row, now.beta, args.loss)[1])
+                totals.update(loss_and_metrics(policy, micro_batch, now.beta, args.loss)[1])
         metrics = totals.reduce("eval/") | describe(eval_pairs, tokenizer)
 
-        def compare(examples: list[data.Example], texts: list[str]) -> list:
+        def compare(examples: list[Example], texts: list[str]) -> list:
             apart.update(distances_to_real(log.judge(), tokenizer, examples, texts))
             return []
 
@@ -493,11 +494,10 @@ def main(args: Args) -> None:
         lr = now.learning_rate * models.lr_factor(done, length, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        for row in data.rows(
-            batch, system.micro_batch_tokens, device
-        ):  # this rank's share, equally many rows
-            loss, metrics = loss_and_metrics(policy, row, now.beta, args.loss)
-            (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
+        # this rank's share, as many micro-batches as on every rank
+        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
+            loss, metrics = loss_and_metrics(policy, micro_batch, now.beta, args.loss)
+            (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()

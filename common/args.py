@@ -233,9 +233,18 @@ def parse(Args: type, toy: dict[str, Any], presets: dict[str, dict[str, Any]] | 
     if stages := stage_names(Args()):
         about += f"\n\nThe options of {', '.join(stages)} are set as --{stages[0]}.learning_rate"
     args = parse_words(sys.argv[1:], defaults, about)
+    if os.environ.get("RANK", "0") == "0" and (presets or {}).get(chosen.algorithm):
+        print(describe_preset(chosen.algorithm, presets[chosen.algorithm], flat(args)), flush=True)
     if os.environ.get("WANDB_SWEEP_ID"):
         args = under_an_agent(args, Args().run.output_dir)
     return args
+
+
+def describe_preset(name: str, preset: dict[str, Any], values: dict[str, Any]) -> str:
+    """The options that --algorithm has set, and those that were given beside it."""
+    used = "".join(f" {option}={x}" for option, x in preset.items() if values[option] == x)
+    given = "".join(f" {option}={values[option]}" for option, x in preset.items() if values[option] != x)
+    return f"algorithm {name}:{used}{'; but' if given else ''}{given}"
 
 
 def parse_words(words: list[str], defaults: Any, about: str) -> Any:

@@ -15,7 +15,7 @@ from test_exact import ANSWERS, EOS, PROMPT, REWARDS, everything, log_probs, rep
 from torch import Tensor
 
 import ppo
-from common import models
+from common import models, packed
 from common.generate import Sample
 
 __all__ = ["tiny"]  # a fixture
@@ -176,8 +176,8 @@ def test_e7_the_scripts_own_update_has_the_exact_gradient(tiny: str, device: tor
         [*map(ppo.to_response, samples)], REWARDS, policy, reference, None, BETA, {}, args
     )
     weighted = rollout._replace(mask=rollout.mask * logps.detach().exp()[:, None])  # as often as pi draws it
-    (whole,) = ppo.data.rows(rollout.examples, 10_000, device)
-    loss, metrics = ppo.loss_and_metrics(policy, whole, weighted, BETA, args)
+    (whole,) = packed.micro_batches(rollout.examples, 10_000, device)
+    loss, metrics = ppo.loss_and_metrics(policy, whole, weighted, args)
     (-loss * weighted.mask.sum()).backward()
     report("E7 through make_rollout", ((flat_gradient() - exact).norm() / exact.norm()).item(), 1e-4)
     found = means(metrics)
@@ -212,9 +212,9 @@ def ppo_run(
         )
         for picked in ppo.minibatches(len(samples), number, args):
             batch = rollout.take(picked)
-            (packed,) = ppo.data.rows(batch.examples, 10_000, device)
-            ppo.value_loss_and_metrics(value_model, packed, batch, args)[0].backward()
-            ppo.loss_and_metrics(policy, packed, batch, BETA, args)[0].backward()
+            (micro_batch,) = packed.micro_batches(batch.examples, 10_000, device)
+            ppo.value_loss_and_metrics(value_model, micro_batch, batch, args)[0].backward()
+            ppo.loss_and_metrics(policy, micro_batch, batch, args)[0].backward()
             for model, optimizer in zip((policy, value_model), optimizers, strict=True):
                 optimizer.param_groups[0]["lr"] = 5e-3 * min((number + 1) / 10, 1 - number / num_rollouts)
                 models.clip_grad_norm(model, 1.0)

@@ -13,8 +13,8 @@ from conftest import args_of, means, read_metrics
 from torch import Tensor
 
 import ppo
-from common import checkpoint, data, dist, models
-from common.args import parse
+from common import checkpoint, data, dist, models, packed, rewards
+from common.args import describe_preset, flat, parse
 from common.generate import Sample, generate
 
 
@@ -252,8 +252,8 @@ def test_kl_coef_moves_by_a_clipped_share_of_the_error(kl: float, expected: floa
 def test_running_statistics_of_two_rollouts_are_those_of_all_scores() -> None:
     first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-4.0, 0.5])
     running: dict[str, float] = {}
-    ppo.normalize(first, running)
-    found = ppo.normalize(second, running)
+    rewards.normalize(first, running)
+    found = rewards.normalize(second, running)
     both = torch.cat([first, second])
     torch.testing.assert_close(found, (second - both.mean()) / both.std(correction=0))
     assert running["count"] == 5
@@ -277,8 +277,8 @@ def test_steps_are_whole_rollouts() -> None:
         return ppo.count_steps(prompts, args_of(ppo.Args, rollout_size=16, samples_per_prompt=2, **settings))
 
     # 32 responses in batches of 10: 4 steps, twice
-    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=9) == (2, 8)
-    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=16) == (2, 8)
+    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=9) == (16, 8)
+    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=16) == (16, 8)
     assert counted(batch_size=32, num_epochs=2) == (12, 1)  # 200 prompts, of which 8 are left over
 
 
@@ -335,8 +335,8 @@ def test_a_masked_response_is_no_baseline_for_the_others(policy: Any, device: to
 
 def test_a_masked_response_has_no_gradient(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, False), missing_eos="mask")
-    row = data.make_row(rollout.examples, [1], device)
-    loss, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [1], device)
+    loss, metrics = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     assert loss.item() == 0.0 and metrics["policy/entropy_avg"][0].item() == 0.0
 
 
@@ -346,8 +346,8 @@ def test_a_rollout_all_masked_has_a_loss_of_zero_and_finite_metrics(
 ) -> None:
     settings = {"missing_eos": "mask", "whiten_rewards": whitened}
     rollout, metrics, args = made(device, policy, (False, False), **settings)
-    row = data.make_row(rollout.examples, [0, 1], device)
-    loss, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1], device)
+    loss, _ = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     assert loss.item() == 0.0 and all(math.isfinite(value) for value in metrics.values())
 
 
@@ -377,7 +377,7 @@ def test_returns_are_those_before_whitening(policy: Any, device: torch.device) -
 def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.device) -> None:
     together, _, _ = made(device, policy, (True, True, True))
     for i, sequence in enumerate(together.examples):
-        alone = models.token_logps(policy, data.make_row([sequence], [0], device)).detach()
+        alone = models.token_logps(policy, packed.make_micro_batch([sequence], [0], device)).detach()
         torch.testing.assert_close(together.logps[i, : len(alone)], alone, atol=1e-5, rtol=0)
         assert not together.logps[i, len(alone) :].any()
 
@@ -387,12 +387,12 @@ def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.d
 
 def test_gradients_raise_what_scored_well_and_k3_pulls_back(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, True), kl_placement="loss")
-    row = data.make_row(rollout.examples, [0, 1], device)
-    plain, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1], device)
+    plain, _ = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     # scores 1 on three tokens, 2 on one, ratio 1: the loss is minus the mean advantage
     assert plain.item() == pytest.approx(-5 / 4, abs=1e-5)
-    away = rollout._replace(ref_logps=rollout.logps - 1)  # k3 of log(ref / pi) = -1 is 1 / e
-    pulled, _ = ppo.loss_and_metrics(policy, row, away, 0.1, args)
+    away = rollout._replace(ref_logps=rollout.logps - 1, kl_coef=0.1)  # k3 of log(ref / pi) = -1 is 1 / e
+    pulled, _ = ppo.loss_and_metrics(policy, micro_batch, away, args)
     assert (pulled - plain).item() == pytest.approx(0.1 / math.e, abs=1e-5)
 
 
@@ -402,10 +402,10 @@ def test_an_infinite_ratio_of_a_masked_token_is_no_nan(policy: Any, device: Any,
     rollout, _, args = made(device, policy, (True, False, True), **settings)
     far = torch.where(rollout.mask > 0, rollout.logps, -1e4)  # exp(1e4) is infinite
     far_ref = torch.where(rollout.mask > 0, rollout.ref_logps, 1e4)
-    row = data.make_row(rollout.examples, [0, 1, 2], device)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1, 2], device)
 
     def gradient(batch: ppo.Rollout) -> tuple[float, Tensor]:
-        loss, metrics = ppo.loss_and_metrics(policy, row, batch, 0.1, args)
+        loss, metrics = ppo.loss_and_metrics(policy, micro_batch, batch._replace(kl_coef=0.1), args)
         loss.backward()
         found = torch.cat([p.grad.flatten() for p in policy.parameters()])
         policy.zero_grad()
@@ -444,8 +444,8 @@ def test_two_turns_with_an_observation_train_what_was_sampled_only(
     policy, scored, wins = models.load(tiny_model, device, args.system), [], []
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-2)
 
-    def watched(row: Any, temperature: float) -> Any:
-        stats = policy(row, temperature)
+    def watched(micro_batch: Any, temperature: float) -> Any:
+        stats = policy(micro_batch, temperature)
         stats.logps.retain_grad()
         scored.append(stats.logps)
         return stats
@@ -460,10 +460,10 @@ def test_two_turns_with_an_observation_train_what_was_sampled_only(
         assert means(metrics)["sampler_logp_gap_max"] < 1e-4
         assert torch.equal((rollout.advantages != 0).float(), rollout.mask)
 
-        row = data.make_row(examples, [*range(64)], device)
-        ppo.loss_and_metrics(watched, row, rollout, 0.0, args)[0].backward()
+        micro_batch = packed.make_micro_batch(examples, [*range(64)], device)
+        ppo.loss_and_metrics(watched, micro_batch, rollout, args)[0].backward()
         has_gradient = torch.zeros_like(rollout.mask)
-        has_gradient[ppo.places(row, rollout.starts)] = (scored[-1].grad != 0).float()
+        has_gradient[ppo.places(micro_batch, rollout.starts)] = (scored[-1].grad != 0).float()
         assert torch.equal(has_gradient, rollout.mask)  # each sampled token, of both turns, and no other
         assert all(m[4:8] == [0, 0, 0, 1] for m in rollout.mask.tolist() if m[3])  # a first turn of 4 tokens
         optimizer.step()
@@ -473,10 +473,10 @@ def test_two_turns_with_an_observation_train_what_was_sampled_only(
 
 def test_entropy_is_maximised(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, True))
-    row = data.make_row(rollout.examples, [0, 1], device)
-    plain, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1], device)
+    plain, metrics = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     args.entropy_coef = 0.5
-    more, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    more, _ = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     assert (more - plain).item() == pytest.approx(-0.5 * means(metrics)["policy/entropy_avg"], abs=1e-5)
 
 
@@ -523,7 +523,9 @@ ASKED = [
 def test_a_bad_reward_function_is_named_with_the_prompt(name: str, message: str, device: Any) -> None:
     args = args_of(ppo.Args, reward=f"test_ppo:{name}")
     with pytest.raises(dist.RunError, match=message):
-        ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+        rewards.score_replies(
+            rewards.load(args.reward, device, args.system), ASKED, ["a b", "c", "d"], 0, device
+        )
 
 
 def make_scorer(folder: Path, model: str, tokenizer: Any, names: list[str], seed: int = 0) -> str:
@@ -542,21 +544,29 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, toke
 
 def test_a_reward_model_scores_prompt_and_response(reward_model: str, tokenizer: Any, device: Any) -> None:
     args = args_of(ppo.Args, reward=reward_model)
-    found = ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+    found = rewards.score_replies(
+        rewards.load(args.reward, device, args.system), ASKED, ["a b", "c", "d"], 0, device
+    )
     plain = models.read_pretrained(reward_model, auto_class="AutoModelForSequenceClassification")
     for i, text in enumerate(["a b", "c", "d"]):
         tokens, _ = data.encode_response(tokenizer, ASKED[i].prompt, [{"role": "assistant", "content": text}])
         expected = plain(torch.tensor(tokens[None], dtype=torch.long)).logits[0, 0].item()
-        assert found[i].item() == pytest.approx(expected, abs=1e-5)
+        assert found[i] == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_rewards_are_their_weighted_sum(reward_model: str, device: torch.device) -> None:
     def scores(reward: str) -> Tensor:
-        args = args_of(ppo.Args, reward=reward)
-        return ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+        loaded = rewards.load(reward, device, ppo.Args().system)
+        return torch.tensor(rewards.score_replies(loaded, ASKED, ["a b", "c", "d"], 0, device))
 
     mixed = scores(f"{reward_model}*0.5,test_ppo:length*2")
     torch.testing.assert_close(mixed, 0.5 * scores(reward_model) + 2 * torch.tensor([3.0, 1.0, 1.0]))
+
+
+def test_replies_to_one_prompt_stay_together_in_the_order_given(device: torch.device) -> None:
+    loaded = rewards.load("test_ppo:length", device, ppo.Args().system)
+    replies = ["a", "ab", "abc", "b", "bc", "bcd"]  # two to each of three prompts
+    assert rewards.score_replies(loaded, ASKED, replies, 0, device) == [1, 2, 3, 1, 2, 3]
 
 
 def test_an_attribute_model_is_no_reward(
@@ -564,16 +574,16 @@ def test_an_attribute_model_is_no_reward(
 ) -> None:
     folder = make_scorer(tmp_path, tiny_model, tokenizer, ["helpfulness", "verbosity"])
     with pytest.raises(dist.RunError, match="helpfulness, verbosity; expected one"):
-        ppo.load_rewards(args_of(ppo.Args, reward=folder), device)
+        rewards.load(folder, device, ppo.Args().system)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"reward": ""}, "reward is not set"),
-        ({"advantage": "rloo"}, "samples_per_prompt to 2 or more"),
-        ({"temperature": 0.0}, "temperature 0 is greedy"),
-        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target adapts kl_coef"),
+        ({"advantage": "rloo"}, "samples_per_prompt: found 1; expected 2 or more for rloo"),
+        ({"temperature": 0.0}, "temperature: found 0.0; expected more than 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef: found 0.0; expected a start above 0"),
     ],
     ids=str,
 )
@@ -621,7 +631,7 @@ def test_what_is_given_beside_an_algorithm_wins_even_if_it_is_the_default(
     words = ("--kl_coef", "0.05", "--samples_per_prompt=1", "--algorithm", "grpo", "--clip-range=0.3")
     args = parsed(monkeypatch, *words)  # grpo has kl_coef .04 and 8 samples
     assert switches(args) == ("grpo", 1, "sequence_mean", 0.3, 0.0, "loss", 0.05)
-    assert ppo.describe_algorithm(args) == (
+    assert describe_preset("grpo", ppo.ALGORITHMS["grpo"], flat(args)) == (
         "algorithm grpo: advantage=grpo loss_reduction=sequence_mean kl_placement=loss"
         "; but samples_per_prompt=1 clip_range=0.3 kl_coef=0.05"
     )
