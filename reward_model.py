@@ -114,7 +114,7 @@ def arrange(rewards: Tensor, fields: dict[str, Tensor], args: Args) -> tuple[Ten
     if args.loss == "regression":
         return rewards, torch.stack(list(fields.values()), 1)
     if args.loss in ("kwise", "plackett_luce"):
-        ranks = torch.stack(list(fields.values()), 1)
+        ranks = fields["ranks"]  # NaN where an example has fewer responses than another
         table = torch.zeros_like(ranks).index_put((~ranks.isnan()).nonzero(as_tuple=True), rewards[:, 0])
         return table, ranks
     pairs = rewards.view(-1, 2)
@@ -177,7 +177,10 @@ def count_losses(batch: list[Example], args: Args) -> int:
 
 def evaluation(rewards: Tensor, examples: list[Example], args: Args) -> dict[str, float]:
     """Metrics of held-out examples from their rewards (sequences, A), on the host."""
-    fields = {name: torch.tensor([e.fields[name] for e in examples]) for name in examples[0].fields}
+    fields = {
+        name: torch.from_numpy(packed.stack([e.fields[name] for e in examples], like))
+        for name, like in examples[0].fields.items()
+    }
     table, target = arrange(rewards, fields, args)
     metrics = {
         "loss": example_losses(table, target, fields, args).sum().item() / count_losses(examples, args),
@@ -197,17 +200,26 @@ def evaluation(rewards: Tensor, examples: list[Example], args: Args) -> dict[str
     right, margins = ordered_right(table, target)
     low, high = wilson_interval(right.sum().item(), len(right))
     lengths = torch.tensor([float(mask.sum()) for e in examples for _, mask in e.sequences])
-    by_length, _ = ordered_right(*arrange(lengths[:, None], fields, args))
-    unequal = by_length + ordered_right(-arrange(lengths[:, None], fields, args)[0], target)[0]
-    longer = (by_length + (1 - unequal) / 2).mean().item()  # equal lengths are a coin flip
+    lengths, _ = arrange(lengths[:, None], fields, args)
     return metrics | {
         "accuracy": right.mean().item(),
         "accuracy_low": low,
         "accuracy_high": high,
-        "length_accuracy": max(longer, 1 - longer),
+        "length_accuracy": length_accuracy(lengths, target),
         "margin": margins.mean().item(),
         "calibration_error": calibration_error(table, target),
     }
+
+
+def length_accuracy(lengths: Tensor, ranks: Tensor) -> float:
+    """Accuracy of the rule that the longer response is better, or of its opposite; all (B, K).
+
+    Equal lengths are a coin flip.
+    """
+    better = ranks[:, :, None] < ranks[:, None, :]  # (B, K, K)
+    is_longer = (1 + (lengths[:, :, None] - lengths[:, None, :]).sign()) / 2  # 1, 1/2 or 0
+    share = ((is_longer * better).sum((1, 2)) / better.sum((1, 2))).mean().item()
+    return max(share, 1 - share)
 
 
 def wilson_interval(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
