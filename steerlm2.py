@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
@@ -33,6 +34,7 @@ from common.log import Log
 from common.packed import Example, MicroBatch
 
 SHOWN = ("loss", "ess", "w_max", "grad_norm")
+GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
 SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # what NeMo-Aligner's files call them
 
 
@@ -134,12 +136,6 @@ def group_loss(logps: Tensor, sampler_logps: Tensor, log_weights: Tensor) -> Ten
     return (log_w.exp() * (log_w - log_b)).sum(1)
 
 
-def tables(fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(log w, log Q') of the groups of a micro-batch, (G, n) each."""
-    log_w = torch.stack([v for k, v in fields.items() if k.startswith("log_w")], 1)
-    return log_w, torch.stack([v for k, v in fields.items() if k.startswith("log_q")], 1)
-
-
 def response_logps(policy: models.Policy, micro_batch: MicroBatch, args: Args) -> Tensor:
     """log pi(y|x) of each sequence of a micro-batch, its end token included. -> (num_segments,)"""
     logps = policy(micro_batch, args.temperature).logps
@@ -150,15 +146,17 @@ def loss_and_metrics(
     policy: models.Policy, micro_batch: MicroBatch, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, a sum over its groups that the caller divides, and metrics as (sum, count)."""
-    log_w, sampler_logps = tables(micro_batch.fields)
-    logps = response_logps(policy, micro_batch, args).view(log_w.shape)  # (G, n); a dummy has G = 0
-    loss = group_loss(logps, sampler_logps, log_w).sum()
-    return loss, group_metrics(loss, logps, sampler_logps, log_w)
+    sampler_logps, log_weights = (micro_batch.fields[name] for name in GROUP_FIELDS)  # (G, n) each
+    logps = response_logps(policy, micro_batch, args).view(log_weights.shape)  # a dummy has G = 0
+    loss = group_loss(logps, sampler_logps, log_weights).sum()
+    return loss, group_metrics(loss, logps, sampler_logps, log_weights)
 
 
-def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_w: Tensor) -> dict[str, tuple]:
+def group_metrics(
+    loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_weights: Tensor
+) -> dict[str, tuple]:
     """Metrics of groups as (sum, count); all but the loss, which is summed, (G, n)."""
-    weights, num_groups = log_w.softmax(1), len(log_w)
+    weights, num_groups = log_weights.softmax(1), len(log_weights)
     metrics = {
         "loss": (loss, num_groups),
         "ess": ((1 / weights.square().sum(1)).sum(), num_groups),
@@ -184,21 +182,21 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
         (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     if large:
-        n = len(large[0].sequences)
         sequences = [sequence for group in large for sequence in group.sequences]
-        logps = sequence_logps(policy, sequences, args, device).view(-1, n).requires_grad_()  # (G, n)
-        fields = {k: torch.tensor([g.fields[k] for g in large], device=device) for k in large[0].fields}
-        log_w, sampler_logps = tables(fields)
-        loss = group_loss(logps, sampler_logps, log_w).sum()
-        (gradient,) = torch.autograd.grad(loss / len(batch), logps)  # -(w' - b') / groups
-        for micro_batch in packed.micro_batches(
-            [Example([s], "") for s in sequences], micro_batch_tokens, device
-        ):
-            (
-                response_logps(policy, micro_batch, args) * gradient.flatten()[micro_batch.example_ids]
-            ).sum().backward()
+        alone = [Example([sequence], "") for sequence in sequences]
+        sampler_logps, log_weights = (
+            torch.from_numpy(np.stack([group.fields[name] for group in large])).to(device)
+            for name in GROUP_FIELDS
+        )
+        logps = sequence_logps(policy, sequences, args, device).view(log_weights.shape).requires_grad_()
+        loss = group_loss(logps, sampler_logps, log_weights).sum()
+        # -(w' - b') / groups: known before any activation is kept, so responses can go one by one
+        (gradient,) = torch.autograd.grad(loss / len(batch), logps)
+        for micro_batch in packed.micro_batches(alone, micro_batch_tokens, device):
+            coefficients = gradient.flatten()[micro_batch.example_ids]
+            (response_logps(policy, micro_batch, args) * coefficients).sum().backward()
         size = dist.world_size()  # every rank has all the large groups: a share of each sum and count
-        metrics = group_metrics(loss, logps, sampler_logps, log_w)
+        metrics = group_metrics(loss, logps, sampler_logps, log_weights)
         totals.update({name: (total / size, count / size) for name, (total, count) in metrics.items()})
     return totals
 
@@ -297,22 +295,22 @@ def score_groups(
     scorer.config.reward_mean = None  # the scale of the labels
     predicted = models.score(scorer, plain, args.system.micro_batch_tokens, device)  # (responses, A)
     n = args.num_responses
-    attr_logps = []
-    for group, outputs in zip(groups, predicted.view(len(groups), n, -1), strict=True):
+    attribute = torch.zeros(len(groups), n, device=device)
+    for i, (group, outputs) in enumerate(zip(groups, predicted.view(len(groups), n, -1), strict=True)):
         given = dict(item.split(":") for item in group["label"].split(","))
         chosen = [names.index(name) for name in given]
         wanted = torch.tensor([float(x) for x in given.values()], device=device).expand(n, -1)
-        attr_logps += attribute_logps(outputs[:, chosen], wanted, args).tolist()
-    sft_logps = sequence_logps(sft_policy, encode(tokenizer, False), args, device).tolist()
-    sampler_logps = sequence_logps(policy, encode(tokenizer, True), args, device).tolist()
-    scores = iter(zip(attr_logps, sft_logps, sampler_logps, strict=True))
-    for group in groups:
-        for reply in group["responses"]:
-            reply |= dict(zip(SCORES, next(scores), strict=True))
+        attribute[i] = attribute_logps(outputs[:, chosen], wanted, args)
+    sft_logps = sequence_logps(sft_policy, encode(tokenizer, False), args, device)
+    sampler_logps = sequence_logps(policy, encode(tokenizer, True), args, device)
+    scores = torch.stack([attribute, sft_logps.view(-1, n), sampler_logps.view(-1, n)], 2)  # (groups, n, 3)
+    for group, rows in zip(groups, scores.tolist(), strict=True):
+        for reply, row in zip(group["responses"], rows, strict=True):
+            reply |= dict(zip(SCORES, row, strict=True))
 
 
 def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
-    """A file of groups as examples of n sequences, with log w and log Q' as fields.
+    """A file of groups as examples of n sequences, with the fields of GROUP_FIELDS.
 
     Raises:
         RunError: a group without its scores or its label, or of another size than the first.
@@ -325,15 +323,16 @@ def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
         sequences = read_group(tokenizer, group, where)
         if any_label and not group.get("label"):
             raise data.wrong(where, "no label", "one, as in other groups")
-        fields = {}
-        for i, reply in enumerate(group["responses"]):
-            found = [data.number(reply.get(name), where, name) for name in SCORES]
-            fields[f"log_w{i}"] = (found[0] + found[1] - found[2]) / args.weight_temperature
-            fields[f"log_q{i}"] = found[2]
+        found = [
+            [data.number(reply.get(name), where, name) for name in SCORES] for reply in group["responses"]
+        ]
+        attribute, plain, sampler = np.array(found).reshape(-1, 3).T  # (n,) float64 each
+        log_weights = (attribute + plain - sampler) / args.weight_temperature
+        arrays = (sampler.astype(np.float32), log_weights.astype(np.float32))
         size = len(records[0].value.get("responses") or ())
         if len(sequences) != size:
             raise data.wrong(where, f"{len(sequences)} responses", f"{size}, as in the first group")
-        return Example(sequences, "", fields)
+        return Example(sequences, "", dict(zip(GROUP_FIELDS, arrays, strict=True)))
 
     return data.Dataset([(dist.parallel_map(encode, records), 1.0)])
 

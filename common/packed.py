@@ -146,7 +146,7 @@ def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndar
     """
     if np.ndim(like) == 0:
         return np.array(values, np.float32)
-    table = np.full((len(values), max(map(len, values), default=0)), np.nan, np.float32)
+    table = np.full((len(values), max(map(len, values), default=len(like))), np.nan, np.float32)
     for row, value in zip(table, values, strict=True):
         row[: len(value)] = value
     return table
