@@ -93,8 +93,8 @@ def llama_run(tiny: str, device: torch.device, num_steps: int = 300, trap: str =
                 log_w = LIKELIHOOD[value, drawn] + prior[drawn] - (0 if trap else log_q)
                 fields = {"log_weights": log_w.numpy(), "sampler_logps": log_q.numpy()}
                 groups.append(packed.Example([after(value, ANSWERS[k]) for k in drawn], "", fields))
-        micro_batch = packed.make_micro_batch(groups, list(range(len(groups))), device)
-        return steerlm2.loss_and_metrics(policy, micro_batch, args)[0] / len(groups)
+        drawn_groups = packed.make_micro_batch(groups, list(range(len(groups))), device)
+        return steerlm2.loss_and_metrics(policy, drawn_groups, args)[0] / len(groups)
 
     minimise(policy, num_steps, loss)
     ours = log_probs(policy, micro_batch).detach().view(2, -1)
