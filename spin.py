@@ -21,9 +21,7 @@ Metrics, results and departures from the paper: docs/spin.md
 import bisect
 import hashlib
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,34 +308,15 @@ def describe(pairs: list[Example], tokenizer: Any) -> dict[str, float]:
     end = data.end_token(tokenizer)
     real, generated = ([response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1))
     lengths = [len(tokens) for tokens in generated]
+    num_equal = sum(a == b for a, b in zip(real, generated, strict=True))
     return {
         "eval/generated/length": sum(lengths) / len(pairs),
         "eval/generated/max_length": max(lengths),
         "eval/generated/ended_frac": sum(tokens[-1] == end for tokens in generated) / len(pairs),
-        "eval/generated/equals_real_frac": sum(map(list.__eq__, real, generated)) / len(pairs),
+        "eval/generated/equals_real_frac": num_equal / len(pairs),
         "eval/real/length": sum(map(len, real)) / len(pairs),
         "eval/real/ended_frac": sum(tokens[-1] == end for tokens in real) / len(pairs),
-        "eval/real_vs_generated_format_accuracy": format_accuracy(real, generated, end),
     }
-
-
-def format_accuracy(real: list[list[int]], generated: list[list[int]], end: int) -> float:
-    """How often length, first token and end token alone tell real from generated; 1/2 is a fair game.
-
-    Naive Bayes with counts from every second pair, tried on the others, and the other way round.
-    """
-
-    def features(tokens: list[int]) -> list[tuple[str, int]]:
-        return [("length", len(tokens).bit_length()), ("first", tokens[0]), ("ends", tokens.count(end))]
-
-    right = 0.0
-    for half in (0, 1):
-        counts = [Counter(f for t in side[half::2] for f in features(t)) for side in (real, generated)]
-        for label, side in enumerate((real, generated)):
-            for tokens in side[1 - half :: 2]:
-                odds = sum(math.log((counts[0][f] + 1) / (counts[1][f] + 1)) for f in features(tokens))
-                right += 0.5 if odds == 0 else (odds > 0) == (label == 0)
-    return right / (len(real) + len(generated))
 
 
 def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]]) -> dict[str, float]:
@@ -357,7 +336,8 @@ def distances_to_real(
         return {}
     asked = [example.prompt[-1]["content"] for example in examples]
     real = [decode(tokenizer, response_tokens(example.sequences[0])) for example in examples]
-    scores, real_scores = ([judge(*pair) for pair in zip(asked, x, strict=True)] for x in (texts, real))
+    scores = [judge(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    real_scores = [judge(prompt, text) for prompt, text in zip(asked, real, strict=True)]
     return distances(scores, real_scores)
 
 
@@ -375,7 +355,7 @@ def of_iteration(args: Args, number: int) -> Settings:
     return Settings(*(x[min(number, len(x) - 1)] if isinstance(x, list) else x for x in given))
 
 
-def boundaries(num_prompts: int, args: Args) -> list[int]:
+def iteration_boundaries(num_prompts: int, args: Args) -> list[int]:
     """The optimizer steps after which iterations 0, 1, ... begin, then that at which the last one ends."""
     steps = [0]
     for number in range(args.run.num_iterations):
@@ -385,7 +365,7 @@ def boundaries(num_prompts: int, args: Args) -> list[int]:
     return steps
 
 
-def fingerprint(args: Args, examples: list[Example]) -> str:
+def run_fingerprint(args: Args, examples: list[Example]) -> str:
     """Tells samples of this run from those of other settings, models or data."""
     options = snapshot(args)
     settings = {name: value for name, value in options.values.items() if name in options.fixed}
@@ -431,8 +411,8 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_demonstrations(args, tokenizer)
     prompts = choose_prompts(train_set, args)
-    begins = boundaries(len(prompts), args)
-    num_steps = begins[-1] if run.max_steps < 0 else min(run.max_steps, begins[-1])
+    boundaries = iteration_boundaries(len(prompts), args)
+    num_steps = boundaries[-1] if run.max_steps < 0 else min(run.max_steps, boundaries[-1])
     if not log.begin(num_steps):
         return
 
@@ -443,14 +423,18 @@ def main(args: Args) -> None:
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    run_id = resumed.get("run") or dist.from_main(lambda: fingerprint(args, [*prompts, *eval_set]))
+    run_id = resumed.get("run") or dist.from_main(lambda: run_fingerprint(args, [*prompts, *eval_set]))
 
-    def begin(number: int, step: int) -> tuple[Settings, data.Dataset, data.Dataset]:
+    def start_iteration(number: int, step: int) -> tuple[Settings, data.Dataset, data.Dataset]:
         """An iteration's settings and its pairs, to train and to evaluate on."""
         folder, earlier = Path(run.output_dir), []
-        origin = {"iteration": number, "opponent": f"step {begins[number]} of {run_id}", "seed": args.seed}
+        origin = {
+            "iteration": number,
+            "opponent": f"step {boundaries[number]} of {run_id}",
+            "seed": args.seed,
+        }
         held_out, generated = (folder / f"{name}_{number}.jsonl" for name in ("held_out", "generated"))
-        if step == begins[number]:  # the policy is the opponent
+        if step == boundaries[number]:  # the policy is the opponent
             optimizer.state.clear()
             if args.mix_previous and number > 0:
                 lines = data.read_file(folder / f"generated_{number - 1}.jsonl")
@@ -460,14 +444,14 @@ def main(args: Args) -> None:
         pairs = (read_pairs(generated, prompts, origin), read_pairs(held_out, eval_set, origin))
         return of_iteration(args, number), *pairs
 
-    number = max(0, bisect.bisect_right(begins, min(start_step, num_steps - 1)) - 1)
-    now, train_pairs, eval_pairs = begin(number, start_step)
+    number = max(0, bisect.bisect_right(boundaries, min(start_step, num_steps - 1)) - 1)
+    settings, train_pairs, eval_pairs = start_iteration(number, start_step)
 
     def evaluate(step: int) -> dict[str, float]:
         totals, apart = dist.Totals(), {}
         for micro_batch in packed.micro_batches(eval_pairs, system.micro_batch_tokens, device):
             with torch.no_grad():
-                totals.update(loss_and_metrics(policy, micro_batch, now.beta, args.loss)[1])
+                totals.update(loss_and_metrics(policy, micro_batch, settings.beta, args.loss)[1])
         metrics = totals.reduce("eval/") | describe(eval_pairs, tokenizer)
 
         def compare(examples: list[Example], texts: list[str]) -> list:
@@ -483,20 +467,26 @@ def main(args: Args) -> None:
 
     for step in range(start_step + 1, num_steps + 1):
         # generate: the policy becomes the opponent
-        if step > begins[number + 1]:
+        if step > boundaries[number + 1]:
             number += 1
-            now, train_pairs, eval_pairs = begin(number, step - 1)
-        done, length = step - begins[number], begins[number + 1] - begins[number]
+            settings, train_pairs, eval_pairs = start_iteration(number, step - 1)
+        step_in_iteration = step - boundaries[number]
+        length, is_last = (
+            boundaries[number + 1] - boundaries[number],
+            step in (boundaries[number + 1], num_steps),
+        )
 
         # update
         step_start = time.perf_counter()  # the batch is the same on every rank
-        batch = data.batch(train_pairs, done, optimization.batch_size, args.seed, now.num_epochs)
-        lr = now.learning_rate * models.lr_factor(done, length, optimization)
+        batch = data.batch(
+            train_pairs, step_in_iteration, optimization.batch_size, args.seed, settings.num_epochs
+        )
+        lr = settings.learning_rate * models.lr_factor(step_in_iteration, length, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
         # this rank's share, as many micro-batches as on every rank
         for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
-            loss, metrics = loss_and_metrics(policy, micro_batch, now.beta, args.loss)
+            loss, metrics = loss_and_metrics(policy, micro_batch, settings.beta, args.loss)
             (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
@@ -510,18 +500,18 @@ def main(args: Args) -> None:
         num_tokens += sum(example.num_tokens for example in batch)
         metrics |= {
             "train/iteration": number,
-            "train/epoch": done * optimization.batch_size / train_pairs.epoch_size,
+            "train/epoch": step_in_iteration * optimization.batch_size / train_pairs.epoch_size,
             "train/num_tokens": num_tokens,
             "train/learning_rate": lr,
         }
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
-        if step % run.eval_every == 0 or done == length or step == num_steps:
+        if step % run.eval_every == 0 or is_last:
             metrics |= evaluate(step)
 
         # log and save: always before the policy becomes the opponent
         log(step, num_steps, metrics)
-        if step % run.save_every == 0 or done == length or step == num_steps or stop:
+        if step % run.save_every == 0 or is_last or stop:
             checkpoint.save(run, step, parts, num_tokens=num_tokens, run=run_id)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
