@@ -45,16 +45,18 @@ def measure(k: int, step_checkpointing: bool, images: int) -> dict[str, float]:
     """MiB above the loaded models and seconds of a step, in this process."""
     import draftp
     from common import diffusion, dist
+    from common.args import with_fields
 
     device = dist.init(1)
-    args = draftp.Args(**{**draftp.TOY, "num_grad_steps": k}, step_checkpointing=step_checkpointing)
-    pipe, policy = diffusion.load("toy", device, args)
-    m = draftp.setup(args, pipe, policy, None, device)
+    changes = draftp.TOY | {"num_grad_steps": k, "step_checkpointing": step_checkpointing}
+    args = with_fields(draftp.Args(), **changes)
+    pipe, policy = diffusion.load("toy", device, args.system, args.seed)
+    sampler = draftp.setup(args, pipe, policy, None, device)
 
     def step(count: int) -> float:
         start = time.perf_counter()
-        for micro in diffusion.micro_batches(["a red circle"] * count, count, device):
-            loss, _ = draftp.loss_and_metrics(m, micro, 1, k, args)
+        for micro_batch in diffusion.micro_batches(["a red circle"] * count, count, device):
+            loss, _ = draftp.loss_and_metrics(sampler, micro_batch, 1, k, args)
             loss.backward()
         return time.perf_counter() - start
 
