@@ -9,8 +9,7 @@ Each rollout serves a few minibatches of the clipped surrogate (PPO, https://arx
 
     loss = -min(ratio_t A_t, clip(ratio_t, 1 - clip_range, 1 + clip_range) A_t)
 
-with A_t by generalized advantage estimation from a value model, or from the other responses to the prompt
-(RLOO, GRPO, Dr. GRPO).
+with A_t by GAE from a value model, or from the other responses to the prompt (RLOO, GRPO, Dr. GRPO).
 
     python ppo.py --help
     torchrun --nproc_per_node=8 ppo.py --model runs/sft --reward runs/reward_model --dataset prompts.jsonl
@@ -137,8 +136,8 @@ def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor
         (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
     """
     rewards = torch.where(mask > 0, -kl_coef * (logps - ref_logps), 0.0)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask > 0, places, 0).amax(1, keepdim=True)  # (R, 1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask > 0, columns, 0).amax(1, keepdim=True)  # (R, 1)
     return rewards.scatter_add(1, last, scores[:, None])
 
 
@@ -339,9 +338,8 @@ def make_rollout(
         "sampler_logp_gap_max": (gap.max(), 1),
     }
     if value_model is not None:
-        left, _ = moments((returns - values).square(), counted)
-        explained = 1 - left / (moments(returns, counted)[1] + 1e-8)
-        metrics["val/explained_variance"] = (explained, 1)
+        left, variance = moments((returns - values).square(), counted)[0], moments(returns, counted)[1]
+        metrics["val/explained_variance"] = (1 - left / (variance + 1e-8), 1)
     tables = (counted, logps, ref_logps, values, advantages, returns)
     return Rollout(examples, kl_coef, starts, *tables), metrics
 
@@ -356,10 +354,8 @@ def loss_and_metrics(
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
     counted = batch.mask[at]  # 0 on the tokens of a response that is left out
     # what does not count is set to 0: times 0 an infinite ratio is NaN, in the loss or in its gradient
-    logps, entropy, old_logps, ref_logps = (
-        torch.where(counted > 0, x, 0.0)
-        for x in (stats.logps, stats.entropy, batch.logps[at], batch.ref_logps[at])
-    )
+    found = (stats.logps, stats.entropy, batch.logps[at], batch.ref_logps[at])
+    logps, entropy, old_logps, ref_logps = (torch.where(counted > 0, x, 0.0) for x in found)
     log_ratio, advantages = logps - old_logps, batch.advantages[at]
     ratio = log_ratio.exp()
     losses = policy_losses(ratio, advantages, args.clip_range, args.clip_range_high or args.clip_range)
@@ -472,8 +468,7 @@ def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.
 
 def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
     """Whether a rollout ends with this step, and in it the run or a multiple of `every` steps."""
-    ends_rollout = step % steps_each == 0
-    return ends_rollout and (step == num_steps or step // every > (step - steps_each) // every)
+    return step % steps_each == 0 and (step == num_steps or step // every > (step - steps_each) // every)
 
 
 # what --algorithm sets, the table of docs/ppo.md
@@ -486,7 +481,6 @@ ALGORITHMS = {
     "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
     | {"clip_range_high": 0.28},
 }
-
 
 TOY = dict(
     reward="toy.language:reward",
@@ -583,8 +577,8 @@ def main(args: Args) -> None:
             "train/num_tokens": num_tokens,
             "train/learning_rate": lr,
         }
-        metrics |= models.speed(policy, batch.examples, time.perf_counter() - step_start)
-        metrics |= rollout_metrics | times
+        seconds = time.perf_counter() - step_start
+        metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 
         # evaluate, log and save: between rollouts only
         stop = dist.stop_requested() and step % steps_each == 0
