@@ -363,15 +363,15 @@ def loss_and_metrics(
     loss = policy_loss - args.entropy_coef * (mean * entropy).sum()
     if args.kl_placement == "loss":
         loss = loss + batch.kl_coef * (weights * k3(logps, ref_logps)).sum()
-    is_clipped = losses != -ratio * advantages
+    is_clipped, num_counted = losses != -ratio * advantages, counted.sum()
     metrics = {
         "loss": (loss, 0),  # a sum of shares
         "loss/policy_avg": (policy_loss, 0),
-        "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), counted.sum()),
-        "policy/clipfrac_avg": ((counted * is_clipped).sum(), counted.sum()),
-        "policy/entropy_avg": ((counted * entropy).sum(), counted.sum()),
-        "val/ratio": ((counted * ratio).sum(), counted.sum()),
-        "val/ratio_var": ((counted * (ratio - 1).square()).sum(), counted.sum()),
+        "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), num_counted),
+        "policy/clipfrac_avg": ((counted * is_clipped).sum(), num_counted),
+        "policy/entropy_avg": ((counted * entropy).sum(), num_counted),
+        "val/ratio": ((counted * ratio).sum(), num_counted),
+        "val/ratio_var": ((counted * (ratio - 1).square()).sum(), num_counted),
     }
     return loss, metrics
 

@@ -51,7 +51,7 @@ def run_head(
     import torch
     import torch.nn.functional as F
 
-    from common import models
+    from common import packed
 
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocab_size, bias=False)
@@ -59,7 +59,7 @@ def run_head(
     y = torch.randint(vocab_size, (num_tokens,))
     before, cpu = peak_mib(), time.process_time()
     if kind == "chunked":
-        logps = head(h, y, 1.0).logps
+        logps = packed.ChunkedHead.like(head)(h, y).logps
     else:
         logps = -F.cross_entropy(head(h), y, reduction="none")
     (-logps.sum()).backward()
@@ -107,7 +107,7 @@ def run_length(
     started: float, shape: tuple[int, ...], lengths: list[int], tokens: int, rounds: int
 ) -> dict[str, Any]:
     """CPU seconds and FLOPs of a step of the same number of tokens, cut into longer and longer documents."""
-    from common import models
+    from common import plan
 
     policy, optimizer, device = setup(shape)
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
@@ -115,7 +115,7 @@ def run_length(
     for i in range(rounds + 1):
         for length in lengths:
             batch = fixed_documents(tokens // length, length, shape[0])
-            flops[length] = models.training_flops(policy, [length] * len(batch))
+            flops[length] = plan.training_flops(policy, [length] * len(batch))
             start = time.process_time()
             sft_step(policy, optimizer, batch, tokens, device)
             if i:  # the first round warms up

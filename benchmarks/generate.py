@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ import tyro
 from harness import NoText, record
 
 from common import dist, generate, models
+from common.args import System
 
 transformers.logging.disable_progress_bar()
 
@@ -66,10 +66,9 @@ def main(args: Args) -> None:
     )
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(config).eval()
-    options = SimpleNamespace(dtype="auto", sharding="full", compile=False)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        policy = models.load(folder, device, options, trainable=False)
+        policy = models.load(folder, device, System(), trainable=False)
     theirs = theirs.to(device, models.resolve_dtype("auto", device))
     rng = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ head, memory over vocabularies; decode, graph against eager; ppo, shares of its 
 Nothing is downloaded. Models have random weights and the shapes of Llama 3.1 and 3.2; documents have the
 lengths of HH-RLHF and random tokens. Each cell runs in a process of its own, under a time limit of its own,
 and prints one line as soon as it is known, with the best ceiling known beside it; without --small a JSON line
-is also appended to benchmarks/results/gpu.jsonl. MFU counts the FLOPs of models.training_flops (causal
+is also appended to benchmarks/results/gpu.jsonl. MFU counts the FLOPs of plan.training_flops (causal
 attention, recomputation not counted) over 989 TFLOP/s; `of_gemm` and `of_copy` are shares of what a bfloat16
 product and a copy reached in the same process. DRaFT+ is draftp_memory.py.
 """
@@ -52,7 +52,7 @@ from harness import (
 )
 from torch import Tensor, nn
 
-from common import data, dist, generate, models, packed
+from common import data, dist, generate, models, packed, plan
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2},
@@ -283,7 +283,7 @@ def time_sft(
         losses.append(sft_step(policy, optimizer, work[i % 4], row_tokens, device))
     sync()
     spent = (time.perf_counter() - start) / steps * 4  # seconds for all four batches
-    flops = models.training_flops(policy, lengths) / spent
+    flops = plan.training_flops(policy, lengths) / spent
     found = {
         "parameters": sum(p.numel() for p in policy.parameters()),
         "useful_tokens_per_second": sum(lengths) / spent,
@@ -312,7 +312,7 @@ def run_head(started: float, vocab_size: int, tokens: int, width: int) -> dict[s
 
     def work() -> None:
         head.weight.grad = h.grad = None
-        head(h, y, 1.0).logps.sum().neg().backward()
+        packed.ChunkedHead.like(head)(h, y).logps.sum().neg().backward()
 
     spent = seconds(work, 3)
     grad = vocab_size * width * head.weight.element_size() / 2**20
@@ -371,6 +371,7 @@ def run_peer(started: float, flags: list[str]) -> dict[str, Any]:
 def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> dict[str, Any]:
     """Shares of the stages of ppo.py, with a reward that costs nothing, at its second rollout."""
     import ppo
+    from common.args import with_fields
 
     device = dist.init(1)
     with tempfile.TemporaryDirectory() as name:
@@ -385,7 +386,8 @@ def run_ppo(started: float, shape: str, prompts: int, new: int, steps: int) -> d
         lines = [{"prompt": " ".join(f"w{w}" for w in row)} for row in words.tolist()]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         ppo.main(
-            ppo.Args(
+            with_fields(
+                ppo.Args(),
                 model=name,
                 dataset=f"{name}/prompts.jsonl",
                 eval_dataset=f"{name}/prompts.jsonl",
@@ -423,6 +425,7 @@ CELLS: dict[str, tuple[Callable, list[dict]]] = {
         [
             *({"check": name} for name in CHECKS if name != "check_tests"),
             {"check": "check_sampler", "lora_rank": 16},
+            {"check": "check_head", "compiled": True},
             {"check": "check_tests"},
         ],
     ),
@@ -504,13 +507,13 @@ def day(minutes: float, small: bool, only: str) -> bool:
     """Cells in order of worth until the minutes are over. -> whether all checks that ran were right"""
     end, right, best = time.time() + 60 * minutes, True, {}
     if small:
-        plan = [(group, i, 300.0) for group in TINY for i in range(len(TINY[group]))]
+        cells = [(group, i, 300.0) for group in TINY for i in range(len(TINY[group]))]
     else:
-        plan = [("ceilings", 0, 60), *DAY]
-    chosen = only.split(",") if only else [group for group, *_ in plan]
-    plan = [cell for cell in plan if cell[0] in chosen or f"{cell[0]}/{cell[1]}" in chosen]
+        cells = [("ceilings", 0, 60), *DAY]
+    chosen = only.split(",") if only else [group for group, *_ in cells]
+    cells = [cell for cell in cells if cell[0] in chosen or f"{cell[0]}/{cell[1]}" in chosen]
     spare = Worker(__file__, threads=1 if small else 8)
-    for group, i, limit in plan:
+    for group, i, limit in cells:
         left = end - time.time()
         if left < 15:
             print(f"the {minutes:g} minutes are over before {group} {i}", flush=True)

@@ -74,7 +74,9 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int
     return torch.cat(outs, 2).transpose(1, 2)
 
 
-def check_head(tokens: int = 3000, width: int = 512, vocab_size: int = 32_000) -> dict[str, Any]:
+def check_head(
+    tokens: int = 3000, width: int = 512, vocab_size: int = 32_000, compiled: bool = False
+) -> dict[str, Any]:
     """The chunked head on bfloat16 operands against float64 of the same numbers.
 
     Its log-probs are those of float32 sums: rounded to bfloat16, logits are .02 nats off.
@@ -87,7 +89,9 @@ def check_head(tokens: int = 3000, width: int = 512, vocab_size: int = 32_000) -
     nn.init.normal_(head.weight, std=0.2)
     y = torch.randint(vocab_size, (tokens,), device=device)
     g = torch.randn(2, tokens, device=device)
-    stats = head(h, y, 1.0)
+    chunked = packed.ChunkedHead.like(head)
+    chunked.compiled = compiled
+    stats = chunked(h, y)
     ours = torch.autograd.grad((g[0] * stats.logps + g[1] * stats.entropy).sum(), (h, head.weight, head.bias))
     h64, w64, b64 = (x.detach().double().requires_grad_() for x in (h, head.weight, head.bias))
     logp = (h64 @ w64.T + b64).log_softmax(-1)

@@ -238,13 +238,13 @@ def random_policy(
 
     init_device draws the weights, which are other ones on a CPU than on a GPU; default: device.
     """
-    from types import SimpleNamespace
     from unittest import mock
 
     import torch
     import transformers
 
     from common import models
+    from common.args import System
 
     def read(*_: Any) -> Any:
         torch.manual_seed(0)
@@ -253,13 +253,12 @@ def random_policy(
         model.dtype_on_disk = torch.float32
         return model
 
-    args = {"dtype": "auto", "sharding": "full", "compile": False, "activation_checkpointing": "off"}
-    args |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_target": "all-linear"}
+    system = System(**{"activation_checkpointing": "off", **options})
     with (
         mock.patch.object(models, "read_pretrained", read),
         mock.patch.object(models, "model_folder", lambda name: (name, None)),
     ):
-        return models.load("random", device, SimpleNamespace(**args | options), trainable)
+        return models.load("random", device, system, trainable)
 
 
 # ------------------------------------------------------------------------------------------------ the record
@@ -301,20 +300,18 @@ def record(file: str, task: str, figures: dict[str, Any]) -> None:
 
 def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: Any) -> float:
     """The update of sft.py on these examples. -> the loss, a mean over scored tokens"""
-    from collections import Counter
-
     import sft
     from common import data, dist, models
 
-    num_targets, totals = sft.count_targets(batch), Counter()
+    num_targets, totals = sum(example.num_targets for example in batch), dist.Totals()
     for row in data.rows(batch, row_tokens, device):
         loss, metrics = sft.loss_and_metrics(policy, row)
         (loss / num_targets).backward()
         totals.update(metrics)
-    norm = models.clip_grad_norm(policy, 1.0)
+    totals.update({"grad_norm": (models.clip_grad_norm(policy, 1.0), 1)})
     optimizer.step()
     optimizer.zero_grad()
-    return dist.all_sum(totals, same={"grad_norm": norm})["loss"] / num_targets
+    return totals.reduce()["loss"]
 
 
 def kindness(prompts: list, responses: list[str], examples: list) -> list[float]:

@@ -191,15 +191,16 @@ def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
     import torch
 
     from common import data, dist, models
+    from common.args import with_fields
 
     work = Work(**work)
     script = __import__({"reward": "reward_model"}.get(work.task, work.task))
     source = str(Path(folder) / "train.jsonl")
-    args = script.Args(
+    args = with_fields(
+        script.Args(),
         model=folder,
         dataset=source,
         eval_dataset=source,
-        batch_size=1,
         micro_batch_tokens=work.row_tokens,
         max_length=work.max_length,
         activation_checkpointing="off",
@@ -207,15 +208,13 @@ def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
     )
     device = dist.init(args.seed)
     tokenizer = data.load_tokenizer(args.model)
-    load = {"sft": data.load_sft, "dpo": data.load_pairs, "reward": getattr(script, "load_examples", None)}
-    examples = load[work.task](args, tokenizer)[0]
-    if work.task == "reward":
-        policy = models.load_scorer(args.model, device, args)
-    else:
-        policy = models.load(args.model, device, args)
+    load_examples = data.load_sft if work.task == "sft" else data.load_pairs
+    examples, _ = load_examples(tokenizer, source, source, args.max_length)
+    load = models.load_scorer if work.task == "reward" else models.load
+    policy = load(args.model, device, args.system)
     before: tuple = ()  # what loss_and_metrics takes between the policy and the row
     if work.task == "dpo":
-        before = (models.load(args.model, device, args, trainable=False),)
+        before = (models.load(args.model, device, args.system, trainable=False),)
     after = () if work.task == "sft" else (args,)
     optimizer = torch.optim.AdamW(
         models.parameter_groups(policy, 0.0), lr=work.learning_rate, betas=(0.9, 0.95)
@@ -226,17 +225,16 @@ def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
         meter.step_begins()
         batch = examples[start : start + len(step["examples"])]
         start += len(batch)
-        count = script.count_targets(batch) if work.task == "sft" else len(batch)
-        totals: dict[str, Any] = {}
-        for row in data.rows(batch, args.micro_batch_tokens, device):
+        count = sum(e.num_targets for e in batch) if work.task == "sft" else len(batch)
+        totals = dist.Totals()
+        for row in data.rows(batch, work.row_tokens, device):
             loss, metrics = script.loss_and_metrics(policy, *before, row, *after)
             (loss / count).backward()
-            totals = {k: totals.get(k, 0) + v for k, v in metrics.items()}
-        grad_norm = models.clip_grad_norm(policy, 1.0)
+            totals.update(metrics)
+        totals.update({"grad_norm": (models.clip_grad_norm(policy, 1.0), 1)})
         optimizer.step()
         optimizer.zero_grad()
-        sums = dist.all_sum(totals, same={"grad_norm": grad_norm})
-        losses.append(sums["loss"] / count)
+        losses.append(totals.reduce()["loss"])
         meter.step_ended()
     return meter.report(losses)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -45,7 +45,8 @@ def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
     if dist.is_main():
         files.remove(unfinished)
     dist.barrier()
-    dcp.save(_state(parts), checkpoint_id=unfinished)
+    begun = {name for name, (_, optimizer) in parts.items() if optimizer is not None and optimizer.state}
+    dcp.save(_state(parts, begun), checkpoint_id=unfinished)
     if dist.is_main():
         (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         files.finish(unfinished, final)
@@ -64,8 +65,9 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     folder = dist.from_main(lambda: newest(output_dir))
     if folder is None:
         return {"step": 0, "num_tokens": 0}
-    state = _state(parts)
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    begun = {name for name in parts if any(key.startswith(f"{name}.optimizer.state.") for key in saved)}
+    state = _state(parts, begun)
     for name, tensor in _flat(state):
         size = getattr(saved.get(name), "size", None)
         if size is not None and size != tensor.shape or name not in saved:
@@ -76,16 +78,21 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     dcp.load(state, checkpoint_id=folder)
     for name, (model, optimizer) in parts.items():
         set_model_state_dict(model, state[name]["model"], options=OPTIONS)
-        if optimizer is not None:
+        if name in begun:
             set_optimizer_state_dict(model, optimizer, state[name]["optimizer"], options=OPTIONS)
     return json.loads((folder / "numbers.json").read_text())
 
 
-def _state(parts: Parts) -> dict[str, Any]:
+def _state(parts: Parts, begun: set[str]) -> dict[str, Any]:
+    """What a checkpoint holds of each part, of optimizers only those that have begun.
+
+    torch gives an optimizer without state some by making a step, which AdamW goes on counting from: one that
+    waits, as a policy's while its critic warms up, is left alone.
+    """
     state: dict[str, Any] = {}
     for name, (model, optimizer) in parts.items():
         state[name] = {"model": get_model_state_dict(model, options=OPTIONS)}
-        if optimizer is not None:
+        if name in begun:
             state[name]["optimizer"] = get_optimizer_state_dict(model, optimizer, options=OPTIONS)
     return state
 
@@ -101,41 +108,79 @@ def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def export(
-    output_dir: str, policy: models.PackedModel, tokenizer: Any, model: str, merge_lora: bool = True
+    output_dir: str,
+    policy: models.PackedModel,
+    tokenizer: Any,
+    model: str,
+    merge_lora: bool = True,
+    merge_dtype: str = "auto",
 ) -> None:
-    """Write `model/`: a folder plain transformers loads; with LoRA one peft loads, unless merge_lora.
+    """Write `model/`: a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
 
-    Weights take the dtype the model had on disk. generation_config stops at the token trained to end a turn.
+    generation_config stops at the token trained to end a turn.
 
     Args:
-        model: what the policy started from, on which the adapters of a peft folder stand.
+        model: what the policy started from, on which adapters stand.
+        merge_dtype: of merged weights; auto is the dtype they have on disk, which may round adapters away.
     """
-    folder = Path(output_dir) / "model"
-    lora = policy.lora_config
-    merge = lora is None or merge_lora
-    weights = {}
-    for name, tensor in models.full_weights(policy.model, merge_lora=merge):
-        if dist.is_main():
-            weights[name] = tensor.to("cpu", policy.dtype_on_disk if merge else torch.float32, copy=True)
+    folder, dtype = Path(output_dir) / "model", policy.dtype_on_disk
+    lora, weights = policy.lora_config, {}
+    for name, tensor in models.full_weights(policy.model):
+        if dist.is_main() and (lora is None or ".lora_" in name or name == "score.weight"):
+            weights[name] = tensor.to("cpu", dtype if lora is None else torch.float32, copy=True)
     if dist.is_main():
         with files.whole(folder) as unfinished:
-            if merge:
-                _save_transformers(unfinished, policy, tokenizer, weights)
+            if lora is not None and not merge_lora:
+                _save_peft(unfinished, policy, model, weights)
             else:
-                _save_peft(unfinished, model, lora, weights)
+                if lora is not None:
+                    dtype = torch.float32 if merge_dtype == "float32" else dtype
+                    weights = _merge(policy, model, weights, dtype)
+                _save_transformers(unfinished, policy, tokenizer, weights, dtype)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
 
+def _merge(
+    policy: models.PackedModel, model: str, trained: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The base as it is on disk plus what adapters change, added in float32 and rounded once.
+
+    The policy's own copy of the base will not do: it has been rounded to the compute dtype.
+    """
+    if isinstance(policy, models.Scorer):
+        names = models.output_names(policy)
+        weights = models.read_scorer(*files.model_folder(model), names, False).state_dict()
+    else:
+        weights = models.read_pretrained(*files.model_folder(model)).state_dict()
+    kept = change = 0.0
+    for name, delta in models.lora_deltas(policy.model, trained):
+        merged = (weights[name].float() + delta).to(dtype)
+        kept += ((merged.float() - weights[name].float()) * delta).sum().item()
+        change += delta.square().sum().item()
+        weights[name] = merged
+    if dtype != torch.float32 and change > 0:
+        lost, kind = 1 - kept / change, str(dtype).removeprefix("torch.")
+        print(
+            f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; --merge_dtype float32 "
+            "keeps it, as a peft folder does",
+            flush=True,
+        )
+    own = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}  # a head of its own
+    return {name: tensor.to(dtype) for name, tensor in (weights | own).items()}
+
+
 def _save_transformers(
-    folder: Path, policy: models.PackedModel, tokenizer: Any, weights: dict[str, torch.Tensor]
+    folder: Path,
+    policy: models.PackedModel,
+    tokenizer: Any,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
 ) -> None:
     import transformers
 
     with torch.device("meta"):
-        shell = getattr(transformers, policy.auto_class).from_config(
-            policy.config, dtype=policy.dtype_on_disk
-        )
+        shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
     if isinstance(policy, models.Scorer):
         return shell.save_pretrained(folder, state_dict=weights)
     generation_config = policy.generation_config or transformers.GenerationConfig()
@@ -147,12 +192,24 @@ def _save_transformers(
     shell.save_pretrained(folder, state_dict=weights)
 
 
-def _save_peft(folder: Path, model: str, lora: Any, weights: dict[str, torch.Tensor]) -> None:
+def _save_peft(folder: Path, policy: models.PackedModel, model: str, weights: dict[str, Tensor]) -> None:
+    """Adapters, and where their base is: a model, by its hub id or absolute path.
+
+    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written as one,
+    merged, in the dtype that the adapters were trained on.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    base, gguf = data.model_folder(model)
-    lora.base_model_name_or_path = str(Path(base) / gguf) if gguf else base
+    base, gguf = files.model_folder(model)
+    if gguf or (Path(base) / "adapter_config.json").exists():
+        merged = folder.parent / "base_model"
+        plain = models.read_pretrained(base, gguf)
+        with files.whole(merged) as unfinished:
+            plain.to(policy.compute_dtype).save_pretrained(unfinished)
+        base = str(merged)
+    lora = policy.lora_config
+    lora.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     lora.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -543,14 +543,17 @@ def export(output_dir: str, pipe: Any, unet: nn.Module, model: str, merge_lora: 
     lora = getattr(unet, "lora_config", None)
     merge = lora is None or merge_lora
     weights = {}
-    for name, tensor in models.full_weights(unet, merge_lora=merge):
-        if dist.is_main():
+    for name, tensor in models.full_weights(unet):
+        if dist.is_main() and (lora is None or ".lora_" in name):
             weights[name] = tensor.to("cpu", torch.float32, copy=True)
     if dist.is_main():
         with files.whole(folder) as unfinished:
             if merge:
                 plain = read_pipeline(model)
-                plain.unet.load_state_dict(weights)
+                merged = plain.unet.state_dict() if lora else weights
+                for name, delta in models.lora_deltas(unet, weights) if lora else ():
+                    merged[name] = merged[name].float() + delta
+                plain.unet.load_state_dict(merged)
                 plain.save_pretrained(unfinished)
             else:
                 named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}

@@ -88,10 +88,14 @@ def all_sum(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     Every rank passes the same keys. The pending stop signal of any rank travels along, so all ranks see
     `stop_requested` at the same step.
     """
-    device = next((v.device for v in sums.values() if isinstance(v, Tensor)), "cpu")
     # a dummy row's metrics are made of the same keys, so the order of `sums` agrees between ranks
     values = (float(_stop["signal"] > 0), *sums.values())
-    flat = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values])
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    device = values[places[0]].device if places else "cpu"
+    # numbers of the host go to the device in one copy, not each in its own
+    flat = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64).to(device)
+    if places:
+        flat[places] = torch.stack([values[i].detach().to(device, torch.float64) for i in places])
     if world_size() > 1:
         torch_dist.all_reduce(flat)
     stop, *numbers = flat.tolist()

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from common import dist, packed
 from common.args import Optimization, System
 from common.files import model_folder
 from common.packed import Example, MicroBatch, TokenStats, micro_batches, segment_sum  # noqa: F401
+from common.plan import training_flops, training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
 
@@ -45,9 +46,18 @@ class PackedModel(nn.Module):
         self.generation_config = getattr(model, "generation_config", None)
         self.compute_dtype, self.dtype_on_disk = compute_dtype, dtype_on_disk
         self.lora_config = getattr(model, "lora_config", None)
+        self.has_copies = (
+            False  # replicated by FSDP, which then reduces gradients twice: in a copy, over copies
+        )
+
+    @property
+    def head(self) -> nn.Linear:
+        return output_head(self.model)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The trunk over a micro-batch. -> (N, D)"""
+        if self.has_copies and torch.is_grad_enabled():
+            self.set_requires_all_reduce(batch.is_last)  # over copies once a step
         return getattr(self.model, self.model.base_model_prefix)(
             input_ids=batch.tokens[None],
             position_ids=batch.position_ids[None],
@@ -77,7 +87,7 @@ class Policy(PackedModel):
         """Log-probability, entropy and top-1 hit of each scored token, under logits / temperature."""
         hidden = self.hidden_states(batch).index_select(0, batch.targets - 1)  # position t-1 scores token t
         tokens = None if as_logits else batch.tokens[batch.targets]
-        return self.model.get_output_embeddings()(hidden, tokens, self.logit_scale / temperature)
+        return self.head(hidden, tokens, self.logit_scale / temperature)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """What each scored token was drawn from, with gradient, for a KL or distillation. -> (N_targets, V)
@@ -94,7 +104,7 @@ class Scorer(PackedModel):
 
     def forward(self, batch: MicroBatch, positions: Tensor) -> Tensor:
         """Outputs at these positions of the row. (n,) -> (n, A)"""
-        return self.model.score(self.hidden_states(batch).index_select(0, positions).float())
+        return self.head(self.hidden_states(batch).index_select(0, positions).float())
 
 
 def token_stats(policy: Policy, batch: MicroBatch, temperature: float = 1.0) -> TokenStats:
@@ -362,20 +372,25 @@ def mesh(device: torch.device, sharding: str) -> DeviceMesh:
     """Ranks that share a copy of the model: all of them, those of a node (hybrid), or none."""
     world = dist.world_size()
     size = {"full": world, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world)), "none": 1}[sharding]
-    if size == world:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    return _make_mesh(device.type, world // size, size)
+
+
+@functools.cache  # each one makes process groups of its own
+def _make_mesh(kind: str, copies: int, size: int) -> DeviceMesh:
+    if copies == 1:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (copies, size), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     """Compile, activation checkpointing, then FSDP2, in that order, on a model without weights yet."""
     trainable = any(p.requires_grad for p in shell.parameters())
-    head, embedding = output_head(shell.model), shell.model.get_input_embeddings()
+    head, embedding = shell.head, shell.model.get_input_embeddings()
     for name, parameter in shell.named_parameters():
         if not parameter.requires_grad and not name.endswith("score.weight"):
             parameter.data = parameter.data.to(shell.compute_dtype)  # frozen ones need no float32 master
     plan = fsdp_plan(shell, shell.compute_dtype, device, system.sharding)
-    recompute = trainable and use_checkpointing(system.activation_checkpointing, shell)
+    recompute, keep = memory_choices(shell, system, device) if trainable else (False, False)
     if system.compile and device.type == "cuda":
         head.compiled = True
     for block in blocks(shell):
@@ -385,7 +400,8 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
-        fully_shard(block, **plan)
+        # what forward gathered stays for backward if it fits; frozen weights have no backward to give it back
+        fully_shard(block, **plan, reshard_after_forward=not keep)
     if head.weight is not embedding.weight:  # tied weights stay together in the root's group
         fully_shard(embedding, **plan)
         precise = plan
@@ -393,6 +409,7 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
             precise = plan | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
         fully_shard(head, **precise, reshard_after_forward=not trainable)  # backward begins with it
     fully_shard(shell, **plan)
+    shell.has_copies = plan["mesh"].ndim == 2 and plan["ignored_params"] is None
     sum_gradients(shell)
 
 
@@ -416,9 +433,35 @@ def sum_gradients(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def use_checkpointing(choice: str, model: nn.Module) -> bool:
-    """auto: recompute activations for models of a billion parameters or more."""
-    return choice == "on" or (choice == "auto" and sum(p.numel() for p in model.parameters()) >= 1e9)
+def memory_choices(shell: PackedModel, system: System, device: torch.device) -> tuple[bool, bool]:
+    """(recompute activations, keep whole weights from forward to backward), by what the device can hold.
+
+    A third of its memory is left to other models, as a critic, and to what the estimate does not know.
+    """
+    trained = sum(p.numel() for p in shell.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in shell.parameters()) - trained
+    need = functools.partial(
+        training_memory,
+        shell.config,
+        trained,
+        frozen,
+        num_tokens=packed.token_limit(system.micro_batch_tokens, device),
+        num_shards=mesh(device, system.sharding)["shard"].size(),
+        itemsize=shell.compute_dtype.itemsize,
+    )
+    room = 2 / 3 * device_memory(device)
+    choice = system.activation_checkpointing
+    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total > room)
+    whole = shell.compute_dtype.itemsize * (trained + frozen)
+    return recompute, need(recompute=recompute).total + whole < room
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes that one rank can count on: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -477,30 +520,23 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return local if local.shape == tensor.shape else tensor.full_tensor()
 
 
-def full_weights(model: nn.Module, merge_lora: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain transformers model, whole tensor), one at a time; a collective all ranks must join.
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of all weights, one at a time; a collective that all ranks must join."""
+    for name, tensor in model.state_dict().items():
+        yield name, whole_tensor(tensor)
 
-    With merge_lora the adapters are folded into the weights they sit on; without, they alone come, under the
-    names peft gives them.
+
+def lora_deltas(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain model, change of the weight in float32) of each weight that adapters sit on.
+
+    Args:
+        weights: the whole weights of the model, of which only those of adapters are read.
     """
-    state = model.state_dict()
-    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
-
-    def whole(name: str) -> Tensor:
-        return whole_tensor(state[name])
-
-    for name in state:
-        if not merge_lora:
-            if ".lora_" in name:
-                yield name, whole(name)
-        elif ".lora_" not in name:
-            owner, _, leaf = name.partition(".base_layer.")
-            full = whole(name)
-            if leaf == "weight":
-                a, b = (whole(f"{owner}.lora_{x}.default.weight") for x in "AB")
-                delta = adapted[owner].scaling["default"] * (b @ a)
-                full = full + (delta.T if adapted[owner].fan_in_fan_out else delta).to(full.dtype)
-            yield name.replace(".base_layer.", "."), full
+    for owner, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            a, b = (weights[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
+            delta = layer.scaling["default"] * (b @ a)
+            yield f"{owner}.weight", delta.T if layer.fan_in_fan_out else delta
 
 
 # ----------------------------------------------------------------------------------------------- optimization
@@ -548,22 +584,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def training_flops(shell: PackedModel, lengths: list[int]) -> float:
-    """FLOPs of forward and backward over sequences of these lengths, recomputation not counted.
-
-    A token costs 6 for each parameter outside an untied input embedding, 4 if it is frozen (LoRA); the causal
-    attention of a sequence 6 x layers x heads x head width x length^2. Every expert of a mixture is counted.
-    """
-    config = shell.config
-    table = shell.model.get_input_embeddings().weight
-    table = None if output_head(shell.model).weight is table else table
-    per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in shell.parameters() if p is not table)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return float(per_token * sum(lengths) + attention * sum(n * n for n in lengths))
-
-
-def speed(model: nn.Module, batch: list[Example], seconds: float) -> dict[str, float]:
+def speed(model: PackedModel, batch: list[Example], seconds: float) -> dict[str, float]:
     """Tokens per second over all ranks; on GPU also MFU, of 989 TFLOP/s a rank, and peak memory."""
     lengths = [len(tokens) for example in batch for tokens, _ in example.sequences]
     metrics = {"train/tokens_per_second": sum(lengths) / seconds}

@@ -68,6 +68,7 @@ class MicroBatch:
     num_segments: int  # B x sequences per example
     example_ids: Tensor  # (B,) indices into the list given to `micro_batches`
     fields: dict[str, Tensor]  # (B,) float32 each; of vectors (B, L), padded with NaN to the longest here
+    is_last: bool = True  # of the optimizer step on this rank: copies of the model add up gradients after it
 
     @property
     def target_segments(self) -> Tensor:
@@ -87,8 +88,11 @@ def micro_batches(
     limit = token_limit(micro_batch_tokens, device)
     plans = [pack(share, lengths, limit) for share in dist.shares(lengths, dist.world_size())]
     mine = plans[dist.rank()]
-    for i in range(max(map(len, plans))):
-        yield make_micro_batch(examples, mine[i] if i < len(mine) else [], device)
+    count = max(map(len, plans))
+    for i in range(count):
+        batch = make_micro_batch(examples, mine[i] if i < len(mine) else [], device)
+        batch.is_last = i == count - 1
+        yield batch
 
 
 def token_limit(micro_batch_tokens: int, device: torch.device) -> int:

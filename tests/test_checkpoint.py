@@ -1,15 +1,18 @@
 """Exports that plain transformers and peft load, and checkpoints that fit or say why not."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import args_of, make_tiny_model
 
 import sft
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, models, packed
+from common.args import Run, System
 
 
 def train(folder: str, few: str, **settings: Any) -> None:
@@ -61,6 +64,104 @@ def test_an_export_is_the_trained_policy_in_plain_transformers(
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] == tied
     assert model.generation_config.eos_token_id == data.end_token(tokenizer)
     assert AutoTokenizer.from_pretrained(f"{folder}/model").chat_template == tokenizer.chat_template
+
+
+def adapted(base: str, device: torch.device, size: float, dtype: str = "float32") -> models.Policy:
+    """A policy whose adapters change it by an amount that grows with size."""
+    system = System(dtype=dtype, lora_rank=4, activation_checkpointing="off")
+    policy = models.load(base, device, system)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                noise = torch.randn(parameter.shape) * size
+                getattr(parameter, "_local_tensor", parameter).copy_(noise)
+    return policy
+
+
+def logps_of(policy: models.Policy, device: torch.device) -> torch.Tensor:
+    ids = np.array(TOKENS, np.int32)
+    example = packed.Example([packed.Tokens(ids, np.arange(len(ids)) > 0)], "")
+    with torch.no_grad():
+        return policy(packed.make_micro_batch([example], [0], device)).logps
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [(0.3, -0.1, 0.1), (1e-4, 0.3, 1.0)])
+def test_a_merge_adds_in_float32_and_says_what_rounding_loses(
+    size: float, least: float, most: float, tmp_path: Path, tokenizer: Any, device: torch.device, capsys: Any
+) -> None:
+    """A base in bfloat16: a small change is less than its last bit, and only float32 can hold the sum."""
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_model(tmp_path / "base", tokenizer)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    policy = adapted(str(base), device, size)
+    for merge_dtype in ("auto", "float32"):
+        checkpoint.export(str(tmp_path), policy, tokenizer, str(base), True, merge_dtype)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+        out = capsys.readouterr().out
+        if merge_dtype == "float32":
+            assert model.dtype == torch.float32 and "rounding" not in out
+            torch.testing.assert_close(
+                plain_logps(model, TOKENS), logps_of(policy, device), atol=1e-5, rtol=0
+            )
+        else:
+            assert model.dtype == torch.bfloat16
+            assert least < float(re.search(r"rounding loses (-?\d\.\d+) of their change", out)[1]) < most
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_on_adapters_stand_on_a_model(
+    dtype: str, tmp_path: Path, tokenizer: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second folder loads in peft and transformers, from elsewhere, with what the first one learned."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_model(tmp_path / "base", tokenizer)
+    monkeypatch.chdir(tmp_path)  # paths as users give them, from where they are
+    checkpoint.export("first", adapted("base", device, 0.3, dtype), tokenizer, "base", merge_lora=False)
+    second = adapted("first", device, 0.2, dtype)
+    checkpoint.export("second", second, tokenizer, "first", merge_lora=False)
+    monkeypatch.chdir("/")
+    ours, limit = logps_of(second, device), 1e-5 if dtype == "float32" else 0.1
+    untrained = plain_logps(AutoModelForCausalLM.from_pretrained(base), TOKENS)
+    assert (untrained - ours).abs().max() > 3 * limit
+    for loader in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        model = loader.from_pretrained(tmp_path / "second" / "model", dtype=getattr(torch, dtype))
+        assert (plain_logps(model, TOKENS) - ours).abs().max() < limit
+    config = json.loads((tmp_path / "second" / "model" / "adapter_config.json").read_text())
+    assert (Path(config["base_model_name_or_path"]) / "model.safetensors").exists()  # vLLM reads this
+
+
+def test_saving_leaves_an_optimizer_that_has_not_begun_alone(
+    tmp_path: Path, tiny_model: str, device: torch.device
+) -> None:
+    """As a policy's while its critic warms up: after a save, and a resume, its first step is its first."""
+    run = Run(output_dir=str(tmp_path), keep_checkpoints=1)
+
+    def fresh() -> dict[str, Any]:
+        policy = models.load(tiny_model, device, System(activation_checkpointing="off"))
+        return {"policy": (policy, torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=0.01))}
+
+    def step(parts: dict[str, Any]) -> torch.Tensor:
+        policy, optimizer = parts["policy"]
+        ids = np.array(TOKENS, np.int32)
+        example = packed.Example([packed.Tokens(ids, np.arange(len(ids)) > 0)], "")
+        (-policy(packed.make_micro_batch([example], [0], device)).logps.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return logps_of(policy, device)
+
+    expected, saved, resumed = step(fresh()), fresh(), fresh()
+    checkpoint.save(run, 1, saved)
+    assert not saved["policy"][1].state and torch.equal(step(saved), expected)
+    assert checkpoint.resume(run.output_dir, resumed)["step"] == 1
+    assert not resumed["policy"][1].state and torch.equal(step(resumed), expected)
+    checkpoint.save(run, 2, saved)  # from here on it has begun
+    again = fresh()
+    checkpoint.resume(run.output_dir, again)
+    torch.testing.assert_close(step(again), step(saved), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import data, dist, generate, models, packed
+from common import data, dist, generate, models
 from common.args import System
 from toy import language
 
@@ -436,7 +436,7 @@ def test_a_replica_shares_the_frozen_base(tmp_path, device):
     """One process holds all of it: no second copy, and none is freed with the replica."""
     save(tmp_path)
     policy = models.load(str(tmp_path), device, options(lora_rank=2))
-    state = {name: models.whole_tensor(x).data_ptr() for name, x in policy.state_dict().items()}
+    state = {name: models.whole_tensor(x).data_ptr() for name, x in policy.model.state_dict().items()}
     first = replies(policy)
     with generate.rollout(policy) as replica:
         same = [n for n, x in replica.model.state_dict().items() if x.data_ptr() == state[n]]

@@ -1,8 +1,8 @@
 """The house rules that a test can check: imports, names, help sentences, documented commands, sweeps."""
 
 import ast
-import dataclasses
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, read_metrics
 
-from common import log
+from common.args import flat, parse
 
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+SCRIPTS = ["cai", "dpo", "draftp", "ppo", "reward_model", "sft", "spin", "steerlm", "steerlm2"]  # not a copy
 PIPELINES = {"cai", "steerlm"}
 ALGORITHMS = r"\b(sft|dpo|ppo|grpo|rloo|spin|steerlm2?|draftp?|cai|ipo|rpo|simpo|reward_model)\b"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,10 +42,6 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def test_there_are_scripts() -> None:
-    assert {"sft", "dpo", "reward_model", "ppo", "spin", "cai", "steerlm", "steerlm2"} <= set(SCRIPTS)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_neither_the_toy_nor_each_other(script: str) -> None:
     found = imports(ROOT / f"{script}.py")
@@ -68,30 +64,40 @@ def test_common_names_no_algorithm_in_code(path: Path) -> None:
     assert texts and not [c for c in compared if re.search(ALGORITHMS, str(c))]
 
 
-def arguments(script: str) -> dict[str, tuple[str, str]]:
-    """Field -> (type, help sentence) of a script's Args."""
-    tree = ast.parse((ROOT / f"{script}.py").read_text())
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+def arguments(path: Path) -> dict[str, tuple[str, str]]:
+    """Option -> (type, help sentence) of the dataclasses of a file that hold options."""
     found = {}
-    for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign):
-            assert isinstance(after, ast.Expr), f"{script}.{node.target.id} has no help sentence"
-            found[node.target.id] = (ast.unparse(node.annotation), after.value.value)
+    for body in (n.body for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)):
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) and node.value else ""
+            if kind and not kind.startswith(("ClassVar", "OmitArgPrefixes")):
+                assert isinstance(after, ast.Expr), f"{path.stem}.{node.target.id} has no help sentence"
+                found[node.target.id] = (kind, after.value.value)
     return found
 
 
+FILES = [*(ROOT / f"{script}.py" for script in SCRIPTS), ROOT / "common" / "args.py"]
+
+
 def test_a_field_of_two_scripts_has_one_type_and_one_help_sentence() -> None:
-    own = {"dataset", "batch_size", "loss", "max_length"}  # say what the script's examples are
+    own = {"dataset", "loss", "max_length"}  # say what the script's examples are
     own |= {"max_new_tokens", "temperature", "num_epochs"}  # of samples to look at, or to learn from
     own |= {"attributes"}  # one set to go back to, or several to learn
     own |= {"beta", "learning_rate"}  # one value, or one for each iteration
     of_images = {"model", "reward", "judge", "num_samples"}
+    of_stages = {"sft", "reward_model", "ppo", "dpo"}
     seen: dict[str, tuple[str, str, str]] = {}
-    for script in SCRIPTS:
-        for name, (kind, text) in arguments(script).items():
-            if name not in own and not (script == "draftp" and name in of_images):
-                first = seen.setdefault(name, (script, kind, text))
-                assert first[1:] == (kind, text), f"{name} differs between {first[0]} and {script}"
+    for path in FILES:
+        for name, (kind, text) in arguments(path).items():
+            if name not in own | of_stages and not (path.stem == "draftp" and name in of_images):
+                first = seen.setdefault(name, (path.stem, kind, text))
+                assert first[1:] == (kind, text), f"{name} differs between {first[0]} and {path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_help_sentence_can_stand_alone(path: Path) -> None:
+    for name, (_, text) in arguments(path).items():
+        assert not re.match(r"(of|and|or|it|its|such|the same|these|those|this)\b", text), f"{name}: {text}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -99,9 +105,7 @@ def test_a_script_has_its_page_its_row_and_its_sweep(script: str) -> None:
     page = (ROOT / "docs" / f"{script}.md").read_text()
     assert re.findall(r"^## (.+)$", page, re.MULTILINE) == HEADINGS
     readme = (ROOT / "README.md").read_text().splitlines()
-    (row,) = [line for line in readme if f"[docs/{script}.md](docs/{script}.md)" in line]
-    num_lines = len((ROOT / f"{script}.py").read_text().splitlines())
-    assert f"| {num_lines} |" in row
+    assert len([line for line in readme if f"[docs/{script}.md](docs/{script}.md)" in line]) == 1
     assert (ROOT / "sweeps" / f"{script}.yaml").exists()
 
 
@@ -133,7 +137,7 @@ def parse_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(words[at].removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", words[at:])
     if "--help" not in words:
-        log.parse(module.Args, module.TOY)
+        parse(module.Args, module.TOY)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
@@ -159,8 +163,8 @@ def test_the_command_a_sweep_agent_would_run_parses(path: Path, monkeypatch: pyt
     parse_command(shlex.join(words), monkeypatch)
     module = importlib.import_module(path.stem)
     assert sweep["program"] == f"{path.stem}.py"
-    fields = {field.name for field in dataclasses.fields(module.Args)}
-    assert {name.partition(".")[0] for name in chosen} <= fields  # sft.learning_rate is an option of a stage
+    options = flat(module.Args())
+    assert {name.partition(".")[0] for name in chosen} <= set(options)  # sft.learning_rate is one of a stage
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -169,27 +173,53 @@ def test_help_names_every_field(script: str) -> None:
         [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for name in arguments(script):
-        assert f"--{name}" in done.stdout
+    for name, value in flat(importlib.import_module(script).Args()).items():
+        assert isinstance(value, dict) or f"--{name}" in done.stdout
+    assert "optimization options" in done.stdout or script in PIPELINES
+
+
+def run_copy(script: str, change: tuple[str, str], folder: Path, *flags: str) -> list[dict]:
+    """The rows of metrics of a copy of a script with one change, run in a folder of its own."""
+    source = (ROOT / f"{script}.py").read_text()
+    assert source.count(change[0]) == 1
+    copy = folder / f"my_{script}.py"
+    copy.write_text(source.replace(*change))
+    done = subprocess.run(
+        [sys.executable, str(copy), *flags, f"--output_dir={folder}/run"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / copy.name).read_text() == copy.read_text()
+    return read_metrics(folder / "run")
+
+
+FEW_STEPS = ["--max_steps=2", "--num_samples=0", "--micro_batch_tokens=300"]  # several rows a step
 
 
 def test_a_copied_script_runs_unchanged(few: Path, tmp_path: Path) -> None:
-    copy = ROOT / "my_dpo_test_copy.py"
-    copy.write_text((ROOT / "dpo.py").read_text())
-    try:
-        flags = ["--max_steps=1", "--batch_size=4", "--num_samples=0", f"--dataset={few}/pairs"]
-        done = subprocess.run(
-            [sys.executable, copy.name, *flags, f"--output_dir={tmp_path}/run"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "run" / copy.name).exists()
-    finally:
-        copy.unlink()
+    rows = run_copy("dpo", ("def dpo_loss", "def dpo_loss"), tmp_path, *FEW_STEPS, f"--dataset={few}/pairs")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("script", ["dpo", "ppo"])
+def test_a_metric_added_to_a_copy_as_the_readme_says_has_its_true_value(
+    script: str, few: Path, tmp_path: Path
+) -> None:
+    (pair,) = re.findall(r'`("my_entropy": \(.*\))`', (ROOT / "README.md").read_text())
+    before, flags, ours = {
+        "dpo": ('        "rewards/chosen"', [f"--dataset={few}/pairs", "--batch_size=8"], "entropy"),
+        "ppo": ('        "loss/policy_avg"', ["--rollout_size=8", "--batch_size=8"], "policy/entropy_avg"),
+    }[script]
+    rows = run_copy(script, (before, f"        {pair},\n{before}"), tmp_path, *FEW_STEPS, *flags)
+    assert len(rows) == 3
+    for row in rows[1:]:
+        assert row["train/my_entropy"] == pytest.approx(row[f"train/{ours}"], rel=1e-6)
+        assert 0.1 < row["train/my_entropy"] < 3
 
 
 def test_the_text_is_ascii() -> None:
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *DOCS]:
+    for path in [*FILES, *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *DOCS]:
         assert path.read_text().isascii(), path

@@ -16,9 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models, packed
+from common import checkpoint, data, dist, models, packed, plan
 from common.args import Optimization, System
 
 V = 60
@@ -106,6 +107,8 @@ def plain_stats(model: nn.Module, examples: list[data.Example], temperature: flo
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """By the names of the transformers model, which may be inside ours."""
+    model = model.model if isinstance(model, models.PackedModel) else model
     return {
         name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
         for name, p in model.named_parameters()
@@ -519,7 +522,7 @@ def test_the_head_takes_no_targets_and_skips_what_is_frozen(monkeypatch: pytest.
     assert weight.grad.count_nonzero() == 0 and bias.grad.count_nonzero() == 0 and h.grad.shape == (0, 8)
     h, weight, bias, tokens = head_inputs(5, torch.float32)
     weight.requires_grad_(False)
-    monkeypatch.setattr(models, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
+    monkeypatch.setattr(packed, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
     packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)[0].sum().backward()
     assert weight.grad is None and h.grad is not None
 
@@ -558,12 +561,12 @@ def test_weights_equal_from_pretrained(kind: str, tied: bool, tmp_path, device):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     policy = models.load(str(tmp_path), device, options())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    ours = dict(models.full_weights(policy))
+    ours = dict(models.full_weights(policy.model))
     assert ours.keys() == theirs.state_dict().keys()
     assert all(torch.equal(ours[name], t) for name, t in theirs.state_dict().items())
     assert {p.dtype for p in policy.parameters()} == {torch.float32} == {policy.dtype_on_disk}
     assert len(list(policy.parameters())) == len(list(theirs.parameters()))  # tied stays tied
-    buffers = dict(policy.named_buffers())
+    buffers = dict(policy.model.named_buffers())
     assert all(torch.equal(buffers[name], t) for name, t in theirs.named_buffers())
 
 
@@ -572,7 +575,7 @@ def test_a_bfloat16_file_is_trained_in_float32_and_remembered(tmp_path, device):
     plain.save_pretrained(tmp_path)
     policy = models.load(str(tmp_path), device, options())
     assert policy.dtype_on_disk == torch.bfloat16
-    weights = dict(models.full_weights(policy))
+    weights = dict(models.full_weights(policy.model))
     assert all(torch.equal(weights[n], t.float()) for n, t in plain.state_dict().items())
 
 
@@ -708,6 +711,70 @@ def test_adapters_where_they_would_be_lost_are_refused(target: str, folder: Path
         models.load(str(folder), device, options(lora_rank=2, lora_target=target))
 
 
+# ----------------------------------------------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize(("kind", "config"), [("Llama", {}), ("GPT2", {}), ("Cohere", {"logit_scale": 0.25})])
+def test_logits_of_scored_tokens_are_those_of_transformers(kind: str, config: dict, tmp_path, device):
+    plain = save(tmp_path, kind, **config)
+    policy, examples = models.load(str(tmp_path), device, options()), documents()
+    theirs = []
+    for example in examples:
+        ids, mask = (torch.from_numpy(x) for x in example.sequences[0])
+        theirs.append(plain(input_ids=ids.long()[None]).logits[0, :-1][mask[1:]])
+    ours, theirs = policy.logits(pack(examples)), torch.cat(theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn_like(ours)
+    plain.zero_grad()
+    (ours * upstream).sum().backward(), (theirs * upstream).sum().backward()
+    assert furthest(gradients(policy), gradients(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_copy_can_train_on_the_full_kl_to_a_reference(dtype: str, lora_rank: int, tmp_path, device):
+    """KL(pi_ref || pi), all words of every scored token, in four lines: distillation brings it to nothing."""
+    save(tmp_path / "student"), save(tmp_path / "teacher", seed=1)
+    system = options(dtype=dtype, lora_rank=lora_rank)
+    policy = models.load(str(tmp_path / "student"), device, system)
+    teacher = models.load(str(tmp_path / "teacher"), device, options(dtype=dtype), trainable=False)
+    optimizer, batch, found = torch.optim.AdamW(policy.parameters(), lr=0.01), pack(documents()), []
+    for _ in range(30):
+        with torch.no_grad():
+            ref_logp = teacher.logits(batch).log_softmax(-1)
+        loss = (ref_logp.exp() * (ref_logp - policy.logits(batch).log_softmax(-1))).sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    assert 0 < found[-1] < 0.5 * found[0]
+
+
+def test_a_policy_is_no_transformers_model(folder: Path, device):
+    """It does not pass for one: what it cannot do is no method of it."""
+    policy = models.load(str(folder), device, options())
+    assert isinstance(policy, models.Policy) and not isinstance(policy, transformers.PreTrainedModel)
+    assert not hasattr(policy, "generate")
+    with pytest.raises(TypeError, match="input_ids"):
+        policy(input_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.slow
+def test_the_compiled_head_is_the_head():
+    """Its formulas, of which a GPU's compiler makes fewer passes: values and gradients in float64."""
+    torch.manual_seed(0)
+    h, w = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64)
+    h, w, y = h.requires_grad_(), w.requires_grad_(), torch.randint(29, (13,))
+    for upstream in ((True, True), (True, False), (False, True)):
+        results = []
+        for compiled in (False, True):
+            stats = packed._TokenStats.apply(h, w, None, y, 0.7, 5, compiled)
+            loss = sum((x * x).sum() for x, used in zip(stats[:2], upstream, strict=True) if used)
+            results.append([*stats, *torch.autograd.grad(loss, (h, w))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -755,10 +822,12 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     move_adapters(policy)
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
     checkpoint.export(out, policy, tokenizer, folder, merge_lora=False)
-    ours = dict(models.full_weights(policy))
-    alone = [name for name, _ in models.full_weights(policy, merge_lora=False)]
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
+    ours = {name: t.clone() for name, t in before.items()}
+    for name, delta in models.lora_deltas(policy.model, dict(models.full_weights(policy.model))):
+        ours[name] += delta
+    alone = load_file(f"{out}/model/adapter_model.safetensors")
     theirs = PeftModel.from_pretrained(base, f"{out}/model").merge_and_unload().state_dict()
     again = models.read_pretrained(f"{out}/model").state_dict()
     return {
@@ -805,12 +874,24 @@ def sharded(folder: str, **changes: Any) -> dict[str, Any]:
     finally:
         transformers.AutoModelForCausalLM.from_pretrained = read
     rows = list(data.rows(examples, 30, device))
-    for row in rows:
-        (-models.token_logps(policy, row).sum()).backward()
+    all_reduce, reduced = torch.distributed.all_reduce, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        reduced.append(args)
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        for row in rows:
+            (-models.token_logps(policy, row).sum()).backward()
+    finally:
+        torch.distributed.all_reduce = all_reduce
     ours = models.clip_grad_norm(policy, 0.5)
     return {
         "reads": len(reads),
         "rows": len(rows),
+        "all_reduces": len(reduced),
+        "parts": len(models.blocks(policy)) + 3,
         "error": furthest(gradients(policy), expected),
         "norms": [ours.item(), norm],
         "share": sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters())
@@ -840,6 +921,7 @@ def test_copies_in_low_precision_are_left_to_fsdp(tmp_path, two_ranks: Any):
     save(tmp_path)
     for result in two_ranks("test_models:sharded", folder=str(tmp_path), sharding="none", dtype="bfloat16"):
         assert result["mesh"] == [2, 1] and result["share"] == 1.0
+        assert result["all_reduces"] == result["parts"] and result["rows"] > 1  # once a step
         assert result["error"] < 0.25  # of the largest entry: bfloat16 on a model of random weights
         assert result["norms"][0] == pytest.approx(result["norms"][1], rel=0.03)
 
@@ -954,10 +1036,10 @@ def test_training_flops_by_hand(tmp_path, device):
         save(tmp_path, tie_word_embeddings=tied)
         policy = models.load(str(tmp_path), device, options())
         expected = 6 * (2 * layer + norms + table) * (3 + 5) + 6 * 2 * 4 * 8 * (9 + 25)
-        assert models.training_flops(policy, [3, 5]) == expected
+        assert plan.training_flops(policy, [3, 5]) == expected
     adapted = models.load(str(tmp_path), device, options(lora_rank=2, lora_target="q_proj"))
     expected = (4 * (2 * layer + norms + table) + 6 * 2 * 2 * (32 + 32)) * 8 + 6 * 2 * 4 * 8 * (9 + 25)
-    assert models.training_flops(adapted, [3, 5]) == expected
+    assert plan.training_flops(adapted, [3, 5]) == expected
 
 
 def test_speed_counts_every_token(folder: Path, device):
