@@ -10,12 +10,13 @@ and its relatives that use the same four log-probabilities: cDPO, robust DPO, IP
     python dpo.py --help
     torchrun --nproc_per_node=8 dpo.py --model runs/sft --dataset pairs.jsonl
 
-Shapes: a row packs B pairs as 2B sequences end to end (chosen, rejected, chosen, ...), N tokens in all;
-N_targets of them are response tokens, the ones that are scored.
+Shapes: a micro-batch packs B pairs as 2B sequences end to end (chosen, rejected, chosen, ...), N
+tokens in all; N_targets of them are response tokens, the ones that are scored.
 
 Metrics, results and departures from the papers: docs/dpo.md
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models
+from common import checkpoint, data, dist, files, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.log import Log
+from common.packed import Example, MicroBatch
 
+REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")  # fields of an example, with precompute_ref
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
 
 
@@ -93,10 +96,10 @@ def dpo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor
     return -label_prob * F.logsigmoid(beta * h) - (1 - label_prob) * F.logsigmoid(-beta * h)
 
 
-def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+def robust_loss(h: Tensor, beta: float, label_smoothing: float, label_prob: Tensor | float = 1.0) -> Tensor:
     """Unbiased when labels flip with probability label_smoothing, https://arxiv.org/abs/2403.00409 -> (B,)"""
-    kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    as_labelled, flipped = dpo_loss(h, beta, label_prob), dpo_loss(h, beta, 1 - label_prob)
+    return ((1 - label_smoothing) * as_labelled - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def ipo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor:
@@ -146,8 +149,7 @@ def pair_losses(
         e = args.label_smoothing
         return dpo_loss(h, args.beta, (1 - e) * label_prob + e * (1 - label_prob))
     if args.loss == "robust":
-        kept, flipped = (robust_loss(x, args.beta, args.label_smoothing) for x in (h, -h))
-        return label_prob * kept + (1 - label_prob) * flipped
+        return robust_loss(h, args.beta, args.label_smoothing, label_prob)
     if args.loss == "ipo":
         means = ratios / lengths
         return ipo_loss(means[:, 0] - means[:, 1], args.beta, label_prob)
@@ -159,50 +161,57 @@ def pair_losses(
     return rpo_loss(h, args.beta, reward_margin, args.loss)
 
 
-def response_logps(token_logps: Tensor, row: data.Row) -> Tensor:
-    """log pi(y|x) of every pair in a row: the sum of log p over response tokens. -> (B, 2)"""
-    return models.segment_sum(token_logps, row.target_segments, row.num_segments).view(-1, 2)
+def response_logps(token_logps: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """log pi(y|x) of every pair of a micro-batch: the sum of log p over response tokens. -> (B, 2)"""
+    return packed.segment_sum(token_logps, micro_batch.target_segments, micro_batch.num_segments).view(-1, 2)
 
 
 @torch.no_grad()
-def reference_logps(policy: nn.Module, ref_policy: nn.Module | None, row: data.Row) -> Tensor:
+def reference_logps(
+    policy: models.Policy, ref_policy: models.Policy | None, micro_batch: MicroBatch
+) -> Tensor:
     """log pi_ref(y|x), (B, 2): computed before, or by the frozen copy, or by the policy without adapters."""
-    if "ref_chosen_logps" in row.fields:
-        return torch.stack([row.fields["ref_chosen_logps"], row.fields["ref_rejected_logps"]], 1)
-    if ref_policy is None:
-        with models.adapters_off(policy):
-            return response_logps(models.token_logps(policy, row), row)
-    return response_logps(models.token_logps(ref_policy, row), row)
+    if REF_LOGPS[0] in micro_batch.fields:
+        return torch.stack([micro_batch.fields[name] for name in REF_LOGPS], 1)
+    with models.reference(policy, ref_policy) as reference:
+        return response_logps(reference(micro_batch).logps, micro_batch)
 
 
 @torch.no_grad()
 def precompute_reference(
-    policy: nn.Module, examples: list[data.Example], args: Args, device: torch.device
+    policy: models.Policy, examples: list[Example], args: Args, device: torch.device
 ) -> None:
     """Store log pi_ref of each example with it, while the policy is still the reference. Cached."""
+    once = []
+    for example in examples:
+        if REF_LOGPS[0] not in example.fields:  # a run may see an example many times
+            example.fields |= dict.fromkeys(REF_LOGPS, math.nan)
+            once.append(example)
 
     def score() -> Tensor:
-        ref_logps = torch.zeros(len(examples), 2, device=device)
-        for row in data.rows(examples, args.system.micro_batch_tokens, device):
-            ref_logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
+        ref_logps = torch.zeros(len(once), 2, device=device)
+        for micro_batch in packed.micro_batches(once, args.system.micro_batch_tokens, device):
+            ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 
-    sequences = [example.sequences for example in examples]
+    sequences = [example.sequences for example in once]
     ref_logps = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences)
-    for example, (chosen, rejected) in zip(examples, ref_logps.tolist(), strict=True):
-        example.fields |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    for example, both in zip(once, ref_logps.tolist(), strict=True):
+        example.fields |= dict(zip(REF_LOGPS, both, strict=True))
 
 
 def loss_and_metrics(
-    policy: nn.Module, ref_policy: nn.Module | None, row: data.Row, args: Args
+    policy: models.Policy, ref_policy: models.Policy | None, micro_batch: MicroBatch, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
-    """Loss of a row, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
-    stats = models.token_stats(policy, row)  # (N_targets,) each
-    logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
-    lengths = response_logps(torch.ones_like(stats.logps), row)
-    mean_logits = response_logps(stats.mean_logit, row) / lengths
-    ref_logps = torch.zeros_like(logps) if args.loss == "simpo" else reference_logps(policy, ref_policy, row)
-    losses = pair_losses(logps, ref_logps, lengths, row.fields, args)
+    """Loss of a micro-batch, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
+    stats = policy(micro_batch)  # (N_targets,) each
+    logps = response_logps(stats.logps, micro_batch)  # (B, 2); a dummy has B = 0 and a loss of exactly zero
+    lengths = response_logps(torch.ones_like(stats.logps), micro_batch)
+    mean_logits = response_logps(stats.mean_logit, micro_batch) / lengths
+    ref_logps = (
+        torch.zeros_like(logps) if args.loss == "simpo" else reference_logps(policy, ref_policy, micro_batch)
+    )
+    losses = pair_losses(logps, ref_logps, lengths, micro_batch.fields, args)
     loss = (losses - args.sft_coef * logps[:, 0] / lengths[:, 0]).sum()
     rewards = args.beta * (logps / lengths if args.loss == "simpo" else logps - ref_logps)
     chosen, rejected = rewards.unbind(1)
@@ -248,7 +257,7 @@ def main(args: Args) -> None:
     if not log.begin(num_steps):
         return
 
-    def batch_of(step: int) -> list[data.Example]:
+    def batch_of(step: int) -> list[Example]:
         return data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
 
     # models
@@ -258,17 +267,17 @@ def main(args: Args) -> None:
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     if system.precompute_ref:  # before resume() changes the policy, for what this run will see
-        reached = {id(e): e for step in range(1, num_steps + 1) for e in batch_of(step)}
-        precompute_reference(policy, [*reached.values(), *eval_set], args, device)
+        reached = [example for step in range(1, num_steps + 1) for example in batch_of(step)]
+        precompute_reference(policy, reached + eval_set, args, device)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
 
     def evaluate(step: int) -> dict[str, float]:
         totals = dist.Totals()
-        for row in data.rows(eval_set, system.micro_batch_tokens, device):
+        for micro_batch in packed.micro_batches(eval_set, system.micro_batch_tokens, device):
             with torch.no_grad():
-                totals.update(loss_and_metrics(policy, ref_policy, row, args)[1])
+                totals.update(loss_and_metrics(policy, ref_policy, micro_batch, args)[1])
         return totals.reduce("eval/") | log.samples(step, policy, tokenizer, eval_set, args.sampling)
 
     if start_step == 0:
@@ -281,11 +290,10 @@ def main(args: Args) -> None:
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        for row in data.rows(
-            batch, system.micro_batch_tokens, device
-        ):  # this rank's share, equally many rows
-            loss, metrics = loss_and_metrics(policy, ref_policy, row, args)
-            (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
+        # this rank's share, as many micro-batches as on every rank
+        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
+            loss, metrics = loss_and_metrics(policy, ref_policy, micro_batch, args)
+            (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()

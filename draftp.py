@@ -13,7 +13,7 @@ importance guidance, https://arxiv.org/abs/2409.06493, moves from the base to th
 
     python draftp.py --help
     torchrun --nproc_per_node=8 draftp.py --model sd15 --reward PickScore_v1 --dataset prompts.txt
-    python draftp.py --sample prompts.txt --weights draft,base,power_2.0
+    python draftp.py --draw_prompts prompts.txt --schedules draft,base,power_2.0
 
 Shapes: B images in a micro-batch, S sampler steps, K with gradient, R rewards; latents x (B, C, h, w).
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, diffusion, dist, models
+from common import checkpoint, data, diffusion, dist, models, pictures
 from common.args import Optimization, Run, Weights, flat, parse, snapshot
 from common.log import Log, load_function
 
@@ -62,9 +62,9 @@ class ImageRun(Run):
     """images of each prompt at an evaluation, from fixed noises: for the picture and the diversity"""
     judge: str = ""
     """package.module:function, (prompt, image) -> dict of scores; default: exact for toy, else none"""
-    sample: str = ""
-    """do not train, but draw this file's prompts with the model in output_dir, under each of `weights`"""
-    weights: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
+    draw_prompts: str = ""
+    """do not train, but draw this file's prompts with the model in output_dir, under each of `schedules`"""
+    schedules: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
     """shares of the tuned model over the steps of the sampler: base, draft, linear, power_p, step_p"""
 
 
@@ -116,8 +116,8 @@ class Args:
     )
 
 
-class Models(NamedTuple):
-    """What a run draws images with."""
+class Sampler(NamedTuple):
+    """What images are drawn with, and the reward that scores them."""
 
     pipe: Any
     policy: nn.Module
@@ -127,9 +127,6 @@ class Models(NamedTuple):
     reward: diffusion.Reward
     size: int  # pixels of a side
     device: torch.device
-
-
-# the sampler
 
 
 def ddim_step(eps: Tensor, x: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
@@ -225,7 +222,7 @@ def annealing_weights(name: str, num_steps: int) -> list[float]:
         return t
     if shape in ("power", "step") and re.fullmatch(r"\d*\.?\d+", p):
         return [x ** float(p) if shape == "power" else float(x >= float(p)) for x in t]
-    raise data.wrong("weights", name, "base, draft, linear, power_p or step_p, with a number p")
+    raise data.wrong("schedules", name, "base, draft, linear, power_p or step_p, with a number p")
 
 
 def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
@@ -233,44 +230,39 @@ def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
     return -rewards + kl_coef * kl
 
 
-# with the model
-
-
-def predictors(m: Models, prompts: list[str], scale: float) -> tuple[Callable, Callable | None]:
+def predictors(sampler: Sampler, prompts: list[str], scale: float) -> tuple[Callable, Callable | None]:
     """eps(x, i) of the policy for these prompts, and eps_base of the base model, None if that is not at hand.
 
     Both are guided, and float32 whatever the compute dtype.
     """
     is_guided = scale != 1
-    conditions = diffusion.encode(m.pipe, prompts, m.size, is_guided, m.device)
-    alphas = m.schedule.alphas
+    conditions = diffusion.encode(sampler.pipe, prompts, sampler.size, is_guided, sampler.device)
+    alphas = sampler.schedule.alphas
 
     def predict(unet: nn.Module, x: Tensor, i: int) -> Tensor:
         rows = torch.cat([x, x]) if is_guided else x  # without and with the prompt
-        out = unet(rows, m.schedule.timesteps[i], **conditions, return_dict=False)[0].float()
+        out = unet(rows, sampler.schedule.timesteps[i], **conditions, return_dict=False)[0].float()
         out = guided(*out.chunk(2), scale) if is_guided else out
-        return noise_from_v(out, x, alphas[i]) if m.schedule.predicts_v else out
+        return noise_from_v(out, x, alphas[i]) if sampler.schedule.predicts_v else out
 
     def eps(x: Tensor, i: int) -> Tensor:
-        return predict(m.policy, x, i)
+        return predict(sampler.policy, x, i)
 
     def eps_base(x: Tensor, i: int) -> Tensor:
-        if m.ref_policy is not None:
-            return predict(m.ref_policy, x, i)
-        with models.adapters_off(m.policy):
-            return predict(m.policy, x, i)
+        with models.reference(sampler.policy, sampler.ref_policy) as unet:
+            return predict(unet, x, i)
 
-    return eps, eps_base if m.has_reference else None
+    return eps, eps_base if sampler.has_reference else None
 
 
-def score(
-    m: Models, x_0: Tensor, kl: Tensor, prompts: list[str], args: Args
+def losses_and_images(
+    sampler: Sampler, x_0: Tensor, kl: Tensor, prompts: list[str], args: Args
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Losses (B,) and metrics (B,) of finished samples, and their images (B, 3, H, W) in [0, 1]."""
-    pixels = diffusion.decode(m.pipe.vae, x_0, args.system.step_checkpointing)
+    pixels = diffusion.decode(sampler.pipe.vae, x_0, args.system.step_checkpointing)
     images = pixels.clamp(0, 1)  # a clamped pixel passes no gradient
-    parts = m.reward(images, prompts)  # (B, R)
-    rewards = parts @ m.reward.weights
+    parts = sampler.reward(images, prompts)  # (B, R)
+    rewards = parts @ sampler.reward.weights
     losses = draft_loss(rewards, kl, args.kl_coef)
     metrics = {
         "loss": losses.detach(),
@@ -279,38 +271,39 @@ def score(
         "kl": kl.detach(),
         "saturated_pixels_frac": (pixels != images).float().mean((1, 2, 3)),
     }
-    if not m.has_reference:
+    if not sampler.has_reference:
         del metrics["kl"]
-    if len(m.reward.names) > 1:
-        names = [f"rewards/{name.rpartition('/')[2]}" for name in m.reward.names]
+    if len(sampler.reward.names) > 1:
+        names = [f"rewards/{name.rpartition('/')[2]}" for name in sampler.reward.names]
         metrics |= dict(zip(names, parts.detach().unbind(1), strict=True))
     return losses, metrics, images
 
 
 def loss_and_metrics(
-    m: Models, micro: diffusion.MicroBatch, step: int, num_grad_steps: int, args: Args
+    sampler: Sampler, micro_batch: diffusion.MicroBatch, step: int, num_grad_steps: int, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, a sum over its images that the caller divides, and metrics as (sum, count)."""
 
-    def noise(draw: int) -> Tensor:
-        return diffusion.noise(args.seed, step, micro.indices, m.pipe, m.size, m.device, draw)
+    def noise(copy: int) -> Tensor:
+        at, shape = (args.seed, step, micro_batch.indices), (sampler.pipe, sampler.size)
+        return diffusion.noise(*at, *shape, sampler.device, copy)
 
-    eps, eps_base = predictors(m, micro.prompts, args.guidance_scale)
-    alphas, last = m.schedule.alphas, args.num_inference_steps - 1
+    eps, eps_base = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+    alphas, last = sampler.schedule.alphas, args.num_inference_steps - 1
     samples = [denoise(eps, eps_base, noise(0), alphas, num_grad_steps, args.system.step_checkpointing)]
-    for draw in range(1, args.num_lv):
-        x = renoise(samples[0][0], noise(draw), alphas[last])
+    for copy in range(1, args.num_lv):
+        x = renoise(samples[0][0], noise(copy), alphas[last])
         samples.append(denoise(eps, eps_base, x, alphas, 1, args.system.step_checkpointing, first=last))
     loss, totals = 0.0, Counter()
     for x_0, kl in samples:
-        losses, metrics, _ = score(m, x_0, kl, micro.prompts, args)
-        loss = loss + losses @ micro.weights / len(samples)
-        totals.update({name: value @ micro.weights / len(samples) for name, value in metrics.items()})
-    num_images = micro.weights.sum()
+        losses, metrics, _ = losses_and_images(sampler, x_0, kl, micro_batch.prompts, args)
+        loss = loss + losses @ micro_batch.weights / len(samples)
+        totals.update({name: value @ micro_batch.weights / len(samples) for name, value in metrics.items()})
+    num_images = micro_batch.weights.sum()
     return loss, {name: (total, num_images) for name, total in totals.items()}
 
 
-def conclude(metrics: dict[str, float], prefix: str, m: Models) -> dict[str, float]:
+def conclude(metrics: dict[str, float], prefix: str, sampler: Sampler) -> dict[str, float]:
     """Metrics with the standard deviation of the rewards, of which they hold the mean square.
 
     Raises:
@@ -319,9 +312,18 @@ def conclude(metrics: dict[str, float], prefix: str, m: Models) -> dict[str, flo
     mean = metrics[f"{prefix}reward"]
     if not math.isfinite(mean):
         raise data.wrong(
-            f"reward {'+'.join(m.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
+            f"reward {'+'.join(sampler.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
         )
     return metrics | {f"{prefix}reward_std": max(0.0, metrics[f"{prefix}reward_std"] - mean**2) ** 0.5}
+
+
+class Image(NamedTuple):
+    """One image of a batch."""
+
+    index: int  # its place in the batch
+    pixels: Tensor  # (3, H, W) uint8
+    reward: Tensor  # scalar
+    features: Tensor  # (F,)
 
 
 class Drawn(NamedTuple):
@@ -333,40 +335,47 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def draw(
-    m: Models, prompts: list[str], args: Args, weights: list[float] | None = None
+def draw_images(
+    sampler: Sampler, prompts: list[str], args: Args, weights: list[float] | None = None
 ) -> tuple[Drawn, dist.Totals]:
     """Draw each prompt from the noises of step 0, by the policy or annealed; also this rank's metrics."""
-    totals, found, items = dist.Totals(), [], [p for p in prompts for _ in range(args.run.images_per_prompt)]
-    for micro in diffusion.micro_batches(items, args.system.micro_batch_size, m.device):
-        eps, eps_base = predictors(m, micro.prompts, args.guidance_scale)
-        x = diffusion.noise(args.seed, 0, micro.indices, m.pipe, m.size, m.device)
+    totals, found = dist.Totals(), []
+    items = [prompt for prompt in prompts for _ in range(args.run.images_per_prompt)]
+    for micro_batch in diffusion.micro_batches(items, args.system.micro_batch_size, sampler.device):
+        eps, eps_base = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+        x = diffusion.noise(args.seed, 0, micro_batch.indices, sampler.pipe, sampler.size, sampler.device)
         if weights is None:
-            x_0, kl = denoise(eps, eps_base, x, m.schedule.alphas, most_grad_steps(args))
+            x_0, kl = denoise(eps, eps_base, x, sampler.schedule.alphas, most_grad_steps(args))
         else:
-            x_0, kl = annealed(eps, eps_base, x, m.schedule.alphas, weights), x.new_zeros(len(x))
-        _, metrics, images = score(m, x_0, kl, micro.prompts, args)
-        num_images = micro.weights.sum()
-        totals.update({name: (value @ micro.weights, num_images) for name, value in metrics.items()})
-        columns = (images.mul(255).round().byte(), metrics["reward"], m.reward.features(images))
-        rows = zip(micro.indices, *(column.cpu() for column in columns), strict=True)
-        found += rows if micro.weights.any() else []
-    found = sorted(dist.gather(found), key=lambda row: row[0])
-    return Drawn(*(torch.stack([row[k] for row in found]) for k in (1, 2, 3))), totals
+            x_0, kl = annealed(eps, eps_base, x, sampler.schedule.alphas, weights), x.new_zeros(len(x))
+        _, metrics, images = losses_and_images(sampler, x_0, kl, micro_batch.prompts, args)
+        num_images = micro_batch.weights.sum()
+        totals.update({name: (value @ micro_batch.weights, num_images) for name, value in metrics.items()})
+        pixels = images.mul(255).round().byte().cpu()
+        rewards, features = metrics["reward"].cpu(), sampler.reward.features(images).cpu()
+        if num_images > 0:  # else it only keeps collectives matched
+            columns = zip(micro_batch.indices, pixels, rewards, features, strict=True)
+            found += [Image(*image) for image in columns]
+    found = sorted(dist.gather(found), key=lambda image: image.index)
+    drawn = Drawn(
+        torch.stack([image.pixels for image in found]),
+        torch.stack([image.reward for image in found]),
+        torch.stack([image.features for image in found]),
+    )
+    return drawn, totals
 
 
-def anneal(m: Models, prompts: list[str], args: Args, folder: Path) -> None:
-    """Draw the prompts under each schedule of run.weights; write the images, a grid and the curve."""
+def draw_schedules(sampler: Sampler, prompts: list[str], args: Args, folder: Path) -> dict[str, Drawn]:
+    """Draw the prompts under each of run.schedules; write a grid and the curve."""
     points, columns = {}, {}
-    for name in args.run.weights.split(","):
-        drawn, _ = draw(m, prompts, args, annealing_weights(name, args.num_inference_steps))
+    for name in args.run.schedules.split(","):
+        drawn, _ = draw_images(sampler, prompts, args, annealing_weights(name, args.num_inference_steps))
         spread = diffusion.diversity(drawn.features, args.run.images_per_prompt)
         points[name] = {"diversity": spread, "reward": drawn.rewards.mean().item()}
         columns[name] = drawn
-    diffusion.save_grid(folder / "grid.png", prompts, columns)
-    diffusion.save_curve(folder / "curve.png", points)
-    if args.run.sample:
-        diffusion.save_images(folder, prompts, columns)
+    pictures.save_grid(folder / "grid.png", prompts, columns)
+    pictures.save_curve(folder / "curve.png", points)
+    return columns
 
 
 def most_grad_steps(args: Args) -> int:
@@ -389,18 +398,18 @@ def check(args: Args) -> None:
     for name in ("batch_size", "micro_batch_size", "num_lv", "num_samples", "images_per_prompt"):
         if options[name] < 1:
             raise data.wrong(name, options[name], "at least 1")
-    for name in args.run.weights.split(","):
+    for name in args.run.schedules.split(","):
         annealing_weights(name, args.num_inference_steps)
 
 
 def setup(
     args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None, device: torch.device
-) -> Models:
+) -> Sampler:
     schedule = diffusion.schedule(pipe, args.num_inference_steps)
     schedule = schedule._replace(alphas=schedule.alphas.to(device))
     reward, size = diffusion.load_reward(args.reward, device), diffusion.image_size(pipe, args.image_size)
-    has_reference = ref_policy is not None or any(hasattr(x, "base_layer") for x in policy.modules())
-    return Models(pipe, policy, ref_policy, has_reference, schedule, reward, size, device)
+    has_reference = ref_policy is not None or diffusion.has_adapters(policy)
+    return Sampler(pipe, policy, ref_policy, has_reference, schedule, reward, size, device)
 
 
 def load_reference(args: Args, device: torch.device) -> nn.Module:
@@ -408,19 +417,19 @@ def load_reference(args: Args, device: torch.device) -> nn.Module:
     return diffusion.load(args.model, device, args.system, args.seed, trainable=False)[1]
 
 
-def sample(args: Args, device: torch.device) -> None:
-    """Draw the prompts of run.sample with the model a finished run left in output_dir; trains nothing."""
-    prompts = diffusion.read_prompts(args.run.sample)
+def draw_finished(args: Args, device: torch.device) -> None:
+    """Draw the prompts of run.draw_prompts with the model a finished run left in output_dir; no training."""
+    prompts = diffusion.read_prompts(args.run.draw_prompts)
     began = diffusion.trained_from(args.run.output_dir)
     if began != args.model:
         raise data.wrong(
             f"output_dir {args.run.output_dir}", f"a run that began with {began}", f"--model {began}"
         )
     pipe, policy = diffusion.load(args.run.output_dir, device, args.system, args.seed, False, fuse=False)
-    adapted = any(hasattr(x, "base_layer") for x in policy.modules())
-    ref_policy = None if adapted else load_reference(args, device)
-    folder = Path(args.run.output_dir) / "annealed" / Path(args.run.sample).stem
-    anneal(setup(args, pipe, policy, ref_policy, device), prompts, args, folder)
+    ref_policy = None if diffusion.has_adapters(policy) else load_reference(args, device)
+    folder = Path(args.run.output_dir) / "annealed" / Path(args.run.draw_prompts).stem
+    columns = draw_schedules(setup(args, pipe, policy, ref_policy, device), prompts, args, folder)
+    pictures.save_images(folder, prompts, columns)
 
 
 TOY = dict(
@@ -442,8 +451,8 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
-    if args.run.sample:
-        return sample(args, device)
+    if args.run.draw_prompts:
+        return draw_finished(args, device)
     optimization, run = args.optimization, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
@@ -458,26 +467,28 @@ def main(args: Args) -> None:
     pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
     frozen_copy = args.system.lora_rank == 0 and args.kl_coef > 0
     ref_policy = load_reference(args, device) if frozen_copy else None
-    m = setup(args, pipe, policy, ref_policy, device)
+    sampler = setup(args, pipe, policy, ref_policy, device)
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    ema = diffusion.average(policy) if args.ema_decay > 0 else None
-    base, _ = draw(m, shown, args)  # before resume() changes the policy
-    parts = {"policy": (policy, optimizer)} | ({"ema": (ema, None)} if ema else {})
+    ema, parts = None, {"policy": (policy, optimizer)}
+    if args.ema_decay > 0:
+        ema = diffusion.average(policy, args.ema_decay)
+        parts["ema"] = (nn.ParameterList(ema.shadow_params), None)  # the same memory under names
+    base, _ = draw_images(sampler, shown, args)  # before resume() changes the policy
     start_step = checkpoint.resume(run.output_dir, parts)["step"]
 
     def evaluate(step: int) -> dict[str, float]:
         with diffusion.averaged(policy, ema):
-            drawn, totals = draw(m, shown, args)
-        metrics = conclude(totals.reduce("eval/"), "eval/", m)
+            drawn, totals = draw_images(sampler, shown, args)
+        metrics = conclude(totals.reduce("eval/"), "eval/", sampler)
         metrics["eval/reward/base"] = base.rewards.mean().item()
         metrics["eval/reward/gain"] = (drawn.rewards - base.rewards).mean().item()
         metrics["eval/diversity"] = diffusion.diversity(drawn.features, run.images_per_prompt)
         metrics["eval/diversity/base"] = diffusion.diversity(base.features, run.images_per_prompt)
         picture = log.folder / "images" / f"step_{step:08d}.png"
-        diffusion.save_grid(picture, shown, {"base": base, "tuned": drawn})
+        pictures.save_grid(picture, shown, {"base": base, "tuned": drawn})
         log.picture(step, picture)
-        rows = diffusion.judged(shown, drawn, base, load_function(spec) if spec else None)
+        rows = pictures.judged(shown, drawn, base, load_function(spec) if spec else None)
         return metrics | log.write_samples(step, rows)
 
     spec = run.judge or ("toy.images:judge" if args.dataset == "toy" else "")
@@ -491,17 +502,20 @@ def main(args: Args) -> None:
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals, num_grad_steps = dist.Totals(), grad_steps(step, args)
-        for micro in diffusion.micro_batches(diffusion.texts(batch), args.system.micro_batch_size, device):
-            loss, metrics = loss_and_metrics(m, micro, step, num_grad_steps, args)
+        for micro_batch in diffusion.micro_batches(
+            diffusion.texts(batch), args.system.micro_batch_size, device
+        ):
+            loss, metrics = loss_and_metrics(sampler, micro_batch, step, num_grad_steps, args)
             (loss / len(batch)).backward()  # gradients add over micro-batches and ranks: the batch's mean
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
-            diffusion.update_average(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
+            ema.optimization_step = step - 1  # the decay grows with the steps of the run, resumed or not
+            ema.step(diffusion.trained(policy))
         totals.update({"grad_norm": (grad_norm, 1)})
-        metrics = conclude(totals.reduce("train/"), "train/", m)  # the step's one synchronisation
+        metrics = conclude(totals.reduce("train/"), "train/", sampler)  # the step's one synchronisation
 
         # evaluate
         metrics |= {
@@ -522,8 +536,8 @@ def main(args: Args) -> None:
             return log.finish(stopped_at=step)
 
     with diffusion.averaged(policy, ema):
-        if m.has_reference:
-            anneal(m, shown, args, log.folder / "annealed")
+        if sampler.has_reference:
+            draw_schedules(sampler, shown, args, log.folder / "annealed")
             log.picture(num_steps, log.folder / "annealed" / "curve.png")
         diffusion.export(run.output_dir, pipe, policy, args.model, run.merge_lora)
     log.finish()

@@ -9,20 +9,18 @@ Each rollout serves a few minibatches of the clipped surrogate (PPO, https://arx
 
     loss = -min(ratio_t A_t, clip(ratio_t, 1 - clip_range, 1 + clip_range) A_t)
 
-with A_t by generalized advantage estimation from a value model, or from the other responses to the prompt:
-RLOO, GRPO, Dr. GRPO.
+with A_t by GAE from a value model, or from the other responses to the prompt (RLOO, GRPO, Dr. GRPO).
 
     python ppo.py --help
     torchrun --nproc_per_node=8 ppo.py --model runs/sft --reward runs/reward_model --dataset prompts.jsonl
 
-Shapes: a rollout has R responses, the longest of L tokens; what belongs to its tokens is a table (R, L), zero
-past the end of a response. A row packs some of them; N_targets of its tokens are response tokens.
+Shapes: a rollout has R responses, the longest of L tokens; what belongs to its tokens is a table (R, L), with
+a mask that is 1 on tokens the policy sampled: 0 past the end of a response, and between its turns on what
+tools or users said. A micro-batch packs some of them; N_targets of its tokens are sampled ones.
 
 Metrics, results and departures from the papers: docs/ppo.md
 """
 
-import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,13 +29,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, models, packed, rewards
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import Sample, generate, to_example
-from common.log import Log, load_function
+from common.log import Log
+from common.packed import Example, MicroBatch
 
 SHOWN = ("objective/scores", "objective/kl", "loss/policy_avg", "policy/entropy_avg", "grad_norm")
 
@@ -70,6 +70,8 @@ class Args:
     """the score that replaces that of a response cut off"""
 
     # algorithm
+    algorithm: Literal["ppo", "rloo", "grpo", "dr_grpo", "dapo"] = "ppo"
+    """sets the switches below as published, which --help lists; what is given beside it wins"""
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"
     """gae needs a value model; the others compare the samples_per_prompt responses to a prompt"""
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
@@ -124,33 +126,36 @@ class Args:
     run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
 
 
-# ------------------------------------------------------------------------------------------------- the maths
-
-
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Reward of each token: -kl_coef * log(pi / pi_ref), and the score at the last one.
+    """Reward of each token: -kl_coef * log(pi / pi_ref), and the score at the last sampled one.
 
     Args:
-        scores: (R,). logps, ref_logps: (R, L) of the sampled tokens, nats. mask: (R, L) 1 on response tokens.
+        scores: (R,). logps, ref_logps: (R, L) in nats. mask: (R, L) 1 on sampled tokens, at least one each.
 
     Returns:
-        (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)).
+        (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
     """
-    rewards = -kl_coef * (logps - ref_logps) * mask
-    last = mask.sum(1).long() - 1
-    return rewards.scatter_add(1, last[:, None], scores[:, None])
+    rewards = torch.where(mask > 0, -kl_coef * (logps - ref_logps), 0.0)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask > 0, columns, 0).amax(1, keepdim=True)  # (R, 1)
+    return rewards.scatter_add(1, last, scores[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimation, https://arxiv.org/abs/1506.02438, Eq. 16; all (R, L).
 
-    Nothing comes after the last token of a response: value and advantage are 0 there.
+    A step of time leads from a sampled token to the next sampled one: gamma and gae_lambda discount it once,
+    however many masked tokens stand between them, and the next value is that before the first token of the
+    next turn. Masked tokens have advantage 0. After the last sampled token value and advantage are 0.
     """
-    advantages, after, value_after = torch.zeros_like(rewards), 0.0, 0.0
+    advantages = torch.zeros_like(rewards)
+    after = value_after = rewards.new_zeros(len(rewards))  # (R,) of the next sampled token
     for t in reversed(range(rewards.shape[1])):
+        is_sampled = mask[:, t] > 0
         delta = rewards[:, t] + gamma * value_after - values[:, t]
-        after = advantages[:, t] = (delta + gamma * gae_lambda * after) * mask[:, t]
-        value_after = values[:, t] * mask[:, t]
+        after = torch.where(is_sampled, delta + gamma * gae_lambda * after, after)
+        value_after = torch.where(is_sampled, values[:, t], value_after)
+        advantages[:, t] = torch.where(is_sampled, after, 0.0)
     return advantages
 
 
@@ -174,14 +179,14 @@ def group_advantages(returns: Tensor, valid: Tensor, kind: str) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """Unit variance, and mean 0 with shift, over all tokens of a rollout; biased variance. (R, L)"""
     mean, variance = moments(x, mask)
-    return (x - mean * shift) * (variance + 1e-8).rsqrt() * mask
+    return torch.where(mask > 0, (x - mean * shift) * (variance + 1e-8).rsqrt(), 0.0)
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the tokens of a mask (R, L); 0 where every response is masked."""
     count = mask.sum().clamp(min=1)
-    mean = (x * mask).sum() / count
-    return mean, ((x - mean).square() * mask).sum() / count
+    mean = torch.where(mask > 0, x, 0.0).sum() / count
+    return mean, torch.where(mask > 0, (x - mean).square(), 0.0).sum() / count
 
 
 def policy_losses(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -217,103 +222,12 @@ def adapt_kl_coef(kl_coef: float, kl: float, num_responses: int, args: Args) -> 
     return kl_coef * (1 + error * num_responses / args.kl_horizon)
 
 
-# --------------------------------------------------------------------------------------------------- rewards
-
-
-class Reward(NamedTuple):
-    """A function, or a reward model with its own tokenizer."""
-
-    weight: float
-    name: str
-    function: Callable | None
-    scorer: nn.Module | None
-    tokenizer: Any
-
-
-def load_rewards(args: Args, device: torch.device) -> list[Reward]:
-    rewards = []
-    for source, weight in data.read_sources(args.reward or "-", "reward"):
-        if source == "-":
-            raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
-        if ":" in source:
-            rewards.append(Reward(weight, source, load_function(source), None, None))
-        else:
-            frozen = models.load_scorer(source, device, args.system, trainable=False)
-            if frozen.config.num_labels > 1:
-                found = ", ".join(models.output_names(frozen))
-                raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
-            rewards.append(Reward(weight, source, None, frozen, data.load_tokenizer(source)))
-    return rewards
-
-
-def score(
-    rewards: list[Reward], examples: list[data.Example], texts: list[str], args: Args, device: Any
-) -> Tensor:
-    """The weighted sum of all rewards of responses to these examples, on every rank. -> (R,) float32
-
-    Raises:
-        RunError: a function raises, or does not return one finite number a response.
-    """
-    total = torch.zeros(len(texts), device=device)
-    for reward in rewards:
-        if reward.function:
-            total += reward.weight * torch.tensor(call(reward, examples, texts), device=device)
-            continue
-        sequences = []
-        for example, text in zip(examples, texts, strict=True):
-            prompt = example.prompt
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            reply = [{"role": "assistant", "content": text}]
-            sequences.append(data.encode_response(reward.tokenizer, prompt, reply))
-        scored = [data.Example([sequence], "") for sequence in sequences]
-        outputs = models.score(reward.scorer, scored, args.system.micro_batch_tokens, device)
-        total += reward.weight * outputs[:, 0]
-    return total
-
-
-def call(reward: Reward, examples: list[data.Example], texts: list[str]) -> list[float]:
-    """A reward function's numbers; the ranks share the prompts, all responses to one stay together."""
-    size = dist.world_size()
-    keys = {key: i for i, key in enumerate(dict.fromkeys(map(id, examples)))}
-    groups = [[i for i, e in enumerate(examples) if keys[id(e)] % size == part] for part in range(size)]
-
-    def attempt(chosen: list[int]) -> list[float]:
-        if not chosen:
-            return []
-        prompts, replies = [examples[i].prompt for i in chosen], [texts[i] for i in chosen]
-        shown = f"the first prompt was {prompts[0]!r}"
-        try:
-            found = [
-                float(x) for x in reward.function(prompts, replies, [examples[i].record for i in chosen])
-            ]
-        except Exception as error:  # a user's function may raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise dist.RunError(f"reward {reward.name} raised {reason}; {shown}") from error
-        if len(found) != len(chosen):
-            raise dist.RunError(
-                f"reward {reward.name} gave {len(found)} numbers for {len(chosen)} responses; {shown}"
-            )
-        for i, number in zip(chosen, found, strict=True):
-            if not math.isfinite(number):
-                raise dist.RunError(
-                    f"reward {reward.name} gave {number} for {texts[i]!r} to {examples[i].prompt!r}"
-                )
-        return found
-
-    numbers: dict[int, float] = {}
-    for chosen, found in zip(groups, dist.parallel_map(attempt, groups), strict=True):
-        numbers |= dict(zip(chosen, found, strict=True))
-    return [numbers[i] for i in range(len(texts))]
-
-
-# -------------------------------------------------------------------------------------------------- rollouts
-
-
 class Rollout(NamedTuple):
     """Responses and what the update needs of them; `take` makes a minibatch of the same form."""
 
-    sequences: list[data.Example]  # R: prompt and response
-    prompt_lengths: Tensor  # (R,)
+    examples: list[Example]  # R: prompt and response, scored on the sampled tokens
+    kl_coef: float
+    starts: Tensor  # (R,) where the response begins in its sequence
     mask: Tensor  # (R, L) 1 on tokens that count in the loss
     logps: Tensor  # (R, L) of the policy that sampled, by the forward that training uses
     ref_logps: Tensor  # (R, L)
@@ -323,90 +237,86 @@ class Rollout(NamedTuple):
 
     def take(self, chosen: list[int]) -> "Rollout":
         index = torch.tensor(chosen, device=self.mask.device)
-        return Rollout([self.sequences[i] for i in chosen], *(table[index] for table in self[1:]))
+        examples = [self.examples[i] for i in chosen]
+        return Rollout(examples, self.kl_coef, *(table[index] for table in self[2:]))
 
 
-def places(row: data.Row, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a row's scored tokens stand in a table (R, L): response and place in it. (N_targets,) each"""
-    response = row.example_ids[row.target_segments]
-    return response, row.position_ids[row.targets] - prompt_lengths[response]
+def to_response(sample: Sample) -> Example:
+    """A sampled response as `make_rollout` takes it: the sampler's log-probs and whether it ended as fields.
+
+    One of several turns is one sequence too, its mask False on what tools or users said between them.
+    """
+    example = to_example(sample)
+    example.fields = {"sampler_logps": np.array(sample.logps, np.float32), "ended": float(sample.ended)}
+    return example
+
+
+def places(micro_batch: MicroBatch, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where scored tokens stand in a table (R, L): the response and the place in it. (N_targets,) each"""
+    response = micro_batch.example_ids[micro_batch.target_segments]
+    return response, micro_batch.position_ids[micro_batch.targets] - starts[response]
 
 
 @torch.no_grad()
-def tabulate(
-    compute: Callable, sequences: list, prompt_lengths: Tensor, like: Tensor, micro_batch_tokens: int
-) -> Tensor:
-    """compute(row) for all tokens of the responses, on every rank. -> (R, L)"""
-    table = torch.zeros_like(like)
-    for row in data.rows(sequences, micro_batch_tokens, like.device):
-        table[places(row, prompt_lengths)] = compute(row)
-    return dist.sum_over_ranks(table)  # each response was computed by one rank
-
-
-def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
-    """Scores by the mean and standard deviation of all so far, these included; updates `running`."""
-    count, mean, square = (running.get(k, 0.0) for k in ("count", "mean", "square"))
-    total = count + len(scores)
-    mean = (count * mean + scores.sum().item()) / total
-    square = (count * square + scores.square().sum().item()) / total
-    running.update(count=total, mean=mean, square=square)
-    return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
-
-
-def roll_out(
-    samples: list[Sample],
+def make_rollout(
+    examples: list[Example],
     scores: Tensor,
-    policy: nn.Module,
-    ref_policy: nn.Module | None,
-    value_model: nn.Module | None,
+    policy: models.Policy,
+    ref_policy: models.Policy | None,
+    value_model: models.Scorer | None,
     kl_coef: float,
     running: dict[str, float],
     args: Args,
 ) -> tuple[Rollout, dict[str, tuple]]:
-    """Log-probabilities, values, rewards and advantages of scored responses; metrics as (sum, count)."""
+    """Log-probabilities, values, rewards and advantages of scored responses; metrics as (sum, count).
+
+    Args:
+        examples: one for each response, see `to_response`.
+        running: statistics of all scores so far, which normalize_reward needs.
+    """
     device = scores.device
-    sequences = [to_example(sample) for sample in samples]
-    lengths = torch.tensor([len(sample.tokens) for sample in samples], device=device)
-    prompt_lengths = torch.tensor([len(sample.prompt_tokens) for sample in samples], device=device)
-    ended = torch.tensor([sample.ended for sample in samples], device=device)
-    mask = (torch.arange(int(max(lengths)), device=device) < lengths[:, None]).float()  # (R, L)
+    masks = [torch.from_numpy(mask) for example in examples for _, mask in example.sequences]
+    starts = [int(mask.int().argmax()) for mask in masks]  # a response begins with its first sampled token
+    mask = pad_sequence([mask[i:] for mask, i in zip(masks, starts, strict=True)], batch_first=True)
+    mask, starts = mask.float().to(device), torch.tensor(starts, device=device)  # (R, L), (R,)
+    lengths, num = mask.sum(1), len(examples)
+    ended = torch.tensor([example.fields["ended"] > 0 for example in examples], device=device)
 
-    def table(compute: Callable) -> Tensor:
-        return tabulate(compute, sequences, prompt_lengths, mask, args.system.micro_batch_tokens)
+    def table(compute: Callable[[MicroBatch], Tensor]) -> Tensor:
+        found = torch.zeros_like(mask)
+        for micro_batch in packed.micro_batches(examples, args.system.micro_batch_tokens, device):
+            found[places(micro_batch, starts)] = compute(micro_batch)
+        return dist.sum_over_ranks(found)  # each response was computed by one rank
 
-    logps = table(lambda row: models.token_logps(policy, row, args.temperature))
-    ref_logps = logps
-    if ref_policy is not None:
-        ref_logps = table(lambda row: models.token_logps(ref_policy, row, args.temperature))
-    elif args.kl_coef > 0:
-        with models.adapters_off(policy):
-            ref_logps = table(lambda row: models.token_logps(policy, row, args.temperature))
+    logps = ref_logps = table(lambda micro_batch: policy(micro_batch, args.temperature).logps)
+    if args.kl_coef > 0:
+        with models.reference(policy, ref_policy) as ref:
+            ref_logps = table(lambda micro_batch: ref(micro_batch, args.temperature).logps)
     values = torch.zeros_like(mask)
     if value_model is not None:
-        values = table(lambda row: models.values(value_model, row))
-    sampled = [logp for sample in samples for logp in sample.logps]
-    gap = (logps[mask.bool()] - torch.tensor(sampled, device=device)).abs()
+        values = table(lambda micro_batch: models.values(value_model, micro_batch))
+    sampler_logps = np.concatenate([example.fields["sampler_logps"] for example in examples])
+    gap = (logps[mask > 0] - torch.from_numpy(sampler_logps).to(device)).abs()
 
-    used = normalize(scores, running) if args.normalize_reward else scores
+    used = rewards.normalize(scores, running) if args.normalize_reward else scores
     used = used.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else used
     used = torch.where(ended, used, args.missing_eos_penalty) if args.missing_eos == "penalty" else used
     valid = ended if args.missing_eos == "mask" else torch.ones_like(ended)
     counted = mask * valid[:, None]
 
-    rewards = token_rewards(used, logps, ref_logps, mask, kl_coef if args.kl_placement == "reward" else 0.0)
+    penalty = kl_coef if args.kl_placement == "reward" else 0.0
+    earned = token_rewards(used, logps, ref_logps, mask, penalty)
     if args.advantage == "gae":
-        rewards = whiten(rewards, counted, shift=False) if args.whiten_rewards else rewards
-        advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        earned = whiten(earned, counted, shift=False) if args.whiten_rewards else earned
+        advantages = gae(earned, values, mask, args.gamma, args.gae_lambda)
         returns = advantages + values
         advantages = whiten(advantages, counted) if args.whiten_advantages else advantages
     else:
-        groups = (-1, args.samples_per_prompt)
-        advantages = group_advantages(rewards.sum(1).view(groups), valid.view(groups), args.advantage)
-        advantages = advantages.view(-1, 1) * mask
+        totals, is_valid = (x.view(-1, args.samples_per_prompt) for x in (earned.sum(1), valid))
+        advantages = group_advantages(totals, is_valid, args.advantage).view(-1, 1) * mask
         returns = advantages
 
-    kl, groups = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
-    num = len(samples)
+    kl, of_prompt = ((logps - ref_logps) * mask).sum(1), scores.view(-1, args.samples_per_prompt)
     metrics = {
         "objective/scores": (scores.sum(), num),
         "objective/scores_std": (scores.std(correction=0), 1),
@@ -417,7 +327,7 @@ def roll_out(
         "objective/rlhf_reward": ((scores - kl_coef * kl).sum(), num),
         "objective/kl_coef": (kl_coef, 1),
         "objective/ref_perplexity": ((-(ref_logps * mask).sum() / mask.sum()).exp(), 1),
-        "frac_reward_zero_std": ((groups.amax(1) == groups.amin(1)).sum(), len(groups)),
+        "frac_reward_zero_std": ((of_prompt.amax(1) == of_prompt.amin(1)).sum(), len(of_prompt)),
         "completions/mean_length": (lengths.sum(), num),
         "completions/min_length": (lengths.min(), 1),
         "completions/max_length": (lengths.max(), 1),
@@ -428,40 +338,38 @@ def roll_out(
         "sampler_logp_gap_max": (gap.max(), 1),
     }
     if value_model is not None:
-        left, _ = moments((returns - values).square(), counted)
-        explained = 1 - left / (moments(returns, counted)[1] + 1e-8)
-        metrics["val/explained_variance"] = (explained, 1)
-    rollout = Rollout(sequences, prompt_lengths, counted, logps, ref_logps, values, advantages, returns)
-    return rollout, metrics
-
-
-# ------------------------------------------------------------------------------------------------ the updates
+        left, variance = moments((returns - values).square(), counted)[0], moments(returns, counted)[1]
+        metrics["val/explained_variance"] = (1 - left / (variance + 1e-8), 1)
+    tables = (counted, logps, ref_logps, values, advantages, returns)
+    return Rollout(examples, kl_coef, starts, *tables), metrics
 
 
 def loss_and_metrics(
-    policy: nn.Module, row: data.Row, batch: Rollout, kl_coef: float, args: Args
+    policy: models.Policy, micro_batch: MicroBatch, batch: Rollout, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
-    """A row's share of the minibatch's loss, which nothing divides any more, and metrics as (sum, count)."""
-    stats = models.token_stats(policy, row, args.temperature)  # (N_targets,) each
-    at = places(row, batch.prompt_lengths)
+    """A micro-batch's share of the minibatch's loss, which nothing divides, and metrics as (sum, count)."""
+    stats = policy(micro_batch, args.temperature)  # (N_targets,) each
+    at = places(micro_batch, batch.starts)
     weights = token_weights(batch.mask, args.loss_reduction, args.max_new_tokens)[at]
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
-    log_ratio = stats.logps - batch.logps[at]
-    ratio, advantages = log_ratio.exp(), batch.advantages[at]
+    counted = batch.mask[at]  # 0 on the tokens of a response that is left out
+    # what does not count is set to 0: times 0 an infinite ratio is NaN, in the loss or in its gradient
+    found = (stats.logps, stats.entropy, batch.logps[at], batch.ref_logps[at])
+    logps, entropy, old_logps, ref_logps = (torch.where(counted > 0, x, 0.0) for x in found)
+    log_ratio, advantages = logps - old_logps, batch.advantages[at]
+    ratio = log_ratio.exp()
     losses = policy_losses(ratio, advantages, args.clip_range, args.clip_range_high or args.clip_range)
     policy_loss = (weights * losses).sum()
-    loss = policy_loss - args.entropy_coef * (mean * stats.entropy).sum()
+    loss = policy_loss - args.entropy_coef * (mean * entropy).sum()
     if args.kl_placement == "loss":
-        loss = loss + kl_coef * (weights * k3(stats.logps, batch.ref_logps[at])).sum()
-    counted = batch.mask[at]  # 0 on the tokens of a response that is left out
-    num_counted = counted.sum()
-    is_clipped = losses != -ratio * advantages
+        loss = loss + batch.kl_coef * (weights * k3(logps, ref_logps)).sum()
+    is_clipped, num_counted = losses != -ratio * advantages, counted.sum()
     metrics = {
         "loss": (loss, 0),  # a sum of shares
         "loss/policy_avg": (policy_loss, 0),
         "policy/approxkl_avg": ((counted * 0.5 * log_ratio.square()).sum(), num_counted),
         "policy/clipfrac_avg": ((counted * is_clipped).sum(), num_counted),
-        "policy/entropy_avg": ((counted * stats.entropy).sum(), num_counted),
+        "policy/entropy_avg": ((counted * entropy).sum(), num_counted),
         "val/ratio": ((counted * ratio).sum(), num_counted),
         "val/ratio_var": ((counted * (ratio - 1).square()).sum(), num_counted),
     }
@@ -469,11 +377,11 @@ def loss_and_metrics(
 
 
 def value_loss_and_metrics(
-    value_model: nn.Module, row: data.Row, batch: Rollout, args: Args
+    value_model: models.Scorer, micro_batch: MicroBatch, batch: Rollout, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """The same of the value model."""
-    values = models.values(value_model, row)  # (N_targets,)
-    at = places(row, batch.prompt_lengths)
+    values = models.values(value_model, micro_batch)  # (N_targets,)
+    at = places(micro_batch, batch.starts)
     mean = token_weights(batch.mask, "token_mean", args.max_new_tokens)[at]
     losses = value_losses(values, batch.values[at], batch.returns[at], args.clip_range_value)
     loss, counted = (mean * losses).sum(), batch.mask[at]
@@ -485,24 +393,36 @@ def value_loss_and_metrics(
     return loss, metrics
 
 
-def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    compute: Callable[..., tuple[Tensor, dict]],
-    batch: Rollout,
-    totals: dist.Totals,
-    args: Args,
-) -> Tensor:
-    """One optimizer step on a minibatch, whose metrics go into totals. -> the norm of the gradient
+def sample_and_score(
+    policy: models.Policy, tokenizer: Any, prompts: list, score: Callable, number: int, args: Args
+) -> tuple[list[Example], Tensor, dict[str, float]]:
+    """Responses of a rollout, their scores (R,), and the seconds that both took; alike on every rank."""
+    start = time.perf_counter()
+    samples = generate(
+        policy,
+        tokenizer,
+        [tokens for prompt in prompts for tokens, _ in prompt.sequences],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        samples_per_prompt=args.samples_per_prompt,
+        seed=args.seed,
+        step=number,
+    )
+    sampled = time.perf_counter()
+    scores = score(prompts, [sample.text for sample in samples])
+    times = {"train/time/rollout": sampled - start, "train/time/scoring": time.perf_counter() - sampled}
+    return [to_response(sample) for sample in samples], torch.tensor(scores), times
 
-    Args:
-        compute: (model, row, batch) -> the row's share of the loss, and its metrics.
-    """
+
+def update(
+    part: tuple, lr: float, compute: Callable, batch: Rollout, totals: dist.Totals, args: Args
+) -> Tensor:
+    """One step of part, (model, optimizer), by `compute`, one of the two functions above. -> gradient norm"""
+    (model, optimizer), device = part, batch.mask.device
     models.set_lr(optimizer, lr)
-    for row in data.rows(batch.sequences, args.system.micro_batch_tokens, batch.mask.device):
-        loss, metrics = compute(model, row, batch)
-        loss.backward()  # gradients add over rows and ranks
+    for micro_batch in packed.micro_batches(batch.examples, args.system.micro_batch_tokens, device):
+        loss, metrics = compute(model, micro_batch, batch, args)
+        loss.backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     norm = models.clip_grad_norm(model, args.optimization.max_grad_norm)
     optimizer.step()
@@ -511,12 +431,12 @@ def update(
 
 
 def count_steps(train_set: data.Dataset, args: Args) -> tuple[int, int]:
-    """(rollouts, optimizer steps of each): max_steps, rounded up to whole rollouts, or num_epochs."""
+    """(optimizer steps, steps of each rollout): max_steps, rounded up to whole rollouts, or num_epochs."""
     num_responses = args.rollout_size * args.samples_per_prompt
     steps_each = args.num_ppo_epochs * -(-num_responses // args.optimization.batch_size)
     if args.run.max_steps >= 0:
-        return -(-args.run.max_steps // steps_each), steps_each
-    return max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size), steps_each
+        return -(-args.run.max_steps // steps_each) * steps_each, steps_each
+    return max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size) * steps_each, steps_each
 
 
 def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
@@ -531,27 +451,36 @@ def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.advantage != "gae" and args.samples_per_prompt < 2:
-        raise dist.RunError(
-            f"advantage {args.advantage} compares responses: set samples_per_prompt to 2 or more"
-        )
+        raise data.wrong("samples_per_prompt", args.samples_per_prompt, f"2 or more for {args.advantage}")
     if args.temperature <= 0:
-        raise dist.RunError(
-            "temperature 0 is greedy and has no probabilities to learn from; expected more than 0"
-        )
+        raise data.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
     if args.kl_target > 0 and args.kl_coef <= 0:
-        raise dist.RunError("kl_target adapts kl_coef, which is 0; expected a start above 0")
+        raise data.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
 
-def load_value_model(args: Args, rewards: list[Reward], tokenizer: Any, device: torch.device) -> nn.Module:
+def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.device) -> models.Scorer:
     """From the first reward model that reads the policy's tokens, else from the policy; its head is zero."""
-    alike = (r.name for r in rewards if r.scorer and r.tokenizer.get_vocab() == tokenizer.get_vocab())
-    return models.load_scorer(next(alike, args.model), device, args.system, ["value"], zero_head=True)
+    vocabulary = tokenizer.get_vocab()
+    alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
+    start = alike[0] if alike else args.model
+    return models.load_scorer(start, device, args.system, ["value"], zero_head=True)
 
 
-def is_due(step: int, every: int, steps_each: int) -> bool:
-    """Whether a multiple of `every` is among the steps_each steps that end with this one."""
-    return step // every > (step - steps_each) // every
+def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
+    """Whether a rollout ends with this step, and in it the run or a multiple of `every` steps."""
+    return step % steps_each == 0 and (step == num_steps or step // every > (step - steps_each) // every)
 
+
+# what --algorithm sets, the table of docs/ppo.md
+SWITCHES = ("advantage", "samples_per_prompt", "loss_reduction", "clip_range", "kl_placement", "kl_coef")
+ALGORITHMS = {
+    "ppo": {},  # the defaults of Args
+    "rloo": dict(zip(SWITCHES, ("rloo", 4, "sequence_sum", 1e9, "reward", 0.05), strict=True)),  # never clips
+    "grpo": dict(zip(SWITCHES, ("grpo", 8, "sequence_mean", 0.2, "loss", 0.04), strict=True)),
+    "dr_grpo": dict(zip(SWITCHES, ("dr_grpo", 8, "constant", 0.2, "reward", 0.0), strict=True)),
+    "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
+    | {"clip_range_high": 0.28},
+}
 
 TOY = dict(
     reward="toy.language:reward",
@@ -579,9 +508,8 @@ def main(args: Args) -> None:
     train_set, eval_set = data.load_prompts(
         tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length
     )
-    num_rollouts, steps_each = count_steps(train_set, args)
-    num_steps = num_rollouts * steps_each
-    rewards = load_rewards(args, device)
+    num_steps, steps_each = count_steps(train_set, args)
+    scored_by = rewards.load(args.reward, device, system)
     if not log.begin(num_steps):
         return
 
@@ -593,7 +521,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts, value_model = {"policy": (policy, optimizer)}, None
     if args.advantage == "gae":
-        value_model = load_value_model(args, rewards, tokenizer, device)
+        value_model = load_value_model(args, scored_by, tokenizer, device)
         groups = models.parameter_groups(value_model, optimization.weight_decay)
         value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         parts["value"] = (value_model, value_optimizer)
@@ -601,84 +529,67 @@ def main(args: Args) -> None:
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
     kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
-    def evaluate(step: int) -> dict[str, float]:
-        def reward_of(examples: list[data.Example], texts: list[str]) -> list[float]:
-            return score(rewards, examples, texts, args, device).tolist()
+    def score(examples: list[Example], replies: list[str]) -> list[float]:
+        return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
 
+    def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        return log.samples(step, policy, tokenizer, eval_set, sampling, reward_of)
+        return log.samples(step, policy, tokenizer, eval_set, sampling, score)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 
-    for number in range(start_step // steps_each + 1, num_rollouts + 1):
-        # sample and score
-        clock = time.perf_counter()
-        prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
-        samples = generate(
-            policy,
-            tokenizer,
-            [example.sequences[0][0] for example in prompts],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            samples_per_prompt=args.samples_per_prompt,
-            seed=args.seed,
-            step=number,
-        )
-        times = {"train/time/rollout": time.perf_counter() - clock}
-        clock = time.perf_counter()
-        asked = [prompts[sample.prompt_index] for sample in samples]
-        scores = score(rewards, asked, [sample.text for sample in samples], args, device)
-        times["train/time/scoring"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-        rollout, metrics = roll_out(samples, scores, policy, ref_policy, value_model, kl_coef, running, args)
-        totals = dist.Totals()
-        totals.update(metrics)
-        rollout_metrics = totals.reduce("train/")
-        times["train/time/advantages"] = time.perf_counter() - clock
-        num_tokens += sum(sequence.num_tokens for sequence in rollout.sequences)
+    for step in range(start_step + 1, num_steps + 1):
+        number, place = (step - 1) // steps_each + 1, (step - 1) % steps_each  # of the rollout, and in it
+        if place == 0:
+            # sample and score
+            prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
+            examples, scores, times = sample_and_score(policy, tokenizer, prompts, score, number, args)
+            clock = time.perf_counter()
+            rollout, metrics = make_rollout(
+                examples, scores.to(device), policy, ref_policy, value_model, kl_coef, running, args
+            )
+            totals = dist.Totals()
+            totals.update(metrics)
+            rollout_metrics = totals.reduce("train/")
+            times["train/time/advantages"] = time.perf_counter() - clock
+            num_tokens += sum(example.num_tokens for example in examples)
+            chosen = minibatches(len(examples), number, args)
 
-        for i, chosen in enumerate(minibatches(len(samples), number, args)):
-            # update
-            step_start = time.perf_counter()
-            step = (number - 1) * steps_each + i + 1
-            factor = models.lr_factor(step, num_steps, optimization)
-            batch, totals = rollout.take(chosen), dist.Totals()
-            if value_model is not None:
-                compute = functools.partial(value_loss_and_metrics, args=args)
-                lr = args.value_learning_rate * factor
-                norm = update(value_model, value_optimizer, lr, compute, batch, totals, args)
-                totals.update({"value_grad_norm": (norm, 1)})
-            times["train/time/value"] = time.perf_counter() - step_start
-            clock, lr = time.perf_counter(), optimization.learning_rate * factor
-            if step > args.value_warmup_steps:
-                compute = functools.partial(loss_and_metrics, kl_coef=kl_coef, args=args)
-                norm = update(policy, optimizer, lr, compute, batch, totals, args)
-                totals.update({"grad_norm": (norm, 1)})
-            metrics = totals.reduce("train/")  # the step's one synchronisation
-            times["train/time/policy"] = time.perf_counter() - clock
-            metrics |= {
-                "train/epoch": number * args.rollout_size / train_set.epoch_size,
-                "train/episode": number * len(samples),
-                "train/num_tokens": num_tokens,
-                "train/learning_rate": lr,
-            }
-            metrics |= rollout_metrics | times
-            metrics |= models.speed(policy, batch.sequences, time.perf_counter() - step_start)
-            if i + 1 < steps_each:
-                log(step, num_steps, metrics)
-
-        if args.kl_target > 0:
-            kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(samples), args)
+        # update
+        step_start = time.perf_counter()
+        batch, totals = rollout.take(chosen[place]), dist.Totals()
+        factor = models.lr_factor(step, num_steps, optimization)
+        if value_model is not None:
+            lr = args.value_learning_rate * factor
+            norm = update(parts["value"], lr, value_loss_and_metrics, batch, totals, args)
+            totals.update({"value_grad_norm": (norm, 1)})
+        times["train/time/value"] = time.perf_counter() - step_start
+        clock, lr = time.perf_counter(), optimization.learning_rate * factor
+        if step > args.value_warmup_steps:
+            norm = update(parts["policy"], lr, loss_and_metrics, batch, totals, args)
+            totals.update({"grad_norm": (norm, 1)})
+        metrics = totals.reduce("train/")  # the step's one synchronisation
+        times["train/time/policy"] = time.perf_counter() - clock
+        metrics |= {
+            "train/epoch": number * args.rollout_size / train_set.epoch_size,
+            "train/episode": number * len(examples),
+            "train/num_tokens": num_tokens,
+            "train/learning_rate": lr,
+        }
+        seconds = time.perf_counter() - step_start
+        metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 
         # evaluate, log and save: between rollouts only
-        stop, is_last = dist.stop_requested(), number == num_rollouts
-        if is_due(step, run.eval_every, steps_each) or is_last:
+        stop = dist.stop_requested() and step % steps_each == 0
+        if args.kl_target > 0 and step % steps_each == 0:
+            kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)
+        if is_due(step, run.eval_every, steps_each, num_steps):
             metrics |= evaluate(step)
         log(step, num_steps, metrics)
-        if is_due(step, run.save_every, steps_each) or is_last or stop:
+        if stop or is_due(step, run.save_every, steps_each, num_steps):
             checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
-        if stop and not is_last:
+        if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
     checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
@@ -686,4 +597,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY))
+    dist.run(main, parse(Args, TOY, ALGORITHMS))

@@ -13,7 +13,7 @@ the rewards of a chosen and a rejected response, p the probability that chosen i
     torchrun --nproc_per_node=8 reward_model.py --model runs/sft --dataset pairs.jsonl
     python reward_model.py --model runs/reward_model --score responses.jsonl
 
-Shapes: a row packs B examples, K sequences each (2 for pairs, 1 for ratings); A outputs of the head.
+Shapes: a micro-batch packs B examples, K sequences each (2 for pairs, 1 for ratings); A outputs of the head.
 
 Metrics, results and departures from the papers: docs/reward_model.md
 """
@@ -27,12 +27,13 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models
+from common import checkpoint, data, dist, files, models, packed
 from common.args import Optimization, System, Training, parse, snapshot
 from common.log import Log
+from common.packed import Example, MicroBatch
 
 SHOWN = ("loss", "accuracy", "margin", "grad_norm")
 
@@ -113,7 +114,7 @@ def arrange(rewards: Tensor, fields: dict[str, Tensor], args: Args) -> tuple[Ten
     if args.loss == "regression":
         return rewards, torch.stack(list(fields.values()), 1)
     if args.loss in ("kwise", "plackett_luce"):
-        ranks = torch.stack(list(fields.values()), 1)
+        ranks = fields["ranks"]  # NaN where an example has fewer responses than another
         table = torch.zeros_like(ranks).index_put((~ranks.isnan()).nonzero(as_tuple=True), rewards[:, 0])
         return table, ranks
     pairs = rewards.view(-1, 2)
@@ -143,11 +144,15 @@ def ordered_right(table: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return ((margins > 0) & better).sum((1, 2)) / pairs, (margins * better).sum((1, 2)) / pairs
 
 
-def loss_and_metrics(scorer: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, tuple]]:
-    """Loss of a row, a sum that the caller divides by `count_losses`, and metrics as (sum, count)."""
-    rewards = models.rewards(scorer, row)  # (sequences, A); a dummy row has none and a loss of exactly zero
-    table, target = arrange(rewards, row.fields, args)
-    loss = example_losses(table, target, row.fields, args).sum()
+def loss_and_metrics(
+    scorer: models.Scorer, micro_batch: MicroBatch, args: Args
+) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a micro-batch, a sum that the caller divides by `count_losses`, and metrics as (sum, count)."""
+    rewards = models.rewards(
+        scorer, micro_batch
+    )  # (sequences, A); a dummy has none and a loss of exactly zero
+    table, target = arrange(rewards, micro_batch.fields, args)
+    loss = example_losses(table, target, micro_batch.fields, args).sum()
     if args.loss == "regression":
         num_losses = (~target.isnan()).sum()
         own = {"mae": (regression_loss(table, target).sqrt().sum(), num_losses)}
@@ -163,16 +168,19 @@ def loss_and_metrics(scorer: nn.Module, row: data.Row, args: Args) -> tuple[Tens
     return loss, metrics
 
 
-def count_losses(batch: list[data.Example], args: Args) -> int:
+def count_losses(batch: list[Example], args: Args) -> int:
     """What divides a batch's loss, over all rows and ranks: its examples, or its known labels."""
     if args.loss != "regression":
         return len(batch)
     return max(1, sum(not math.isnan(label) for example in batch for label in example.fields.values()))
 
 
-def evaluation(rewards: Tensor, examples: list[data.Example], args: Args) -> dict[str, float]:
+def evaluation(rewards: Tensor, examples: list[Example], args: Args) -> dict[str, float]:
     """Metrics of held-out examples from their rewards (sequences, A), on the host."""
-    fields = {name: torch.tensor([e.fields[name] for e in examples]) for name in examples[0].fields}
+    fields = {
+        name: torch.from_numpy(packed.stack([e.fields[name] for e in examples], like))
+        for name, like in examples[0].fields.items()
+    }
     table, target = arrange(rewards, fields, args)
     metrics = {
         "loss": example_losses(table, target, fields, args).sum().item() / count_losses(examples, args),
@@ -192,17 +200,26 @@ def evaluation(rewards: Tensor, examples: list[data.Example], args: Args) -> dic
     right, margins = ordered_right(table, target)
     low, high = wilson_interval(right.sum().item(), len(right))
     lengths = torch.tensor([float(mask.sum()) for e in examples for _, mask in e.sequences])
-    by_length, _ = ordered_right(*arrange(lengths[:, None], fields, args))
-    unequal = by_length + ordered_right(-arrange(lengths[:, None], fields, args)[0], target)[0]
-    longer = (by_length + (1 - unequal) / 2).mean().item()  # equal lengths are a coin flip
+    lengths, _ = arrange(lengths[:, None], fields, args)
     return metrics | {
         "accuracy": right.mean().item(),
         "accuracy_low": low,
         "accuracy_high": high,
-        "length_accuracy": max(longer, 1 - longer),
+        "length_accuracy": length_accuracy(lengths, target),
         "margin": margins.mean().item(),
         "calibration_error": calibration_error(table, target),
     }
+
+
+def length_accuracy(lengths: Tensor, ranks: Tensor) -> float:
+    """Accuracy of the rule that the longer response is better, or of its opposite; all (B, K).
+
+    Equal lengths are a coin flip.
+    """
+    better = ranks[:, :, None] < ranks[:, None, :]  # (B, K, K)
+    is_longer = (1 + (lengths[:, :, None] - lengths[:, None, :]).sign()) / 2  # 1, 1/2 or 0
+    share = ((is_longer * better).sum((1, 2)) / better.sum((1, 2))).mean().item()
+    return max(share, 1 - share)
 
 
 def wilson_interval(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -223,7 +240,7 @@ def calibration_error(table: Tensor, ranks: Tensor, num_bins: int = 10) -> float
     return gaps.abs().sum().item() / len(margins)
 
 
-def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[data.Example]]:
+def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[Example]]:
     """Held-out examples by the name of their file, which prefixes their metrics where there are several."""
     sources = [source for source, _ in data.read_sources(args.eval_dataset or args.dataset)]
     stems = [Path(source).name.split(".")[0] for source in sources]
@@ -252,7 +269,7 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
     return datasets
 
 
-def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Args, device: torch.device) -> Path:
+def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, device: torch.device) -> Path:
     """Write the records of a file again with the rewards of their responses; complete or not at all.
 
     A response gets `reward`, or from an attribute model `label`, so that the result is a file of ratings; a
@@ -267,7 +284,7 @@ def score_file(scorer: nn.Module, tokenizer: Any, source: str, args: Args, devic
 
     def work(chunk: list[data.Record]) -> list[dict]:
         found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
-        examples = [data.Example([sequence], "") for sequences in found for sequence in sequences]
+        examples = [Example([sequence], "") for sequences in found for sequence in sequences]
         outputs = iter(models.score(scorer, examples, args.system.micro_batch_tokens, device).tolist())
         scored = [[next(outputs) for _ in sequences] for sequences in found]
         return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
@@ -326,7 +343,7 @@ def main(args: Args) -> None:
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
 
-    def rewards_of(examples: list[data.Example]) -> Tensor:
+    def rewards_of(examples: list[Example]) -> Tensor:
         return models.score(scorer, examples, system.micro_batch_tokens, device)
 
     def evaluate() -> dict[str, float]:
@@ -347,11 +364,10 @@ def main(args: Args) -> None:
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        for row in data.rows(
-            batch, system.micro_batch_tokens, device
-        ):  # this rank's share, equally many rows
-            loss, metrics = loss_and_metrics(scorer, row, args)
-            (loss / num_losses).backward()  # gradients add over rows and ranks: the mean over the batch
+        # this rank's share, as many micro-batches as on every rank
+        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
+            loss, metrics = loss_and_metrics(scorer, micro_batch, args)
+            (loss / num_losses).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(scorer, optimization.max_grad_norm)
         optimizer.step()

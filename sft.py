@@ -8,7 +8,7 @@ scored tokens (the text of assistant turns and the token that ends each) and N t
     python sft.py --help
     torchrun --nproc_per_node=8 sft.py --model HuggingFaceTB/SmolLM2-135M --dataset demonstrations.jsonl
 
-Shapes: a row packs B demonstrations end to end, N tokens in all; N_targets of them are scored.
+Shapes: a micro-batch packs B demonstrations end to end, N tokens in all; N_targets of them are scored.
 
 Metrics, results and departures from the papers: docs/sft.md
 """
@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, models
+from common import checkpoint, data, dist, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.log import Log
+from common.packed import MicroBatch
 
 SHOWN = ("loss", "perplexity", "mean_token_accuracy", "grad_norm")
 
@@ -61,9 +62,9 @@ def sft_loss(token_logps: Tensor) -> Tensor:
     return -token_logps.sum()
 
 
-def loss_and_metrics(policy: nn.Module, row: data.Row) -> tuple[Tensor, dict[str, tuple]]:
-    """Loss of a row, a sum over its scored tokens that the caller divides, and metrics as (sum, count)."""
-    stats = models.token_stats(policy, row)  # (N_targets,) each
+def loss_and_metrics(policy: models.Policy, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a micro-batch, summed over its scored tokens; the caller divides. Metrics as (sum, count)."""
+    stats = policy(micro_batch)  # (N_targets,) each
     loss, num_targets = sft_loss(stats.logps), len(stats.logps)
     metrics = {
         "loss": (loss, num_targets),
@@ -102,9 +103,9 @@ def main(args: Args) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         totals = dist.Totals()
-        for row in data.rows(eval_set, system.micro_batch_tokens, device):
+        for micro_batch in packed.micro_batches(eval_set, system.micro_batch_tokens, device):
             with torch.no_grad():
-                totals.update(loss_and_metrics(policy, row)[1])
+                totals.update(loss_and_metrics(policy, micro_batch)[1])
         metrics = totals.reduce("eval/")
         metrics["eval/perplexity"] = math.exp(min(700.0, metrics["eval/nll"]))
         return metrics | log.samples(step, policy, tokenizer, eval_set, args.sampling)
@@ -120,11 +121,10 @@ def main(args: Args) -> None:
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        for row in data.rows(
-            batch, system.micro_batch_tokens, device
-        ):  # this rank's share, equally many rows
-            loss, metrics = loss_and_metrics(policy, row)
-            (loss / num_targets).backward()  # gradients add over rows and ranks: the mean over the batch
+        # this rank's share, as many micro-batches as on every rank
+        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
+            loss, metrics = loss_and_metrics(policy, micro_batch)
+            (loss / num_targets).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()

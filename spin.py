@@ -12,8 +12,8 @@ nothing moves.
     python spin.py --help
     torchrun --nproc_per_node=8 spin.py --model runs/sft --dataset demonstrations.jsonl
 
-Shapes: a row packs B pairs as 2B sequences end to end (real, generated, real, ...), N tokens in all;
-N_targets of them are response tokens, the ones that are scored.
+Shapes: a micro-batch packs B pairs as 2B sequences end to end (real, generated, real, ...), N tokens
+in all; N_targets of them are response tokens, the ones that are scored.
 
 Metrics, results and departures from the paper: docs/spin.md
 """
@@ -21,9 +21,7 @@ Metrics, results and departures from the paper: docs/spin.md
 import bisect
 import hashlib
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,13 +30,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models
+from common import checkpoint, data, dist, files, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import generate
 from common.log import Log
+from common.packed import Example, MicroBatch
 
 SHOWN = ("iteration", "loss", "rewards/accuracies", "rewards/margins", "nll", "distance", "grad_norm")
 LOGPS = ("ref_real_logps", "ref_generated_logps")  # log pi_t of the two sides of a pair
@@ -118,31 +117,31 @@ def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:
     return -F.logsigmoid(beta * h) if ell == "logistic" else (1 - beta * h).relu()
 
 
-def response_logps(token_logps: Tensor, row: data.Row) -> Tensor:
-    """log pi(y|x) of every pair in a row: the sum of log p over response tokens. -> (B, 2)"""
-    return models.segment_sum(token_logps, row.target_segments, row.num_segments).view(-1, 2)
+def response_logps(token_logps: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """log pi(y|x) of every pair of a micro-batch: the sum of log p over response tokens. -> (B, 2)"""
+    return packed.segment_sum(token_logps, micro_batch.target_segments, micro_batch.num_segments).view(-1, 2)
 
 
 @torch.no_grad()
 def opponent_logps(
-    policy: nn.Module, pairs: list[data.Example], micro_batch_tokens: int, device: torch.device
+    policy: models.Policy, pairs: list[Example], micro_batch_tokens: int, device: torch.device
 ) -> list[list[float]]:
     """[log pi_t(y|x), log pi_t(y'|x)] of each pair, while the policy is the opponent."""
     logps = torch.zeros(len(pairs), 2, device=device)
-    for row in data.rows(pairs, micro_batch_tokens, device):
-        logps[row.example_ids] = response_logps(models.token_logps(policy, row), row)
+    for micro_batch in packed.micro_batches(pairs, micro_batch_tokens, device):
+        logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
     return dist.sum_over_ranks(logps).tolist()  # each pair was scored by one rank
 
 
 def loss_and_metrics(
-    policy: nn.Module, row: data.Row, beta: float, ell: str = "logistic"
+    policy: models.Policy, micro_batch: MicroBatch, beta: float, ell: str = "logistic"
 ) -> tuple[Tensor, dict[str, tuple]]:
-    """Loss of a row, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
-    stats = models.token_stats(policy, row)  # (N_targets,) each
-    logps = response_logps(stats.logps, row)  # (B, 2); a dummy row has B = 0 and a loss of exactly zero
-    lengths = response_logps(torch.ones_like(stats.logps), row)
-    mean_logits = response_logps(stats.mean_logit, row) / lengths
-    ref_logps = torch.stack([row.fields[name] for name in LOGPS], 1)
+    """Loss of a micro-batch, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
+    stats = policy(micro_batch)  # (N_targets,) each
+    logps = response_logps(stats.logps, micro_batch)  # (B, 2); a dummy has B = 0 and a loss of exactly zero
+    lengths = response_logps(torch.ones_like(stats.logps), micro_batch)
+    mean_logits = response_logps(stats.mean_logit, micro_batch) / lengths
+    ref_logps = torch.stack([micro_batch.fields[name] for name in LOGPS], 1)
     ratios = logps - ref_logps
     loss = spin_loss(ratios[:, 0] - ratios[:, 1], beta, ell).sum()
     real, generated = (beta * ratios).unbind(1)
@@ -173,7 +172,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     Real responses are cut where generated ones are, so that their length tells nothing.
     """
 
-    def encode(value: dict, where: str) -> data.Example:
+    def encode(value: dict, where: str) -> Example:
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
         prompt, response = data.read_exchange(tokenizer, value, where)
@@ -183,7 +182,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
         if end > args.max_length:
             mask[:] = False  # nothing is scored, so it is dropped and counted
         label = response[0].get("label", "") if response else ""
-        return data.Example([(tokens[:end], mask[:end])], prompt, label=label)
+        return Example([(tokens[:end], mask[:end])], prompt, label=label)
 
     datasets = data.load("sft", encode, args.dataset, args.eval_dataset, args.max_length)
     for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):
@@ -193,7 +192,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     return datasets
 
 
-def choose_prompts(train_set: data.Dataset, args: Args) -> list[data.Example]:
+def choose_prompts(train_set: data.Dataset, args: Args) -> list[Example]:
     """The demonstrations to whose prompts every iteration samples.
 
     Raises:
@@ -206,12 +205,12 @@ def choose_prompts(train_set: data.Dataset, args: Args) -> list[data.Example]:
     return prompts
 
 
-def prompt_tokens(sequence: data.Sequence) -> list[int]:
+def prompt_tokens(sequence: packed.Tokens) -> list[int]:
     tokens, mask = sequence
     return tokens[: mask.argmax()].tolist()
 
 
-def response_tokens(sequence: data.Sequence) -> list[int]:
+def response_tokens(sequence: packed.Tokens) -> list[int]:
     tokens, mask = sequence
     return tokens[mask].tolist()
 
@@ -220,18 +219,18 @@ def decode(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def make_pair(example: data.Example, generated: list[int], **logps: float) -> data.Example:
+def make_pair(example: Example, generated: list[int], **logps: float) -> Example:
     """Real and generated after the same prompt tokens; `generated` as sampled, never text encoded anew."""
     prompt = prompt_tokens(example.sequences[0])
     tokens = np.array(prompt + generated, np.int32)
     sampled = (tokens, np.arange(len(tokens)) >= len(prompt))
-    return data.Example([example.sequences[0], sampled], example.prompt, logps)
+    return Example([example.sequences[0], sampled], example.prompt, logps)
 
 
 def play(
-    policy: nn.Module,
+    policy: models.Policy,
     tokenizer: Any,
-    examples: list[data.Example],
+    examples: list[Example],
     earlier: list[dict],
     path: Path,
     origin: dict[str, Any],
@@ -286,7 +285,7 @@ def play(
         files.write_lines(path, [*range(len(examples) + len(earlier))], origin, work)
 
 
-def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any]) -> data.Dataset:
+def read_pairs(path: Path, examples: list[Example], origin: dict[str, Any]) -> data.Dataset:
     """The pairs that `play` wrote for these examples.
 
     Raises:
@@ -304,39 +303,20 @@ def read_pairs(path: Path, examples: list[data.Example], origin: dict[str, Any])
     return data.Dataset([(pairs, 1.0)])
 
 
-def describe(pairs: list[data.Example], tokenizer: Any) -> dict[str, float]:
+def describe(pairs: list[Example], tokenizer: Any) -> dict[str, float]:
     """What the two sides of an iteration's pairs look like apart from what they say."""
     end = data.end_token(tokenizer)
     real, generated = ([response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1))
     lengths = [len(tokens) for tokens in generated]
+    num_equal = sum(a == b for a, b in zip(real, generated, strict=True))
     return {
         "eval/generated/length": sum(lengths) / len(pairs),
         "eval/generated/max_length": max(lengths),
         "eval/generated/ended_frac": sum(tokens[-1] == end for tokens in generated) / len(pairs),
-        "eval/generated/equals_real_frac": sum(map(list.__eq__, real, generated)) / len(pairs),
+        "eval/generated/equals_real_frac": num_equal / len(pairs),
         "eval/real/length": sum(map(len, real)) / len(pairs),
         "eval/real/ended_frac": sum(tokens[-1] == end for tokens in real) / len(pairs),
-        "eval/real_vs_generated_format_accuracy": format_accuracy(real, generated, end),
     }
-
-
-def format_accuracy(real: list[list[int]], generated: list[list[int]], end: int) -> float:
-    """How often length, first token and end token alone tell real from generated; 1/2 is a fair game.
-
-    Naive Bayes with counts from every second pair, tried on the others, and the other way round.
-    """
-
-    def features(tokens: list[int]) -> list[tuple[str, int]]:
-        return [("length", len(tokens).bit_length()), ("first", tokens[0]), ("ends", tokens.count(end))]
-
-    right = 0.0
-    for half in (0, 1):
-        counts = [Counter(f for t in side[half::2] for f in features(t)) for side in (real, generated)]
-        for label, side in enumerate((real, generated)):
-            for tokens in side[1 - half :: 2]:
-                odds = sum(math.log((counts[0][f] + 1) / (counts[1][f] + 1)) for f in features(tokens))
-                right += 0.5 if odds == 0 else (odds > 0) == (label == 0)
-    return right / (len(real) + len(generated))
 
 
 def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]]) -> dict[str, float]:
@@ -349,14 +329,15 @@ def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]
 
 
 def distances_to_real(
-    judge: Callable | None, tokenizer: Any, examples: list[data.Example], texts: list[str]
+    judge: Callable | None, tokenizer: Any, examples: list[Example], texts: list[str]
 ) -> dict[str, float]:
     """Distances between the judge's scores of these replies and those of the real responses."""
     if judge is None:
         return {}
     asked = [example.prompt[-1]["content"] for example in examples]
     real = [decode(tokenizer, response_tokens(example.sequences[0])) for example in examples]
-    scores, real_scores = ([judge(*pair) for pair in zip(asked, x, strict=True)] for x in (texts, real))
+    scores = [judge(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    real_scores = [judge(prompt, text) for prompt, text in zip(asked, real, strict=True)]
     return distances(scores, real_scores)
 
 
@@ -374,7 +355,7 @@ def of_iteration(args: Args, number: int) -> Settings:
     return Settings(*(x[min(number, len(x) - 1)] if isinstance(x, list) else x for x in given))
 
 
-def boundaries(num_prompts: int, args: Args) -> list[int]:
+def iteration_boundaries(num_prompts: int, args: Args) -> list[int]:
     """The optimizer steps after which iterations 0, 1, ... begin, then that at which the last one ends."""
     steps = [0]
     for number in range(args.run.num_iterations):
@@ -384,7 +365,7 @@ def boundaries(num_prompts: int, args: Args) -> list[int]:
     return steps
 
 
-def fingerprint(args: Args, examples: list[data.Example]) -> str:
+def run_fingerprint(args: Args, examples: list[Example]) -> str:
     """Tells samples of this run from those of other settings, models or data."""
     options = snapshot(args)
     settings = {name: value for name, value in options.values.items() if name in options.fixed}
@@ -430,8 +411,8 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_demonstrations(args, tokenizer)
     prompts = choose_prompts(train_set, args)
-    begins = boundaries(len(prompts), args)
-    num_steps = begins[-1] if run.max_steps < 0 else min(run.max_steps, begins[-1])
+    boundaries = iteration_boundaries(len(prompts), args)
+    num_steps = boundaries[-1] if run.max_steps < 0 else min(run.max_steps, boundaries[-1])
     if not log.begin(num_steps):
         return
 
@@ -442,14 +423,18 @@ def main(args: Args) -> None:
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    run_id = resumed.get("run") or dist.from_main(lambda: fingerprint(args, [*prompts, *eval_set]))
+    run_id = resumed.get("run") or dist.from_main(lambda: run_fingerprint(args, [*prompts, *eval_set]))
 
-    def begin(number: int, step: int) -> tuple[Settings, data.Dataset, data.Dataset]:
+    def start_iteration(number: int, step: int) -> tuple[Settings, data.Dataset, data.Dataset]:
         """An iteration's settings and its pairs, to train and to evaluate on."""
         folder, earlier = Path(run.output_dir), []
-        origin = {"iteration": number, "opponent": f"step {begins[number]} of {run_id}", "seed": args.seed}
+        origin = {
+            "iteration": number,
+            "opponent": f"step {boundaries[number]} of {run_id}",
+            "seed": args.seed,
+        }
         held_out, generated = (folder / f"{name}_{number}.jsonl" for name in ("held_out", "generated"))
-        if step == begins[number]:  # the policy is the opponent
+        if step == boundaries[number]:  # the policy is the opponent
             optimizer.state.clear()
             if args.mix_previous and number > 0:
                 lines = data.read_file(folder / f"generated_{number - 1}.jsonl")
@@ -459,17 +444,17 @@ def main(args: Args) -> None:
         pairs = (read_pairs(generated, prompts, origin), read_pairs(held_out, eval_set, origin))
         return of_iteration(args, number), *pairs
 
-    number = max(0, bisect.bisect_right(begins, min(start_step, num_steps - 1)) - 1)
-    now, train_pairs, eval_pairs = begin(number, start_step)
+    number = max(0, bisect.bisect_right(boundaries, min(start_step, num_steps - 1)) - 1)
+    settings, train_pairs, eval_pairs = start_iteration(number, start_step)
 
     def evaluate(step: int) -> dict[str, float]:
         totals, apart = dist.Totals(), {}
-        for row in data.rows(eval_pairs, system.micro_batch_tokens, device):
+        for micro_batch in packed.micro_batches(eval_pairs, system.micro_batch_tokens, device):
             with torch.no_grad():
-                totals.update(loss_and_metrics(policy, row, now.beta, args.loss)[1])
+                totals.update(loss_and_metrics(policy, micro_batch, settings.beta, args.loss)[1])
         metrics = totals.reduce("eval/") | describe(eval_pairs, tokenizer)
 
-        def compare(examples: list[data.Example], texts: list[str]) -> list:
+        def compare(examples: list[Example], texts: list[str]) -> list:
             apart.update(distances_to_real(log.judge(), tokenizer, examples, texts))
             return []
 
@@ -482,22 +467,27 @@ def main(args: Args) -> None:
 
     for step in range(start_step + 1, num_steps + 1):
         # generate: the policy becomes the opponent
-        if step > begins[number + 1]:
+        if step > boundaries[number + 1]:
             number += 1
-            now, train_pairs, eval_pairs = begin(number, step - 1)
-        done, length = step - begins[number], begins[number + 1] - begins[number]
+            settings, train_pairs, eval_pairs = start_iteration(number, step - 1)
+        step_in_iteration = step - boundaries[number]
+        length, is_last = (
+            boundaries[number + 1] - boundaries[number],
+            step in (boundaries[number + 1], num_steps),
+        )
 
         # update
         step_start = time.perf_counter()  # the batch is the same on every rank
-        batch = data.batch(train_pairs, done, optimization.batch_size, args.seed, now.num_epochs)
-        lr = now.learning_rate * models.lr_factor(done, length, optimization)
+        batch = data.batch(
+            train_pairs, step_in_iteration, optimization.batch_size, args.seed, settings.num_epochs
+        )
+        lr = settings.learning_rate * models.lr_factor(step_in_iteration, length, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        for row in data.rows(
-            batch, system.micro_batch_tokens, device
-        ):  # this rank's share, equally many rows
-            loss, metrics = loss_and_metrics(policy, row, now.beta, args.loss)
-            (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
+        # this rank's share, as many micro-batches as on every rank
+        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
+            loss, metrics = loss_and_metrics(policy, micro_batch, settings.beta, args.loss)
+            (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
@@ -510,18 +500,18 @@ def main(args: Args) -> None:
         num_tokens += sum(example.num_tokens for example in batch)
         metrics |= {
             "train/iteration": number,
-            "train/epoch": done * optimization.batch_size / train_pairs.epoch_size,
+            "train/epoch": step_in_iteration * optimization.batch_size / train_pairs.epoch_size,
             "train/num_tokens": num_tokens,
             "train/learning_rate": lr,
         }
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
-        if step % run.eval_every == 0 or done == length or step == num_steps:
+        if step % run.eval_every == 0 or is_last:
             metrics |= evaluate(step)
 
         # log and save: always before the policy becomes the opponent
         log(step, num_steps, metrics)
-        if step % run.save_every == 0 or done == length or step == num_steps or stop:
+        if step % run.save_every == 0 or is_last or stop:
             checkpoint.save(run, step, parts, num_tokens=num_tokens, run=run_id)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)

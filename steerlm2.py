@@ -12,7 +12,7 @@ from Q', the policy of the last iteration, each has the weight it should have an
     torchrun --nproc_per_node=8 steerlm2.py --model runs/steerlm --sft_model runs/sft \
         --attribute_model runs/reward_model --dataset prompts.jsonl
 
-Shapes: G groups, n responses each; A attributes; a row packs whole groups, n sequences each.
+Shapes: G groups, n responses each; A attributes; a micro-batch packs whole groups, n sequences each.
 
 Metrics, results and departures from the papers: docs/steerlm2.md
 """
@@ -22,16 +22,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models
+from common import checkpoint, data, dist, files, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.generate import generate
 from common.log import Log
+from common.packed import Example, MicroBatch
 
 SHOWN = ("loss", "ess", "w_max", "grad_norm")
+GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
 SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # what NeMo-Aligner's files call them
 
 
@@ -133,29 +136,27 @@ def group_loss(logps: Tensor, sampler_logps: Tensor, log_weights: Tensor) -> Ten
     return (log_w.exp() * (log_w - log_b)).sum(1)
 
 
-def tables(fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(log w, log Q') of the groups of a row, (G, n) each."""
-    log_w = torch.stack([v for k, v in fields.items() if k.startswith("log_w")], 1)
-    return log_w, torch.stack([v for k, v in fields.items() if k.startswith("log_q")], 1)
+def response_logps(policy: models.Policy, micro_batch: MicroBatch, args: Args) -> Tensor:
+    """log pi(y|x) of each sequence of a micro-batch, its end token included. -> (num_segments,)"""
+    logps = policy(micro_batch, args.temperature).logps
+    return packed.segment_sum(logps, micro_batch.target_segments, micro_batch.num_segments)
 
 
-def response_logps(policy: nn.Module, row: data.Row, args: Args) -> Tensor:
-    """log pi(y|x) of each sequence of a row, its end token included. -> (num_segments,)"""
-    logps = models.token_logps(policy, row, args.temperature)
-    return models.segment_sum(logps, row.target_segments, row.num_segments)
+def loss_and_metrics(
+    policy: models.Policy, micro_batch: MicroBatch, args: Args
+) -> tuple[Tensor, dict[str, tuple]]:
+    """Loss of a micro-batch, a sum over its groups that the caller divides, and metrics as (sum, count)."""
+    sampler_logps, log_weights = (micro_batch.fields[name] for name in GROUP_FIELDS)  # (G, n) each
+    logps = response_logps(policy, micro_batch, args).view(log_weights.shape)  # a dummy has G = 0
+    loss = group_loss(logps, sampler_logps, log_weights).sum()
+    return loss, group_metrics(loss, logps, sampler_logps, log_weights)
 
 
-def loss_and_metrics(policy: nn.Module, row: data.Row, args: Args) -> tuple[Tensor, dict[str, tuple]]:
-    """Loss of a row, a sum over its groups that the caller divides, and metrics as (sum, count)."""
-    log_w, sampler_logps = tables(row.fields)
-    logps = response_logps(policy, row, args).view(log_w.shape)  # (G, n); a dummy row has G = 0
-    loss = group_loss(logps, sampler_logps, log_w).sum()
-    return loss, group_metrics(loss, logps, sampler_logps, log_w)
-
-
-def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_w: Tensor) -> dict[str, tuple]:
+def group_metrics(
+    loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_weights: Tensor
+) -> dict[str, tuple]:
     """Metrics of groups as (sum, count); all but the loss, which is summed, (G, n)."""
-    weights, num_groups = log_w.softmax(1), len(log_w)
+    weights, num_groups = log_weights.softmax(1), len(log_weights)
     metrics = {
         "loss": (loss, num_groups),
         "ess": ((1 / weights.square().sum(1)).sum(), num_groups),
@@ -166,32 +167,36 @@ def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_w: Ten
     return metrics
 
 
-def backward(policy: nn.Module, batch: list[data.Example], args: Args, device: torch.device) -> dist.Totals:
+def backward(policy: models.Policy, batch: list[Example], args: Args, device: torch.device) -> dist.Totals:
     """Add the gradients of the mean loss over a batch of groups. -> this rank's part of the metrics
 
     A group longer than micro_batch_tokens is run twice, a response at a time: for b', then with the gradient
     of Eq. 11, -sum_i (w'_i - b'_i) grad log Q(y_i|a, x). The two forms have the same gradient.
     """
     totals, micro_batch_tokens = dist.Totals(), args.system.micro_batch_tokens
-    limit = data.row_limit(micro_batch_tokens, device)
+    limit = packed.token_limit(micro_batch_tokens, device)
     small = [group for group in batch if group.num_tokens <= limit]
     large = [group for group in batch if group.num_tokens > limit]
-    for row in data.rows(small, micro_batch_tokens, device) if small else ():
-        loss, metrics = loss_and_metrics(policy, row, args)
-        (loss / len(batch)).backward()  # gradients add over rows and ranks: the mean over the batch
+    for micro_batch in packed.micro_batches(small, micro_batch_tokens, device) if small else ():
+        loss, metrics = loss_and_metrics(policy, micro_batch, args)
+        (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     if large:
-        n = len(large[0].sequences)
         sequences = [sequence for group in large for sequence in group.sequences]
-        logps = sequence_logps(policy, sequences, args, device).view(-1, n).requires_grad_()  # (G, n)
-        fields = {k: torch.tensor([g.fields[k] for g in large], device=device) for k in large[0].fields}
-        log_w, sampler_logps = tables(fields)
-        loss = group_loss(logps, sampler_logps, log_w).sum()
-        (gradient,) = torch.autograd.grad(loss / len(batch), logps)  # -(w' - b') / groups
-        for row in data.rows([data.Example([s], "") for s in sequences], micro_batch_tokens, device):
-            (response_logps(policy, row, args) * gradient.flatten()[row.example_ids]).sum().backward()
+        alone = [Example([sequence], "") for sequence in sequences]
+        sampler_logps, log_weights = (
+            torch.from_numpy(np.stack([group.fields[name] for group in large])).to(device)
+            for name in GROUP_FIELDS
+        )
+        logps = sequence_logps(policy, sequences, args, device).view(log_weights.shape).requires_grad_()
+        loss = group_loss(logps, sampler_logps, log_weights).sum()
+        # -(w' - b') / groups: known before any activation is kept, so responses can go one by one
+        (gradient,) = torch.autograd.grad(loss / len(batch), logps)
+        for micro_batch in packed.micro_batches(alone, micro_batch_tokens, device):
+            coefficients = gradient.flatten()[micro_batch.example_ids]
+            (response_logps(policy, micro_batch, args) * coefficients).sum().backward()
         size = dist.world_size()  # every rank has all the large groups: a share of each sum and count
-        metrics = group_metrics(loss, logps, sampler_logps, log_w)
+        metrics = group_metrics(loss, logps, sampler_logps, log_weights)
         totals.update({name: (total / size, count / size) for name, (total, count) in metrics.items()})
     return totals
 
@@ -212,7 +217,7 @@ def wanted_sets(args: Args, names: list[str]) -> list[dict[str, float]]:
 
 
 def sample_groups(
-    policy: nn.Module, tokenizer: Any, prompts: list[data.Example], number: int, args: Args
+    policy: models.Policy, tokenizer: Any, prompts: list[Example], number: int, args: Args
 ) -> list[dict]:
     """num_responses of the policy to each prompt after its label, in NeMo-Aligner's records, not yet scored.
 
@@ -247,7 +252,7 @@ def sample_groups(
     return groups
 
 
-def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -> list[data.Sequence]:
+def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -> list[packed.Tokens]:
     """The responses of a group after its prompt, with or without the label line; one span, the response's."""
     turns, replies = group.get("prompt_turns"), group.get("responses")
     if not isinstance(turns, list) or not isinstance(replies, list) or len(turns) % 2 == 0:
@@ -264,48 +269,48 @@ def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -
 
 
 def sequence_logps(
-    policy: nn.Module, sequences: list[data.Sequence], args: Args, device: torch.device
+    policy: models.Policy, sequences: list[packed.Tokens], args: Args, device: torch.device
 ) -> Tensor:
     """log pi(y|x) of each sequence, on every rank. -> (sequences,)"""
-    examples, table = [data.Example([s], "") for s in sequences], torch.zeros(len(sequences), device=device)
+    examples, table = [Example([s], "") for s in sequences], torch.zeros(len(sequences), device=device)
     with torch.no_grad():
-        for row in data.rows(examples, args.system.micro_batch_tokens, device):
-            table[row.example_ids] = response_logps(policy, row, args)
+        for micro_batch in packed.micro_batches(examples, args.system.micro_batch_tokens, device):
+            table[micro_batch.example_ids] = response_logps(policy, micro_batch, args)
     return dist.sum_over_ranks(table)
 
 
 def score_groups(
-    policy: nn.Module, tokenizer: Any, groups: list[dict], args: Args, device: torch.device
+    policy: models.Policy, tokenizer: Any, groups: list[dict], args: Args, device: torch.device
 ) -> None:
     """Write into the groups log P(a|x,y), log P(y|x) and log Q'(y|a,x), all over the same tokens."""
     scorer = models.load_scorer(args.attribute_model, device, args.system, trainable=False)
     theirs, names = data.load_tokenizer(args.attribute_model), models.output_names(scorer)
     sft_policy = models.load(args.sft_model or args.model, device, args.system, trainable=False)
 
-    def encode(using: Any, labelled: bool) -> list[data.Sequence]:
+    def encode(using: Any, labelled: bool) -> list[packed.Tokens]:
         parts = dist.parallel_map(lambda group: read_group(using, group, "groups", labelled), groups)
         return [sequence for part in parts for sequence in part]
 
-    plain = [data.Example([sequence], "") for sequence in encode(theirs, False)]
+    plain = [Example([sequence], "") for sequence in encode(theirs, False)]
     scorer.config.reward_mean = None  # the scale of the labels
     predicted = models.score(scorer, plain, args.system.micro_batch_tokens, device)  # (responses, A)
     n = args.num_responses
-    attr_logps = []
-    for group, outputs in zip(groups, predicted.view(len(groups), n, -1), strict=True):
+    attribute = torch.zeros(len(groups), n, device=device)
+    for i, (group, outputs) in enumerate(zip(groups, predicted.view(len(groups), n, -1), strict=True)):
         given = dict(item.split(":") for item in group["label"].split(","))
         chosen = [names.index(name) for name in given]
         wanted = torch.tensor([float(x) for x in given.values()], device=device).expand(n, -1)
-        attr_logps += attribute_logps(outputs[:, chosen], wanted, args).tolist()
-    sft_logps = sequence_logps(sft_policy, encode(tokenizer, False), args, device).tolist()
-    sampler_logps = sequence_logps(policy, encode(tokenizer, True), args, device).tolist()
-    scores = iter(zip(attr_logps, sft_logps, sampler_logps, strict=True))
-    for group in groups:
-        for reply in group["responses"]:
-            reply |= dict(zip(SCORES, next(scores), strict=True))
+        attribute[i] = attribute_logps(outputs[:, chosen], wanted, args)
+    sft_logps = sequence_logps(sft_policy, encode(tokenizer, False), args, device)
+    sampler_logps = sequence_logps(policy, encode(tokenizer, True), args, device)
+    scores = torch.stack([attribute, sft_logps.view(-1, n), sampler_logps.view(-1, n)], 2)  # (groups, n, 3)
+    for group, rows in zip(groups, scores.tolist(), strict=True):
+        for reply, row in zip(group["responses"], rows, strict=True):
+            reply |= dict(zip(SCORES, row, strict=True))
 
 
 def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
-    """A file of groups as examples of n sequences, with log w and log Q' as fields.
+    """A file of groups as examples of n sequences, with the fields of GROUP_FIELDS.
 
     Raises:
         RunError: a group without its scores or its label, or of another size than the first.
@@ -313,20 +318,21 @@ def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
     records = data.read_file(path)
     any_label = any(record.value.get("label") for record in records)
 
-    def encode(record: data.Record) -> data.Example:
+    def encode(record: data.Record) -> Example:
         group, where = record
         sequences = read_group(tokenizer, group, where)
         if any_label and not group.get("label"):
             raise data.wrong(where, "no label", "one, as in other groups")
-        fields = {}
-        for i, reply in enumerate(group["responses"]):
-            found = [data.number(reply.get(name), where, name) for name in SCORES]
-            fields[f"log_w{i}"] = (found[0] + found[1] - found[2]) / args.weight_temperature
-            fields[f"log_q{i}"] = found[2]
+        found = [
+            [data.number(reply.get(name), where, name) for name in SCORES] for reply in group["responses"]
+        ]
+        attribute, plain, sampler = np.array(found).reshape(-1, 3).T  # (n,) float64 each
+        log_weights = (attribute + plain - sampler) / args.weight_temperature
+        arrays = (sampler.astype(np.float32), log_weights.astype(np.float32))
         size = len(records[0].value.get("responses") or ())
         if len(sequences) != size:
             raise data.wrong(where, f"{len(sequences)} responses", f"{size}, as in the first group")
-        return data.Example(sequences, "", fields)
+        return Example(sequences, "", dict(zip(GROUP_FIELDS, arrays, strict=True)))
 
     return data.Dataset([(dist.parallel_map(encode, records), 1.0)])
 

@@ -48,15 +48,15 @@ def measure(k: int, step_checkpointing: bool, images: int) -> dict[str, float]:
     from common.args import with_fields
 
     device = dist.init(1)
-    changes = {**draftp.TOY, "num_grad_steps": k, "step_checkpointing": step_checkpointing}
+    changes = draftp.TOY | {"num_grad_steps": k, "step_checkpointing": step_checkpointing}
     args = with_fields(draftp.Args(), **changes)
     pipe, policy = diffusion.load("toy", device, args.system, args.seed)
-    m = draftp.setup(args, pipe, policy, None, device)
+    sampler = draftp.setup(args, pipe, policy, None, device)
 
     def step(count: int) -> float:
         start = time.perf_counter()
-        for micro in diffusion.micro_batches(["a red circle"] * count, count, device):
-            loss, _ = draftp.loss_and_metrics(m, micro, 1, k, args)
+        for micro_batch in diffusion.micro_batches(["a red circle"] * count, count, device):
+            loss, _ = draftp.loss_and_metrics(sampler, micro_batch, 1, k, args)
             loss.backward()
         return time.perf_counter() - start
 

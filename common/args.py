@@ -211,24 +211,40 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def parse(Args: type, toy: dict[str, Any]) -> Any:
+def parse(Args: type, toy: dict[str, Any], presets: dict[str, dict[str, Any]] | None = None) -> Any:
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
-    A boolean is set by --flag, --no_flag or --flag=True; the options of a stage by --stage.option.
+    `presets` does the same with what --algorithm stands for; as these are defaults, a flag that is given wins
+    whatever its value. A boolean is set by --flag, --no_flag or --flag=True; the options of a stage by
+    --stage.option.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=Args.model)
-    wants_toy = peek.parse_known_args()[0].model == "toy"
+    peek.add_argument("--algorithm", default=getattr(Args, "algorithm", ""))
+    chosen = peek.parse_known_args()[0]
     asks_help = {"-h", "--help"} & set(sys.argv[1:])
-    defaults = Args() if asks_help or not wants_toy else with_fields(Args(), **toy)
+    changes = (toy if chosen.model == "toy" else {}) | (presets or {}).get(chosen.algorithm, {})
+    defaults = Args() if asks_help else with_fields(Args(), **changes)
     settings = " ".join(f"--{name} {value}" for name, value in dotted(toy).items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
+    for name, values in (presets or {}).items():
+        words = " ".join(f"--{option} {value}" for option, value in values.items())
+        about += f"\n\n--algorithm {name} is: {words or 'the defaults'}"
     if stages := stage_names(Args()):
         about += f"\n\nThe options of {', '.join(stages)} are set as --{stages[0]}.learning_rate"
     args = parse_words(sys.argv[1:], defaults, about)
+    if os.environ.get("RANK", "0") == "0" and (presets or {}).get(chosen.algorithm):
+        print(describe_preset(chosen.algorithm, presets[chosen.algorithm], flat(args)), flush=True)
     if os.environ.get("WANDB_SWEEP_ID"):
         args = under_an_agent(args, Args().run.output_dir)
     return args
+
+
+def describe_preset(name: str, preset: dict[str, Any], values: dict[str, Any]) -> str:
+    """The options that --algorithm has set, and those that were given beside it."""
+    used = "".join(f" {option}={x}" for option, x in preset.items() if values[option] == x)
+    given = "".join(f" {option}={values[option]}" for option, x in preset.items() if values[option] != x)
+    return f"algorithm {name}:{used}{'; but' if given else ''}{given}"
 
 
 def parse_words(words: list[str], defaults: Any, about: str) -> Any:

@@ -320,7 +320,7 @@ def load_pairs(
 
 
 def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
-    """(train, eval) ranked responses, never cut: a sequence each; fields rank_0, rank_1, ..., then NaN.
+    """(train, eval) ranked responses, never cut: a sequence each, with the field ranks.
 
     Rank 1 is best and equal ranks are ties. A preference pair counts as two responses.
     """
@@ -336,10 +336,10 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
                 raise wrong(where, value, "responses and as many ranks, not all equal")
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
-        fields = {f"rank_{k}": rank for k, rank in enumerate(ranks)}
+        fields = {"ranks": np.array(ranks, np.float32)}
         return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
 
-    return fill_fields(load("pairs", encode, dataset, eval_dataset, max_length, whole=True))
+    return load("pairs", encode, dataset, eval_dataset, max_length, whole=True)
 
 
 def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:

@@ -1,7 +1,7 @@
 """Diffusion pipelines: any Stable Diffusion 1.x, 2.x or XL folder in, a sharded U-Net and what it needs out.
 
 A U-Net is of no use without its schedule, its text encoders, a decoder that gradients pass through, rewards
-of images, files of prompts, and pictures to look at. None of it depends on how the U-Net is trained.
+of images and files of prompts. None of it depends on how the U-Net is trained.
 
 Shapes: B images in a micro-batch, S sampler steps, R rewards; latents (B, C, h, w), images (B, 3, H, W).
 """
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import data, dist, files, log, models
 from common.args import Weights
+from common.packed import Example
 
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -165,6 +166,10 @@ def is_xl(pipe: Any) -> bool:
     return hasattr(pipe, "text_encoder_2")
 
 
+def has_adapters(unet: nn.Module) -> bool:
+    return any(hasattr(module, "base_layer") for module in unet.modules())
+
+
 def add_lora(unet: nn.Module, weights: Weights, seed: int) -> None:
     """Put peft's adapters into the U-Net, in place; only they stay trainable."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -231,12 +236,12 @@ def image_size(pipe: Any, size: int) -> int:
 
 
 def noise(
-    seed: int, step: int, indices: list[int], pipe: Any, size: int, device: torch.device, draw: int = 0
+    seed: int, step: int, indices: list[int], pipe: Any, size: int, device: torch.device, copy: int = 0
 ) -> Tensor:
-    """Standard normal latents (B, C, h, w), each a function of (seed, step, its index in the batch, draw)."""
+    """Standard normal latents (B, C, h, w), each a function of (seed, step, its index in the batch, copy)."""
     side = size // pipe.vae_scale_factor
     shape = (pipe.unet.config.in_channels, side, side)
-    streams = [np.random.default_rng((seed, step, index, draw)) for index in indices]
+    streams = [np.random.default_rng((seed, step, index, copy)) for index in indices]
     return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(
         device
     )
@@ -412,9 +417,11 @@ def diversity(features: Tensor, images_per_prompt: int) -> float:
 def load_prompts(dataset: str, eval_dataset: str) -> tuple[data.Dataset, data.Dataset]:
     """(train, eval) prompts; 5 % are held out where there is neither eval_dataset nor a test split."""
 
-    def read(source: str, split: str) -> list[data.Example] | None:
+    def read(source: str, split: str) -> list[Example] | None:
         prompts = read_prompts(source, split)
-        return prompts and [data.Example([], [{"role": "user", "content": prompt}]) for prompt in prompts]
+        if prompts is None:
+            return None
+        return [Example([], [{"role": "user", "content": prompt}]) for prompt in prompts]
 
     train_parts, eval_parts = [], []
     for source, weight in data.read_sources(dataset):
@@ -432,7 +439,7 @@ def load_prompts(dataset: str, eval_dataset: str) -> tuple[data.Dataset, data.Da
     return train, evaluation
 
 
-def texts(examples: list[data.Example]) -> list[str]:
+def texts(examples: list[Example]) -> list[str]:
     return [example.prompt[0]["content"] for example in examples]
 
 
@@ -446,30 +453,39 @@ def read_prompts(source: str, split: str = "train") -> list[str] | None:
         RunError: no such file, a line without a prompt, or no prompt at all.
     """
     path = files.toy_folder("images") / "prompts" if source == "toy" else Path(source).expanduser()
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    own = tars if path.is_dir() else path.is_file() and path.suffix in (".txt", ".tsv", ".tar")
-    if own and split != "train":
-        return None
     try:
-        if path.is_file() and path.suffix == ".txt":
-            prompts = path.read_text(encoding="utf-8").split("\n")
-        elif path.is_file() and path.suffix == ".tsv":
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-            prompts = [_prompt(row, f"{path}:{n}") for n, row in enumerate(rows, 2)]
-        elif own:
-            prompts = [text for tar in tars for text in _tar_texts(tar)]
+        if _is_plain(path):
+            prompts = _plain_prompts(path) if split == "train" else None
         else:
             records = data.read_records(str(path) if source == "toy" else source, split, "prompts")
-            if records is None:
-                return None
-            prompts = [_prompt(value, where) for value, where in records]
+            prompts = None if records is None else [_prompt(value, where) for value, where in records]
     except (OSError, UnicodeDecodeError, tarfile.TarError) as error:
         raise dist.RunError(f"dataset {source}: cannot be read: {data.first_line(error)}") from error
+    if prompts is None:
+        return None
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise data.wrong(f"dataset {source}", "no prompts", "at least one")
     return prompts
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it holds prompts and nothing else, which data.read_records does not read."""
+    if path.is_dir():
+        return any(path.glob("*.tar"))
+    return path.is_file() and path.suffix in (".txt", ".tsv", ".tar")
+
+
+def _plain_prompts(path: Path) -> list[str]:
+    if path.is_dir():
+        return [text for tar in sorted(path.glob("*.tar")) for text in _tar_texts(tar)]
+    if path.suffix == ".txt":
+        return path.read_text(encoding="utf-8").split("\n")
+    if path.suffix == ".tar":
+        return _tar_texts(path)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [_prompt(row, f"{path}:{n}") for n, row in enumerate(rows, 2)]
 
 
 def _prompt(value: dict, where: str) -> str:
@@ -488,40 +504,33 @@ def _tar_texts(path: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------- average, export
 
 
-def average(unet: nn.Module) -> nn.Module:
-    """A copy of the trained weights, sharded as they are, to hold their moving average."""
-    trained = {n.replace(".", "/"): p for n, p in unet.named_parameters() if p.requires_grad}
-    return nn.ParameterDict({n: nn.Parameter(p.detach().clone()) for n, p in trained.items()})
+def trained(unet: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def _pairs(ema: nn.Module, unet: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [(ema[n.replace(".", "/")], p) for n, p in unet.named_parameters() if p.requires_grad]
+def average(unet: nn.Module, decay: float) -> Any:
+    """diffusers' moving average of the trained weights, sharded as they are: it has `step` and `copy_to`.
 
+    At optimizer step n, counted from 1, its decay is (n + 1) / (n + 10), at most `decay`.
+    """
+    from diffusers.training_utils import EMAModel
 
-@torch.no_grad()
-def update_average(ema: nn.Module, unet: nn.Module, decay: float) -> None:
-    for mean, parameter in _pairs(ema, unet):
-        mean.lerp_(parameter, 1 - decay)
-
-
-@torch.no_grad()
-def _swap(ema: nn.Module, unet: nn.Module) -> None:
-    for mean, parameter in _pairs(ema, unet):
-        held = parameter.clone()
-        parameter.copy_(mean)
-        mean.copy_(held)
+    return EMAModel(trained(unet), decay=decay, update_after_step=-1)  # -1: its step 1 has a decay, not 0
 
 
 @contextlib.contextmanager
-def averaged(unet: nn.Module, ema: nn.Module | None) -> Iterator[None]:
-    """Within the block the U-Net has its averaged weights, if there are any."""
-    if ema is not None:
-        _swap(ema, unet)
+def averaged(unet: nn.Module, ema: Any) -> Iterator[None]:
+    """Within the block the U-Net has its averaged weights, if `ema` is not None."""
+    if ema is None:
+        yield
+        return
+    held = [parameter.detach().clone() for parameter in trained(unet)]
+    ema.copy_to(trained(unet))
     try:
         yield
     finally:
-        if ema is not None:
-            _swap(ema, unet)
+        for parameter, before in zip(trained(unet), held, strict=True):
+            parameter.data.copy_(before)
 
 
 def export(output_dir: str, pipe: Any, unet: nn.Module, model: str, merge_lora: bool) -> None:
@@ -551,98 +560,3 @@ def export(output_dir: str, pipe: Any, unet: nn.Module, model: str, merge_lora: 
                 settings = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
                 pipe.save_lora_weights(unfinished, named, unet_lora_adapter_metadata=settings)
     dist.barrier()
-
-
-# --------------------------------------------------------------------------------------------------- pictures
-
-
-def save_grid(path: Path, prompts: list[str], columns: dict[str, Any]) -> None:
-    """A PNG of the images of each prompt under each heading, side by side.
-
-    Args:
-        columns: heading -> what has `images` (N, 3, H, W) uint8 and `rewards` (N,), as many of each prompt.
-    """
-    if not dist.is_main():
-        return
-    from PIL import Image, ImageDraw, ImageFont
-
-    first = next(iter(columns.values())).images
-    count, side = len(first) // len(prompts), max(48, min(256, first.shape[-1]))
-    width, height, margin = count * (side + 2) + 12, side + 24, 180
-    font = ImageFont.load_default(size=13)
-    sheet = Image.new("RGB", (margin + width * len(columns), 24 + height * len(prompts)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for c, (heading, drawn) in enumerate(columns.items()):
-        left = margin + c * width
-        pen.text((left, 4), heading, "black", font)
-        for r in range(len(prompts)):
-            top, group = 24 + r * height, slice(r * count, (r + 1) * count)
-            for i, image in enumerate(drawn.images[group]):
-                tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-                small = tile.width < side  # the pixels of a toy stay pixels
-                tile = tile.resize(
-                    (side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-                )
-                sheet.paste(tile, (left + i * (side + 2), top))
-            pen.text((left, top + side + 2), f"reward {drawn.rewards[group].mean():.3g}", "dimgray", font)
-    for r, prompt in enumerate(prompts):
-        pen.multiline_text((6, 28 + r * height), _wrapped(prompt, 25, 4), "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def save_images(folder: Path, prompts: list[str], columns: dict[str, Any]) -> None:
-    """Each image in a PNG of its own, <heading>/<prompt>_<image>.png, and the prompts in prompts.txt."""
-    if not dist.is_main():
-        return
-    from PIL import Image
-
-    for heading, drawn in columns.items():
-        (folder / heading).mkdir(parents=True, exist_ok=True)
-        count = len(drawn.images) // len(prompts)
-        for i, image in enumerate(drawn.images):
-            name = f"{i // count:05d}_{i % count}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / heading / name)
-    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-
-
-def judged(prompts: list[str], drawn: Any, base: Any, judge: Callable | None) -> list[dict]:
-    """A row for samples.jsonl of each image: its prompt, its rewards, and what the judge makes of it."""
-    rows, count = [], len(drawn.images) // len(prompts)
-    for i, image in enumerate(drawn.images):
-        row = {"prompt": prompts[i // count], "image": i % count, "reward": drawn.rewards[i].item()}
-        row["reward_base"] = base.rewards[i].item()
-        rows.append(row | (judge(row["prompt"], image / 255) if judge else {}))
-    return rows
-
-
-def _wrapped(text: str, width: int, lines: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text.encode("ascii", "replace").decode(), width)[:lines])
-
-
-def save_curve(path: Path, points: dict[str, dict[str, float]]) -> None:
-    """A PNG of reward over diversity, a point for each name; the numbers go into a .json beside it."""
-    if not dist.is_main():
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5.2, 3.8))
-    for i, (name, point) in enumerate(points.items()):
-        at = (point["diversity"], point["reward"])
-        axis.plot(*at, "o", color="tab:blue", markersize=5)
-        axis.annotate(name, at, xytext=(6, -10 if i % 2 else 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel("diversity: mean distance of two images of a prompt", fontsize=8)
-    axis.set_ylabel("reward", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.margins(0.15)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    path.with_suffix(".json").write_text(json.dumps(points, indent=2) + "\n")

@@ -505,6 +505,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextlib.contextmanager
+def reference(policy: nn.Module, ref_policy: nn.Module | None) -> Iterator[Any]:
+    """The reference within the block: the frozen copy, or if there is none the policy without adapters."""
+    with contextlib.nullcontext() if ref_policy is not None else adapters_off(policy):
+        yield policy if ref_policy is None else ref_policy
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, its own memory where that is all there is. A collective if it is sharded."""
     if not isinstance(tensor, DTensor):

@@ -146,11 +146,11 @@ def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndar
     """Values of a field in float32: (B,) of numbers, (B, L) of vectors, padded with NaN to the longest.
 
     Args:
-        like: one of the field's values; a dummy micro-batch has none of its own to tell which they are.
+        like: one of the field's values; a dummy micro-batch has none of its own to tell what they are.
     """
     if np.ndim(like) == 0:
         return np.array(values, np.float32)
-    table = np.full((len(values), max(map(len, values), default=0)), np.nan, np.float32)
+    table = np.full((len(values), max(map(len, values), default=len(like))), np.nan, np.float32)
     for row, value in zip(table, values, strict=True):
         row[: len(value)] = value
     return table

@@ -411,7 +411,7 @@ def test_lines_of_a_pair_with_other_labels_are_refused(families: dict, tmp_path:
         load("pairs", write(tmp_path, *lines), families["chatml"])
 
 
-def test_rankings_have_a_rank_for_each_response_and_no_number_beyond(families: dict, tmp_path: Path) -> None:
+def test_rankings_have_a_rank_for_each_response(families: dict, tmp_path: Path) -> None:
     records = [
         {"prompt": "3+4?", "responses": ["8", "7", [SEVEN]], "ranks": [2, 1, 1]},
         {"prompt": [ASK], "chosen": [SEVEN], "rejected": [EIGHT]},
@@ -420,8 +420,7 @@ def test_rankings_have_a_rank_for_each_response_and_no_number_beyond(families: d
     three, two, turned = load("ranked", write(tmp_path, *records), families["chatml"])
     replies = [[scored(families["chatml"], s) for s in e.sequences] for e in (three, two, turned)]
     assert replies == [[[f"{x}{END}"] for x in texts] for texts in ("877", "78", "78")]
-    assert three.fields == {"rank_0": 2.0, "rank_1": 1.0, "rank_2": 1.0}
-    assert two.fields["rank_0"] == 1 and two.fields["rank_1"] == 2 and math.isnan(two.fields["rank_2"])
+    assert three.fields["ranks"].tolist() == [2, 1, 1] and two.fields["ranks"].tolist() == [1, 2]
     long = {"prompt": "3+4?", "responses": ["7", "8 " * 200], "ranks": [1, 2]}
     kept = load("ranked", write(tmp_path, records[0], long), families["chatml"], max_length=100)
     assert len(kept) == 1  # never cut

@@ -10,7 +10,7 @@ import torch
 from conftest import args_of, read_metrics
 
 import dpo
-from common import data, models
+from common import data, models, packed
 
 H = torch.tensor([0.3])  # with beta 1, beta h = 0.3 throughout
 
@@ -138,7 +138,7 @@ def load(model: str, device: torch.device, **settings: Any) -> tuple[Any, dpo.Ar
     return models.load(model, device, args.system), args
 
 
-def make_row(device: torch.device, **fields: float) -> data.Row:
+def make_micro_batch(device: torch.device, **fields: float) -> packed.MicroBatch:
     """Two pairs of made-up tokens with responses of different lengths."""
     rng = np.random.default_rng(0)
     examples = []
@@ -147,8 +147,8 @@ def make_row(device: torch.device, **fields: float) -> data.Row:
         sides = [np.concatenate([head, rng.integers(10, 60, n)]).astype(np.int32) for n in (chosen, rejected)]
         masks = [np.arange(len(side)) >= prompt for side in sides]
         values = {"chosen_reward": 1.0, "rejected_reward": 0.0, "label_prob": 1.0, **fields}
-        examples.append(data.Example(list(zip(sides, masks, strict=True)), prompt="", fields=values))
-    return data.make_row(examples, [0, 1], device)
+        examples.append(packed.Example(list(zip(sides, masks, strict=True)), prompt="", fields=values))
+    return packed.make_micro_batch(examples, [0, 1], device)
 
 
 @pytest.mark.parametrize("reference", ["copy", "adapters", "computed before"])
@@ -159,25 +159,27 @@ def test_step_zero_is_log_two_with_each_reference(
     ref_policy = (
         models.load(tiny_model, device, args.system, trainable=False) if reference == "copy" else None
     )
-    row = make_row(device)
+    micro_batch = make_micro_batch(device)
     if reference == "computed before":
-        logps = dpo.response_logps(models.token_logps(policy, row).detach(), row)
-        row.fields |= {"ref_chosen_logps": logps[:, 0], "ref_rejected_logps": logps[:, 1]}
-    loss, metrics = dpo.loss_and_metrics(policy, ref_policy, row, args)
+        logps = dpo.response_logps(policy(micro_batch).logps.detach(), micro_batch)
+        micro_batch.fields |= {"ref_chosen_logps": logps[:, 0], "ref_rejected_logps": logps[:, 1]}
+    loss, metrics = dpo.loss_and_metrics(policy, ref_policy, micro_batch, args)
     assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["rewards/margins"][0].item() == 0.0 and metrics["rewards/accuracies"][0].item() == 0
 
 
 def test_only_response_tokens_count(tiny_model: str, device: torch.device) -> None:
-    row = make_row(device)
-    lengths = dpo.response_logps(torch.ones(len(row.targets)), row)
+    micro_batch = make_micro_batch(device)
+    lengths = dpo.response_logps(torch.ones(len(micro_batch.targets)), micro_batch)
     assert lengths.tolist() == [[3, 6], [4, 1]]
 
 
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
     policy, args = load(tiny_model, device)
-    row = data.make_row([data.Example([], "", fields=dict.fromkeys(data.PAIR_FIELDS, 1.0))], [], device)
-    loss, metrics = dpo.loss_and_metrics(policy, policy, row, args)
+    micro_batch = packed.make_micro_batch(
+        [packed.Example([], "", fields=dict.fromkeys(data.PAIR_FIELDS, 1.0))], [], device
+    )
+    loss, metrics = dpo.loss_and_metrics(policy, policy, micro_batch, args)
     loss.backward()
     assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
@@ -185,20 +187,20 @@ def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: to
 
 def test_rewards_carry_beta(tiny_model: str, device: torch.device) -> None:
     policy, _ = load(tiny_model, device)
-    row = make_row(device, ref_chosen_logps=-20.0, ref_rejected_logps=-20.0)
+    micro_batch = make_micro_batch(device, ref_chosen_logps=-20.0, ref_rejected_logps=-20.0)
     rewards = {}
     for beta in (0.1, 0.3):
-        _, metrics = dpo.loss_and_metrics(policy, None, row, args_of(dpo.Args, beta=beta))
+        _, metrics = dpo.loss_and_metrics(policy, None, micro_batch, args_of(dpo.Args, beta=beta))
         rewards[beta] = metrics["rewards/chosen"][0].item()
     assert rewards[0.3] == pytest.approx(3 * rewards[0.1], rel=1e-5)
 
 
 def test_sft_coef_adds_the_mean_nll_of_chosen(tiny_model: str, device: torch.device) -> None:
     policy, args = load(tiny_model, device)
-    row = make_row(device, ref_chosen_logps=0.0, ref_rejected_logps=0.0)
-    plain, metrics = dpo.loss_and_metrics(policy, None, row, args)
-    mixed, _ = dpo.loss_and_metrics(policy, None, row, args_of(dpo.Args, sft_coef=0.5))
-    logps = dpo.response_logps(models.token_logps(policy, row), row)
+    micro_batch = make_micro_batch(device, ref_chosen_logps=0.0, ref_rejected_logps=0.0)
+    plain, metrics = dpo.loss_and_metrics(policy, None, micro_batch, args)
+    mixed, _ = dpo.loss_and_metrics(policy, None, micro_batch, args_of(dpo.Args, sft_coef=0.5))
+    logps = dpo.response_logps(policy(micro_batch).logps, micro_batch)
     nll = -(logps[0, 0] / 3 + logps[1, 0] / 4)
     torch.testing.assert_close(mixed - plain, 0.5 * nll)
 

@@ -30,7 +30,7 @@ BRIEF = {
     "eval_every": 2,
     "num_samples": 2,
     "images_per_prompt": 2,
-    "weights": "base,draft",
+    "schedules": "base,draft",
 }
 
 
@@ -53,7 +53,7 @@ def settings(tiny: Path, name: str = "sd", **changes: Any) -> draftp.Args:
     )
 
 
-def prepare(args: draftp.Args, device: torch.device) -> draftp.Models:
+def prepare(args: draftp.Args, device: torch.device) -> draftp.Sampler:
     pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
     return draftp.setup(args, pipe, policy, None, device)
 
@@ -63,11 +63,11 @@ def run(tiny: Path, folder: Path | str, name: str = "sd", **changes: Any) -> lis
     return read_metrics(folder)
 
 
-def move(m: draftp.Models) -> None:
+def move(sampler: draftp.Sampler) -> None:
     """Change the trained weights, alike on every call."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in m.policy.parameters():
+        for parameter in sampler.policy.parameters():
             if parameter.requires_grad:
                 parameter += 0.3 * torch.randn_like(parameter)
 
@@ -94,13 +94,13 @@ def test_images_are_those_of_the_pipeline_itself(
     tiny: Path, device: torch.device, name: str, scale: float
 ) -> None:
     args = settings(tiny, name, guidance_scale=scale, num_inference_steps=5)
-    m = prepare(args, device)
-    noise = diffusion.noise(1, 0, [0, 1], m.pipe, m.size, device)
+    sampler = prepare(args, device)
+    noise = diffusion.noise(1, 0, [0, 1], sampler.pipe, sampler.size, device)
     prompts = ["two cats", "a dog"]
-    eps, _ = draftp.predictors(m, prompts, scale)
+    eps, _ = draftp.predictors(sampler, prompts, scale)
     with torch.no_grad():
-        x_0, _ = draftp.denoise(eps, None, noise, m.schedule.alphas, 1)
-        images = diffusion.decode(m.pipe.vae, x_0, False).clamp(0, 1)
+        x_0, _ = draftp.denoise(eps, None, noise, sampler.schedule.alphas, 1)
+        images = diffusion.decode(sampler.pipe.vae, x_0, False).clamp(0, 1)
     plain = diffusion.read_pipeline(args.model)
     options = {"guidance_scale": scale, "num_inference_steps": 5, "height": 16, "width": 16}
     theirs = plain(prompts, latents=noise, output_type="pt", **options).images
@@ -122,8 +122,8 @@ def test_a_pipeline_with_another_scheduler_is_sampled_with_ddim(tiny: Path) -> N
 def test_noise_has_an_address(tiny: Path, device: torch.device) -> None:
     pipe = diffusion.read_pipeline(str(tiny / "sd"))
 
-    def noise(seed: int, step: int, indices: list[int], draw: int = 0) -> Tensor:
-        return diffusion.noise(seed, step, indices, pipe, 16, device, draw)
+    def noise(seed: int, step: int, indices: list[int], copy: int = 0) -> Tensor:
+        return diffusion.noise(seed, step, indices, pipe, 16, device, copy)
 
     all_at_once = noise(1, 5, [0, 1, 2])
     assert all_at_once.shape == (3, 4, 8, 8)
@@ -135,29 +135,29 @@ def test_noise_has_an_address(tiny: Path, device: torch.device) -> None:
 # gradients
 
 
-def one_batch(m: draftp.Models, args: draftp.Args, k: int = 1) -> tuple[Tensor, dict[str, tuple]]:
-    (micro,) = diffusion.micro_batches(["a cat", "a dog"], 4, m.device)
-    return draftp.loss_and_metrics(m, micro, 1, k, args)
+def one_batch(sampler: draftp.Sampler, args: draftp.Args, k: int = 1) -> tuple[Tensor, dict[str, tuple]]:
+    (micro_batch,) = diffusion.micro_batches(["a cat", "a dog"], 4, sampler.device)
+    return draftp.loss_and_metrics(sampler, micro_batch, 1, k, args)
 
 
 def test_the_first_gradient_reaches_every_lora_b_and_no_lora_a(tiny: Path, device: torch.device) -> None:
     args = settings(tiny)
-    m = prepare(args, device)
-    loss, metrics = one_batch(m, args)
+    sampler = prepare(args, device)
+    loss, metrics = one_batch(sampler, args)
     loss.backward()
     assert metrics["kl"][0].item() == 0.0 and loss.item() == -metrics["reward"][0].item()
-    for name, parameter in trained(m.policy).items():
+    for name, parameter in trained(sampler.policy).items():
         assert bool(parameter.grad.any()) == ("lora_B" in name), name
 
 
 def test_adapters_off_is_the_base_model_exactly(tiny: Path, device: torch.device) -> None:
     args = settings(tiny)
-    m = prepare(args, device)
-    x = diffusion.noise(1, 0, [0], m.pipe, m.size, device)
+    sampler = prepare(args, device)
+    x = diffusion.noise(1, 0, [0], sampler.pipe, sampler.size, device)
     with torch.no_grad():
-        eps, eps_base = draftp.predictors(m, ["a cat"], 3.0)
+        eps, eps_base = draftp.predictors(sampler, ["a cat"], 3.0)
         before = eps(x, 1)
-        move(m)
+        move(sampler)
         assert torch.equal(eps_base(x, 1), before)
         assert (eps(x, 1) - before).abs().max() > 1e-3
 
@@ -167,23 +167,23 @@ def test_checkpointing_changes_no_gradient(tiny: Path, device: torch.device, nam
     gradients = []
     for step_checkpointing in (True, False):
         args = settings(tiny, name, step_checkpointing=step_checkpointing)
-        m = prepare(args, device)
-        move(m)
-        one_batch(m, args, k=2)[0].backward()
-        gradients.append({n: p.grad for n, p in trained(m.policy).items()})
+        sampler = prepare(args, device)
+        move(sampler)
+        one_batch(sampler, args, k=2)[0].backward()
+        gradients.append({n: p.grad for n, p in trained(sampler.policy).items()})
     assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
     assert all(g.any() for g in gradients[0].values())
 
 
 def test_a_clamped_pixel_passes_no_gradient_and_is_counted(tiny: Path, device: torch.device) -> None:
     args = settings(tiny)
-    m = prepare(args, device)
-    last = m.pipe.vae.decoder.conv_out
+    sampler = prepare(args, device)
+    last = sampler.pipe.vae.decoder.conv_out
     last.weight.data *= 0.1
     for bias, share in (([9.0, 0.0, -9.0], 2 / 3), ([9.0, 9.0, -9.0], 1)):
         last.bias.data = torch.tensor(bias)
         x_0 = torch.zeros(1, 4, 8, 8, requires_grad=True)
-        losses, metrics, images = draftp.score(m, x_0, torch.zeros(1), ["a cat"], args)
+        losses, metrics, images = draftp.losses_and_images(sampler, x_0, torch.zeros(1), ["a cat"], args)
         losses.sum().backward()
         assert metrics["saturated_pixels_frac"].item() == pytest.approx(share)
         assert images.min() >= 0 and images.max() <= 1
@@ -192,12 +192,12 @@ def test_a_clamped_pixel_passes_no_gradient_and_is_counted(tiny: Path, device: t
 
 def test_draft_lv_averages_over_renoised_samples(tiny: Path, device: torch.device) -> None:
     args = settings(tiny, num_lv=3)
-    m = prepare(args, device)
-    move(m)
-    eps, eps_base = draftp.predictors(m, ["a cat", "a dog"], args.guidance_scale)
-    alphas, losses = m.schedule.alphas, []
+    sampler = prepare(args, device)
+    move(sampler)
+    eps, eps_base = draftp.predictors(sampler, ["a cat", "a dog"], args.guidance_scale)
+    alphas, losses = sampler.schedule.alphas, []
     for draw in range(3):
-        noise = diffusion.noise(1, 1, [0, 1], m.pipe, 16, device, draw)
+        noise = diffusion.noise(1, 1, [0, 1], sampler.pipe, 16, device, draw)
         if draw == 0:
             first, kl = draftp.denoise(eps, eps_base, noise, alphas, 1)
             x_0 = first
@@ -205,15 +205,15 @@ def test_draft_lv_averages_over_renoised_samples(tiny: Path, device: torch.devic
             x = alphas[2].sqrt() * first.detach() + (1 - alphas[2]).sqrt() * noise
             kl = (eps(x, 2) - eps_base(x, 2).detach()).square().mean((1, 2, 3))
             x_0 = draftp.ddim_step(eps(x, 2), x, alphas[2], alphas[3])
-        brightness = diffusion.decode(m.pipe.vae, x_0, False).clamp(0, 1).mean((1, 2, 3))
+        brightness = diffusion.decode(sampler.pipe.vae, x_0, False).clamp(0, 1).mean((1, 2, 3))
         losses.append((-brightness + args.kl_coef * kl).sum())
     (sum(losses) / 3).backward()
-    expected = {n: p.grad.clone() for n, p in trained(m.policy).items()}
-    m.policy.zero_grad()
-    loss, _ = one_batch(m, args)
+    expected = {n: p.grad.clone() for n, p in trained(sampler.policy).items()}
+    sampler.policy.zero_grad()
+    loss, _ = one_batch(sampler, args)
     loss.backward()
     torch.testing.assert_close(loss, sum(losses) / 3)
-    for name, parameter in trained(m.policy).items():
+    for name, parameter in trained(sampler.policy).items():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
     assert abs(losses[0].item() - losses[1].item()) > 1e-6
 
@@ -449,16 +449,18 @@ def test_the_reward_rises_and_the_kl_term_holds_it_back(tiny: Path, tmp_path: Pa
 
 
 def test_the_average_of_weights_by_hand(tiny: Path, device: torch.device) -> None:
-    m = prepare(settings(tiny), device)
-    ema = diffusion.average(m.policy)
-    before = {n: p.clone() for n, p in trained(m.policy).items()}
-    move(m)
-    after = {n: p.clone() for n, p in trained(m.policy).items()}
-    diffusion.update_average(ema, m.policy, 0.75)
-    with diffusion.averaged(m.policy, ema):
-        for name, parameter in trained(m.policy).items():
+    sampler = prepare(settings(tiny), device)
+    ema = diffusion.average(sampler.policy, 0.75)
+    before = {n: p.clone() for n, p in trained(sampler.policy).items()}
+    move(sampler)
+    after = {n: p.clone() for n, p in trained(sampler.policy).items()}
+    ema.optimization_step = 99  # its decay is past the warm-up
+    ema.step(diffusion.trained(sampler.policy))
+    with diffusion.averaged(sampler.policy, ema):
+        for name, parameter in trained(sampler.policy).items():
             torch.testing.assert_close(parameter, 0.75 * before[name] + 0.25 * after[name])
-    assert all(torch.equal(p, after[n]) for n, p in trained(m.policy).items())
+    assert all(torch.equal(p, after[n]) for n, p in trained(sampler.policy).items())
+    assert [ema.get_decay(step) for step in (1, 2, 99)] == [2 / 11, 3 / 12, 0.75]  # (n + 1) / (n + 10)
 
 
 def becomes_nan(images: Tensor, prompts: list[str]) -> Tensor:
@@ -498,7 +500,7 @@ def drawn(folder: Path, column: str = "draft") -> Tensor:
 def sampled(tiny: Path, run_folder: Path, tmp_path: Path, **changes: Any) -> Path:
     """Images of `--sample` with the run's model."""
     (tmp_path / "two.txt").write_text("test 0 cats\ntest 1 cats\n")
-    changes = {"sample": str(tmp_path / "two.txt"), "weights": "draft,base,power_2.0", **changes}
+    changes = {"draw_prompts": str(tmp_path / "two.txt"), "schedules": "draft,base,power_2.0", **changes}
     draftp.main(settings(tiny, output_dir=str(run_folder), **changes))
     return run_folder / "annealed" / "two"
 
@@ -586,12 +588,12 @@ def test_pictures_to_look_at(finished: Path) -> None:
         ({"num_grad_steps": 4}, "num_grad_steps: found 4; expected 0 to 3"),
         ({"num_lv": 2, "num_grad_steps": 2}, "num_lv: found 2; expected num_grad_steps 1"),
         ({"num_samples": 0}, "num_samples: found 0; expected at least 1"),
-        ({"weights": "base,cosine"}, "weights: found cosine"),
+        ({"schedules": "base,cosine"}, "schedules: found cosine"),
         ({"image_size": 18}, "image_size 18; expected a multiple of 4"),
         ({"lora_target": "to_nothing"}, "lora_target 'to_nothing'"),
         ({"num_inference_steps": 2000}, "num_inference_steps 2000; expected 1 to 1000"),
         ({"reward": "test_draftp:constant"}, "no gradient reaches the images"),
-        ({"sample": "x.txt", "output_dir": "/no/run"}, "x.txt|no finished run"),
+        ({"draw_prompts": "x.txt", "output_dir": "/no/run"}, "x.txt|no finished run"),
     ],
     ids=str,
 )

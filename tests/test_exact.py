@@ -17,7 +17,7 @@ from torch import Tensor
 import dpo
 import reward_model
 import sft
-from common import data, models
+from common import models, packed
 
 V, T, EOS, PROMPT = 5, 3, 1, (0, 2)
 VALUES = torch.tensor([0.0, 0.3, 1.0, -1.0, 0.5])
@@ -34,7 +34,7 @@ ANSWERS = answers()
 REWARDS = torch.stack([VALUES[list(a)].sum() for a in ANSWERS])
 
 
-def sequence(answer: tuple[int, ...], scored: range | None = None) -> data.Sequence:
+def sequence(answer: tuple[int, ...], scored: range | None = None) -> packed.Tokens:
     tokens = np.array([*PROMPT, *answer], np.int32)
     mask = np.arange(len(tokens)) >= len(PROMPT)
     if scored is not None:
@@ -42,14 +42,16 @@ def sequence(answer: tuple[int, ...], scored: range | None = None) -> data.Seque
     return tokens, mask
 
 
-def everything(device: torch.device) -> data.Row:
-    examples = [data.Example([sequence(a)], "") for a in ANSWERS]
-    return data.make_row(examples, list(range(len(ANSWERS))), device)
+def everything(device: torch.device) -> packed.MicroBatch:
+    examples = [packed.Example([sequence(a)], "") for a in ANSWERS]
+    return packed.make_micro_batch(examples, list(range(len(ANSWERS))), device)
 
 
-def log_probs(policy: Any, row: data.Row) -> Tensor:
+def log_probs(policy: Any, micro_batch: packed.MicroBatch) -> Tensor:
     """log pi(y) of every answer, (85,)"""
-    return models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
+    return packed.segment_sum(
+        policy(micro_batch).logps, micro_batch.target_segments, micro_batch.num_segments
+    )
 
 
 def tv(log_p: Tensor, log_q: Tensor) -> float:
@@ -118,17 +120,17 @@ def sft_run(tiny: str, device: torch.device, weigh: Any = None, num_steps: int =
     policy, log_ref = load(tiny, device)
     generator = torch.Generator().manual_seed(0)
     log_p = torch.log_softmax(log_ref + torch.randn(len(ANSWERS), generator=generator), 0)
-    row = everything(device)
+    micro_batch = everything(device)
 
     def loss(step: int) -> Tensor:
         drawn = torch.multinomial(log_p.exp(), 256, replacement=True, generator=generator)
         counts = torch.bincount(drawn, minlength=len(ANSWERS)).float()
-        token_logps = models.token_logps(policy, row)
-        weights = counts[row.target_segments] * (1.0 if weigh is None else weigh(row))
+        token_logps = policy(micro_batch).logps
+        weights = counts[micro_batch.target_segments] * (1.0 if weigh is None else weigh(micro_batch))
         return sft.sft_loss(weights * token_logps) / weights.sum()  # each answer as often as it was drawn
 
     minimise(policy, num_steps, loss)
-    log_q = log_probs(policy, row).detach()
+    log_q = log_probs(policy, micro_batch).detach()
     return (log_p.exp() * (log_p - log_q)).sum().item(), tv(log_p, log_q)
 
 
@@ -141,27 +143,27 @@ def test_e1_sft_reaches_the_entropy_floor(tiny: str, device: torch.device) -> No
 
 @pytest.mark.slow
 def test_e1_must_fail_without_the_end_token(tiny: str, device: torch.device) -> None:
-    def no_eos(row: data.Row) -> Tensor:
-        return (row.tokens[row.targets] != EOS).float()
+    def no_eos(micro_batch: packed.MicroBatch) -> Tensor:
+        return (micro_batch.tokens[micro_batch.targets] != EOS).float()
 
     assert sft_run(tiny, device, no_eos)[1] > 0.05
 
 
 @pytest.mark.slow
 def test_e1_must_fail_with_a_mean_per_sequence(tiny: str, device: torch.device) -> None:
-    def per_sequence(row: data.Row) -> Tensor:
+    def per_sequence(micro_batch: packed.MicroBatch) -> Tensor:
         lengths = torch.tensor([float(len(a)) for a in ANSWERS])
-        return 1 / lengths[row.target_segments]
+        return 1 / lengths[micro_batch.target_segments]
 
     assert sft_run(tiny, device, per_sequence)[1] > 0.05
 
 
 def test_e1_the_gradient_vanishes_at_the_optimum(tiny: str, device: torch.device) -> None:
     policy, log_ref = load(tiny, device)
-    row = everything(device)
+    micro_batch = everything(device)
     norms = []
     for weights in (log_ref.exp(), torch.full((len(ANSWERS),), 1 / len(ANSWERS))):
-        sft.sft_loss(weights[row.target_segments] * models.token_logps(policy, row)).backward()
+        sft.sft_loss(weights[micro_batch.target_segments] * policy(micro_batch).logps).backward()
         norms.append(models.clip_grad_norm(policy, 0.0).item())
         policy.zero_grad()
     report("E1 gradient norm at p = q, of that at uniform p", norms[0] / norms[1], 1e-5)
@@ -243,10 +245,10 @@ def reward_run(tiny: str, device: torch.device, num_steps: int = 400, num_pairs:
         won, lost = np.where(first, i, j), np.where(first, j, i)
         fields = {"label_prob": 1.0, "margin": 0.0}
         pairs = [
-            data.Example([sequences[a], sequences[b]], "", fields) for a, b in zip(won, lost, strict=True)
+            packed.Example([sequences[a], sequences[b]], "", fields) for a, b in zip(won, lost, strict=True)
         ]
-        row = data.make_row(pairs, list(range(num_pairs)), device)
-        return reward_model.loss_and_metrics(scorer, row, args)[0] / num_pairs
+        micro_batch = packed.make_micro_batch(pairs, list(range(num_pairs)), device)
+        return reward_model.loss_and_metrics(scorer, micro_batch, args)[0] / num_pairs
 
     minimise(scorer, num_steps, loss)
     found = models.rewards(scorer, everything(device))[:, 0].detach().double().numpy()
@@ -273,8 +275,8 @@ def test_e5_a_reward_model_recovers_the_reward_and_must_fail_if_read_one_token_e
     report("E5 1 - correlation", 1 - found["correlation"], 0.03)
     report("E5 accuracy below its ceiling", abs(found["ceiling"] - found["accuracy"]), 0.01)
 
-    def early(scorer: Any, row: data.Row) -> Tensor:
-        return scorer(row, row.cu_seqlens[1 : row.num_segments + 1].long() - 2)
+    def early(scorer: Any, micro_batch: packed.MicroBatch) -> Tensor:
+        return scorer(micro_batch, micro_batch.cu_seqlens[1 : micro_batch.num_segments + 1].long() - 2)
 
     monkeypatch.setattr(models, "rewards", early)
     found = reward_run(tiny, device)
@@ -322,10 +324,10 @@ def test_e5_an_attribute_model_reaches_the_variance(tiny: str, device: torch.dev
         drawn, labels, _ = ratings_of(256, generator)
         fields = [dict(zip(["helpfulness", "verbosity"], row, strict=True)) for row in labels.tolist()]
         batch = [
-            data.Example([sequence(ANSWERS[i])], "", f) for i, f in zip(drawn.tolist(), fields, strict=True)
+            packed.Example([sequence(ANSWERS[i])], "", f) for i, f in zip(drawn.tolist(), fields, strict=True)
         ]
-        row = data.make_row(batch, list(range(len(batch))), device)
-        total = reward_model.loss_and_metrics(scorer, row, args)[0]
+        micro_batch = packed.make_micro_batch(batch, list(range(len(batch))), device)
+        total = reward_model.loss_and_metrics(scorer, micro_batch, args)[0]
         return total / reward_model.count_losses(batch, args)
 
     minimise(scorer, 400, loss)
@@ -373,7 +375,7 @@ def dpo_run(tiny: str, device: torch.device, num_steps: int = 600, trap: str = "
     args = args_of(dpo.Args, beta=BETA)
     rng = np.random.default_rng(0)
 
-    def example(i: int, j: int) -> data.Example:
+    def example(i: int, j: int) -> packed.Example:
         prob = torch.sigmoid(REWARDS[i] - REWARDS[j]).item()
         fields = {"chosen_reward": 0.0, "rejected_reward": 0.0, "label_prob": prob}
         fields |= {"ref_chosen_logps": log_ref[i].item(), "ref_rejected_logps": log_ref[j].item()}
@@ -382,12 +384,12 @@ def dpo_run(tiny: str, device: torch.device, num_steps: int = 600, trap: str = "
         scored = [
             range(len(ANSWERS[k]) - (ANSWERS[k][-1] == EOS)) if trap == "no eos" else None for k in (i, j)
         ]
-        return data.Example([sequence(ANSWERS[i], scored[0]), sequence(ANSWERS[j], scored[1])], "", fields)
+        return packed.Example([sequence(ANSWERS[i], scored[0]), sequence(ANSWERS[j], scored[1])], "", fields)
 
     def loss(step: int) -> Tensor:
         pairs = [example(*rng.choice(len(ANSWERS), 2, replace=False)) for _ in range(64)]
-        row = data.make_row(pairs, list(range(len(pairs))), device)
-        return dpo.loss_and_metrics(policy, None, row, args)[0] / len(pairs)
+        micro_batch = packed.make_micro_batch(pairs, list(range(len(pairs))), device)
+        return dpo.loss_and_metrics(policy, None, micro_batch, args)[0] / len(pairs)
 
     minimise(policy, num_steps, loss)
     return tv(log_probs(policy, everything(device)).detach(), optimum(log_ref))
@@ -409,8 +411,8 @@ def test_e6_must_fail_with_log_probs_averaged_over_tokens(
 ) -> None:
     honest = dpo.response_logps
 
-    def averaged(token_logps: Tensor, row: data.Row) -> Tensor:
-        return honest(token_logps, row) / honest(torch.ones_like(token_logps), row)
+    def averaged(token_logps: Tensor, micro_batch: packed.MicroBatch) -> Tensor:
+        return honest(token_logps, micro_batch) / honest(torch.ones_like(token_logps), micro_batch)
 
     monkeypatch.setattr(dpo, "response_logps", averaged)
     assert dpo_run(tiny, device) > 0.01

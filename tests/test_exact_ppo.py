@@ -15,7 +15,7 @@ from test_exact import ANSWERS, EOS, PROMPT, REWARDS, everything, log_probs, rep
 from torch import Tensor
 
 import ppo
-from common import models
+from common import models, packed
 from common.generate import Sample
 
 __all__ = ["tiny"]  # a fixture
@@ -172,12 +172,14 @@ def test_e7_the_scripts_own_update_has_the_exact_gradient(tiny: str, device: tor
     (logps.exp() * (REWARDS - BETA * (logps - log_ref))).sum().backward()
     exact = flat_gradient()
     samples = sampled(list(range(len(ANSWERS))), log_ref)
-    rollout, _ = ppo.roll_out(samples, REWARDS, policy, reference, None, BETA, {}, args)
+    rollout, _ = ppo.make_rollout(
+        [*map(ppo.to_response, samples)], REWARDS, policy, reference, None, BETA, {}, args
+    )
     weighted = rollout._replace(mask=rollout.mask * logps.detach().exp()[:, None])  # as often as pi draws it
-    (whole,) = ppo.data.rows(rollout.sequences, 10_000, device)
-    loss, metrics = ppo.loss_and_metrics(policy, whole, weighted, BETA, args)
+    (whole,) = packed.micro_batches(rollout.examples, 10_000, device)
+    loss, metrics = ppo.loss_and_metrics(policy, whole, weighted, args)
     (-loss * weighted.mask.sum()).backward()
-    report("E7 through roll_out", ((flat_gradient() - exact).norm() / exact.norm()).item(), 1e-4)
+    report("E7 through make_rollout", ((flat_gradient() - exact).norm() / exact.norm()).item(), 1e-4)
     found = means(metrics)
     assert found["val/ratio"] == pytest.approx(1, abs=1e-5)
     assert found["policy/clipfrac_avg"] == 0
@@ -205,12 +207,14 @@ def ppo_run(
         probs = log_probs(policy, row).detach().exp()
         chosen = torch.multinomial(probs, 256, replacement=True, generator=generator)
         samples = sampled(chosen.tolist(), log_ref, cut)
-        rollout, _ = ppo.roll_out(samples, scores[chosen], policy, reference, value_model, BETA, {}, args)
+        rollout, _ = ppo.make_rollout(
+            [*map(ppo.to_response, samples)], scores[chosen], policy, reference, value_model, BETA, {}, args
+        )
         for picked in ppo.minibatches(len(samples), number, args):
             batch = rollout.take(picked)
-            (packed,) = ppo.data.rows(batch.sequences, 10_000, device)
-            ppo.value_loss_and_metrics(value_model, packed, batch, args)[0].backward()
-            ppo.loss_and_metrics(policy, packed, batch, BETA, args)[0].backward()
+            (micro_batch,) = packed.micro_batches(batch.examples, 10_000, device)
+            ppo.value_loss_and_metrics(value_model, micro_batch, batch, args)[0].backward()
+            ppo.loss_and_metrics(policy, micro_batch, batch, args)[0].backward()
             for model, optimizer in zip((policy, value_model), optimizers, strict=True):
                 optimizer.param_groups[0]["lr"] = 5e-3 * min((number + 1) / 10, 1 - number / num_rollouts)
                 models.clip_grad_norm(model, 1.0)

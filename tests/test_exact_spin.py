@@ -14,7 +14,7 @@ from test_exact import ANSWERS, everything, load, log_probs, minimise, report, s
 from torch import Tensor
 
 import spin
-from common import data
+from common import packed
 
 __all__ = ["tiny"]  # a fixture
 
@@ -146,9 +146,9 @@ def spin_run(tiny: str, device: torch.device, trap: str = "", num_steps: int = 6
     generator = torch.Generator().manual_seed(0)
     log_p = torch.log_softmax(log_opponent + torch.randn(len(ANSWERS), generator=generator), 0)
 
-    def make(i: int, j: int) -> data.Example:
+    def make(i: int, j: int) -> packed.Example:
         logps = dict(zip(spin.LOGPS, (log_opponent[i].item(), log_opponent[j].item()), strict=True))
-        return spin.make_pair(data.Example([sequence(ANSWERS[i])], ""), list(ANSWERS[j]), **logps)
+        return spin.make_pair(packed.Example([sequence(ANSWERS[i])], ""), list(ANSWERS[j]), **logps)
 
     def loss(step: int) -> Tensor:
         i, j = (
@@ -158,8 +158,8 @@ def spin_run(tiny: str, device: torch.device, trap: str = "", num_steps: int = 6
         if trap == "sides swapped":
             i, j = j, i
         pairs = [make(a, b) for a, b in zip(i.tolist(), j.tolist(), strict=True)]
-        row = data.make_row(pairs, list(range(len(pairs))), device)
-        return spin.loss_and_metrics(policy, row, beta=1.0)[0] / len(pairs)
+        micro_batch = packed.make_micro_batch(pairs, list(range(len(pairs))), device)
+        return spin.loss_and_metrics(policy, micro_batch, beta=1.0)[0] / len(pairs)
 
     minimise(policy, num_steps, loss)
     return tv(log_opponent, log_p), tv(log_probs(policy, everything(device)).detach(), log_p)
@@ -182,10 +182,10 @@ def test_e12_expected_gradient_of_the_model_vanishes_where_it_is_the_data(
     tiny: str, device: torch.device
 ) -> None:
     policy, log_opponent = load(tiny, device)
-    row = everything(device)
+    micro_batch = everything(device)
     norms = []
     for log_p in (log_opponent, torch.full((len(ANSWERS),), -math.log(len(ANSWERS)))):
-        population_loss(log_p, log_opponent, log_probs(policy, row), 1.0).backward()
+        population_loss(log_p, log_opponent, log_probs(policy, micro_batch), 1.0).backward()
         norms.append(np.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters())))
         policy.zero_grad()
     report("E12 gradient norm at p = pi, of that at uniform p", norms[0] / norms[1], 1e-5)

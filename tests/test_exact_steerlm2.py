@@ -10,7 +10,7 @@ from test_exact import ANSWERS, PROMPT, REWARDS, log_probs, minimise, report, se
 from torch import Tensor
 
 import steerlm2
-from common import data, models
+from common import models, packed
 
 __all__ = ["tiny"]  # a fixture
 
@@ -66,7 +66,7 @@ def test_e11_at_the_posterior_every_group_has_no_gradient() -> None:
 LIKELIHOOD = torch.stack([F.logsigmoid(2 * REWARDS), F.logsigmoid(-2 * REWARDS)])  # (2, 85) log P(a|y)
 
 
-def after(value: int, answer: tuple[int, ...]) -> data.Sequence:
+def after(value: int, answer: tuple[int, ...]) -> packed.Tokens:
     """An answer after the prompt (0, 2) or (0, 3)."""
     tokens, mask = sequence(answer)
     tokens[len(PROMPT) - 1] += value
@@ -77,28 +77,27 @@ def llama_run(tiny: str, device: torch.device, num_steps: int = 300, trap: str =
     """16 groups of 16 answers of each value a step, drawn from the policy. -> TV to the posterior of each"""
     args = steerlm2.Args()
     policy = models.load(tiny, device, args.system)
-    every = [data.Example([after(value, a)], "") for value in range(2) for a in ANSWERS]
-    row = data.make_row(every, list(range(len(every))), device)
-    prior = log_probs(policy, row).detach()[: len(ANSWERS)]
+    every = [packed.Example([after(value, a)], "") for value in range(2) for a in ANSWERS]
+    micro_batch = packed.make_micro_batch(every, list(range(len(every))), device)
+    prior = log_probs(policy, micro_batch).detach()[: len(ANSWERS)]
     generator = torch.Generator().manual_seed(0)
 
     def loss(step: int) -> Tensor:
         with torch.no_grad():
-            sampler = log_probs(policy, row).view(2, -1)
+            sampler = log_probs(policy, micro_batch).view(2, -1)
         groups = []
         for value in range(2):
             probs = sampler[value].exp().expand(16, -1)
             for drawn in torch.multinomial(probs, 16, replacement=True, generator=generator):
                 log_q = sampler[value, drawn]
                 log_w = LIKELIHOOD[value, drawn] + prior[drawn] - (0 if trap else log_q)
-                fields = {f"log_w{i}": x for i, x in enumerate(log_w.tolist())}
-                fields |= {f"log_q{i}": x for i, x in enumerate(log_q.tolist())}
-                groups.append(data.Example([after(value, ANSWERS[k]) for k in drawn], "", fields))
-        packed = data.make_row(groups, list(range(len(groups))), device)
-        return steerlm2.loss_and_metrics(policy, packed, args)[0] / len(groups)
+                fields = {"log_weights": log_w.numpy(), "sampler_logps": log_q.numpy()}
+                groups.append(packed.Example([after(value, ANSWERS[k]) for k in drawn], "", fields))
+        drawn_groups = packed.make_micro_batch(groups, list(range(len(groups))), device)
+        return steerlm2.loss_and_metrics(policy, drawn_groups, args)[0] / len(groups)
 
     minimise(policy, num_steps, loss)
-    ours = log_probs(policy, row).detach().view(2, -1)
+    ours = log_probs(policy, micro_batch).detach().view(2, -1)
     best = (LIKELIHOOD + prior).log_softmax(1)
     return [tv(a, b) for a, b in zip(ours, best, strict=True)]
 

@@ -60,5 +60,5 @@ def test_a_field_is_a_number_or_a_vector_of_each_example() -> None:
     expected = torch.tensor([[2.0, 1.0, 3.0], [1.0, 2.0, math.nan]])
     torch.testing.assert_close(fields["ranks"], expected, rtol=0, atol=0, equal_nan=True)
     assert make_micro_batch(examples, [2], CPU).fields["ranks"].tolist() == [[1.0]]
-    assert make_micro_batch(examples, [], CPU).fields["ranks"].shape == (0, 0)
+    assert make_micro_batch(examples, [], CPU).fields["ranks"].shape == (0, 2)
     assert make_micro_batch(examples, [], CPU).fields["margin"].shape == (0,)

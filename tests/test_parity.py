@@ -19,7 +19,7 @@ import dpo
 import reward_model
 import sft
 import spin
-from common import data, models
+from common import data, models, packed
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="trl is not installed: nothing to compare with")
@@ -155,12 +155,12 @@ def test_the_sft_loss_is_trls(
     their_loss.backward()
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
-    (row,) = data.rows(examples, ONE_ROW, device)
-    assert len(row.targets) == (batch["labels"][:, 1:] != -100).sum() > 50
+    (micro_batch,) = packed.micro_batches(examples, ONE_ROW, device)
+    assert len(micro_batch.targets) == (batch["labels"][:, 1:] != -100).sum() > 50
     assert theirs["mean_token_accuracy"] > 0.1
-    loss, metrics = sft.loss_and_metrics(policy, row)
-    (loss / len(row.targets)).backward()
-    close(loss / len(row.targets), their_loss)
+    loss, metrics = sft.loss_and_metrics(policy, micro_batch)
+    (loss / len(micro_batch.targets)).backward()
+    close(loss / len(micro_batch.targets), their_loss)
     close(grad_norm(policy), grad_norm(trainer.model))
     ours = means(metrics)
     close(ours["entropy"], theirs["entropy"])
@@ -185,8 +185,8 @@ def test_twenty_sft_steps_are_trls(
     optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate)
     ours = []
     for batch in in_turn(examples, size):
-        (row,) = data.rows(batch, ONE_ROW, device)
-        loss = sft.loss_and_metrics(policy, row)[0] / sum(example.num_targets for example in batch)
+        (micro_batch,) = packed.micro_batches(batch, ONE_ROW, device)
+        loss = sft.loss_and_metrics(policy, micro_batch)[0] / sum(example.num_targets for example in batch)
         ours.append(step(loss, optimizer))
     assert_same_course(ours, theirs)
 
@@ -203,7 +203,7 @@ def sgd_settings(batch_size: int, learning_rate: float) -> dict[str, Any]:
     }
 
 
-def in_turn(examples: list[data.Example], size: int) -> Iterator[list[data.Example]]:
+def in_turn(examples: list[packed.Example], size: int) -> Iterator[list[packed.Example]]:
     for i in range(STEPS):
         start = i % BATCHES * size
         yield examples[start : start + size]
@@ -303,8 +303,8 @@ def test_the_dpo_loss_is_trls(
     )
     their_loss = trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
     their_loss.backward()
-    (row,) = data.rows(pairs, ONE_ROW, device)
-    loss, _ = dpo.loss_and_metrics(policy, ref_policy, row, args)
+    (micro_batch,) = packed.micro_batches(pairs, ONE_ROW, device)
+    loss, _ = dpo.loss_and_metrics(policy, ref_policy, micro_batch, args)
     (loss / count).backward()
     close(loss / count, their_loss)
     close(grad_norm(policy), grad_norm(trainer.model))
@@ -336,8 +336,8 @@ def test_the_dpo_metrics_are_trls(
     )
     trainer._compute_loss(trainer.model, whole_batch(trainer), return_outputs=False)
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    (row,) = data.rows(pairs, ONE_ROW, device)
-    ours = means(dpo.loss_and_metrics(policy, ref_policy, row, args)[1])
+    (micro_batch,) = packed.micro_batches(pairs, ONE_ROW, device)
+    ours = means(dpo.loss_and_metrics(policy, ref_policy, micro_batch, args)[1])
     same = ["entropy", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies"))]
     for name in [*same, "logps/chosen", "logps/rejected"]:
         close(ours[name], theirs[name])
@@ -345,8 +345,8 @@ def test_the_dpo_metrics_are_trls(
     # defined otherwise: TRL's token accuracy leaves out rejected responses, its mean logits weigh a response
     # by its tokens where ours average within each response first
     assert theirs["mean_token_accuracy"] > 0.1
-    stats = models.token_stats(policy, row)
-    chosen = row.target_segments % 2 == 0
+    stats = policy(micro_batch)
+    chosen = micro_batch.target_segments % 2 == 0
     close(stats.accuracy[chosen].mean(), theirs["mean_token_accuracy"])
     close(stats.accuracy.mean(), ours["mean_token_accuracy"])
     for side, tokens in (("chosen", chosen), ("rejected", ~chosen)):
@@ -371,8 +371,10 @@ def test_twenty_dpo_steps_are_trls(
     optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate)
     ours = []
     for batch in in_turn(pairs, size):
-        (row,) = data.rows(batch, ONE_ROW, device)
-        ours.append(step(dpo.loss_and_metrics(policy, ref_policy, row, args)[0] / len(batch), optimizer))
+        (micro_batch,) = packed.micro_batches(batch, ONE_ROW, device)
+        ours.append(
+            step(dpo.loss_and_metrics(policy, ref_policy, micro_batch, args)[0] / len(batch), optimizer)
+        )
     assert_same_course(ours, theirs)
 
 
@@ -400,13 +402,13 @@ def test_the_spin_loss_and_metrics_are_trls_dpo_on_real_and_generated(
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
     pairs = [
-        spin.make_pair(data.Example(pair.sequences[:1], ""), spin.response_tokens(pair.sequences[1]))
+        spin.make_pair(packed.Example(pair.sequences[:1], ""), spin.response_tokens(pair.sequences[1]))
         for pair in pairs
     ]
     for pair, logps in zip(pairs, spin.opponent_logps(opponent, pairs, 0, device), strict=True):
         pair.fields = dict(zip(spin.LOGPS, logps, strict=True))
-    (row,) = data.rows(pairs, ONE_ROW, device)
-    ours, metrics = spin.loss_and_metrics(policy, row, beta=0.3, ell=loss)
+    (micro_batch,) = packed.micro_batches(pairs, ONE_ROW, device)
+    ours, metrics = spin.loss_and_metrics(policy, micro_batch, beta=0.3, ell=loss)
     (ours / len(pairs)).backward()
     close(ours / len(pairs), their_loss)
     close(grad_norm(policy), grad_norm(trainer.model))
@@ -474,19 +476,21 @@ def test_the_reward_model_loss_and_metrics_are_trls(
     their_loss.backward()
     theirs = {key: values[-1] for key, values in trainer._metrics["train"].items()}
 
-    (row,) = data.rows(pairs, ONE_ROW, device)
-    loss, metrics = reward_model.loss_and_metrics(scorer, row, args)
+    (micro_batch,) = packed.micro_batches(pairs, ONE_ROW, device)
+    loss, metrics = reward_model.loss_and_metrics(scorer, micro_batch, args)
     (loss / len(pairs)).backward()
     close(loss / len(pairs), their_loss)
     close(grad_norm(scorer), grad_norm(trainer.model))
     ours = means(metrics)
     for key in ("mean_reward", "accuracy", "margin"):
         close(ours[key], theirs[key])
-    evaluation = reward_model.evaluation(models.rewards(scorer, row).detach(), in_order(pairs, row), args)
+    evaluation = reward_model.evaluation(
+        models.rewards(scorer, micro_batch).detach(), in_order(pairs, micro_batch), args
+    )
     close(evaluation["min_reward"], theirs["min_reward"])
     close(evaluation["max_reward"], theirs["max_reward"])
     close(evaluation["loss"], their_loss)
 
 
-def in_order(pairs: list[data.Example], row: data.Row) -> list[data.Example]:
-    return [pairs[i] for i in row.example_ids.tolist()]
+def in_order(pairs: list[packed.Example], micro_batch: packed.MicroBatch) -> list[packed.Example]:
+    return [pairs[i] for i in micro_batch.example_ids.tolist()]

@@ -13,8 +13,9 @@ from conftest import args_of, means, read_metrics
 from torch import Tensor
 
 import ppo
-from common import checkpoint, data, dist, models
-from common.generate import Sample
+from common import checkpoint, data, dist, models, packed, rewards
+from common.args import describe_preset, flat, parse
+from common.generate import Sample, generate
 
 
 def close(found: Tensor, expected: Any, tolerance: float = 1e-4) -> None:
@@ -59,6 +60,47 @@ def test_what_stands_past_the_end_of_a_response_changes_nothing(gae_lambda: floa
     rewards, values = torch.cat([R, junk], 1), torch.cat([V, 3 * junk], 1)
     padded = ppo.gae(rewards, values, torch.tensor([[1.0, 1, 1, 0, 0]]), 0.9, gae_lambda)
     close(padded, [[*alone[0].tolist(), 0.0, 0.0]], 1e-6)
+
+
+# masks with gaps: two turns with what a tool said between them, which the policy did not sample
+
+GAP = torch.tensor([[1.0, 1, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_credit_flows_through_a_gap_as_if_it_were_not_there(gae_lambda: float) -> None:
+    def spread(x: Tensor, junk: float) -> Tensor:
+        return torch.cat([x[:, :2], torch.full((1, 2), junk), x[:, 2:]], 1)
+
+    alone = ppo.gae(R, V, ONES, 0.9, gae_lambda)  # gamma discounts sampled tokens only
+    found = ppo.gae(spread(R, 5.0), spread(V, -7.0), GAP, 0.9, gae_lambda)
+    torch.testing.assert_close(found, spread(alone, 0.0), atol=0, rtol=0)
+
+
+def test_gae_over_a_gap_by_hand() -> None:
+    rewards, values = torch.tensor([[0.0, 0, 0, 0, 1]]), torch.tensor([[0.5, 0.4, 9.0, 9, 0.2]])
+    advantages = ppo.gae(rewards, values, GAP, gamma=0.5, gae_lambda=0.5)
+    # deltas .5 * .4 - .5 = -.3, .5 * .2 - .4 = -.3, 1 - .2 = .8; -.3 + .25 * .8 = -.1, -.3 - .25 * .1
+    close(advantages, [[-0.325, -0.1, 0, 0, 0.8]])
+
+
+def test_the_score_stands_at_the_last_sampled_token() -> None:
+    mask = torch.tensor([[1.0, 1, 0, 0, 1, 1], [1, 0, 0, 1, 0, 0]])
+    logps, infinite = torch.full((2, 6), -1.0), torch.where(mask > 0, -2.0, -math.inf)
+    rewards = ppo.token_rewards(torch.tensor([1.0, 2.0]), logps, infinite, mask, kl_coef=0.1)
+    close(rewards, [[-0.1, -0.1, 0, 0, -0.1, 0.9], [-0.1, 0, 0, 1.9, 0, 0]])
+
+
+def test_whitening_leaves_gaps_out() -> None:
+    x = torch.tensor([[1.0, math.nan, 2.0], [3.0, math.inf, 4.0]])
+    mask = torch.tensor([[1.0, 0, 1], [1, 0, 1]])
+    close(ppo.whiten(x, mask), [[-1.3416, 0.0, -0.4472], [0.4472, 0.0, 1.3416]])
+
+
+def test_weights_count_sampled_tokens() -> None:
+    mask = torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 1]])
+    close(ppo.token_weights(mask, "token_mean", 9), [[0.2, 0, 0, 0.2], [0.2, 0.2, 0, 0.2]])
+    close(ppo.token_weights(mask, "sequence_mean", 9), [[1 / 4, 0, 0, 1 / 4], [1 / 6, 1 / 6, 0, 1 / 6]])
 
 
 # rewards
@@ -210,8 +252,8 @@ def test_kl_coef_moves_by_a_clipped_share_of_the_error(kl: float, expected: floa
 def test_running_statistics_of_two_rollouts_are_those_of_all_scores() -> None:
     first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-4.0, 0.5])
     running: dict[str, float] = {}
-    ppo.normalize(first, running)
-    found = ppo.normalize(second, running)
+    rewards.normalize(first, running)
+    found = rewards.normalize(second, running)
     both = torch.cat([first, second])
     torch.testing.assert_close(found, (second - both.mean()) / both.std(correction=0))
     assert running["count"] == 5
@@ -235,8 +277,8 @@ def test_steps_are_whole_rollouts() -> None:
         return ppo.count_steps(prompts, args_of(ppo.Args, rollout_size=16, samples_per_prompt=2, **settings))
 
     # 32 responses in batches of 10: 4 steps, twice
-    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=9) == (2, 8)
-    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=16) == (2, 8)
+    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=9) == (16, 8)
+    assert counted(batch_size=10, num_ppo_epochs=2, max_steps=16) == (16, 8)
     assert counted(batch_size=32, num_epochs=2) == (12, 1)  # 200 prompts, of which 8 are left over
 
 
@@ -244,7 +286,7 @@ def test_steps_are_whole_rollouts() -> None:
 
 
 def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings: Any) -> tuple:
-    """roll_out for responses of 3, 1, 4, 2, ... tokens to one prompt, which score 1, 2, 3, ..."""
+    """make_rollout for responses of 3, 1, 4, 2, ... tokens to one prompt, which score 1, 2, 3, ..."""
     rng, samples = np.random.default_rng(0), []
     prompt = rng.integers(10, 60, 5).tolist()
     for i, end in enumerate(ended):
@@ -252,7 +294,9 @@ def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings:
         samples.append(Sample(0, i, prompt, tokens, [0.0] * len(tokens), end, ""))
     args = args_of(ppo.Args, **{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
     scores = torch.arange(1.0, 1 + len(ended), device=device)
-    rollout, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
+    rollout, metrics = ppo.make_rollout(
+        [*map(ppo.to_response, samples)], scores, policy, None, None, 0.0, {}, args
+    )
     return rollout, means(metrics), args
 
 
@@ -291,8 +335,8 @@ def test_a_masked_response_is_no_baseline_for_the_others(policy: Any, device: to
 
 def test_a_masked_response_has_no_gradient(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, False), missing_eos="mask")
-    row = data.make_row(rollout.sequences, [1], device)
-    loss, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [1], device)
+    loss, metrics = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     assert loss.item() == 0.0 and metrics["policy/entropy_avg"][0].item() == 0.0
 
 
@@ -302,8 +346,8 @@ def test_a_rollout_all_masked_has_a_loss_of_zero_and_finite_metrics(
 ) -> None:
     settings = {"missing_eos": "mask", "whiten_rewards": whitened}
     rollout, metrics, args = made(device, policy, (False, False), **settings)
-    row = data.make_row(rollout.sequences, [0, 1], device)
-    loss, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1], device)
+    loss, _ = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     assert loss.item() == 0.0 and all(math.isfinite(value) for value in metrics.values())
 
 
@@ -319,7 +363,7 @@ def test_a_group_all_alike_is_counted_whatever_its_score(
     args = args_of(ppo.Args, kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
     samples = [Sample(0, i, [11, 12], [20], [0.0], True, "") for i in range(7)]
     scores = torch.tensor([0.1] * 6 + [last], device=device)  # the std of seven times .1 is 7e-9
-    _, metrics = ppo.roll_out(samples, scores, policy, None, None, 0.0, {}, args)
+    _, metrics = ppo.make_rollout([*map(ppo.to_response, samples)], scores, policy, None, None, 0.0, {}, args)
     assert means(metrics)["frac_reward_zero_std"] == share
 
 
@@ -332,8 +376,8 @@ def test_returns_are_those_before_whitening(policy: Any, device: torch.device) -
 
 def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.device) -> None:
     together, _, _ = made(device, policy, (True, True, True))
-    for i, sequence in enumerate(together.sequences):
-        alone = models.token_logps(policy, data.make_row([sequence], [0], device)).detach()
+    for i, sequence in enumerate(together.examples):
+        alone = models.token_logps(policy, packed.make_micro_batch([sequence], [0], device)).detach()
         torch.testing.assert_close(together.logps[i, : len(alone)], alone, atol=1e-5, rtol=0)
         assert not together.logps[i, len(alone) :].any()
 
@@ -343,21 +387,96 @@ def test_tables_hold_each_response_in_its_own_place(policy: Any, device: torch.d
 
 def test_gradients_raise_what_scored_well_and_k3_pulls_back(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, True), kl_placement="loss")
-    row = data.make_row(rollout.sequences, [0, 1], device)
-    plain, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1], device)
+    plain, _ = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     # scores 1 on three tokens, 2 on one, ratio 1: the loss is minus the mean advantage
     assert plain.item() == pytest.approx(-5 / 4, abs=1e-5)
-    away = rollout._replace(ref_logps=rollout.logps - 1)  # k3 of log(ref / pi) = -1 is 1 / e
-    pulled, _ = ppo.loss_and_metrics(policy, row, away, 0.1, args)
+    away = rollout._replace(ref_logps=rollout.logps - 1, kl_coef=0.1)  # k3 of log(ref / pi) = -1 is 1 / e
+    pulled, _ = ppo.loss_and_metrics(policy, micro_batch, away, args)
     assert (pulled - plain).item() == pytest.approx(0.1 / math.e, abs=1e-5)
+
+
+@pytest.mark.parametrize("kl_placement", ["reward", "loss"])
+def test_an_infinite_ratio_of_a_masked_token_is_no_nan(policy: Any, device: Any, kl_placement: str) -> None:
+    settings = {"missing_eos": "mask", "kl_placement": kl_placement}
+    rollout, _, args = made(device, policy, (True, False, True), **settings)
+    far = torch.where(rollout.mask > 0, rollout.logps, -1e4)  # exp(1e4) is infinite
+    far_ref = torch.where(rollout.mask > 0, rollout.ref_logps, 1e4)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1, 2], device)
+
+    def gradient(batch: ppo.Rollout) -> tuple[float, Tensor]:
+        loss, metrics = ppo.loss_and_metrics(policy, micro_batch, batch._replace(kl_coef=0.1), args)
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        policy.zero_grad()
+        assert all(math.isfinite(value) for value in means(metrics).values())
+        return loss.item(), found
+
+    loss, expected = gradient(rollout)
+    for batch in (rollout._replace(logps=far), rollout._replace(logps=far, ref_logps=far_ref)):
+        again, found = gradient(batch)
+        assert again == loss and torch.equal(found, expected) and expected.any()
+
+
+PROMPT, RESULT = [5, 6, 7], [11, 12, 13]
+
+
+def two_turns(policy: Any, tokenizer: Any, number: int) -> list[data.Example]:
+    """64 responses to one prompt: a turn of up to 4 tokens, what a tool said, another turn."""
+    turn = {"max_new_tokens": 4, "seed": 3, "step": number}
+    said = generate(policy, tokenizer, [PROMPT] * 64, **turn)
+    so_far = [PROMPT + sample.tokens + RESULT for sample in said]
+    replies = generate(policy, tokenizer, so_far, first_index=64, **turn)
+    examples = []
+    for first, second in zip(said, replies, strict=True):
+        example = ppo.to_response(second)
+        _, mask = example.sequences[0]
+        mask[len(PROMPT) : len(PROMPT) + len(first.tokens)] = True
+        example.fields["sampler_logps"] = np.array(first.logps + second.logps, np.float32)
+        examples.append(example)
+    return examples
+
+
+def test_two_turns_with_an_observation_train_what_was_sampled_only(
+    tiny_model: str, tokenizer: Any, device: torch.device
+) -> None:
+    args = args_of(ppo.Args, kl_coef=0.0, gae_lambda=1.0, missing_eos="keep")
+    policy, scored, wins = models.load(tiny_model, device, args.system), [], []
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-2)
+
+    def watched(micro_batch: Any, temperature: float) -> Any:
+        stats = policy(micro_batch, temperature)
+        stats.logps.retain_grad()
+        scored.append(stats.logps)
+        return stats
+
+    for number in range(15):
+        examples = two_turns(policy, tokenizer, number)
+        # the first token of the first turn decides the score, which stands at the end of the second
+        first_tokens = [int(tokens[len(PROMPT)]) for e in examples for tokens, _ in e.sequences]
+        scores = torch.tensor([float(token % 2) for token in first_tokens], device=device)
+        wins.append(scores.mean().item())
+        rollout, metrics = ppo.make_rollout(examples, scores, policy, None, None, 0.0, {}, args)
+        assert means(metrics)["sampler_logp_gap_max"] < 1e-4
+        assert torch.equal((rollout.advantages != 0).float(), rollout.mask)
+
+        micro_batch = packed.make_micro_batch(examples, [*range(64)], device)
+        ppo.loss_and_metrics(watched, micro_batch, rollout, args)[0].backward()
+        has_gradient = torch.zeros_like(rollout.mask)
+        has_gradient[ppo.places(micro_batch, rollout.starts)] = (scored[-1].grad != 0).float()
+        assert torch.equal(has_gradient, rollout.mask)  # each sampled token, of both turns, and no other
+        assert all(m[4:8] == [0, 0, 0, 1] for m in rollout.mask.tolist() if m[3])  # a first turn of 4 tokens
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.mean(wins[-3:]) > np.mean(wins[:3]) + 0.2, wins
 
 
 def test_entropy_is_maximised(policy: Any, device: torch.device) -> None:
     rollout, _, args = made(device, policy, (True, True))
-    row = data.make_row(rollout.sequences, [0, 1], device)
-    plain, metrics = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    micro_batch = packed.make_micro_batch(rollout.examples, [0, 1], device)
+    plain, metrics = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     args.entropy_coef = 0.5
-    more, _ = ppo.loss_and_metrics(policy, row, rollout, 0.0, args)
+    more, _ = ppo.loss_and_metrics(policy, micro_batch, rollout, args)
     assert (more - plain).item() == pytest.approx(-0.5 * means(metrics)["policy/entropy_avg"], abs=1e-5)
 
 
@@ -404,7 +523,9 @@ ASKED = [
 def test_a_bad_reward_function_is_named_with_the_prompt(name: str, message: str, device: Any) -> None:
     args = args_of(ppo.Args, reward=f"test_ppo:{name}")
     with pytest.raises(dist.RunError, match=message):
-        ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+        rewards.score_replies(
+            rewards.load(args.reward, device, args.system), ASKED, ["a b", "c", "d"], 0, device
+        )
 
 
 def make_scorer(folder: Path, model: str, tokenizer: Any, names: list[str], seed: int = 0) -> str:
@@ -423,21 +544,29 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, toke
 
 def test_a_reward_model_scores_prompt_and_response(reward_model: str, tokenizer: Any, device: Any) -> None:
     args = args_of(ppo.Args, reward=reward_model)
-    found = ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+    found = rewards.score_replies(
+        rewards.load(args.reward, device, args.system), ASKED, ["a b", "c", "d"], 0, device
+    )
     plain = models.read_pretrained(reward_model, auto_class="AutoModelForSequenceClassification")
     for i, text in enumerate(["a b", "c", "d"]):
         tokens, _ = data.encode_response(tokenizer, ASKED[i].prompt, [{"role": "assistant", "content": text}])
         expected = plain(torch.tensor(tokens[None], dtype=torch.long)).logits[0, 0].item()
-        assert found[i].item() == pytest.approx(expected, abs=1e-5)
+        assert found[i] == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_rewards_are_their_weighted_sum(reward_model: str, device: torch.device) -> None:
     def scores(reward: str) -> Tensor:
-        args = args_of(ppo.Args, reward=reward)
-        return ppo.score(ppo.load_rewards(args, device), ASKED, ["a b", "c", "d"], args, device)
+        loaded = rewards.load(reward, device, ppo.Args().system)
+        return torch.tensor(rewards.score_replies(loaded, ASKED, ["a b", "c", "d"], 0, device))
 
     mixed = scores(f"{reward_model}*0.5,test_ppo:length*2")
     torch.testing.assert_close(mixed, 0.5 * scores(reward_model) + 2 * torch.tensor([3.0, 1.0, 1.0]))
+
+
+def test_replies_to_one_prompt_stay_together_in_the_order_given(device: torch.device) -> None:
+    loaded = rewards.load("test_ppo:length", device, ppo.Args().system)
+    replies = ["a", "ab", "abc", "b", "bc", "bcd"]  # two to each of three prompts
+    assert rewards.score_replies(loaded, ASKED, replies, 0, device) == [1, 2, 3, 1, 2, 3]
 
 
 def test_an_attribute_model_is_no_reward(
@@ -445,22 +574,97 @@ def test_an_attribute_model_is_no_reward(
 ) -> None:
     folder = make_scorer(tmp_path, tiny_model, tokenizer, ["helpfulness", "verbosity"])
     with pytest.raises(dist.RunError, match="helpfulness, verbosity; expected one"):
-        ppo.load_rewards(args_of(ppo.Args, reward=folder), device)
+        rewards.load(folder, device, ppo.Args().system)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"reward": ""}, "reward is not set"),
-        ({"advantage": "rloo"}, "samples_per_prompt to 2 or more"),
-        ({"temperature": 0.0}, "temperature 0 is greedy"),
-        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target adapts kl_coef"),
+        ({"advantage": "rloo"}, "samples_per_prompt: found 1; expected 2 or more for rloo"),
+        ({"temperature": 0.0}, "temperature: found 0.0; expected more than 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef: found 0.0; expected a start above 0"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
         ppo.main(args_of(ppo.Args, **{**ppo.TOY, "output_dir": str(tmp_path / "run"), **settings}))
+
+
+# published variants by name
+
+PUBLISHED = {  # advantage, samples_per_prompt, loss_reduction, clip below and above, kl_placement, kl_coef
+    "ppo": ("gae", 1, "token_mean", 0.2, 0.0, "reward", 0.05),
+    "rloo": ("rloo", 4, "sequence_sum", 1e9, 0.0, "reward", 0.05),
+    "grpo": ("grpo", 8, "sequence_mean", 0.2, 0.0, "loss", 0.04),
+    "dr_grpo": ("dr_grpo", 8, "constant", 0.2, 0.0, "reward", 0.0),
+    "dapo": ("grpo", 16, "token_mean", 0.2, 0.28, "reward", 0.0),
+}
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> ppo.Args:
+    monkeypatch.setattr("sys.argv", ["ppo.py", *words])
+    return parse(ppo.Args, ppo.TOY, ppo.ALGORITHMS)
+
+
+def switches(args: ppo.Args) -> tuple:
+    clip = (args.clip_range, args.clip_range_high)
+    kl = (args.kl_placement, args.kl_coef)
+    return (args.advantage, args.samples_per_prompt, args.loss_reduction, *clip, *kl)
+
+
+@pytest.mark.parametrize("algorithm", PUBLISHED)
+@pytest.mark.parametrize("model", ["toy", "runs/sft"])
+def test_an_algorithm_is_its_published_switches(
+    algorithm: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parsed(monkeypatch, f"--algorithm={algorithm}", "--model", model)
+    assert switches(args) == PUBLISHED[algorithm]
+    ppo.check(args)
+    assert (args.rollout_size == ppo.TOY["rollout_size"]) == (model == "toy")
+
+
+def test_what_is_given_beside_an_algorithm_wins_even_if_it_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--kl_coef", "0.05", "--samples_per_prompt=1", "--algorithm", "grpo", "--clip-range=0.3")
+    args = parsed(monkeypatch, *words)  # grpo has kl_coef .04 and 8 samples
+    assert switches(args) == ("grpo", 1, "sequence_mean", 0.3, 0.0, "loss", 0.05)
+    assert describe_preset("grpo", ppo.ALGORITHMS["grpo"], flat(args)) == (
+        "algorithm grpo: advantage=grpo loss_reduction=sequence_mean kl_placement=loss"
+        "; but samples_per_prompt=1 clip_range=0.3 kl_coef=0.05"
+    )
+
+
+def test_a_sweep_varies_the_algorithm_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    args = parsed(monkeypatch, "--algorithm=dapo", "--kl_coef=0.01")
+    assert switches(args) == (*PUBLISHED["dapo"][:-1], 0.01)
+    assert args.run.track and args.run.output_dir.endswith("ppo-abc")
+
+
+def test_a_run_says_what_its_algorithm_set_and_keeps_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = f"--output_dir={tmp_path}/run"
+    small = ["--rollout_size=4", "--samples_per_prompt=2", "--batch_size=8"]
+    small += ["--max_new_tokens=20", "--num_samples=0"]
+
+    def go(algorithm: str, steps: int) -> None:
+        ppo.main(parsed(monkeypatch, f"--algorithm={algorithm}", f"--max_steps={steps}", folder, *small))
+
+    go("grpo", 1)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("algorithm grpo: advantage=grpo") and first.endswith("; but samples_per_prompt=2")
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (kept["algorithm"], kept["advantage"], kept["kl_coef"]) == ("grpo", "grpo", 0.04)
+    go("grpo", 2)
+    assert "resuming" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    with pytest.raises(dist.RunError, match="holds a run with algorithm 'grpo'"):
+        go("dapo", 3)
 
 
 # short runs

@@ -15,7 +15,7 @@ from conftest import args_of, make_tiny_model, read_metrics
 from safetensors.torch import load_file
 
 import reward_model
-from common import data, dist, models
+from common import data, dist, models, packed
 
 NAN = math.nan
 RANKED = torch.tensor([[1.0, 2.0, 3.0]])
@@ -31,7 +31,7 @@ def pair_loss(chosen: float, rejected: float, **settings: Any) -> float:
     return reward_model.example_losses(table, target, fields, args).item()
 
 
-def tiny_examples(count: int = 6, sides: int = 2, **fields: float) -> list[data.Example]:
+def tiny_examples(count: int = 6, sides: int = 2, **fields: float) -> list[packed.Example]:
     """Examples of made-up tokens with responses of different lengths."""
     rng = np.random.default_rng(0)
     examples = []
@@ -40,7 +40,7 @@ def tiny_examples(count: int = 6, sides: int = 2, **fields: float) -> list[data.
         for _ in range(sides):
             tokens = rng.integers(10, 60, rng.integers(3, 12)).astype(np.int32)
             sequences.append((tokens, np.arange(len(tokens)) >= 2))
-        examples.append(data.Example(sequences, "", {"margin": 1.0, "label_prob": 1.0, **fields}))
+        examples.append(packed.Example(sequences, "", {"margin": 1.0, "label_prob": 1.0, **fields}))
     return examples
 
 
@@ -118,7 +118,7 @@ def test_labels_are_counted_over_the_batch_not_over_its_parts() -> None:
     # squared errors {1} and {0, 4}: 5 / 3; the mean of the two means would be 1.5
     args = args_of(reward_model.Args, loss="regression")
     labels = [{"a": 4.0, "b": NAN}, {"a": 2.0, "b": 2.0}]
-    batch = [data.Example([], "", fields) for fields in labels]
+    batch = [packed.Example([], "", fields) for fields in labels]
     total = 0.0
     for rewards, fields in zip(([[3.0, 1.0]], [[2.0, 4.0]]), labels, strict=True):
         fields = {name: torch.tensor([value]) for name, value in fields.items()}
@@ -142,12 +142,12 @@ def test_calibration_error_by_hand() -> None:
     assert reward_model.calibration_error(together, ranks) == pytest.approx(0.049834, abs=1e-5)
 
 
-def held_out(*lengths: tuple[int, int]) -> list[data.Example]:
-    def sequence(length: int) -> data.Sequence:
+def held_out(*lengths: tuple[int, int]) -> list[packed.Example]:
+    def sequence(length: int) -> packed.Tokens:
         return np.zeros(length + 1, np.int32), np.arange(length + 1) > 0
 
     fields = {"margin": 1.0, "label_prob": 1.0}
-    return [data.Example([sequence(n) for n in pair], "", fields) for pair in lengths]
+    return [packed.Example([sequence(n) for n in pair], "", fields) for pair in lengths]
 
 
 def test_the_length_baseline_by_hand() -> None:
@@ -174,7 +174,7 @@ def test_correlations_leave_unknown_labels_out() -> None:
     # helpfulness 1, 2, 9 against 0, 1, 2: ranks agree; errors 1, 1, 7
     args = args_of(reward_model.Args, loss="regression")
     rows = [(0.0, 4.0), (1.0, NAN), (2.0, 2.0)]
-    examples = [data.Example([], "", {"helpfulness": a, "verbosity": b}) for a, b in rows]
+    examples = [packed.Example([], "", {"helpfulness": a, "verbosity": b}) for a, b in rows]
     metrics = reward_model.evaluation(torch.tensor([[1.0, 1.0], [2.0, 9.0], [9.0, 2.0]]), examples, args)
     assert metrics["mae/helpfulness"] == 3 and metrics["spearman/helpfulness"] == pytest.approx(1.0)
     assert metrics["pearson/helpfulness"] == pytest.approx(8 / math.sqrt(76), abs=1e-6)
@@ -272,12 +272,12 @@ def test_the_end_of_each_sequence_is_read_however_rows_are_packed(
 ) -> None:
     scorer, _ = load(tiny_model, device, "reward")
     examples = tiny_examples()
-    together = models.rewards(scorer, data.make_row(examples, list(range(6)), device))
+    together = models.rewards(scorer, packed.make_micro_batch(examples, list(range(6)), device))
     alone = []
     for sequence in (s for e in examples for s in e.sequences):
-        row = data.make_row([data.Example([sequence], "")], [0], device)
-        alone.append(models.rewards(scorer, row))
-        assert row.cu_seqlens[-1] == len(sequence[0])
+        micro_batch = packed.make_micro_batch([packed.Example([sequence], "")], [0], device)
+        alone.append(models.rewards(scorer, micro_batch))
+        assert micro_batch.cu_seqlens[-1] == len(sequence[0])
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert together.std() > 0.1
 
@@ -287,9 +287,9 @@ def test_a_dummy_row_has_no_loss_and_a_zero_gradient(
     tiny_model: str, device: torch.device, loss: str
 ) -> None:
     scorer, args = load(tiny_model, device, "a", loss=loss)
-    fields = {"bt": {"margin": 1.0, "label_prob": 1.0}, "kwise": {"rank_0": 1.0, "rank_1": 2.0}}
-    row = data.make_row([data.Example([], "", fields.get(loss, {"a": 1.0}))], [], device)
-    value, metrics = reward_model.loss_and_metrics(scorer, row, args)
+    fields = {"bt": {"margin": 1.0, "label_prob": 1.0}, "kwise": {"ranks": np.array([1.0, 2.0])}}
+    micro_batch = packed.make_micro_batch([packed.Example([], "", fields.get(loss, {"a": 1.0}))], [], device)
+    value, metrics = reward_model.loss_and_metrics(scorer, micro_batch, args)
     value.backward()
     assert value.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(scorer, 1.0).item() == 0.0
@@ -298,13 +298,13 @@ def test_a_dummy_row_has_no_loss_and_a_zero_gradient(
 def test_a_row_of_rankings_of_different_sizes(tiny_model: str, device: torch.device) -> None:
     scorer, args = load(tiny_model, device, "reward", loss="kwise")
     two, three = tiny_examples(1)[0], tiny_examples(1, sides=3)[0]
-    two.fields = {"rank_0": 2.0, "rank_1": 1.0, "rank_2": NAN}
-    three.fields = {"rank_0": 3.0, "rank_1": 1.0, "rank_2": 2.0}
-    row = data.make_row([two, three], [0, 1], device)
-    a, b, c, d, e = models.rewards(scorer, row)[:, 0]
+    two.fields = {"ranks": np.array([2.0, 1.0])}
+    three.fields = {"ranks": np.array([3.0, 1.0, 2.0])}
+    micro_batch = packed.make_micro_batch([two, three], [0, 1], device)
+    a, b, c, d, e = models.rewards(scorer, micro_batch)[:, 0]
     by_hand = reward_model.bt_loss(b - a)
     by_hand = by_hand + reward_model.bt_loss(torch.stack([d - e, d - c, e - c])).mean()
-    loss, metrics = reward_model.loss_and_metrics(scorer, row, args)
+    loss, metrics = reward_model.loss_and_metrics(scorer, micro_batch, args)
     torch.testing.assert_close(loss, by_hand)
     torch.testing.assert_close(metrics["mean_reward"], (a + b + c + d + e, 5))
 
@@ -319,7 +319,7 @@ def run(folder: Path, model: str, dataset: Path | str, **settings: Any) -> list[
     return read_metrics(folder)
 
 
-def plain_scores(folder: Path, sequences: list[data.Sequence], side: str, **config: Any) -> torch.Tensor:
+def plain_scores(folder: Path, sequences: list[packed.Tokens], side: str, **config: Any) -> torch.Tensor:
     """What AutoModelForSequenceClassification says about one padded batch. -> (sequences, A)"""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -331,14 +331,14 @@ def plain_scores(folder: Path, sequences: list[data.Sequence], side: str, **conf
     return model(**tokenizer.pad(ids, return_tensors="pt")).logits.detach()
 
 
-def our_scores(folder: Path, sequences: list[data.Sequence], device: torch.device) -> torch.Tensor:
+def our_scores(folder: Path, sequences: list[packed.Tokens], device: torch.device) -> torch.Tensor:
     """Ours, as the model has them: not centred."""
     scorer = models.load_scorer(str(folder), device, reward_model.Args().system, trainable=False)
     scorer.config.reward_mean = None
-    return models.score(scorer, [data.Example(sequences, "")], 0, device)
+    return models.score(scorer, [packed.Example(sequences, "")], 0, device)
 
 
-def sequences_of(folder: Path, few: Path, count: int = 8) -> list[data.Sequence]:
+def sequences_of(folder: Path, few: Path, count: int = 8) -> list[packed.Tokens]:
     tokenizer = data.load_tokenizer(str(folder))
     records = data.read_file(few / "pairs" / "test.jsonl")[:count]
     return [s for record in records for s in data.read_responses(tokenizer, *record)]
@@ -542,7 +542,7 @@ def test_a_scored_file_has_the_direct_scores(
     assert found == [r.value | {k: v[k] for k in names} for r, v in zip(records, found, strict=True)]
     sequences = [s for r in records for s in data.read_responses(data.load_tokenizer("toy"), *r)]
     scorer, args = load(scorer_run, device)
-    direct = models.score(scorer, [data.Example(sequences, "")], 0, device)[:, 0].tolist()
+    direct = models.score(scorer, [packed.Example(sequences, "")], 0, device)[:, 0].tolist()
     assert [x for value in found for x in flat(value, names)] == pytest.approx(direct, abs=1e-5)
     (tmp_path / "file.scored.jsonl").unlink()
     one, two = two_ranks("test_reward_model:score", model=scorer_run, path=str(path))

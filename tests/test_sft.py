@@ -9,13 +9,13 @@ import torch
 from conftest import args_of, read_metrics
 
 import sft
-from common import data, dist, generate, models
+from common import data, dist, generate, models, packed
 
 
-def make_example(tokens: list[int], scored: int) -> data.Example:
+def make_example(tokens: list[int], scored: int) -> packed.Example:
     """A sequence whose last `scored` tokens are trained."""
     mask = np.arange(len(tokens)) >= len(tokens) - scored
-    return data.Example([(np.array(tokens, np.int32), mask)], prompt="")
+    return packed.Example([(np.array(tokens, np.int32), mask)], prompt="")
 
 
 # by hand
@@ -45,15 +45,15 @@ def test_uniform_logits_give_log_v(tiny_model: str, tokenizer, device: torch.dev
     policy = models.load(tiny_model, device, sft.Args().system)
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.zero_()
-    row = data.make_row([make_example([5, 6, 7, 8, 9], 4)], [0], device)
-    loss, metrics = sft.loss_and_metrics(policy, row)
+    micro_batch = packed.make_micro_batch([make_example([5, 6, 7, 8, 9], 4)], [0], device)
+    loss, metrics = sft.loss_and_metrics(policy, micro_batch)
     assert loss.item() / 4 == pytest.approx(math.log(len(tokenizer)), abs=1e-5)
     assert metrics["entropy"][0].item() / 4 == pytest.approx(math.log(len(tokenizer)), abs=1e-5)
 
 
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
     policy = models.load(tiny_model, device, sft.Args().system)
-    loss, metrics = sft.loss_and_metrics(policy, data.make_row([], [], device))
+    loss, metrics = sft.loss_and_metrics(policy, packed.make_micro_batch([], [], device))
     loss.backward()
     assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
@@ -66,14 +66,16 @@ def test_one_step_makes_the_scored_tokens_likelier_and_leaves_the_count_alone(
     tiny_model: str, device: torch.device
 ) -> None:
     policy = models.load(tiny_model, device, sft.Args().system)
-    row = data.make_row([make_example([5, 6, 7, 8, 9], 2), make_example([9, 8, 7], 1)], [0, 1], device)
-    assert len(row.targets) == 3
-    before, _ = sft.loss_and_metrics(policy, row)
+    micro_batch = packed.make_micro_batch(
+        [make_example([5, 6, 7, 8, 9], 2), make_example([9, 8, 7], 1)], [0, 1], device
+    )
+    assert len(micro_batch.targets) == 3
+    before, _ = sft.loss_and_metrics(policy, micro_batch)
     before.backward()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter -= 1e-3 * parameter.grad
-    after, _ = sft.loss_and_metrics(policy, row)
+    after, _ = sft.loss_and_metrics(policy, micro_batch)
     assert after.item() < before.item()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import args_of, means, read_metrics
 
 import dpo
 import spin
-from common import checkpoint, data, dist, generate, models
+from common import checkpoint, data, dist, generate, models, packed
 
 # by hand
 
@@ -43,9 +44,9 @@ def test_a_list_has_one_value_for_each_iteration_and_its_last_for_the_rest() -> 
 
 def test_an_iteration_ends_after_its_passes_over_its_pairs() -> None:
     args = args_of(spin.Args, num_epochs=[2, 1], num_iterations=3, batch_size=4)
-    assert spin.boundaries(10, args) == [0, 5, 10, 15]  # 2 x 10 / 4, then 1 x (10 + 10) / 4
+    assert spin.iteration_boundaries(10, args) == [0, 5, 10, 15]  # 2 x 10 / 4, then 1 x (10 + 10) / 4
     args.mix_previous = False
-    assert spin.boundaries(10, args) == [0, 5, 8, 11]  # 1 x 10 / 4, rounded up
+    assert spin.iteration_boundaries(10, args) == [0, 5, 8, 11]  # 1 x 10 / 4, rounded up
 
 
 # limits
@@ -59,13 +60,13 @@ def test_policy_equal_to_opponent_gives_log_two_and_equal_sides_no_gradient(
     logps = spin.opponent_logps(policy, pairs, 0, device)
     for pair, both in zip(pairs, logps, strict=True):
         pair.fields = dict(zip(spin.LOGPS, both, strict=True))
-    loss, metrics = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), beta=0.1)
+    loss, metrics = spin.loss_and_metrics(policy, packed.make_micro_batch(pairs, [0, 1], device), beta=0.1)
     assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["rewards/margins"][0].item() == 0 and metrics["rewards/accuracies"][0].item() == 0
     loss.backward()
     assert models.clip_grad_norm(policy, 0).item() > 1e-3
     policy.zero_grad()
-    loss, _ = spin.loss_and_metrics(policy, data.make_row(pairs, [1], device), beta=0.1)
+    loss, _ = spin.loss_and_metrics(policy, packed.make_micro_batch(pairs, [1], device), beta=0.1)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert models.clip_grad_norm(policy, 0).item() < 1e-7
@@ -73,39 +74,39 @@ def test_policy_equal_to_opponent_gives_log_two_and_equal_sides_no_gradient(
 
 def test_rewards_carry_beta_and_the_nll_does_not(tiny_model: str, device: torch.device) -> None:
     policy = models.load(tiny_model, device, spin.Args().system)
-    row = data.make_row([make_pair([5, 6], [7, 8, 9], [10, 11], -20.0, -20.0)], [0], device)
-    one, three = (means(spin.loss_and_metrics(policy, row, beta)[1]) for beta in (0.1, 0.3))
+    micro_batch = packed.make_micro_batch([make_pair([5, 6], [7, 8, 9], [10, 11], -20.0, -20.0)], [0], device)
+    one, three = (means(spin.loss_and_metrics(policy, micro_batch, beta)[1]) for beta in (0.1, 0.3))
     assert three["rewards/margins"] == pytest.approx(3 * one["rewards/margins"], rel=1e-5)
     assert 3 * three["nll"] == 3 * one["nll"] == -one["logps/real"]  # of three tokens, of one response
 
 
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
     policy = models.load(tiny_model, device, spin.Args().system)
-    row = data.make_row([make_pair([5], [6], [7], 0.0, 0.0)], [], device)
-    loss, metrics = spin.loss_and_metrics(policy, row, beta=0.1)
+    micro_batch = packed.make_micro_batch([make_pair([5], [6], [7], 0.0, 0.0)], [], device)
+    loss, metrics = spin.loss_and_metrics(policy, micro_batch, beta=0.1)
     loss.backward()
     assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
 
 
-def make_pair(prompt: list[int], real: list[int], generated: list[int], *logps: float) -> data.Example:
+def make_pair(prompt: list[int], real: list[int], generated: list[int], *logps: float) -> packed.Example:
     tokens = np.array(prompt + real, np.int32)
-    example = data.Example([(tokens, np.arange(len(tokens)) >= len(prompt))], "")
+    example = packed.Example([(tokens, np.arange(len(tokens)) >= len(prompt))], "")
     return spin.make_pair(example, generated, **dict(zip(spin.LOGPS, logps, strict=False)))
 
 
 def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.device) -> None:
     pairs = [make_pair([5, 6], [7, 8, 9], [10, 11], -9.0, -4.0), make_pair([5], [7], [8, 9], -3.0, -7.5)]
     policy = models.load(tiny_model, device, spin.Args().system)
-    loss, ours = spin.loss_and_metrics(policy, data.make_row(pairs, [0, 1], device), beta=0.3)
+    loss, ours = spin.loss_and_metrics(policy, packed.make_micro_batch(pairs, [0, 1], device), beta=0.3)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
     names = ("ref_chosen_logps", "ref_rejected_logps")
     for pair in pairs:
         pair.fields = data.PAIR_FIELDS | dict(zip(names, pair.fields.values(), strict=True))
-    row = data.make_row(pairs, [0, 1], device)
-    their_loss, theirs = dpo.loss_and_metrics(policy, None, row, args_of(dpo.Args, beta=0.3))
+    micro_batch = packed.make_micro_batch(pairs, [0, 1], device)
+    their_loss, theirs = dpo.loss_and_metrics(policy, None, micro_batch, args_of(dpo.Args, beta=0.3))
     their_loss.backward()
     their_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert loss.item() == their_loss.item()
@@ -380,6 +381,25 @@ LEAKS = {
 }
 
 
+def format_accuracy(real: list[list[int]], generated: list[list[int]], end: int) -> float:
+    """How often length, first token and end token alone tell real from generated; 1/2 is a fair game.
+
+    Naive Bayes with counts from every second pair, tried on the others, and the other way round.
+    """
+
+    def features(tokens: list[int]) -> list[tuple[str, int]]:
+        return [("length", len(tokens).bit_length()), ("first", tokens[0]), ("ends", tokens.count(end))]
+
+    right = 0.0
+    for half in (0, 1):
+        counts = [Counter(f for t in side[half::2] for f in features(t)) for side in (real, generated)]
+        for label, side in enumerate((real, generated)):
+            for tokens in side[1 - half :: 2]:
+                odds = sum(math.log((counts[0][f] + 1) / (counts[1][f] + 1)) for f in features(tokens))
+                right += 0.5 if odds == 0 else (odds > 0) == (label == 0)
+    return right / (len(real) + len(generated))
+
+
 def fair_sides(toy: Path, tokenizer: Any) -> tuple[list, list]:
     """Two hundred replies of the data on either side."""
     records = [json.loads(line) for line in (toy / "sft" / "train.jsonl").read_text().splitlines()[:400]]
@@ -391,7 +411,7 @@ def fair_sides(toy: Path, tokenizer: Any) -> tuple[list, list]:
 
 
 def test_the_format_of_equal_distributions_tells_nothing(toy: Path, tokenizer: Any) -> None:
-    accuracy = spin.format_accuracy(*fair_sides(toy, tokenizer), data.end_token(tokenizer))
+    accuracy = format_accuracy(*fair_sides(toy, tokenizer), data.end_token(tokenizer))
     assert 0.42 < accuracy < 0.58
 
 
@@ -400,22 +420,30 @@ def test_a_leak_of_the_format_is_seen(leak: str, toy: Path, tokenizer: Any) -> N
     real, generated = fair_sides(toy, tokenizer)
     end = data.end_token(tokenizer)
     leaked = [LEAKS[leak](tokens, end) for tokens in generated]
-    assert spin.format_accuracy(real, leaked, end) > 0.9
+    assert format_accuracy(real, leaked, end) > 0.9
 
 
 def test_a_run_with_a_leak_shows_it(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = {**settings, "model": "toy", "num_iterations": 1, "max_steps": 0, "max_new_tokens": 48}
+    make_pair, describe, accuracies = spin.make_pair, spin.describe, []
+
+    def watched(pairs: list[packed.Example], tokenizer: Any) -> dict[str, float]:
+        sides = [[spin.response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1)]
+        accuracies.append(format_accuracy(*sides, data.end_token(tokenizer)))
+        return describe(pairs, tokenizer)
+
+    def forgets_the_end(example: packed.Example, generated: list[int], **logps: float) -> packed.Example:
+        return make_pair(example, generated[:-1] or generated, **logps)
+
+    monkeypatch.setattr(spin, "describe", watched)
     run(str(tmp_path / "honest"), **changed)
-    honest = spin.make_pair
-
-    def forgets_the_end(example: data.Example, generated: list[int], **logps: float) -> data.Example:
-        return honest(example, generated[:-1] or generated, **logps)
-
     monkeypatch.setattr(spin, "make_pair", forgets_the_end)
     run(str(tmp_path / "leak"), **changed)
-    name = "eval/real_vs_generated_format_accuracy"
-    fair, leaked = (read_metrics(tmp_path / folder)[0][name] for folder in ("honest", "leak"))
+    fair, leaked = accuracies
     assert fair < 0.7 and leaked > 0.95
+    honest, leak = (read_metrics(tmp_path / folder)[0] for folder in ("honest", "leak"))
+    ended = "eval/generated/ended_frac"
+    assert abs(honest[ended] - honest["eval/real/ended_frac"]) < 0.2 and leak[ended] < 0.2
 
 
 # stopping anywhere

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import args_of, read_metrics
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import dpo
 import steerlm2
-from common import data, dist, models
+from common import data, dist, models, packed
 from common.generate import Sample
 
 LOG_W = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)  # w' = (1, 2, 5) / 8
@@ -177,7 +178,7 @@ def test_attributes_that_cannot_be_wanted(text: str, message: str) -> None:
 
 def a_group(*responses: str, label: str | None = "helpfulness:4,verbosity:1", **changes: Any) -> dict:
     """NeMo-Aligner's record."""
-    scores = [dict(zip(steerlm2.SCORES, (-1.0 - i, -3.0, -2.0 - 2 * i), strict=True)) for i in range(9)]
+    scores = [dict(zip(steerlm2.SCORES, (-1.0 - i, -3.0, -2.0 - 2 * i), strict=True)) for i in range(12)]
     replies = [{"from": "Assistant", "value": r, **s} for r, s in zip(responses, scores, strict=False)]
     prompt = [{"from": "User", "value": "2+2?"}]
     return {"system": "Be brief.", "prompt_turns": prompt, "label": label, "responses": replies, **changes}
@@ -217,19 +218,23 @@ def nemo_record() -> dict:
 def test_nemo_aligners_record_is_read(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "groups.jsonl", [nemo_record()])
     (group,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args())
-    log_w, sampler = steerlm2.tables({k: torch.tensor([v]) for k, v in group.fields.items()})
+    sampler, log_w = (torch.from_numpy(group.fields[name])[None] for name in steerlm2.GROUP_FIELDS)
     # log w = -1.2 - 3 + 2.5 and -9.1 - 6 + 5
     torch.testing.assert_close(log_w, torch.tensor([[-1.7, -10.1]]))
     torch.testing.assert_close(log_w.softmax(1), torch.tensor([[0.99978, 0.00022]]), rtol=0, atol=1e-5)
     assert sampler.tolist() == [[-2.5, -5.0]]
     (group,) = steerlm2.read_groups(path, tokenizer, args_of(steerlm2.Args, weight_temperature=2.0))
-    assert group.fields["log_w1"] == pytest.approx(-5.05) and group.fields["log_q1"] == -5.0
+    assert group.fields["log_weights"].tolist() == pytest.approx([-0.85, -5.05])
+    assert group.fields["sampler_logps"].tolist() == [-2.5, -5.0]
 
 
-def test_ten_or_more_responses_keep_their_order() -> None:
-    fields = {f"log_{x}{i}": torch.tensor([float(i)]) for i in range(12) for x in "wq"}
-    log_w, sampler = steerlm2.tables(fields)
-    assert log_w.tolist() == sampler.tolist() == [[float(i) for i in range(12)]]
+def test_ten_or_more_responses_keep_their_order(tokenizer: Any, tmp_path: Path) -> None:
+    group = a_group(*map(str, range(12)))
+    for i, reply in enumerate(group["responses"]):
+        reply |= dict(zip(steerlm2.SCORES, (0.0, 2.0 * i, float(i)), strict=True))
+    path = write(tmp_path / "groups.jsonl", [group])
+    (example,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args())
+    assert [example.fields[name].tolist() for name in steerlm2.GROUP_FIELDS] == [[*range(12)]] * 2
 
 
 def no_score() -> dict:
@@ -275,7 +280,7 @@ def test_groups_with_a_response_cut_off_are_dropped_and_counted(
 ) -> None:
     system = {"role": "system", "content": "Be kind."}
     prompts = [
-        data.Example([], [system, {"role": "user", "content": f"{i}?"}], label="toxicity:0\n")
+        packed.Example([], [system, {"role": "user", "content": f"{i}?"}], label="toxicity:0\n")
         for i in range(3)
     ]
     args = args_of(steerlm2.Args, num_responses=2)
@@ -316,7 +321,7 @@ def test_a_dummy_row_has_no_loss_and_a_zero_gradient(
     args = args_of(steerlm2.Args, model=tiny_model)
     policy = models.load(tiny_model, device, args.system)
     groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
-    loss, metrics = steerlm2.loss_and_metrics(policy, data.make_row(groups, [], device), args)
+    loss, metrics = steerlm2.loss_and_metrics(policy, packed.make_micro_batch(groups, [], device), args)
     loss.backward()
     assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
     assert models.clip_grad_norm(policy, 1.0).item() == 0.0
@@ -457,7 +462,7 @@ def test_every_response_is_scored_by_the_three_models(sampled: Path, device: tor
     for line in lines[:2]:
         found = {name: torch.tensor([reply[name] for reply in line["responses"]]) for name in steerlm2.SCORES}
         plain = steerlm2.read_group(tokenizer, line, "", labelled=False)
-        predicted = models.score(scorer, [data.Example(plain, "")], 0, device)
+        predicted = models.score(scorer, [packed.Example(plain, "")], 0, device)
         expected = torch.zeros(len(plain))
         for item in line["label"].split(","):
             name, value = item.split(":")
@@ -477,9 +482,9 @@ def test_the_stored_logps_of_the_sampler_are_those_of_the_training_forward(
     args = steerlm2.Args()
     policy = models.load("toy", device, args.system)
     groups = steerlm2.read_groups(sampled / "groups_1.jsonl", data.load_tokenizer("toy"), args)
-    for row in data.rows(list(groups), 0, device):
-        _, sampler = steerlm2.tables(row.fields)
-        logps = steerlm2.response_logps(policy, row, args).view(sampler.shape)
+    for micro_batch in packed.micro_batches(list(groups), 0, device):
+        sampler = micro_batch.fields["sampler_logps"]
+        logps = steerlm2.response_logps(policy, micro_batch, args).view(sampler.shape)
         assert ((logps - sampler).abs() <= 1e-5 * sampler.abs().clamp(min=1)).all()
 
 
@@ -491,7 +496,7 @@ def test_an_iteration_starts_at_its_sampler(sampled: Path) -> None:
             sampled / f"groups_{number}.jsonl", data.load_tokenizer("toy"), settings
         )
         batch = data.batch(groups, step, settings.optimization.batch_size, settings.seed)
-        log_w = torch.tensor([[e.fields[f"log_w{i}"] for i in range(4)] for e in batch])
+        log_w = torch.tensor(np.stack([e.fields["log_weights"] for e in batch]))
         entropy = torch.distributions.Categorical(logits=log_w).entropy().mean().item()
         assert rows[step]["train/kl"] == pytest.approx(0, abs=1e-5)
         assert rows[step]["train/loss"] == pytest.approx(math.log(4) - entropy, abs=1e-5)

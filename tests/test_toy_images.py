@@ -126,7 +126,7 @@ def test_brightness_rises_and_the_kl_term_holds_it_back(world: Path, tmp_path: P
         changes |= {
             "batch_size": 16,
             "num_samples": 8,
-            "weights": "draft",
+            "schedules": "draft",
             "output_dir": str(tmp_path / str(kl_coef)),
         }
         draftp.main(args_of(draftp.Args, **{**draftp.TOY, **changes}))

@@ -1,0 +1,132 @@
+"""Rewards of replies: reward models and functions, several of them added up.
+
+A function is any importable package.module:function, (prompts, replies, records) -> one number a reply. A
+reward model reads the decoded text under its own template and tokenizer.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import data, dist, models
+from common.args import System
+from common.log import load_function
+from common.packed import Example
+
+
+class Reward(NamedTuple):
+    """A function, or a reward model with its own tokenizer."""
+
+    weight: float
+    name: str
+    function: Callable | None
+    scorer: models.Scorer | None
+    tokenizer: Any
+
+
+def load(spec: str, device: torch.device, system: System) -> list[Reward]:
+    """The rewards that a,b*0.5 asks for, of reward models and functions.
+
+    Raises:
+        RunError: none is named, there is no such model or function, or a model has several outputs.
+    """
+    rewards = []
+    for source, weight in data.read_sources(spec or "-", "reward"):
+        if source == "-":
+            raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
+        if ":" in source:
+            rewards.append(Reward(weight, source, load_function(source), None, None))
+        else:
+            scorer = models.load_scorer(source, device, system, trainable=False)
+            if scorer.config.num_labels > 1:
+                found = ", ".join(models.output_names(scorer))
+                raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
+            rewards.append(Reward(weight, source, None, scorer, data.load_tokenizer(source)))
+    return rewards
+
+
+def score_replies(
+    rewards: list[Reward],
+    examples: list[Example],
+    replies: list[str],
+    micro_batch_tokens: int,
+    device: torch.device,
+) -> list[float]:
+    """The weighted sum of all rewards of each reply, on every rank.
+
+    Args:
+        replies: as many to each example, those to the first example first.
+
+    Raises:
+        RunError: a function raises, or does not return one finite number a reply.
+    """
+    total = torch.zeros(len(replies), device=device)
+    for reward in rewards:
+        if reward.function:
+            numbers = torch.tensor(_call(reward, examples, replies), device=device)
+        else:
+            numbers = _read(reward, examples, replies, micro_batch_tokens, device)
+        total += reward.weight * numbers
+    return total.tolist()
+
+
+def _read(
+    reward: Reward, examples: list[Example], replies: list[str], micro_batch_tokens: int, device: torch.device
+) -> Tensor:
+    """A reward model's numbers. -> (replies,)"""
+    num_each, conversations = len(replies) // len(examples), []
+    for i, reply in enumerate(replies):
+        prompt = examples[i // num_each].prompt
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tokens = data.encode_response(reward.tokenizer, prompt, [{"role": "assistant", "content": reply}])
+        conversations.append(Example([tokens], ""))
+    return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0]
+
+
+def _call(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
+    """A function's numbers; the ranks share the prompts, all replies to one stay together."""
+    num_each, size = len(replies) // len(examples), dist.world_size()
+    shares = [[i for i in range(len(replies)) if i // num_each % size == part] for part in range(size)]
+
+    def numbers_of(share: list[int]) -> list[float]:
+        asked = [examples[i // num_each] for i in share]
+        return _checked(reward, asked, [replies[i] for i in share]) if share else []
+
+    numbers = [0.0] * len(replies)
+    for share, found in zip(shares, dist.parallel_map(numbers_of, shares), strict=True):
+        for i, number in zip(share, found, strict=True):
+            numbers[i] = number
+    return numbers
+
+
+def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
+    """One call of a function, an example for each reply; an error names the function and the prompt."""
+    prompts = [example.prompt for example in examples]
+    shown = f"the first prompt was {prompts[0]!r}"
+    try:
+        found = reward.function(prompts, replies, [example.record for example in examples])
+        found = [float(number) for number in found]
+    except Exception as error:  # a user's function may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise dist.RunError(f"reward {reward.name} raised {reason}; {shown}") from error
+    if len(found) != len(replies):
+        raise dist.RunError(
+            f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"
+        )
+    for number, reply, prompt in zip(found, replies, prompts, strict=True):
+        if not math.isfinite(number):
+            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
+    return found
+
+
+def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
+    """Scores by the mean and standard deviation of all so far, these included; updates `running`."""
+    count, mean, square = (running.get(k, 0.0) for k in ("count", "mean", "square"))
+    total = count + len(scores)
+    mean = (count * mean + scores.sum().item()) / total
+    square = (count * square + scores.square().sum().item()) / total
+    running.update(count=total, mean=mean, square=square)
+    return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
