@@ -184,7 +184,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
         label = response[0].get("label", "") if response else ""
         return Example([(tokens[:end], mask[:end])], prompt, label=label)
 
-    datasets = data.load("sft", encode, args.dataset, args.eval_dataset, args.max_length)
+    datasets = data.load(tokenizer, "sft", encode, args.dataset, args.eval_dataset, args.max_length)
     for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):
         num_cut = sum(response_tokens(e.sequences[0])[-1] != data.end_token(tokenizer) for e in examples)
         if dist.is_main() and num_cut:

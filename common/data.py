@@ -303,7 +303,7 @@ def load_sft(
         tokens, mask = encode_response(tokenizer, prompt, response, trained)
         return Example([(tokens, mask | train_on_prompt)], prompt)
 
-    return load("sft", encode, dataset, eval_dataset, max_length)
+    return load(tokenizer, "sft", encode, dataset, eval_dataset, max_length)
 
 
 def load_pairs(
@@ -316,7 +316,7 @@ def load_pairs(
         sequences = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
         return Example(sequences, prompt, numbers)
 
-    return load("pairs", encode, dataset, eval_dataset, max_length, whole)
+    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, whole)
 
 
 def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
@@ -339,7 +339,7 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
         fields = {"ranks": np.array(ranks, np.float32)}
         return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
 
-    return load("pairs", encode, dataset, eval_dataset, max_length, whole=True)
+    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, whole=True)
 
 
 def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
@@ -357,7 +357,7 @@ def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: in
         prompt, response = read_exchange(tokenizer, value, where)
         return Example([encode_response(tokenizer, prompt, response)], prompt, read_label(value, where))
 
-    return fill_fields(load("ratings", encode, dataset, eval_dataset, max_length, whole=True))
+    return fill_fields(load(tokenizer, "ratings", encode, dataset, eval_dataset, max_length, whole=True))
 
 
 def load_prompts(
@@ -373,10 +373,25 @@ def load_prompts(
         tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
         return Example([(tokens, np.zeros(len(tokens), bool))], prompt)
 
-    return load(kind, encode, dataset, eval_dataset, max_prompt_length, whole=True, scored=False)
+    return load(tokenizer, kind, encode, dataset, eval_dataset, max_prompt_length, whole=True, scored=False)
+
+
+@functools.cache
+def positions_of(folder: str) -> float:
+    """`packed.position_limit` of the model in a folder or with a hub id; adapters have that of their base."""
+    from transformers import AutoConfig
+
+    try:
+        adapter = Path(folder) / "adapter_config.json"
+        if adapter.exists():
+            folder = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return packed.position_limit(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError):  # a GGUF file, or a tokenizer alone
+        return math.inf
 
 
 def load(
+    tokenizer: Any,
     kind: str,
     encode: Callable[[dict, str], Example],
     dataset: str,
@@ -395,6 +410,12 @@ def load(
         scored: False for prompts, in which no token is scored.
     """
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
+    # a prompt needs room for one token of a reply
+    most = positions_of(getattr(tokenizer, "name_or_path", "")) - (not scored)
+    if max_length > most:
+        if dist.is_main():
+            print(f"{kind}: {option} {max_length} is more than the model takes; it is {most} now", flush=True)
+        max_length = most
 
     def attempt(record: Record) -> Example:
         try:

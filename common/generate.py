@@ -103,7 +103,7 @@ def generate(
     """
     ends = getattr(policy.generation_config, "eos_token_id", None)
     ends = {data.end_token(tokenizer), *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
-    limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    limit = packed.position_limit(policy.config)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = Settings(
         max_new_tokens, temperature, top_k, top_p, stop, seed, step, first_index, sorted(ends), limit

@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -154,6 +155,24 @@ def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndar
     for row, value in zip(table, values, strict=True):
         row[: len(value)] = value
     return table
+
+
+def position_limit(config: Any) -> float:
+    """Most tokens of a sequence that a model of this config takes, and that packing leaves alone.
+
+    Dynamic and longrope frequencies change for all that is in a forward when its longest sequence passes the
+    length they were trained for; up to there they do not depend on what a sequence is packed with. Of dynamic
+    ones that is max_position_embeddings.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [
+        rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)
+    ]  # one, or one a kind of layer
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    for rope in ropes:
+        if rope.get("rope_type") == "longrope":
+            most = min(most, rope.get("original_max_position_embeddings") or most)
+    return most
 
 
 def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:

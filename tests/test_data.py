@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT
+from conftest import DATA, ROOT, make_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -959,3 +959,16 @@ def test_the_command_refuses_with_one_line_and_writes_nothing(tmp_path: Path) ->
     assert done.returncode == 1 and not (tmp_path / "shown").exists()
     assert done.stderr.startswith(f"error: {source}:1: found the fields a; expected ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_limit_beyond_the_models_positions_is_lowered_and_said(tmp_path: Path, tokenizer: Any, capsys: Any):
+    """GPT-2 has a table of positions: what is longer would be an IndexError in the middle of a run."""
+    make_tiny_model(tmp_path / "base", tokenizer, max_position_embeddings=40)
+    own = data.load_tokenizer(str(tmp_path / "base"))
+    train, _ = data.load_sft(own, "toy", "toy", 2048)
+    out = capsys.readouterr().out
+    assert "max_length 2048 is more than the model takes; it is 40 now" in out
+    assert max(example.num_tokens for example in train) <= 40
+    prompts, _ = data.load_prompts(own, "toy", "toy", 1024)
+    assert "max_prompt_length 1024 is more than the model takes; it is 39 now" in capsys.readouterr().out
+    assert max(example.num_tokens for example in prompts) <= 39

@@ -711,6 +711,32 @@ def test_adapters_where_they_would_be_lost_are_refused(target: str, folder: Path
         models.load(str(folder), device, options(lora_rank=2, lora_target=target))
 
 
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_that_change_with_length_do_not_change_with_the_packing(rope_type: str, tmp_path, device):
+    """Up to the limit each sequence is what it is alone; one that is longer would move the others."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    plain = save(
+        tmp_path,
+        rope_parameters=rope | (factors if rope_type == "longrope" else {}),
+        max_position_embeddings=64 if rope_type == "longrope" else 16,
+    )
+    policy, examples = models.load(str(tmp_path), device, options()), documents((16, 5, 16, 9))
+    assert packed.position_limit(policy.config) == 16
+    for ours, theirs in zip(policy(pack(examples))[:3], plain_stats(plain, examples), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        logps = policy(pack(examples)).logps
+        moved = policy(pack([*examples, *documents((60,))])).logps[: len(logps)]
+    assert (moved - logps).abs().max() > 1e-3
+
+
+# the others have one limit, or none
+@pytest.mark.parametrize(("config", "limit"), [(configure("GPT2"), 64), (types.SimpleNamespace(), math.inf)])
+def test_the_limit_of_positions(config: Any, limit: float):
+    assert packed.position_limit(config) == limit
+
+
 # ----------------------------------------------------------------------------------------------------- logits
 
 
