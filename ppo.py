@@ -580,7 +580,7 @@ def main(args: Args) -> None:
         seconds = time.perf_counter() - step_start
         metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 
-        # evaluate, log and save: between rollouts only
+        # evaluate, log and save: between rollouts only, so that a resumed run begins with a fresh one
         stop = dist.stop_requested() and step % steps_each == 0
         if args.kl_target > 0 and step % steps_each == 0:
             kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)

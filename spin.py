@@ -163,9 +163,6 @@ def loss_and_metrics(
     return loss, metrics
 
 
-# ------------------------------------------------------------------------------------------------- self-play
-
-
 def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
     """(train, eval): the last reply of each conversation after all that comes before it, one sequence.
 
@@ -434,7 +431,8 @@ def main(args: Args) -> None:
             "seed": args.seed,
         }
         held_out, generated = (folder / f"{name}_{number}.jsonl" for name in ("held_out", "generated"))
-        if step == boundaries[number]:  # the policy is the opponent
+        # only at its first step is the policy the opponent; resumed later, the files of then are all there is
+        if step == boundaries[number]:
             optimizer.state.clear()
             if args.mix_previous and number > 0:
                 lines = data.read_file(folder / f"generated_{number - 1}.jsonl")
@@ -444,6 +442,7 @@ def main(args: Args) -> None:
         pairs = (read_pairs(generated, prompts, origin), read_pairs(held_out, eval_set, origin))
         return of_iteration(args, number), *pairs
 
+    # the last iteration that has begun; at a boundary, the one that begins there, but not beyond the run
     number = max(0, bisect.bisect_right(boundaries, min(start_step, num_steps - 1)) - 1)
     settings, train_pairs, eval_pairs = start_iteration(number, start_step)
 

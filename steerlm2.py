@@ -100,9 +100,6 @@ class Args:
     )
 
 
-# ------------------------------------------------------------------------------------------------- the maths
-
-
 def beta_logprobs(predicted: Tensor, concentration: float = 24.0, edges: str = "nearest") -> Tensor:
     """log P(a = 0..4 | r) of an attribute whose predicted value is r, HelpSteer2 section 4.5.
 
@@ -199,9 +196,6 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
         metrics = group_metrics(loss, logps, sampler_logps, log_weights)
         totals.update({name: (total / size, count / size) for name, (total, count) in metrics.items()})
     return totals
-
-
-# --------------------------------------------------------------------------------------------------- groups
 
 
 def wanted_sets(args: Args, names: list[str]) -> list[dict[str, float]]:
