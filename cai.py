@@ -36,39 +36,51 @@ import random
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
-from tyro.conf import Fixed, OmitArgPrefixes, Suppress
+from tyro.conf import OmitArgPrefixes
 
 import dpo
 import ppo
 import reward_model
 import sft
-from common import data, dist, files, models
-from common.args import PipelineRun, Sampling, flat, parse, snapshot, with_fields
+from common import data, dist, files, models, stages
+from common.args import Inference, PipelineRun, Sampling, parse, snapshot
+from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
 from common.generate import generate
 from common.log import Log
-from dpo import Args as DpoArgs
-from ppo import Args as PpoArgs
-from reward_model import Args as RewardArgs
-from sft import Args as SftArgs
+from common.stages import stage
 
 SHOWN = ()
-# fields of a stage that the pipeline sets
-OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
-OWN |= {"track", "wandb_project", "run_name"}
+STAGES = {"sft": sft.Args, "reward_model": reward_model.Args, "ppo": ppo.Args, "dpo": dpo.Args}
+RESERVED = stages.RESERVED | {"reward", "score"}  # options of stages that the pipeline sets or does not offer
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 422)  # the same request would be refused again
 CONCLUSION = "\nThe better reply is "
+
+
+@dataclass
+class Stages:
+    """Options of the stages, each one string as on the command line of the script."""
+
+    fixed: ClassVar[tuple[str, ...]] = ()  # those of a stage that has begun are compared with its own run
+
+    sft: str = "--learning_rate 1e-6 --num_samples 0"
+    """options of fine-tuning by sft.py, as --sft "--lora_rank 16"; --sft --help lists them"""
+    reward_model: str = "--batch_size 512"
+    """options of reward_model.py, as --reward_model "--num_epochs 2"; --reward_model --help lists them"""
+    ppo: str = "--kl_coef 0.02 --num_samples 0"
+    """options of ppo.py, as --ppo "--kl_coef 0.1"; --ppo --help lists them"""
+    dpo: str = "--num_samples 0"
+    """options of dpo.py, as --dpo "--beta 0.3"; --dpo --help lists them"""
 
 
 @dataclass
@@ -150,22 +162,8 @@ class Args:
     temperature: float = 1.0
     """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
-    # options of the stages
-    sft: Suppress[Fixed[SftArgs]] = field(
-        default_factory=lambda: with_fields(SftArgs(), learning_rate=1e-6, num_samples=0)
-    )
-    """options of fine-tuning, as --sft.learning_rate"""
-    reward_model: Suppress[Fixed[RewardArgs]] = field(
-        default_factory=lambda: with_fields(RewardArgs(), batch_size=512)
-    )
-    """options of the reward model's training, as --reward_model.learning_rate"""
-    ppo: Suppress[Fixed[PpoArgs]] = field(
-        default_factory=lambda: with_fields(PpoArgs(), kl_coef=0.02, num_samples=0)
-    )
-    """options of PPO, as --ppo.kl_coef"""
-    dpo: Suppress[Fixed[DpoArgs]] = field(default_factory=lambda: with_fields(DpoArgs(), num_samples=0))
-    """options of DPO, as --dpo.beta"""
-
+    stages: OmitArgPrefixes[Stages] = field(default_factory=Stages)
+    system: OmitArgPrefixes[Inference] = field(default_factory=Inference)
     run: OmitArgPrefixes[PipelineRun] = field(
         default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}")
     )
@@ -198,32 +196,6 @@ def ensemble(p_ab: list[float], p_ba: list[float], clamp: float = 1.0) -> float:
 def entropy(p: float) -> float:
     """Of a coin, in nats."""
     return -sum(x * math.log(x) for x in (p, 1 - p) if x > 0)
-
-
-def stock_shares(texts: list[str], n: int = 4, common: float = 0.1) -> list[float]:
-    """For each text, the share of its n-grams of words that at least `common` of all texts contain.
-
-    Rises when a policy gives the same reassurance whatever it was asked; 0 for texts of fewer words.
-    """
-    grams = [[tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for words in map(str.split, texts)]
-    counts = Counter(gram for found in grams for gram in set(found))
-    least = max(2, common * len(texts))
-    return [sum(counts[gram] >= least for gram in found) / max(1, len(found)) for found in grams]
-
-
-REFUSAL = re.compile(r"\b(I (cannot|can't|won't|will not)|I('m| am) (sorry|unable)|as an AI)\b", re.I)
-
-
-def refuses(text: str) -> bool:
-    return bool(REFUSAL.search(text.replace("\u2019", "'")))
-
-
-def describe(examples: list[data.Example], texts: list[str]) -> list[dict[str, float]]:
-    """What no judge is needed for: length in words, whether it refuses, share of stock phrases."""
-    return [
-        {"words": len(text.split()), "refusals": float(refuses(text)), "stock_phrases": stock}
-        for text, stock in zip(texts, stock_shares(texts), strict=True)
-    ]
 
 
 # ---------------------------------------------------------------------------------- constitution and examples
@@ -318,8 +290,8 @@ def read_judge_few_shots(name: str) -> list[tuple[data.Messages, str, str]]:
     return shots
 
 
-def draw(seed: int, purpose: str, prompt: data.Messages) -> random.Random:
-    """What is drawn for a prompt: a function of these three, whatever its place in the data."""
+def random_for(seed: int, purpose: str, prompt: data.Messages) -> random.Random:
+    """Draws for a prompt: a function of these three, whatever its place in the data."""
     return random.Random(f"{seed} {purpose} {json.dumps(prompt)}")
 
 
@@ -368,24 +340,36 @@ class Reply(NamedTuple):
     ended: bool  # False: cut off at max_new_tokens
 
 
+def stream_of(kind: str, number: int = 0) -> int:
+    """Tells the random numbers of one kind of replies to a prompt from those of the others.
+
+    Args:
+        number: round of a critique or revision, from 1; temperature of a candidate for a pair, from 0.
+    """
+    return {"reply": 0, "critique": 2 * number - 1, "revision": 2 * number, "candidate": 10_000 + number}[
+        kind
+    ]
+
+
 class Model:
     """A model in this process."""
 
     def __init__(self, path: str, args: Args, device: torch.device):
+        gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
         self.path, self.args, self.device = path, args, device
         self.tokenizer = load_tokenizer(path, args)
-        self.policy = models.load(path, device, args.sft.system, trainable=False)
+        self.policy = models.load(path, device, args.system, trainable=False)
         self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
 
     def replies(
         self,
         conversations: list[data.Messages],
-        step: int,
+        stream: int,
         first: int,
         temperature: float,
         samples_per_prompt: int = 1,
     ) -> list[Reply]:
-        """samples_per_prompt replies to each, a function of (seed, step, first + place in the list).
+        """samples_per_prompt replies to each, a function of (seed, stream, first + place in the list).
 
         A conversation too long for the model gets an empty one that has not ended.
         """
@@ -399,7 +383,7 @@ class Model:
             temperature=temperature,
             samples_per_prompt=samples_per_prompt,
             seed=self.args.seed,
-            step=step,
+            step=stream,
             first_index=first,
         )
         return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
@@ -409,7 +393,7 @@ class Model:
         leads = [Reply("", True)] * len(questions)
         if self.args.cot:
             questions = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions]
-            thoughts = self.replies(questions, 0, 0, temperature=0.0)
+            thoughts = self.replies(questions, stream_of("reply"), 0, temperature=0.0)
             leads = [Reply(thought.text + CONCLUSION, thought.ended) for thought in thoughts]
 
         def encode(item: tuple[data.Messages, Reply]) -> data.Example:
@@ -446,7 +430,7 @@ def encode_options(tokenizer: Any, question: data.Messages, lead: str) -> list[d
 def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: torch.device) -> list[float]:
     """P(A) of each example, from one packed forward for both of its options."""
     table = torch.zeros(len(examples), 2, device=device)
-    for row in data.rows(examples, args.sft.system.micro_batch_tokens, device) if examples else ():
+    for row in data.rows(examples, args.system.micro_batch_tokens, device) if examples else ():
         logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
         table[row.example_ids] = logps.view(-1, 2)
     return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
@@ -498,7 +482,7 @@ class Endpoint:
         )
 
     def replies(
-        self, conversations: list[data.Messages], step: int, first: int, temperature: float
+        self, conversations: list[data.Messages], stream: int, first: int, temperature: float
     ) -> list[Reply]:
         def read(choice: dict) -> dict:
             text = (choice["message"]["content"] or "").strip()
@@ -563,45 +547,46 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
     constitution, shots = read_constitution(args.constitution), read_few_shots(args.few_shots)
     examples = {turn["content"] for turn in shots}
     helper = Model(args.helpful_model or args.model, args, device)
-    critic = load_judge(args, helper, device)
+    critic = load_judge_model(args, helper, device)
 
     def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
         first, asked = chunk[0][0], [prompt for _, prompt in chunk]
-        replies = helper.replies(asked, 0, first, args.temperature)
+        replies = helper.replies(asked, stream_of("reply"), first, args.temperature)
         records = [
-            {"prompt": p, "initial": r.text, "ended": r.ended, "rounds": []}
-            for p, r in zip(asked, replies, strict=True)
+            {"prompt": prompt, "initial": reply.text, "ended": reply.ended, "rounds": []}
+            for prompt, reply in zip(asked, replies, strict=True)
         ]
         current = [reply.text for reply in replies]
         for number in range(1, args.num_revisions + 1):
-            drawn = [draw(args.seed, f"round {number}", p).randrange(len(constitution)) for p in asked]
-            talks = [
-                with_shots(shots, [*prompt, assistant(reply)])
-                for prompt, reply in zip(asked, current, strict=True)
-            ]
-            critiques = [Reply("", True)] * len(talks)
+            talks, requests, drawn = [], [], []
+            for prompt, reply in zip(asked, current, strict=True):
+                rng = random_for(args.seed, f"round {number}", prompt)
+                drawn.append(rng.randrange(len(constitution)))
+                requests.append(constitution[drawn[-1]])
+                talks.append(with_shots(shots, [*prompt, assistant(reply)]))
+            critiques = [""] * len(talks)
             if args.use_critique:
-                talks = [[*t, user(constitution[k][0])] for t, k in zip(talks, drawn, strict=True)]
-                critiques = critic.replies(talks, 2 * number - 1, first, args.temperature)
-                critiques = [Reply(clean(c.text, "Critique"), c.ended) for c in critiques]
-                talks = [[*t, assistant(c.text)] for t, c in zip(talks, critiques, strict=True)]
-            talks = [[*t, user(constitution[k][1])] for t, k in zip(talks, drawn, strict=True)]
-            revised = helper.replies(talks, 2 * number, first, args.temperature)
-            for i, (k, critique, reply) in enumerate(zip(drawn, critiques, revised, strict=True)):
+                talks = [[*talk, user(request)] for talk, (request, _) in zip(talks, requests, strict=True)]
+                found = critic.replies(talks, stream_of("critique", number), first, args.temperature)
+                critiques = [clean(reply.text, "Critique") for reply in found]
+                talks = [[*talk, assistant(text)] for talk, text in zip(talks, critiques, strict=True)]
+            talks = [[*talk, user(request)] for talk, (_, request) in zip(talks, requests, strict=True)]
+            revised = helper.replies(talks, stream_of("revision", number), first, args.temperature)
+            for i, reply in enumerate(revised):
                 text = clean(reply.text, "Revision")
-                kept = reply.ended and text not in {"", critique.text, *examples}
-                step = {"principle": k, "critique": critique.text, "revision": text, "kept": kept}
+                kept = reply.ended and text not in {"", critiques[i], *examples}
+                step = {"principle": drawn[i], "critique": critiques[i], "revision": text, "kept": kept}
                 records[i]["rounds"].append({**step, "cue": text != reply.text})
                 current[i] = text if kept else current[i]
         return records
 
     options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
-    who = (files.fingerprint(helper.path), judge_key(args), args.sft.system.dtype, args.chat_template)
+    who = (files.fingerprint(helper.path), judge_key(args), args.system.dtype, args.chat_template)
     key = (who, options, constitution, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
 
 
-def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
+def load_judge_model(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
     """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
     if args.judge_url:
         return Endpoint(args)
@@ -650,41 +635,51 @@ def compare_replies(
     """
     principles, shots = read_comparisons(args.comparisons), read_judge_few_shots(args.judge_few_shots)
     policy = Model(sl_model, args, device)
-    judge = load_judge(args, policy, device)
+    judge = load_judge_model(args, policy, device)
 
     def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
-        first, asked = chunk[0][0], [prompt for _, prompt in chunk]
-        found: list[list[dict]] = [[] for _ in asked]
-        for k, temperature in enumerate(read_temperatures(args)):
-            replies = policy.replies(asked, 10_000 + k, first, temperature, args.samples_per_prompt)
-            for i, reply in enumerate(replies):
-                candidate = {"text": reply.text, "temperature": temperature, "ended": reply.ended}
-                found[i // args.samples_per_prompt].append(candidate)
+        asked = [prompt for _, prompt in chunk]
+        found = candidates(policy, asked, chunk[0][0], args)
         records, questions = [], []
-        for prompt, candidates in zip(asked, found, strict=True):
-            rng = draw(args.seed, "comparisons", prompt)
-            usable = [c for c in candidates if c["ended"] and c["text"]]
+        for prompt, replies in zip(asked, found, strict=True):
+            rng = random_for(args.seed, "comparisons", prompt)
+            usable = [reply for reply in replies if reply["ended"] and reply["text"]]
             rng.shuffle(usable)
-            record = {"prompt": prompt, "cut_off": len(candidates) - len(usable), "comparisons": []}
-            for a, b in zip(usable[::2], usable[1::2], strict=False):
-                drawn = rng.sample(range(len(principles)), args.num_principles)
-                record["comparisons"].append({"a": a, "b": b, "principles": drawn})
-                for k in drawn if a["text"] != b["text"] else ():
-                    texts = (a["text"], b["text"])
-                    for one, two in (texts, texts[::-1]):
-                        questions.append(ask_judge(prompt, principles[k], one, two, shots, rng))
+            record = {"prompt": prompt, "cut_off": len(replies) - len(usable), "comparisons": []}
+            for i in range(0, len(usable) - 1, 2):
+                item = {"a": usable[i], "b": usable[i + 1]}
+                item["principles"] = rng.sample(range(len(principles)), args.num_principles)
+                a, b = item["a"]["text"], item["b"]["text"]
+                item["asked"] = len(questions)  # where its questions begin: two for each principle
+                for k in item["principles"] if a != b else ():
+                    questions.append(ask_judge(prompt, principles[k], a, b, shots, rng))
+                    questions.append(ask_judge(prompt, principles[k], b, a, shots, rng))
+                item["answered"] = len(questions)
+                record["comparisons"].append(item)
             records.append(record)
-        probs = iter(judge.verdicts(questions))
-        for item in (c for record in records for c in record["comparisons"]):
-            num = args.num_principles if item["a"]["text"] != item["b"]["text"] else 0
-            both = [(next(probs), next(probs)) for _ in range(num)]
-            item["p_ab"], item["p_ba"] = [list(side) for side in zip(*both, strict=True)] or ([], [])
+        probs = judge.verdicts(questions)
+        for record in records:
+            for item in record["comparisons"]:
+                own = probs[item.pop("asked") : item.pop("answered")]
+                item["p_ab"], item["p_ba"] = own[::2], own[1::2]
         return records
 
     options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    who = (files.fingerprint(sl_model), judge_key(args), args.sft.system.dtype, args.chat_template)
+    who = (files.fingerprint(sl_model), judge_key(args), args.system.dtype, args.chat_template)
     key = (who, options, args.max_new_tokens, principles, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
+
+
+def candidates(policy: Model, prompts: list[data.Messages], first: int, args: Args) -> list[list[dict]]:
+    """For each prompt samples_per_prompt replies at each temperature; first: the place of the first one."""
+    found: list[list[dict]] = [[] for _ in prompts]
+    for k, temperature in enumerate(read_temperatures(args)):
+        stream = stream_of("candidate", k)
+        replies = policy.replies(prompts, stream, first, temperature, args.samples_per_prompt)
+        for i, reply in enumerate(replies):
+            candidate = {"text": reply.text, "temperature": temperature, "ended": reply.ended}
+            found[i // args.samples_per_prompt].append(candidate)
+    return found
 
 
 def read_temperatures(args: Args) -> list[float]:
@@ -757,11 +752,6 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
 
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
-    for stage in ("sft", "reward_model", "ppo", "dpo"):
-        options, defaults = flat(getattr(args, stage)), flat(type(getattr(args, stage))())
-        for name in sorted(OWN & options.keys()):
-            if options[name] != defaults[name]:
-                raise dist.RunError(f"{stage}.{name} is set by the pipeline; leave it out")
     if args.judge_url and not args.judge_model:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
     if args.num_revisions < 1:
@@ -770,11 +760,44 @@ def check(args: Args) -> None:
         raise data.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
     if not 0.5 <= args.cot_clamp <= 1:
         raise data.wrong("cot_clamp", args.cot_clamp, "0.5 to 1")
-    read_constitution(args.constitution), read_few_shots(args.few_shots)
+    read_constitution(args.constitution)
+    read_few_shots(args.few_shots)
     read_judge_few_shots(args.judge_few_shots)
     num = len(read_comparisons(args.comparisons))
     if not 1 <= args.num_principles <= num:
         raise data.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
+
+
+def check_stages(args: Args, options: dict[str, Any], num_prompts: int) -> None:
+    """Refuse what a later stage would refuse, as far as it can be known before the first begins.
+
+    That is a model without a chat template, data that cannot be read, and a batch larger than the data.
+    """
+    folder = Path(args.run.output_dir)
+    speakers = [args.model, args.helpful_model, args.sl_model, "" if args.judge_url else args.judge_model]
+    tokenizers = [load_tokenizer(path, args) for path in dict.fromkeys(speakers) if path]
+    if args.preference_model and args.rl == "ppo":
+        data.load_tokenizer(args.preference_model)
+    if not args.sl_model and not stages.is_complete(folder / "2_sft"):
+        num = num_prompts * args.num_revisions
+        if args.revisions:
+            num = sum(len(demonstrations_of(record)) for record in read_lines(args.revisions))
+        num += epoch_size(data.load_sft, args.helpful_demonstrations, tokenizers[0], options["sft"])
+        stages.refuse_large_batch("sft", options["sft"], num, "demonstrations")
+    num = num_prompts * (args.samples_per_prompt * len(read_temperatures(args)) // 2)
+    num = len(read_lines(args.pairs)) if args.pairs else num
+    for name, path in (("reward_model", folder / "4_preference_model"), ("dpo", folder / "5_dpo")):
+        is_used = args.rl == "dpo" if name == "dpo" else args.rl == "ppo" and not args.preference_model
+        if is_used and not stages.is_complete(path):
+            more = epoch_size(data.load_pairs, args.helpful_pairs, tokenizers[0], options[name])
+            stages.refuse_large_batch(name, options[name], num + more, "pairs")
+    if args.rl == "ppo":
+        ppo.check(options["ppo"])
+
+
+def epoch_size(load: Callable, dataset: str, tokenizer: Any, options: Any) -> int:
+    """The examples that helpful data give an epoch of a stage; to know it all of them are read."""
+    return load(tokenizer, dataset, "", options.max_length)[0].epoch_size if dataset else 0
 
 
 def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data.Dataset]:
@@ -818,14 +841,93 @@ def show(numbers: dict[str, float]) -> None:
         print("  ".join(f"{name} {value:.3g}" for name, value in numbers.items()), flush=True)
 
 
-def export(model: str, folder: Path) -> None:
+def export(model: Path, folder: Path) -> None:
     """model/: a copy of the last stage's."""
 
     def copy() -> None:
         with files.whole(folder / "model") as unfinished:
-            shutil.copytree(Path(model) / "model", unfinished)
+            shutil.copytree(model / "model", unfinished)
 
     dist.from_main(copy)
+
+
+def begin(path: Path) -> bool:
+    """Whether a stage that writes this file has to run; a line of the console says so."""
+    if dist.from_main(path.exists):
+        return False
+    if dist.is_main():
+        print(f"\nstage {path.parent.name}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+    return True
+
+
+def revise(prompts: list[data.Messages], args: Args, device: torch.device) -> tuple[Path, dict[str, float]]:
+    """Stage 1, or the file that replaces it. -> (demonstrations for fine-tuning, metrics)"""
+    folder = Path(args.run.output_dir) / "1_revisions"
+    path = Path(args.revisions or folder / "revisions.jsonl")
+    if not args.revisions and begin(path):
+        make_revisions(prompts, path, args, device)
+    records = read_lines(path)
+    metrics = revision_metrics(records)
+    show(metrics)
+    if not metrics["revisions/kept_frac"]:
+        raise data.wrong(str(path), "no revision to keep", "a better critic, or more max_new_tokens")
+    save_lines(folder / "sft.jsonl", lambda: [x for record in records for x in demonstrations_of(record)])
+    return folder / "sft.jsonl", metrics
+
+
+def ask_for_feedback(
+    prompts: list[data.Messages], sl_model: str, args: Args, device: torch.device
+) -> tuple[Path, dict[str, float]]:
+    """Stage 3. -> (preferences, metrics of the judge)"""
+    folder = Path(args.run.output_dir) / "3_pairs"
+    path = folder / "comparisons.jsonl"
+    if begin(path):
+        compare_replies(prompts, sl_model, path, args, device)
+    records = read_lines(path)
+    metrics = judge_metrics(records, args)
+    show(metrics)
+    if not metrics["judge/num_pairs"]:
+        raise data.wrong(str(path), "no pair with a label", "a judge that prefers one of two replies")
+    save_lines(folder / "pairs.jsonl", lambda: [x for r in records for x in preferences_of(r, args)])
+    return folder / "pairs.jsonl", metrics
+
+
+def evaluate(
+    step: int,
+    model: str,
+    metrics: dict[str, float],
+    held_out: dict[str, data.Dataset],
+    log: Log,
+    args: Args,
+    device: torch.device,
+) -> None:
+    """A row of metrics, with these, and lines of samples.jsonl: a model's answers, judged and described.
+
+    Args:
+        held_out: prompts by the kind they are of.
+    """
+    if step in log.steps:
+        return
+    speaker, judge = Model(model, args, device), load_judge(args.run.judge, args.dataset)
+    sampling = Sampling(args.max_new_tokens, args.temperature)
+    for kind, examples in held_out.items():
+        answers = answer(
+            speaker.policy,
+            speaker.tokenizer,
+            examples,
+            args.run.num_samples,
+            sampling,
+            args.seed,
+            step,
+            judge,
+        )
+        for a, found in zip(answers, describe([a.text for a in answers]), strict=True):
+            a.scores = found | a.scores
+        log.samples(step, [a.row() for a in answers])
+        for name, value in answer_metrics(answers).items():
+            metrics = metrics | {f"eval/judge/{kind}_{name.rpartition('/')[2]}": value}
+    log(step, 2, metrics)
 
 
 TOY = dict(
@@ -840,20 +942,13 @@ TOY = dict(
     num_revisions=2,
     max_new_tokens=48,
     num_samples=200,
-    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
-    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
-    ppo=dict(
-        kl_coef=0.05,
-        learning_rate=3e-4,
-        value_learning_rate=1e-3,
-        warmup_steps=5,
-        rollout_size=128,
-        batch_size=64,
-        max_steps=60,
-        max_new_tokens=48,
-        eval_every=60,
-    ),
-    dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
+    sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60 "
+    "--num_samples 0",
+    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60",
+    ppo="--kl_coef 0.05 --learning_rate 3e-4 --value_learning_rate 1e-3 --warmup_steps 5 --rollout_size 128 "
+    "--batch_size 64 --max_steps 60 --max_new_tokens 48 --eval_every 60 --num_samples 0",
+    dpo="--beta 0.3 --learning_rate 3e-4 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40 "
+    "--num_samples 0",
 )
 
 
@@ -861,116 +956,63 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
-    folder = Path(args.run.output_dir)
-    common = dict(seed=args.seed, chat_template=args.chat_template)
+    folder, common = Path(args.run.output_dir), dict(seed=args.seed, chat_template=args.chat_template)
+    folders = {"sft": "2_sft", "reward_model": "4_preference_model", args.rl: f"5_{args.rl}"}
+    stages.refuse_changed_stages({folder / path: options[name] for name, path in folders.items()})
+    if log.is_finished(2):
+        return
 
     # data
     tokenizer = load_tokenizer(args.model, args)
     prompts, red_team = load_red_team(args, tokenizer)
-    ordinary = []
+    held_out = {"red_team": red_team, "ordinary": data.Dataset([])}
     if args.helpful_prompts:
-        ordinary = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)[1]
-    if not log.begin(2):
-        return
-    done = {row["step"] for row in log.rows}
+        helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
+        held_out["ordinary"] = helpful[1]
+    load_judge(args.run.judge, args.dataset)  # one that is not there ends the run here
+    check_stages(args, options, len(prompts))
+    log.start()
     save_lines(folder / "0_prompts" / "train.jsonl", lambda: [{"prompt": prompt} for prompt in prompts])
     save_lines(folder / "0_prompts" / "test.jsonl", lambda: [{"prompt": e.prompt} for e in red_team])
+    evaluate(0, args.model, {}, held_out, log, args, device)
 
-    def evaluate(step: int, model: str, more: dict[str, float]) -> None:
-        """Answers to held-out red-team and ordinary prompts, judged."""
-        if step in done:
-            return
-        speaker, metrics = Model(model, args, device), dict(more)
-        sampling = Sampling(args.max_new_tokens, args.temperature)
-        for kind, examples in (("red_team", red_team), ("ordinary", ordinary)):
-            found = log.samples(step, speaker.policy, speaker.tokenizer, examples, sampling, describe)
-            for name, value in found.items():
-                metrics[f"eval/judge/{kind}_{name.rpartition('/')[2]}"] = value
-        log(step, 2, metrics)
-
-    def generated(make: Callable, *inputs: Any, path: Path) -> bool:
-        """Run a stage that writes a file, unless it is there. -> False if a stop was asked for."""
-        if not dist.from_main(path.exists):
-            if dist.is_main():
-                print(f"\nstage {path.parent.name}", flush=True)
-                path.parent.mkdir(exist_ok=True)
-            try:
-                make(*inputs, path, args, device)
-            except dist.RunError as error:
-                if not dist.stop_requested():
-                    raise
-                if dist.is_main():
-                    print(error, flush=True)
-                return False
-            gc.collect()  # FSDP's modules refer to themselves
-        return True
-
-    evaluate(0, args.model, {})
-    gc.collect()
-
-    # 1. critiques and revisions
-    sl_model, numbers = args.sl_model, {}
+    # 1. critiques and revisions, 2. SL-CAI
+    sl_model, metrics = args.sl_model, {}
     if not sl_model:
-        revisions = Path(args.revisions or folder / "1_revisions" / "revisions.jsonl")
-        if not args.revisions and not generated(make_revisions, prompts, path=revisions):
-            return
-        records = read_lines(revisions)
-        numbers = revision_metrics(records)
-        show(numbers)
-        if not numbers["revisions/kept_frac"]:
-            raise data.wrong(str(revisions), "no revision to keep", "a better critic, or more max_new_tokens")
-        train_file = folder / "1_revisions" / "sft.jsonl"
-        save_lines(train_file, lambda: [x for record in records for x in demonstrations_of(record)])
-
-        # 2. SL-CAI
+        demonstrations, metrics = revise(prompts, args, device)
+        mixture = mixed(demonstrations, args.helpful_demonstrations)
+        overrides = dict(model=args.model, dataset=mixture, **common)
+        stage(sft.main, sft.Args, folder / "2_sft", overrides, args.stages.sft, log)
         sl_model = str(folder / "2_sft")
-        mixture = mixed(train_file, args.helpful_demonstrations)
-        options = with_fields(args.sft, model=args.model, dataset=mixture, output_dir=sl_model, **common)
-        if not log.stage(sft.main, options):
-            return
-    evaluate(1, sl_model, numbers)
-    gc.collect()
+    evaluate(1, sl_model, metrics, held_out, log, args, device)
 
     # 3. AI feedback
-    pairs, numbers = args.pairs, {}
+    pairs, metrics = args.pairs, {}
     if not pairs:
-        judged = folder / "3_pairs" / "comparisons.jsonl"
-        if not generated(compare_replies, prompts, sl_model, path=judged):
-            return
-        records = read_lines(judged)
-        numbers = judge_metrics(records, args)
-        show(numbers)
-        if not numbers["judge/num_pairs"]:
-            raise data.wrong(str(judged), "no pair with a label", "a judge that prefers one of two replies")
-        pairs = str(folder / "3_pairs" / "pairs.jsonl")
-        save_lines(Path(pairs), lambda: [x for record in records for x in preferences_of(record, args)])
-    mixture = mixed(pairs, args.helpful_pairs)
+        pairs, metrics = ask_for_feedback(prompts, sl_model, args, device)
+    overrides = dict(model=sl_model, dataset=mixed(pairs, args.helpful_pairs), **common)
 
     # 4. preference model, 5. RL-CAI
-    last = str(folder / f"5_{args.rl}")
-    if args.rl == "ppo":
-        preference_model = args.preference_model or str(folder / "4_preference_model")
-        if not args.preference_model:
-            options = with_fields(
-                args.reward_model, model=sl_model, dataset=mixture, output_dir=preference_model, **common
-            )
-            if not log.stage(reward_model.main, options):
-                return
-        mixture = mixed(folder / "0_prompts", args.helpful_prompts)
-        options = with_fields(args.ppo, reward=preference_model, model=sl_model, dataset=mixture)
-        finished = log.stage(ppo.main, with_fields(options, output_dir=last, **common))
+    last = folder / f"5_{args.rl}"
+    if args.rl == "dpo":
+        stage(dpo.main, dpo.Args, last, overrides, args.stages.dpo, log)
     else:
-        options = with_fields(args.dpo, model=sl_model, dataset=mixture, output_dir=last, **common)
-        finished = log.stage(dpo.main, options)
-    if not finished:
-        return
-    evaluate(2, last, numbers)
+        reward = args.preference_model or str(folder / "4_preference_model")
+        if not args.preference_model:
+            stage(
+                reward_model.main, reward_model.Args, Path(reward), overrides, args.stages.reward_model, log
+            )
+        mixture = mixed(folder / "0_prompts", args.helpful_prompts)
+        overrides = dict(model=sl_model, dataset=mixture, reward=reward, **common)
+        stage(ppo.main, ppo.Args, last, overrides, args.stages.ppo, log)
+    evaluate(2, str(last), metrics, held_out, log, args, device)
 
     export(last, folder)
     log.finish()
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY))
+    dist.run(main, parse(Args, TOY, STAGES))

@@ -36,8 +36,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, diffusion, dist, models
-from common.args import Optimization, Run, Weights, flat, parse, snapshot
-from common.log import Log, load_function
+from common.args import Optimization, Run, Weights, flat, load_function, parse, snapshot
+from common.evaluate import mean_scores
+from common.log import Log
 
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
 
@@ -451,8 +452,9 @@ def main(args: Args) -> None:
     train_set, eval_set = diffusion.load_prompts(args.dataset, args.eval_dataset)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     shown = [*dict.fromkeys(diffusion.texts(eval_set))][: run.num_samples]
-    if not log.begin(num_steps):
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
@@ -477,8 +479,9 @@ def main(args: Args) -> None:
         picture = log.folder / "images" / f"step_{step:08d}.png"
         diffusion.save_grid(picture, shown, {"base": base, "tuned": drawn})
         log.picture(step, picture)
-        rows = diffusion.judged(shown, drawn, base, load_function(spec) if spec else None)
-        return metrics | log.write_samples(step, rows)
+        rows, scores = diffusion.judged(shown, drawn, base, load_function(spec) if spec else None)
+        log.samples(step, rows)
+        return metrics | {f"eval/judge/{name}": mean for name, mean in mean_scores(scores).items()}
 
     spec = run.judge or ("toy.images:judge" if args.dataset == "toy" else "")
     if start_step == 0:

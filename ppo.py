@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, models
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.args import Optimization, Run, Sampling, System, load_function, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import Sample, generate, to_example
-from common.log import Log, load_function
+from common.log import Log
 
 SHOWN = ("objective/scores", "objective/kl", "loss/policy_avg", "policy/entropy_avg", "grad_norm")
 
@@ -566,12 +567,12 @@ TOY = dict(
 )
 
 
-def main(args: Args) -> None:
+def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
     optimization, system, run = args.optimization, args.system, args.run
-    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
@@ -581,8 +582,10 @@ def main(args: Args) -> None:
     num_rollouts, steps_each = count_steps(train_set, args)
     num_steps = num_rollouts * steps_each
     rewards = load_rewards(args, device)
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
@@ -605,7 +608,11 @@ def main(args: Args) -> None:
             return score(rewards, examples, texts, args, device).tolist()
 
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        return log.samples(step, policy, tokenizer, eval_set, sampling, reward_of)
+        answers = answer(
+            policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge, reward_of
+        )
+        log.samples(step, [a.row() for a in answers])
+        return answer_metrics(answers)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))

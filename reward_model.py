@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
 from common.args import Optimization, System, Training, parse, snapshot
+from common.evaluate import agreement
 from common.log import Log
 
 SHOWN = ("loss", "accuracy", "margin", "grad_norm")
@@ -183,11 +183,8 @@ def evaluation(rewards: Tensor, examples: list[data.Example], args: Args) -> dic
     }
     if args.loss == "regression":
         for k, name in enumerate(fields):
-            known = ~target[:, k].isnan()
-            both = pd.DataFrame({"found": table[known, k].numpy(), "label": target[known, k].numpy()})
-            metrics[f"mae/{name}"] = float((both.found - both.label).abs().mean())
-            metrics[f"pearson/{name}"] = float(both.corr().iloc[0, 1])
-            metrics[f"spearman/{name}"] = float(both.corr("spearman").iloc[0, 1])
+            found = agreement(target[:, k].numpy(), table[:, k].numpy())  # a missing label is NaN
+            metrics |= {f"{kind}/{name}": value for kind, value in found.items()}
         return metrics
     right, margins = ordered_right(table, target)
     low, high = wilson_interval(right.sum().item(), len(right))
@@ -298,7 +295,7 @@ def pad_token(tokenizer: Any) -> int:
 TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
 
 
-def main(args: Args) -> None:
+def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     optimization, system, run = args.optimization, args.system, args.run
@@ -307,14 +304,15 @@ def main(args: Args) -> None:
         scorer = models.load_scorer(args.model, device, system, trainable=False)
         score_file(scorer, tokenizer, args.score, args, device)
         return
-    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_examples(args, tokenizer)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
-    if not log.begin(num_steps):
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]

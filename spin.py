@@ -37,6 +37,7 @@ from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
 
@@ -432,8 +433,10 @@ def main(args: Args) -> None:
     prompts = choose_prompts(train_set, args)
     begins = boundaries(len(prompts), args)
     num_steps = begins[-1] if run.max_steps < 0 else min(run.max_steps, begins[-1])
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
@@ -463,19 +466,19 @@ def main(args: Args) -> None:
     now, train_pairs, eval_pairs = begin(number, start_step)
 
     def evaluate(step: int) -> dict[str, float]:
-        totals, apart = dist.Totals(), {}
+        totals = dist.Totals()
         for row in data.rows(eval_pairs, system.micro_batch_tokens, device):
             with torch.no_grad():
                 totals.update(loss_and_metrics(policy, row, now.beta, args.loss)[1])
         metrics = totals.reduce("eval/") | describe(eval_pairs, tokenizer)
-
-        def compare(examples: list[data.Example], texts: list[str]) -> list:
-            apart.update(distances_to_real(log.judge(), tokenizer, examples, texts))
-            return []
-
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        metrics |= log.samples(step, policy, tokenizer, eval_set, sampling, compare)
-        return metrics | {f"eval/{name}": value for name, value in apart.items()}
+        answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
+        log.samples(step, [a.row() for a in answers])
+        apart = {}
+        if answers:
+            asked = [a.example for a in answers]
+            apart = distances_to_real(judge, tokenizer, asked, [a.text for a in answers])
+        return metrics | answer_metrics(answers) | {f"eval/{name}": value for name, value in apart.items()}
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))

@@ -28,6 +28,7 @@ from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
 
@@ -394,8 +395,10 @@ def main(args: Args) -> None:
     num_groups = count_groups(prompts, args)
     steps_each = run.num_epochs * -(-num_groups // optimization.batch_size)
     num_steps = num_iterations * steps_each if run.max_steps < 0 else run.max_steps
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
@@ -411,7 +414,9 @@ def main(args: Args) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        return log.samples(step, policy, tokenizer, eval_set, sampling)
+        answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
+        log.samples(step, [a.row() for a in answers])
+        return answer_metrics(answers)
 
     def make_groups(number: int) -> Path:
         """Sample and score an iteration's groups with the policy as it is; a file that exists is kept."""
