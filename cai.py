@@ -26,45 +26,33 @@ Each stage has its files in output_dir; one that is complete is not run again.
 Metrics, results and departures from the paper: docs/cai.md
 """
 
-import contextlib
-import gc
-import hashlib
 import json
 import math
-import os
 import random
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import InferenceClient, get_session
-from huggingface_hub.errors import HfHubHTTPError
-from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 import dpo
 import ppo
 import reward_model
 import sft
-from common import data, dist, files, models, stages
+from common import chat, data, dist, files, stages
 from common.args import Inference, PipelineRun, Sampling, parse, snapshot
+from common.chat import assistant, user
 from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
-from common.generate import generate
 from common.log import Log
 from common.stages import stage
 
 SHOWN = ()
 STAGES = {"sft": sft.Args, "reward_model": reward_model.Args, "ppo": ppo.Args, "dpo": dpo.Args}
+FOLDERS = {"sft": "2_sft", "reward_model": "4_preference_model", "ppo": "5_ppo", "dpo": "5_dpo"}
 RESERVED = stages.RESERVED | {"reward", "score"}  # options of stages that the pipeline sets or does not offer
-THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
-BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
-REFUSED = (400, 401, 403, 404, 405, 422)  # the same request would be refused again
-CONCLUSION = "\nThe better reply is "
 
 
 @dataclass
@@ -127,14 +115,6 @@ class Args:
     """model that gives the first replies and writes the revisions; default: model"""
     judge_model: str = ""
     """critic and judge, a model or its name at judge_url; default: model"""
-    judge_url: str = ""
-    """server that has judge_model, as https://host/v1, OpenAI's chat API; the key is in $OPENAI_API_KEY"""
-    judge_timeout: float = 60.0
-    """seconds that the server of judge_url has for an answer"""
-    judge_retries: int = 8
-    """times to ask the server again, after waits that grow to a minute, before the run stops"""
-    judge_threads: int = 16
-    """requests to the server under way at once from each rank"""
 
     # algorithm
     num_red_team: int = 0
@@ -163,6 +143,7 @@ class Args:
     """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
     stages: OmitArgPrefixes[Stages] = field(default_factory=Stages)
+    server: OmitArgPrefixes[chat.Server] = field(default_factory=chat.Server)
     system: OmitArgPrefixes[Inference] = field(default_factory=Inference)
     run: OmitArgPrefixes[PipelineRun] = field(
         default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}")
@@ -170,11 +151,6 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------- the maths
-
-
-def option_prob(logps: Tensor) -> Tensor:
-    """P(the option listed first), from log-probabilities of the letters A and B, nats; (..., 2) -> (...)"""
-    return torch.sigmoid(logps[..., 0] - logps[..., 1])
 
 
 def average_orders(p_ab: float, p_ba: float) -> float:
@@ -201,18 +177,22 @@ def entropy(p: float) -> float:
 # ---------------------------------------------------------------------------------- constitution and examples
 
 
-def read_json(name: str, what: str) -> Any:
-    """A JSON file of the current folder or of this script's; toy: the toy world's constitution.
+def read_json(name: str, what: str, read: Callable[[Any], list], expected: str) -> list:
+    """read(content of a JSON file) of the current folder or of this script's; toy: the toy world's file.
 
     Raises:
-        RunError: no such file, or no JSON.
+        RunError: no such file, no JSON, or another shape than the one expected.
     """
     path = data.toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
     path = path if path.exists() else Path(__file__).parent / path
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise data.wrong(f"{what} {name}", data.first_line(error), "a JSON file") from error
+    try:
+        return read(content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise data.wrong(f"{what} {name}", repr(error), expected) from error
 
 
 def without_marks(text: str) -> str:
@@ -223,17 +203,15 @@ def without_marks(text: str) -> str:
 
 def read_constitution(name: str) -> list[tuple[str, str]]:
     """(critique request, revision request) of each principle."""
-    content = read_json(name, "constitution")
-    try:
+
+    def read(content: Any) -> list[tuple[str, str]]:
         if "revisions" in content:
             pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
         else:
             pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
-        pairs = [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise data.wrong(
-            f"constitution {name}", repr(error), "name: {prompt: [...], edit_request}"
-        ) from error
+        return [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
+
+    pairs = read_json(name, "constitution", read, "name: {prompt: [...], edit_request}")
     if not pairs or not all(text for pair in pairs for text in pair):
         raise data.wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
     return pairs
@@ -241,11 +219,14 @@ def read_constitution(name: str) -> list[tuple[str, str]]:
 
 def read_comparisons(name: str) -> list[str]:
     """The principles to compare by."""
-    content = read_json(name, "comparisons")
-    content = content.get("comparisons") if isinstance(content, dict) else content
-    if not isinstance(content, list) or not content or not all(isinstance(x, str) and x for x in content):
-        raise data.wrong(f"comparisons {name}", type(content).__name__, "a list of principles, each a text")
-    return [without_marks(text) for text in content]
+
+    def read(content: Any) -> list[str]:
+        found = content["comparisons"] if isinstance(content, dict) else content
+        if not isinstance(found, list) or not found or not all(isinstance(x, str) and x for x in found):
+            raise TypeError(type(found).__name__)
+        return [without_marks(text) for text in found]
+
+    return read_json(name, "comparisons", read, "a list of principles, each a text")
 
 
 SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
@@ -255,31 +236,33 @@ MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
 
 def read_few_shots(name: str) -> data.Messages:
     """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
-    if not name:
-        return []
-    content, messages = read_json(name, "few_shots"), []
-    samples = content["samples"] if isinstance(content, dict) and "samples" in content else content
-    if not isinstance(samples, list):
-        raise data.wrong(f"few_shots {name}", type(content).__name__, "a list of transcripts, or samples")
-    for i, sample in enumerate(samples):
-        where = f"few_shots {name} item {i}"
-        if isinstance(sample, str):
-            parts = MARK.split(sample)
-            spoken = zip(parts[1::2], parts[2::2], strict=True)
-            turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
-        else:
-            turns = data.as_messages(sample, where)
-        roles = [turn["role"] for turn in turns]
-        if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
-            raise data.wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
-        messages += turns
-    return messages
+
+    def read(content: Any) -> data.Messages:
+        samples = content["samples"] if isinstance(content, dict) else content
+        shots = [read_shot(sample, f"few_shots {name} item {i}") for i, sample in enumerate(samples)]
+        return [turn for turns in shots for turn in turns]
+
+    return read_json(name, "few_shots", read, "a list of transcripts, or samples") if name else []
+
+
+def read_shot(sample: Any, where: str) -> data.Messages:
+    """The turns of an example: of a transcript, without a last one that is empty, or of messages."""
+    if isinstance(sample, str):
+        parts = MARK.split(sample)
+        spoken = zip(parts[1::2], parts[2::2], strict=True)
+        turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
+    else:
+        turns = data.as_messages(sample, where)
+    roles = [turn["role"] for turn in turns]
+    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise data.wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
+    return turns
 
 
 def read_judge_few_shots(name: str) -> list[tuple[data.Messages, str, str]]:
     """(prompt, better reply, worse reply) of each example."""
     shots = []
-    for i, item in enumerate(read_json(name, "judge_few_shots") if name else []):
+    for i, item in enumerate(read_json(name, "judge_few_shots", list, "a list") if name else ()):
         where = f"judge_few_shots {name} item {i}"
         try:
             prompt = data.as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
@@ -293,14 +276,6 @@ def read_judge_few_shots(name: str) -> list[tuple[data.Messages, str, str]]:
 def random_for(seed: int, purpose: str, prompt: data.Messages) -> random.Random:
     """Draws for a prompt: a function of these three, whatever its place in the data."""
     return random.Random(f"{seed} {purpose} {json.dumps(prompt)}")
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def with_shots(shots: data.Messages, conversation: data.Messages) -> data.Messages:
@@ -335,80 +310,6 @@ def ask_judge(
 # ------------------------------------------------------------------------- who replies, criticises and judges
 
 
-class Reply(NamedTuple):
-    text: str
-    ended: bool  # False: cut off at max_new_tokens
-
-
-def stream_of(kind: str, number: int = 0) -> int:
-    """Tells the random numbers of one kind of replies to a prompt from those of the others.
-
-    Args:
-        number: round of a critique or revision, from 1; temperature of a candidate for a pair, from 0.
-    """
-    return {"reply": 0, "critique": 2 * number - 1, "revision": 2 * number, "candidate": 10_000 + number}[
-        kind
-    ]
-
-
-class Model:
-    """A model in this process."""
-
-    def __init__(self, path: str, args: Args, device: torch.device):
-        gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
-        self.path, self.args, self.device = path, args, device
-        self.tokenizer = load_tokenizer(path, args)
-        self.policy = models.load(path, device, args.system, trainable=False)
-        self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
-
-    def replies(
-        self,
-        conversations: list[data.Messages],
-        stream: int,
-        first: int,
-        temperature: float,
-        samples_per_prompt: int = 1,
-    ) -> list[Reply]:
-        """samples_per_prompt replies to each, a function of (seed, stream, first + place in the list).
-
-        A conversation too long for the model gets an empty one that has not ended.
-        """
-        prompts = [data.encode_prompt(self.tokenizer, conversation) for conversation in conversations]
-        fits = [len(tokens) < self.limit for tokens in prompts]
-        samples = generate(
-            self.policy,
-            self.tokenizer,
-            [tokens if ok else tokens[-1:] for tokens, ok in zip(prompts, fits, strict=True)],
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=temperature,
-            samples_per_prompt=samples_per_prompt,
-            seed=self.args.seed,
-            step=stream,
-            first_index=first,
-        )
-        return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
-
-    def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
-        """P(A) of each comparison; None where the reasoning was cut off, or all is too long for the model."""
-        leads = [Reply("", True)] * len(questions)
-        if self.args.cot:
-            questions = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions]
-            thoughts = self.replies(questions, stream_of("reply"), 0, temperature=0.0)
-            leads = [Reply(thought.text + CONCLUSION, thought.ended) for thought in thoughts]
-
-        def encode(item: tuple[data.Messages, Reply]) -> data.Example:
-            return data.Example(encode_options(self.tokenizer, item[0], item[1].text), "")
-
-        examples = dist.parallel_map(encode, list(zip(questions, leads, strict=True)))
-        short = [example.num_tokens < 2 * self.limit for example in examples]
-        usable = [i for i, lead in enumerate(leads) if lead.ended and short[i]]
-        probs: list[float | None] = [None] * len(questions)
-        found = letter_probs(self.policy, [examples[i] for i in usable], self.args, self.device)
-        for i, p in zip(usable, found, strict=True):
-            probs[i] = p
-        return probs
-
-
 def load_tokenizer(path: str, args: Args) -> Any:
     """The tokenizer of a model; args.chat_template is that of the policy, and of models that have none."""
     tokenizer = data.load_tokenizer(path, args.chat_template if path == args.model else "")
@@ -419,119 +320,37 @@ def load_tokenizer(path: str, args: Args) -> Any:
     return tokenizer
 
 
-def encode_options(tokenizer: Any, question: data.Messages, lead: str) -> list[data.Sequence]:
-    """The answers (A) and (B), up to the first token in which they differ; only that one is scored."""
-    sides = [data.encode_response(tokenizer, question, [assistant(f"{lead}({x})")])[0] for x in "AB"]
-    at = data.common_prefix(*sides)
-    return [(tokens[: at + 1], torch.arange(at + 1).eq(at).numpy()) for tokens in sides]
+def load_model(path: str, args: Args, device: torch.device) -> chat.Model:
+    """A model to ask for replies and verdicts."""
+    tokenizer = load_tokenizer(path, args)
+    return chat.Model(path, tokenizer, device, args.system, args.max_new_tokens, args.seed, args.cot)
 
 
-@torch.no_grad()
-def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: torch.device) -> list[float]:
-    """P(A) of each example, from one packed forward for both of its options."""
-    table = torch.zeros(len(examples), 2, device=device)
-    for row in data.rows(examples, args.system.micro_batch_tokens, device) if examples else ():
-        logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
-        table[row.example_ids] = logps.view(-1, 2)
-    return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
+def load_judge_model(args: Args, own: chat.Model, device: torch.device) -> chat.Model | chat.Endpoint:
+    """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
+    if args.server.judge_url:
+        folder = Path(args.run.output_dir) / "answers"
+        return chat.Endpoint(args.judge_model, args.server, folder, args.max_new_tokens, args.cot)
+    path = args.judge_model or args.model
+    return own if path == own.path else load_model(path, args, device)
 
 
-class Endpoint:
-    """A model behind a server with OpenAI's chat API, which may fail or stall; nothing is asked twice."""
+def stream_of(kind: str, number: int = 0) -> int:
+    """Tells the random numbers of one kind of replies to a prompt from those of the others.
 
-    def __init__(self, args: Args):
-        self.args, self.url = args, args.judge_url.rstrip("/") + "/chat/completions"
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # left out, the user's hub token would be sent
-        self.client = InferenceClient(base_url=self.url, api_key=key, timeout=args.judge_timeout)
-        self.answers = files.Journal(Path(args.run.output_dir) / "answers")
-
-    def ask(self, conversations: list[data.Messages], read: Callable, **how: Any) -> list[dict]:
-        """read(choice) of the first choice of each answer; every rank passes the same conversations."""
-        bodies = [{"model": self.args.judge_model, "messages": turns, **how} for turns in conversations]
-        keys = [hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()[:32] for body in bodies]
-        wanted = dict(zip(keys, bodies, strict=True))  # equal ones are asked once
-        with not_the_hub():
-            found = self.answers.collect(wanted, lambda body: self.post(body, read), self.args.judge_threads)
-        answers = dict(zip(wanted, found, strict=True))
-        return [answers[key] for key in keys]
-
-    def post(self, body: dict, read: Callable) -> dict:
-        """One request, repeated after a pause where the server fails.
-
-        Raises:
-            RunError: the server refuses the request, or fails each time.
-        """
-        wait = 0.0
-        for attempt in range(self.args.judge_retries + 1):
-            time.sleep(min(60.0, wait))
-            wait = BACKOFF * 2**attempt
-            try:
-                return read(self.client.chat_completion(**body).choices[0])
-            except HfHubHTTPError as error:
-                code, after = error.response.status_code, error.response.headers.get("Retry-After", "")
-                problem = f"HTTP status {code}"
-                if code in REFUSED:
-                    said = data.first_line(error)[:200]
-                    raise dist.RunError(f"{self.url}: {problem}: {said}") from error
-                wait = max(wait, float(after)) if after.isdigit() else wait
-            except Exception as error:  # no connection, no answer in time, or an answer of another form
-                problem = f"{type(error).__name__}: {data.first_line(error)}"
-        raise dist.RunError(
-            f"{self.url}: gave up after {self.args.judge_retries + 1} tries, the last with {problem}; what "
-            "was answered is kept, the same command goes on from there"
-        )
-
-    def replies(
-        self, conversations: list[data.Messages], stream: int, first: int, temperature: float
-    ) -> list[Reply]:
-        def read(choice: dict) -> dict:
-            text = (choice["message"]["content"] or "").strip()
-            return {"text": text, "ended": choice.get("finish_reason") == "stop"}
-
-        how = {"max_tokens": self.args.max_new_tokens, "temperature": temperature}
-        return [Reply(**answer) for answer in self.ask(conversations, read, **how)]
-
-    def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
-        """P(A) of each comparison; None for an answer that names no letter."""
-        cot = self.args.cot
-
-        def read(choice: dict) -> dict:
-            tokens = (choice.get("logprobs") or {}).get("content") or []
-            return {"p": read_verdict(choice["message"]["content"] or "", tokens, cot)}
-
-        asked = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions] if cot else questions
-        how = {"max_tokens": self.args.max_new_tokens if cot else 8, "temperature": 0.0}
-        return [x["p"] for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
-
-
-@contextlib.contextmanager
-def not_the_hub() -> Iterator[None]:
-    """Requests go out though HF_HUB_OFFLINE is set: its client refuses them all by a hook on the session."""
-    session = get_session()
-    hooks, session.event_hooks = session.event_hooks, {}
-    try:
-        yield
-    finally:
-        session.event_hooks = hooks
-
-
-def read_verdict(text: str, tokens: list[dict], cot: bool) -> float | None:
-    """P(A) from the letter an answer gives, and from the log-probabilities at its token if there are any.
-
-    Args:
-        tokens: OpenAI's logprobs.content. Without it the probability is 0 or 1.
+    number: round of a critique or revision, from 1; temperature of a candidate for a pair, from 0.
     """
-    letters = re.findall(r"\(([AB])\)", text) or re.findall(r"^\W*([AB])\b", text)
-    if not letters or (not cot and len(set(letters)) > 1):
-        return None
-    probs = {"A": 0.0, "B": 0.0}
-    named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letters[-1]]
-    for top in (named[-1].get("top_logprobs") or []) if named else []:
-        letter = re.sub(r"\W", "", top["token"])
-        if letter in probs:
-            probs[letter] += math.exp(top["logprob"])
-    total = sum(probs.values())
-    return probs["A"] / total if total > 0 else float(letters[-1] == "A")
+    streams = {"reply": 0, "critique": 2 * number - 1, "revision": 2 * number, "candidate": 10_000 + number}
+    return streams[kind]
+
+
+def inputs_key(speaker: str, args: Args) -> tuple:
+    """What replies and verdicts depend on besides prompts and requests: models, precision, template, seed."""
+    judge: Any = (args.server.judge_url, args.judge_model)
+    if not args.server.judge_url:
+        judge = files.fingerprint(args.judge_model or args.model)
+    who = (files.fingerprint(speaker), judge, args.system.dtype, args.chat_template)
+    return (*who, args.seed, args.max_new_tokens)
 
 
 # -------------------------------------------------------------------------------- 1. critiques and revisions
@@ -546,7 +365,7 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
     """
     constitution, shots = read_constitution(args.constitution), read_few_shots(args.few_shots)
     examples = {turn["content"] for turn in shots}
-    helper = Model(args.helpful_model or args.model, args, device)
+    helper = load_model(args.helpful_model or args.model, args, device)
     critic = load_judge_model(args, helper, device)
 
     def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
@@ -580,24 +399,9 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
                 current[i] = text if kept else current[i]
         return records
 
-    options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
-    who = (files.fingerprint(helper.path), judge_key(args), args.system.dtype, args.chat_template)
-    key = (who, options, constitution, shots)
+    options = (args.num_revisions, args.use_critique, args.temperature)
+    key = (inputs_key(helper.path, args), options, constitution, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
-
-
-def load_judge_model(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
-    """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
-    if args.judge_url:
-        return Endpoint(args)
-    path = args.judge_model or args.model
-    return own if path == own.path else Model(path, args, device)
-
-
-def judge_key(args: Args) -> Any:
-    if args.judge_url:
-        return (args.judge_url, args.judge_model)
-    return files.fingerprint(args.judge_model or args.model)
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -634,7 +438,7 @@ def compare_replies(
     p_ab and p_ba have one number for each principle drawn. A reply that was cut off is not compared.
     """
     principles, shots = read_comparisons(args.comparisons), read_judge_few_shots(args.judge_few_shots)
-    policy = Model(sl_model, args, device)
+    policy = load_model(sl_model, args, device)
     judge = load_judge_model(args, policy, device)
 
     def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
@@ -664,13 +468,12 @@ def compare_replies(
                 item["p_ab"], item["p_ba"] = own[::2], own[1::2]
         return records
 
-    options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    who = (files.fingerprint(sl_model), judge_key(args), args.system.dtype, args.chat_template)
-    key = (who, options, args.max_new_tokens, principles, shots)
+    options = (args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
+    key = (inputs_key(sl_model, args), options, principles, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
 
 
-def candidates(policy: Model, prompts: list[data.Messages], first: int, args: Args) -> list[list[dict]]:
+def candidates(policy: chat.Model, prompts: list[data.Messages], first: int, args: Args) -> list[list[dict]]:
     """For each prompt samples_per_prompt replies at each temperature; first: the place of the first one."""
     found: list[list[dict]] = [[] for _ in prompts]
     for k, temperature in enumerate(read_temperatures(args)):
@@ -752,7 +555,7 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
 
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
-    if args.judge_url and not args.judge_model:
+    if args.server.judge_url and not args.judge_model:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
     if args.num_revisions < 1:
         raise data.wrong("num_revisions", args.num_revisions, "1 or more")
@@ -773,31 +576,31 @@ def check_stages(args: Args, options: dict[str, Any], num_prompts: int) -> None:
 
     That is a model without a chat template, data that cannot be read, and a batch larger than the data.
     """
-    folder = Path(args.run.output_dir)
-    speakers = [args.model, args.helpful_model, args.sl_model, "" if args.judge_url else args.judge_model]
-    tokenizers = [load_tokenizer(path, args) for path in dict.fromkeys(speakers) if path]
-    if args.preference_model and args.rl == "ppo":
-        data.load_tokenizer(args.preference_model)
-    if not args.sl_model and not stages.is_complete(folder / "2_sft"):
-        num = num_prompts * args.num_revisions
-        if args.revisions:
-            num = sum(len(demonstrations_of(record)) for record in read_lines(args.revisions))
-        num += epoch_size(data.load_sft, args.helpful_demonstrations, tokenizers[0], options["sft"])
-        stages.refuse_large_batch("sft", options["sft"], num, "demonstrations")
-    num = num_prompts * (args.samples_per_prompt * len(read_temperatures(args)) // 2)
-    num = len(read_lines(args.pairs)) if args.pairs else num
-    for name, path in (("reward_model", folder / "4_preference_model"), ("dpo", folder / "5_dpo")):
-        is_used = args.rl == "dpo" if name == "dpo" else args.rl == "ppo" and not args.preference_model
-        if is_used and not stages.is_complete(path):
-            more = epoch_size(data.load_pairs, args.helpful_pairs, tokenizers[0], options[name])
-            stages.refuse_large_batch(name, options[name], num + more, "pairs")
+    judge_model = "" if args.server.judge_url else args.judge_model
+    speakers = [path for path in (args.model, args.helpful_model, args.sl_model, judge_model) if path]
+    tokenizer, *_ = [load_tokenizer(path, args) for path in speakers]
+    load_judge(args.run.judge, args.dataset)
     if args.rl == "ppo":
         ppo.check(options["ppo"])
+        if args.preference_model:
+            data.load_tokenizer(args.preference_model)
 
+    def refuse_large_batch(name: str, load: Callable, given: str, num_own: int) -> None:
+        """`given` is what the user adds to a stage's data, and is read; num_own comes from stages before."""
+        if not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
+            train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
+            stages.refuse_large_batch(name, options[name], num_own + train.epoch_size)
 
-def epoch_size(load: Callable, dataset: str, tokenizer: Any, options: Any) -> int:
-    """The examples that helpful data give an epoch of a stage; to know it all of them are read."""
-    return load(tokenizer, dataset, "", options.max_length)[0].epoch_size if dataset else 0
+    if not args.sl_model:
+        num = num_prompts * args.num_revisions
+        if args.revisions:
+            num = sum(len(demonstrations_of(record)) for record in stages.read_lines(args.revisions))
+        refuse_large_batch("sft", data.load_sft, args.helpful_demonstrations, num)
+    if args.rl == "dpo" or not args.preference_model:
+        num_pairs = args.samples_per_prompt * len(read_temperatures(args)) // 2
+        num = 0 if args.pairs else num_prompts * num_pairs
+        name = "dpo" if args.rl == "dpo" else "reward_model"
+        refuse_large_batch(name, data.load_pairs, stages.mixed(args.pairs, args.helpful_pairs), num)
 
 
 def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data.Dataset]:
@@ -817,62 +620,18 @@ def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data
     return prompts, data.Dataset([(unseen, 1.0)])
 
 
-def read_lines(path: str | Path) -> list[dict]:
-    return [record.value for record in data.read_file(Path(path).expanduser())]
-
-
-def save_lines(path: Path, make: Callable[[], list[dict]]) -> None:
-    """Write make() as JSON lines, complete or not at all; a file that exists is kept."""
-
-    def write() -> None:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write(path, files.as_lines(make()))
-
-    dist.from_main(write)
-
-
-def mixed(*sources: Any) -> str:
-    return ",".join(str(source) for source in sources if source)
-
-
-def show(numbers: dict[str, float]) -> None:
-    if dist.is_main():
-        print("  ".join(f"{name} {value:.3g}" for name, value in numbers.items()), flush=True)
-
-
-def export(model: Path, folder: Path) -> None:
-    """model/: a copy of the last stage's."""
-
-    def copy() -> None:
-        with files.whole(folder / "model") as unfinished:
-            shutil.copytree(model / "model", unfinished)
-
-    dist.from_main(copy)
-
-
-def begin(path: Path) -> bool:
-    """Whether a stage that writes this file has to run; a line of the console says so."""
-    if dist.from_main(path.exists):
-        return False
-    if dist.is_main():
-        print(f"\nstage {path.parent.name}", flush=True)
-        path.parent.mkdir(exist_ok=True)
-    return True
-
-
 def revise(prompts: list[data.Messages], args: Args, device: torch.device) -> tuple[Path, dict[str, float]]:
     """Stage 1, or the file that replaces it. -> (demonstrations for fine-tuning, metrics)"""
     folder = Path(args.run.output_dir) / "1_revisions"
     path = Path(args.revisions or folder / "revisions.jsonl")
-    if not args.revisions and begin(path):
+    if not args.revisions and stages.begin(path):
         make_revisions(prompts, path, args, device)
-    records = read_lines(path)
+    records = stages.read_lines(path)
     metrics = revision_metrics(records)
-    show(metrics)
+    stages.show(metrics)
     if not metrics["revisions/kept_frac"]:
         raise data.wrong(str(path), "no revision to keep", "a better critic, or more max_new_tokens")
-    save_lines(folder / "sft.jsonl", lambda: [x for record in records for x in demonstrations_of(record)])
+    stages.write_lines(folder / "sft.jsonl", [x for record in records for x in demonstrations_of(record)])
     return folder / "sft.jsonl", metrics
 
 
@@ -882,14 +641,14 @@ def ask_for_feedback(
     """Stage 3. -> (preferences, metrics of the judge)"""
     folder = Path(args.run.output_dir) / "3_pairs"
     path = folder / "comparisons.jsonl"
-    if begin(path):
+    if stages.begin(path):
         compare_replies(prompts, sl_model, path, args, device)
-    records = read_lines(path)
+    records = stages.read_lines(path)
     metrics = judge_metrics(records, args)
-    show(metrics)
+    stages.show(metrics)
     if not metrics["judge/num_pairs"]:
         raise data.wrong(str(path), "no pair with a label", "a judge that prefers one of two replies")
-    save_lines(folder / "pairs.jsonl", lambda: [x for r in records for x in preferences_of(r, args)])
+    stages.write_lines(folder / "pairs.jsonl", [x for r in records for x in preferences_of(r, args)])
     return folder / "pairs.jsonl", metrics
 
 
@@ -909,19 +668,11 @@ def evaluate(
     """
     if step in log.steps:
         return
-    speaker, judge = Model(model, args, device), load_judge(args.run.judge, args.dataset)
+    speaker, judge = load_model(model, args, device), load_judge(args.run.judge, args.dataset)
     sampling = Sampling(args.max_new_tokens, args.temperature)
     for kind, examples in held_out.items():
-        answers = answer(
-            speaker.policy,
-            speaker.tokenizer,
-            examples,
-            args.run.num_samples,
-            sampling,
-            args.seed,
-            step,
-            judge,
-        )
+        how = (args.run.num_samples, sampling, args.seed, step, judge)
+        answers = answer(speaker.policy, speaker.tokenizer, examples, *how)
         for a, found in zip(answers, describe([a.text for a in answers]), strict=True):
             a.scores = found | a.scores
         log.samples(step, [a.row() for a in answers])
@@ -960,8 +711,7 @@ def main(args: Args) -> None:
     columns = ("before", "SL-CAI", "RL-CAI")
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
     folder, common = Path(args.run.output_dir), dict(seed=args.seed, chat_template=args.chat_template)
-    folders = {"sft": "2_sft", "reward_model": "4_preference_model", args.rl: f"5_{args.rl}"}
-    stages.refuse_changed_stages({folder / path: options[name] for name, path in folders.items()})
+    stages.refuse_changed_stages({folder / FOLDERS[name]: own for name, own in options.items()}, RESERVED)
     if log.is_finished(2):
         return
 
@@ -972,45 +722,42 @@ def main(args: Args) -> None:
     if args.helpful_prompts:
         helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
         held_out["ordinary"] = helpful[1]
-    load_judge(args.run.judge, args.dataset)  # one that is not there ends the run here
     check_stages(args, options, len(prompts))
     log.start()
-    save_lines(folder / "0_prompts" / "train.jsonl", lambda: [{"prompt": prompt} for prompt in prompts])
-    save_lines(folder / "0_prompts" / "test.jsonl", lambda: [{"prompt": e.prompt} for e in red_team])
+    stages.write_lines(folder / "0_prompts" / "train.jsonl", [{"prompt": prompt} for prompt in prompts])
+    stages.write_lines(folder / "0_prompts" / "test.jsonl", [{"prompt": e.prompt} for e in red_team])
     evaluate(0, args.model, {}, held_out, log, args, device)
 
     # 1. critiques and revisions, 2. SL-CAI
     sl_model, metrics = args.sl_model, {}
-    if not sl_model:
+    if not args.sl_model:
         demonstrations, metrics = revise(prompts, args, device)
-        mixture = mixed(demonstrations, args.helpful_demonstrations)
+        mixture = stages.mixed(demonstrations, args.helpful_demonstrations)
+        sl_model = str(folder / FOLDERS["sft"])
         overrides = dict(model=args.model, dataset=mixture, **common)
-        stage(sft.main, sft.Args, folder / "2_sft", overrides, args.stages.sft, log)
-        sl_model = str(folder / "2_sft")
+        stage(sft.main, sft.Args, Path(sl_model), overrides, args.stages.sft, log)
     evaluate(1, sl_model, metrics, held_out, log, args, device)
 
     # 3. AI feedback
     pairs, metrics = args.pairs, {}
     if not pairs:
         pairs, metrics = ask_for_feedback(prompts, sl_model, args, device)
-    overrides = dict(model=sl_model, dataset=mixed(pairs, args.helpful_pairs), **common)
+    overrides = dict(model=sl_model, dataset=stages.mixed(pairs, args.helpful_pairs), **common)
 
     # 4. preference model, 5. RL-CAI
-    last = folder / f"5_{args.rl}"
+    last = folder / FOLDERS[args.rl]
     if args.rl == "dpo":
         stage(dpo.main, dpo.Args, last, overrides, args.stages.dpo, log)
     else:
-        reward = args.preference_model or str(folder / "4_preference_model")
+        reward = args.preference_model or str(folder / FOLDERS["reward_model"])
         if not args.preference_model:
-            stage(
-                reward_model.main, reward_model.Args, Path(reward), overrides, args.stages.reward_model, log
-            )
-        mixture = mixed(folder / "0_prompts", args.helpful_prompts)
-        overrides = dict(model=sl_model, dataset=mixture, reward=reward, **common)
-        stage(ppo.main, ppo.Args, last, overrides, args.stages.ppo, log)
+            own = args.stages.reward_model
+            stage(reward_model.main, reward_model.Args, Path(reward), overrides, own, log)
+        overrides["dataset"] = stages.mixed(folder / "0_prompts", args.helpful_prompts)
+        stage(ppo.main, ppo.Args, last, overrides | {"reward": reward}, args.stages.ppo, log)
     evaluate(2, str(last), metrics, held_out, log, args, device)
 
-    export(last, folder)
+    stages.export(last, folder)
     log.finish()
 
 

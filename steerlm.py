@@ -389,7 +389,7 @@ def check_stages(args: Args, options: dict[str, Any], tokenizer: Any, device: to
         own = options["reward_model"]
         ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
         wanted(args, list(ratings[0].fields))
-        stages.refuse_large_batch("reward_model", own, ratings.epoch_size, "rated responses")
+        stages.refuse_large_batch("reward_model", own, ratings.epoch_size)
     if stages.is_complete(folder / "3_sft"):
         return
     if args.annotated:
@@ -400,7 +400,7 @@ def check_stages(args: Args, options: dict[str, Any], tokenizer: Any, device: to
             data.read_exchange(tokenizer, *record)
         num = len(records)
     if not args.conditioned_model:
-        stages.refuse_large_batch("sft", options["sft"], num, "conversations")
+        stages.refuse_large_batch("sft", options["sft"], num)
 
 
 def evaluate(
@@ -457,7 +457,8 @@ def main(args: Args) -> None:
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
     shared = dict(seed=args.seed, chat_template=args.chat_template)
-    stages.refuse_changed_stages({path: options[name] for path, name in stage_folders(args).items()})
+    begun = {path: options[name] for path, name in stage_folders(args).items()}
+    stages.refuse_changed_stages(begun, RESERVED)
     if log.is_finished(num_rounds + 1):
         return
     tokenizer = data.load_tokenizer(args.model, args.chat_template)

@@ -7,11 +7,12 @@ command line of its script, and is read, and refused, before any stage begins.
 import contextlib
 import gc
 import io
-from collections.abc import Callable, Collection
+import shutil
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common import args, checkpoint, dist, formats
+from common import args, checkpoint, dist, files, formats
 from common.log import Log
 
 # of every stage: set by the pipeline, or left alone because it tracks its stages itself
@@ -126,7 +127,7 @@ def in_words(hint: Any) -> str:
     return names.get(hint, f"a value of {hint}")
 
 
-def refuse_changed_stages(folders: dict[Path, Any]) -> None:
+def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str]) -> None:
     """End the run if what decides numbers has changed in a stage that has begun.
 
     Begun is a stage with a checkpoint or a model/. The options of others may change, and so may those that
@@ -135,21 +136,72 @@ def refuse_changed_stages(folders: dict[Path, Any]) -> None:
 
     Args:
         folders: folder of a stage -> its Args.
+        reserved: options that the pipeline sets.
     """
 
     def compare() -> None:
         for folder, options in folders.items():
             begun = checkpoint.newest(folder) or (folder / "model").is_dir()
             if begun and (folder / "args.json").exists():
-                args.refuse_changes(folder, args.snapshot(options), free=RESERVED)
+                args.refuse_changes(folder, args.snapshot(options), free=reserved)
 
     dist.from_main(compare)
 
 
-def refuse_large_batch(name: str, options: Any, size: int, what: str) -> None:
+def refuse_large_batch(name: str, options: Any, size: int) -> None:
     """End the run now if a stage will refuse its batch size: its data will be `size` examples at most."""
     batch_size = options.optimization.batch_size
     if size < batch_size:
         raise formats.wrong(
-            f"{name}: --batch_size", batch_size, f"at most {size:,}, the {what} there will be"
+            f"{name}: --batch_size", batch_size, f"at most {size:,}, the examples it will have"
         )
+
+
+# ---------------------------------------------------------------------- stages of a pipeline's own, and files
+
+
+def begin(path: Path) -> bool:
+    """Whether a stage that writes this file has to run; a line of the console says so."""
+    if dist.from_main(path.exists):
+        return False
+    if dist.is_main():
+        print(f"\nstage {path.parent.name}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+    return True
+
+
+def show(metrics: dict[str, float]) -> None:
+    """A line of the console."""
+    if dist.is_main():
+        print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()), flush=True)
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The records of a file."""
+    return [record.value for record in formats.read_file(Path(path).expanduser())]
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write records as JSON lines, complete or not at all; a file that is there stays."""
+
+    def write() -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, files.as_lines(records))
+
+    dist.from_main(write)
+
+
+def mixed(*sources: Any) -> str:
+    """A data set of several, of those that are not empty."""
+    return ",".join(str(source) for source in sources if source)
+
+
+def export(last: Path, folder: Path) -> None:
+    """model/ of a pipeline: a copy of its last stage's."""
+
+    def copy() -> None:
+        with files.whole(folder / "model") as unfinished:
+            shutil.copytree(last / "model", unfinished)
+
+    dist.from_main(copy)
