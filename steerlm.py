@@ -152,11 +152,10 @@ def wanted(args: Args, names: list[str]) -> dict[str, float]:
 
 
 def annotate(
-    scorer: Scorer,
+    attribute_model: str,
     tokenizer: Any,
     records: list[data.Record],
     target: Path,
-    key: Any,
     args: Args,
     device: torch.device,
 ) -> None:
@@ -166,9 +165,12 @@ def annotate(
 
     Args:
         target: the file to write; NeMo-Aligner's twin goes into the folder nemo beside it.
-        key: what the labels depend on besides the records.
     """
+    if dist.from_main(target.exists):
+        return
+    scorer = load_attribute_model(attribute_model, args, device)
     kept = wanted(args, scorer.names)
+    key = (args.attributes, files.fingerprint(attribute_model))  # what labels depend on besides the records
 
     def read(record: data.Record) -> tuple[list[dict], list[data.Sequence]]:
         prompt, response = data.read_exchange(tokenizer, *record)
@@ -188,8 +190,6 @@ def annotate(
     if dist.is_main():
         target.parent.mkdir(exist_ok=True)
     dist.barrier()
-    if dist.from_main(target.exists):
-        return
     files.write_lines(target, records, key, label)
     if dist.is_main():
         written = [record.value["messages"] for record in data.read_file(target)]
@@ -475,10 +475,8 @@ def main(args: Args) -> None:
     # 2. annotate
     annotated = Path(args.annotated or folder / "2_annotated")
     for split in ("train", "test") if not args.annotated else ():
-        key = (args.dataset, args.attributes, files.fingerprint(attribute_model))
         if records := read_to_annotate(args, split):
-            scorer = load_attribute_model(attribute_model, args, device)
-            annotate(scorer, tokenizer, records, annotated / f"{split}.jsonl", key, args, device)
+            annotate(attribute_model, tokenizer, records, annotated / f"{split}.jsonl", args, device)
     train_set, eval_set = load_annotated(with_fields(options["sft"], dataset=str(annotated)), tokenizer)
     prompts = [example for example in eval_set if example.prompt][: args.run.num_samples]
     asked = (attribute_model, tokenizer, prompts, log, args, device)
@@ -496,9 +494,7 @@ def main(args: Args) -> None:
         sampled = folder / f"4_bootstrap_{number}"
         if not dist.from_main((sampled / "train.jsonl").exists):
             records = sample_best(last, train_set, tokenizer, number, args, device)
-            key = (args.attributes, files.fingerprint(attribute_model))
-            scorer = load_attribute_model(attribute_model, args, device)
-            annotate(scorer, tokenizer, records, sampled / "train.jsonl", key, args, device)
+            annotate(attribute_model, tokenizer, records, sampled / "train.jsonl", args, device)
         before, last = last, str(folder / f"5_sft_{number}")
         overrides = dict(model=before, dataset=f"{annotated},{sampled}", **shared)
         stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)
