@@ -5,8 +5,11 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -915,6 +918,62 @@ def test_a_mistake_ends_the_run_before_any_work(
     with pytest.raises(dist.RunError, match=expected):
         cai.main(small(tmp_path / "run", world, **change))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sft": "--batch_size 100"}, "sft: --batch_size: found 100; expected at most 44"),  # 20 + 24
+        ({"reward_model": "--batch_size 45"}, "reward_model: --batch_size: found 45; expected at most 44"),
+        ({"rl": "dpo", "dpo": "--batch_size 45"}, "dpo: --batch_size: found 45; expected at most 44"),
+        ({"samples_per_prompt": 8, "reward_model": "--batch_size 105"}, "expected at most 104"),
+        ({"helpful_demonstrations": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"helpful_pairs": "{world}/prompts"}, "prompts/train.jsonl:1"),
+        ({"helpful_model": "{world}/bare"}, "bare: found no chat template"),
+        ({"sl_model": "{world}/bare"}, "bare: found no chat template"),
+        ({"preference_model": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"judge": "nowhere:at_all"}, "package.module:function"),
+        ({"ppo": "--advantage rloo --samples_per_prompt 1"}, "set samples_per_prompt to 2 or more"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_said_before_the_first(
+    tmp_path: Path, world: Path, toy: Path, change: dict, expected: str
+) -> None:
+    if "{world}/bare" in change.values() and not (world / "bare").exists():
+        shutil.copytree(toy / "model", world / "bare")
+        (world / "bare" / "chat_template.jinja").unlink()
+    change = {k: v.replace("{world}", str(world)) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises(dist.RunError, match=expected):
+        cai.main(small(tmp_path / "run", world, **change))
+    written = {p.name for p in (tmp_path / "run").iterdir()}
+    assert written == {"metrics.jsonl", "samples.jsonl"} and not read_metrics(tmp_path / "run")
+
+
+def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
+    whole: Path, world: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for name in ("model", "5_ppo"):
+        shutil.rmtree(folder / name)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_metrics(whole)[:2]))
+    args = small(folder, world)
+    with pytest.raises(dist.RunError, match=r"4_preference_model holds a run with batch_size 8, now 4"):
+        cai.main(small(folder, world, reward_model=merge_options(args.stages.reward_model, "--batch_size 4")))
+    ppo = merge_options(args.stages.ppo, "--kl_coef 0.3 --max_steps 1")
+    cai.main(small(folder, world, ppo=ppo))
+    assert json.loads((folder / "5_ppo" / "args.json").read_text())["kl_coef"] == 0.3
+    assert json.loads((folder / "args.json").read_text())["ppo"] == ppo
+    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2]
+
+
+def test_help_has_fewer_than_seventy_flags() -> None:
+    for script in ("cai.py", "steerlm.py"):
+        done = subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        flags = set(re.findall(r"--\w+", done.stdout))
+        assert {"--sft", "--reward_model", "--output_dir"} <= flags and len(flags) < 70
 
 
 def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path, toy: Path) -> None:

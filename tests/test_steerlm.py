@@ -420,6 +420,31 @@ def test_an_unknown_attribute_ends_the_run_before_work_starts(ratings: Path, tmp
     assert not (tmp_path / "run" / "2_annotated").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"attributes": "wit:4"}, "found the attribute wit; expected one of"),
+        ({"ratings": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"dataset": "{bad}"}, "bad.jsonl:2"),
+        ({"reward_model": "--batch_size 42"}, "reward_model: --batch_size: found 42; expected at most 41"),
+        ({"sft": "--batch_size 42"}, "sft: --batch_size: found 42; expected at most 41"),
+        ({"sft": "--max_step 2"}, "sft: --max_step is no option of it"),
+        ({"reward_model": "--loss bt"}, "reward_model.loss is set by the pipeline"),
+        ({"judge": "nowhere:at_all"}, "package.module:function"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_said_before_the_first(
+    ratings: Path, tmp_path: Path, change: dict, expected: str
+) -> None:
+    record = json.dumps({"prompt": "3+4?", "response": "7"})
+    (tmp_path / "bad.jsonl").write_text(f'{record}\n{{"prompt": "3+4?"}}\n')
+    change = {name: value.replace("{bad}", str(tmp_path / "bad.jsonl")) for name, value in change.items()}
+    base = {"attribute_model": "", "ratings": str(ratings), "reward_model": SHORT}
+    with pytest.raises(dist.RunError, match=expected):
+        steerlm.main(with_fields(settings(tmp_path / "run", ratings), **{**base, **change}))
+    assert not list((tmp_path / "run").glob("[1-5]_*"))
+
+
 def test_a_judge_has_to_know_the_attributes(ratings: Path, tmp_path: Path) -> None:
     with pytest.raises(dist.RunError, match="found no toxicity in its scores; expected all of"):
         steerlm.main(settings(tmp_path / "run", ratings, judge="test_steerlm:verbosity_only"))
