@@ -42,7 +42,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import chat, data, dist, files, stages
+from common import chat, data, dist, files, formats, stages
 from common.args import Inference, PipelineRun, Sampling, parse, snapshot
 from common.chat import assistant, user
 from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
@@ -174,103 +174,7 @@ def entropy(p: float) -> float:
     return -sum(x * math.log(x) for x in (p, 1 - p) if x > 0)
 
 
-# ---------------------------------------------------------------------------------- constitution and examples
-
-
-def read_json(name: str, what: str, read: Callable[[Any], list], expected: str) -> list:
-    """read(content of a JSON file) of the current folder or of this script's; toy: the toy world's file.
-
-    Raises:
-        RunError: no such file, no JSON, or another shape than the one expected.
-    """
-    path = data.toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
-    path = path if path.exists() else Path(__file__).parent / path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise data.wrong(f"{what} {name}", data.first_line(error), "a JSON file") from error
-    try:
-        return read(content)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise data.wrong(f"{what} {name}", repr(error), expected) from error
-
-
-def without_marks(text: str) -> str:
-    """A request or a principle without the words that stand around it in Anthropic's files."""
-    text = re.sub(r"^\s*(CritiqueRequest|RevisionRequest):", "", text)
-    return re.sub(r"(Critique|Revision|Options):\s*$", "", text).strip()
-
-
-def read_constitution(name: str) -> list[tuple[str, str]]:
-    """(critique request, revision request) of each principle."""
-
-    def read(content: Any) -> list[tuple[str, str]]:
-        if "revisions" in content:
-            pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
-        else:
-            pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
-        return [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
-
-    pairs = read_json(name, "constitution", read, "name: {prompt: [...], edit_request}")
-    if not pairs or not all(text for pair in pairs for text in pair):
-        raise data.wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
-    return pairs
-
-
-def read_comparisons(name: str) -> list[str]:
-    """The principles to compare by."""
-
-    def read(content: Any) -> list[str]:
-        found = content["comparisons"] if isinstance(content, dict) else content
-        if not isinstance(found, list) or not found or not all(isinstance(x, str) and x for x in found):
-            raise TypeError(type(found).__name__)
-        return [without_marks(text) for text in found]
-
-    return read_json(name, "comparisons", read, "a list of principles, each a text")
-
-
-SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
-SPEAKERS |= {"Assistant": "assistant", "Critique": "assistant", "Revision": "assistant"}
-MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
-
-
-def read_few_shots(name: str) -> data.Messages:
-    """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
-
-    def read(content: Any) -> data.Messages:
-        samples = content["samples"] if isinstance(content, dict) else content
-        shots = [read_shot(sample, f"few_shots {name} item {i}") for i, sample in enumerate(samples)]
-        return [turn for turns in shots for turn in turns]
-
-    return read_json(name, "few_shots", read, "a list of transcripts, or samples") if name else []
-
-
-def read_shot(sample: Any, where: str) -> data.Messages:
-    """The turns of an example: of a transcript, without a last one that is empty, or of messages."""
-    if isinstance(sample, str):
-        parts = MARK.split(sample)
-        spoken = zip(parts[1::2], parts[2::2], strict=True)
-        turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
-    else:
-        turns = data.as_messages(sample, where)
-    roles = [turn["role"] for turn in turns]
-    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
-        raise data.wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
-    return turns
-
-
-def read_judge_few_shots(name: str) -> list[tuple[data.Messages, str, str]]:
-    """(prompt, better reply, worse reply) of each example."""
-    shots = []
-    for i, item in enumerate(read_json(name, "judge_few_shots", list, "a list") if name else ()):
-        where = f"judge_few_shots {name} item {i}"
-        try:
-            prompt = data.as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
-            pairs = [(right, wrong) for right in item["corrects"] for wrong in item["incorrects"]]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise data.wrong(where, repr(error), "prompt, corrects and incorrects") from error
-        shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
-    return shots
+# ------------------------------------------------------------------------------------- what is said and asked
 
 
 def random_for(seed: int, purpose: str, prompt: data.Messages) -> random.Random:
@@ -286,7 +190,7 @@ def with_shots(shots: data.Messages, conversation: data.Messages) -> data.Messag
 
 def clean(text: str, name: str) -> str:
     """A critique or revision without its cue, repeated, and without turns that the model made up after it."""
-    return MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
+    return formats.MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
 
 
 def comparison(prompt: data.Messages, principle: str, first: str, second: str) -> str:
@@ -363,7 +267,7 @@ def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device:
     it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
     example is not kept.
     """
-    constitution, shots = read_constitution(args.constitution), read_few_shots(args.few_shots)
+    constitution, shots = formats.read_constitution(args.constitution), formats.read_few_shots(args.few_shots)
     examples = {turn["content"] for turn in shots}
     helper = load_model(args.helpful_model or args.model, args, device)
     critic = load_judge_model(args, helper, device)
@@ -437,7 +341,8 @@ def compare_replies(
 
     p_ab and p_ba have one number for each principle drawn. A reply that was cut off is not compared.
     """
-    principles, shots = read_comparisons(args.comparisons), read_judge_few_shots(args.judge_few_shots)
+    principles = formats.read_comparisons(args.comparisons)
+    shots = formats.read_judge_few_shots(args.judge_few_shots)
     policy = load_model(sl_model, args, device)
     judge = load_judge_model(args, policy, device)
 
@@ -563,10 +468,10 @@ def check(args: Args) -> None:
         raise data.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
     if not 0.5 <= args.cot_clamp <= 1:
         raise data.wrong("cot_clamp", args.cot_clamp, "0.5 to 1")
-    read_constitution(args.constitution)
-    read_few_shots(args.few_shots)
-    read_judge_few_shots(args.judge_few_shots)
-    num = len(read_comparisons(args.comparisons))
+    formats.read_constitution(args.constitution)
+    formats.read_few_shots(args.few_shots)
+    formats.read_judge_few_shots(args.judge_few_shots)
+    num = len(formats.read_comparisons(args.comparisons))
     if not 1 <= args.num_principles <= num:
         raise data.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
 

@@ -21,11 +21,12 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, args_of, read_metrics
+from test_formats import SAID, save
 from torch import nn
 
 import cai
 import reward_model
-from common import chat, checkpoint, data, dist, log
+from common import chat, checkpoint, data, dist, formats, log
 from common.args import merge_options
 from toy import language
 
@@ -103,95 +104,6 @@ def test_principles_are_drawn_by_seed_round_and_prompt_and_all_of_them_alike() -
     assert found == [drawn(1, 1, i) for i in range(1000)]
     for other in ([drawn(2, 1, i) for i in range(200)], [drawn(1, 2, i) for i in range(200)]):
         assert sum(a == b for a, b in zip(found, other, strict=False)) < 40
-
-
-# constitution and examples
-
-ONE = {"prompt": ["\n\nCritiqueRequest: Say it.\n\nCritique:"]}
-ONE["edit_request"] = "\n\nRevisionRequest: Do it.\n\nRevision:"
-PUBLISHED = {"one": ONE, "two": {"prompt": ["Say that.", "Say more."], "edit_request": "Do that."}}
-
-
-def save(folder: Path, content: Any) -> str:
-    path = folder / "file.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
-
-
-def test_our_constitution_has_sixteen_of_each_and_none_twice() -> None:
-    defaults = cai.Args()
-    revisions, rules = (
-        cai.read_constitution(defaults.constitution),
-        cai.read_comparisons(defaults.comparisons),
-    )
-    assert len(set(revisions)) == len(revisions) == 16 == len(rules) == len(set(rules))
-    texts = [*rules, *(text for pair in revisions for text in pair)]
-    assert not [text for text in texts if re_marks(text)]
-    raw = json.loads((ROOT / defaults.constitution).read_text())
-    assert all(set(item) == {"prompt", "edit_request"} for item in raw.values())
-    assert len(cai.read_few_shots(defaults.few_shots)) % 6 == 0
-    assert len(cai.read_judge_few_shots(defaults.judge_few_shots)) >= 4
-
-
-def re_marks(text: str) -> bool:
-    return text != text.strip() or any(
-        f"{x}:" in text for x in ("Request", "Critique", "Revision", "Options")
-    )
-
-
-def test_published_files_can_be_dropped_in(tmp_path: Path) -> None:
-    found = cai.read_constitution(save(tmp_path, PUBLISHED))
-    assert found == [("Say it.", "Do it."), ("Say that.", "Do that."), ("Say more.", "Do that.")]
-    assert cai.read_comparisons(save(tmp_path, ["\nWhich is better? Options:"])) == ["Which is better?"]
-    shot = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "corrects": ["Hello!"], "incorrects": ["Go."]}
-    assert cai.read_judge_few_shots(save(tmp_path, [shot])) == [([cai.user("Hi")], "Hello!", "Go.")]
-
-
-def test_the_toy_constitution_is_read(toy: Path) -> None:
-    assert len(cai.read_constitution("toy")) == len(cai.read_comparisons("toy")) == 4
-    assert cai.read_few_shots("") == [] == cai.read_judge_few_shots("")
-
-
-SAID = (
-    "\n\nHuman: A\n\nAssistant: B\n\nCritiqueRequest: C\n\nCritique: D\n\nRevisionRequest: E\n\nRevision: F"
-)
-
-
-@pytest.mark.parametrize("text", [SAID, SAID + "\n\nHuman:", SAID + "\n\nHuman: "])
-def test_examples_as_transcripts_with_and_without_an_open_turn(tmp_path: Path, text: str) -> None:
-    found = cai.read_few_shots(save(tmp_path, [text]))
-    assert [m["content"] for m in found] == list("ABCDEF")
-    assert [m["role"] for m in found] == ["user", "assistant"] * 3
-
-
-def test_examples_in_nemo_form(tmp_path: Path) -> None:
-    turns = [{"role": r, "content": c} for r, c in zip(("User", "Assistant") * 3, "ABCDEF", strict=True)]
-    found = cai.read_few_shots(save(tmp_path, {"samples": [turns]}))
-    assert [(m["role"], m["content"]) for m in found][-1] == ("assistant", "F") and len(found) == 6
-
-
-@pytest.mark.parametrize(
-    ("function", "content", "expected"),
-    [
-        (cai.read_constitution, "{", "expected a JSON file"),
-        (cai.read_constitution, {"one": {"prompt": ["a"]}}, "edit_request"),
-        (cai.read_constitution, ["a"], "edit_request"),
-        (cai.read_constitution, {"one": {"prompt": [""], "edit_request": "a"}}, "an empty request"),
-        (cai.read_comparisons, [], "a list of principles"),
-        (cai.read_comparisons, PUBLISHED, "a list of principles"),
-        (cai.read_few_shots, ["\n\nHuman: A\n\nHuman: B"], "item 0.*in pairs"),
-        (cai.read_few_shots, {"a": 1}, "a list of transcripts"),
-        (cai.read_judge_few_shots, [{"prompt": "a", "corrects": ["b"]}], "item 0.*incorrects"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expected: str) -> None:
-    with pytest.raises(dist.RunError, match=f"file.json.*{expected}"):
-        function(save(tmp_path, content))
-
-
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(dist.RunError, match=r"comparisons nowhere.json: found .*expected a JSON file"):
-        cai.read_comparisons("nowhere.json")
 
 
 @pytest.mark.parametrize(
@@ -845,7 +757,7 @@ def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: 
     prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
     device = dist.init(args.seed)
     cai.make_revisions(prompts, tmp_path / "revisions.jsonl", args, device)
-    requests = {text for text, _ in cai.read_constitution("toy")}
+    requests = {text for text, _ in formats.read_constitution("toy")}
     for record in read(tmp_path / "revisions.jsonl"):
         assert record["rounds"][0]["critique"].removeprefix("to ") in requests
     cai.compare_replies(prompts, "toy", tmp_path / "comparisons.jsonl", args, device)
