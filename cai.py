@@ -26,49 +26,49 @@ Each stage has its files in output_dir; one that is complete is not run again.
 Metrics, results and departures from the paper: docs/cai.md
 """
 
-import contextlib
-import gc
-import hashlib
 import json
 import math
-import os
 import random
 import re
-import shutil
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import InferenceClient, get_session
-from huggingface_hub.errors import HfHubHTTPError
-from torch import Tensor
-from tyro.conf import Fixed, OmitArgPrefixes, Suppress
+from tyro.conf import OmitArgPrefixes
 
 import dpo
 import ppo
 import reward_model
 import sft
-from common import data, dist, files, models
-from common.args import PipelineRun, Sampling, flat, parse, snapshot, with_fields
-from common.generate import generate
+from common import chat, data, dist, files, formats, stages
+from common.args import Inference, PipelineRun, Sampling, parse, snapshot
+from common.chat import assistant, user
+from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
 from common.log import Log
-from dpo import Args as DpoArgs
-from ppo import Args as PpoArgs
-from reward_model import Args as RewardArgs
-from sft import Args as SftArgs
+from common.stages import stage
 
 SHOWN = ()
-# fields of a stage that the pipeline sets
-OWN = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "reward", "score"}
-OWN |= {"track", "wandb_project", "run_name"}
-THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
-BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
-REFUSED = (400, 401, 403, 404, 405, 422)  # the same request would be refused again
-CONCLUSION = "\nThe better reply is "
+STAGES = {"sft": sft.Args, "reward_model": reward_model.Args, "ppo": ppo.Args, "dpo": dpo.Args}
+FOLDERS = {"sft": "2_sft", "reward_model": "4_preference_model", "ppo": "5_ppo", "dpo": "5_dpo"}
+RESERVED = stages.RESERVED | {"reward", "score"}  # options of stages that the pipeline sets or does not offer
+
+
+@dataclass
+class Stages:
+    """Options of the stages, each one string as on the command line of the script."""
+
+    fixed: ClassVar[tuple[str, ...]] = ()  # those of a stage that has begun are compared with its own run
+
+    sft: str = "--learning_rate 1e-6 --num_samples 0"
+    """options of fine-tuning by sft.py, as --sft "--lora_rank 16"; --sft --help lists them"""
+    reward_model: str = "--batch_size 512"
+    """options of reward_model.py, as --reward_model "--num_epochs 2"; --reward_model --help lists them"""
+    ppo: str = "--kl_coef 0.02 --num_samples 0"
+    """options of ppo.py, as --ppo "--kl_coef 0.1"; --ppo --help lists them"""
+    dpo: str = "--num_samples 0"
+    """options of dpo.py, as --dpo "--beta 0.3"; --dpo --help lists them"""
 
 
 @dataclass
@@ -115,14 +115,6 @@ class Args:
     """model that gives the first replies and writes the revisions; default: model"""
     judge_model: str = ""
     """critic and judge, a model or its name at judge_url; default: model"""
-    judge_url: str = ""
-    """server that has judge_model, as https://host/v1, OpenAI's chat API; the key is in $OPENAI_API_KEY"""
-    judge_timeout: float = 60.0
-    """seconds that the server of judge_url has for an answer"""
-    judge_retries: int = 8
-    """times to ask the server again, after waits that grow to a minute, before the run stops"""
-    judge_threads: int = 16
-    """requests to the server under way at once from each rank"""
 
     # algorithm
     num_red_team: int = 0
@@ -150,33 +142,15 @@ class Args:
     temperature: float = 1.0
     """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
-    # options of the stages
-    sft: Suppress[Fixed[SftArgs]] = field(
-        default_factory=lambda: with_fields(SftArgs(), learning_rate=1e-6, num_samples=0)
-    )
-    """options of fine-tuning, as --sft.learning_rate"""
-    reward_model: Suppress[Fixed[RewardArgs]] = field(
-        default_factory=lambda: with_fields(RewardArgs(), batch_size=512)
-    )
-    """options of the reward model's training, as --reward_model.learning_rate"""
-    ppo: Suppress[Fixed[PpoArgs]] = field(
-        default_factory=lambda: with_fields(PpoArgs(), kl_coef=0.02, num_samples=0)
-    )
-    """options of PPO, as --ppo.kl_coef"""
-    dpo: Suppress[Fixed[DpoArgs]] = field(default_factory=lambda: with_fields(DpoArgs(), num_samples=0))
-    """options of DPO, as --dpo.beta"""
-
+    stages: OmitArgPrefixes[Stages] = field(default_factory=Stages)
+    server: OmitArgPrefixes[chat.Server] = field(default_factory=chat.Server)
+    system: OmitArgPrefixes[Inference] = field(default_factory=Inference)
     run: OmitArgPrefixes[PipelineRun] = field(
         default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}")
     )
 
 
 # ------------------------------------------------------------------------------------------------- the maths
-
-
-def option_prob(logps: Tensor) -> Tensor:
-    """P(the option listed first), from log-probabilities of the letters A and B, nats; (..., 2) -> (...)"""
-    return torch.sigmoid(logps[..., 0] - logps[..., 1])
 
 
 def average_orders(p_ab: float, p_ba: float) -> float:
@@ -200,138 +174,15 @@ def entropy(p: float) -> float:
     return -sum(x * math.log(x) for x in (p, 1 - p) if x > 0)
 
 
-def stock_shares(texts: list[str], n: int = 4, common: float = 0.1) -> list[float]:
-    """For each text, the share of its n-grams of words that at least `common` of all texts contain.
-
-    Rises when a policy gives the same reassurance whatever it was asked; 0 for texts of fewer words.
-    """
-    grams = [[tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for words in map(str.split, texts)]
-    counts = Counter(gram for found in grams for gram in set(found))
-    least = max(2, common * len(texts))
-    return [sum(counts[gram] >= least for gram in found) / max(1, len(found)) for found in grams]
+# ------------------------------------------------------------------------------------- what is said and asked
 
 
-REFUSAL = re.compile(r"\b(I (cannot|can't|won't|will not)|I('m| am) (sorry|unable)|as an AI)\b", re.I)
-
-
-def refuses(text: str) -> bool:
-    return bool(REFUSAL.search(text.replace("\u2019", "'")))
-
-
-def describe(examples: list[data.Example], texts: list[str]) -> list[dict[str, float]]:
-    """What no judge is needed for: length in words, whether it refuses, share of stock phrases."""
-    return [
-        {"words": len(text.split()), "refusals": float(refuses(text)), "stock_phrases": stock}
-        for text, stock in zip(texts, stock_shares(texts), strict=True)
-    ]
-
-
-# ---------------------------------------------------------------------------------- constitution and examples
-
-
-def read_json(name: str, what: str) -> Any:
-    """A JSON file of the current folder or of this script's; toy: the toy world's constitution.
-
-    Raises:
-        RunError: no such file, or no JSON.
-    """
-    path = data.toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
-    path = path if path.exists() else Path(__file__).parent / path
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise data.wrong(f"{what} {name}", data.first_line(error), "a JSON file") from error
-
-
-def without_marks(text: str) -> str:
-    """A request or a principle without the words that stand around it in Anthropic's files."""
-    text = re.sub(r"^\s*(CritiqueRequest|RevisionRequest):", "", text)
-    return re.sub(r"(Critique|Revision|Options):\s*$", "", text).strip()
-
-
-def read_constitution(name: str) -> list[tuple[str, str]]:
-    """(critique request, revision request) of each principle."""
-    content = read_json(name, "constitution")
-    try:
-        if "revisions" in content:
-            pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
-        else:
-            pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
-        pairs = [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise data.wrong(
-            f"constitution {name}", repr(error), "name: {prompt: [...], edit_request}"
-        ) from error
-    if not pairs or not all(text for pair in pairs for text in pair):
-        raise data.wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
-    return pairs
-
-
-def read_comparisons(name: str) -> list[str]:
-    """The principles to compare by."""
-    content = read_json(name, "comparisons")
-    content = content.get("comparisons") if isinstance(content, dict) else content
-    if not isinstance(content, list) or not content or not all(isinstance(x, str) and x for x in content):
-        raise data.wrong(f"comparisons {name}", type(content).__name__, "a list of principles, each a text")
-    return [without_marks(text) for text in content]
-
-
-SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
-SPEAKERS |= {"Assistant": "assistant", "Critique": "assistant", "Revision": "assistant"}
-MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
-
-
-def read_few_shots(name: str) -> data.Messages:
-    """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
-    if not name:
-        return []
-    content, messages = read_json(name, "few_shots"), []
-    samples = content["samples"] if isinstance(content, dict) and "samples" in content else content
-    if not isinstance(samples, list):
-        raise data.wrong(f"few_shots {name}", type(content).__name__, "a list of transcripts, or samples")
-    for i, sample in enumerate(samples):
-        where = f"few_shots {name} item {i}"
-        if isinstance(sample, str):
-            parts = MARK.split(sample)
-            spoken = zip(parts[1::2], parts[2::2], strict=True)
-            turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
-        else:
-            turns = data.as_messages(sample, where)
-        roles = [turn["role"] for turn in turns]
-        if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
-            raise data.wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
-        messages += turns
-    return messages
-
-
-def read_judge_few_shots(name: str) -> list[tuple[data.Messages, str, str]]:
-    """(prompt, better reply, worse reply) of each example."""
-    shots = []
-    for i, item in enumerate(read_json(name, "judge_few_shots") if name else []):
-        where = f"judge_few_shots {name} item {i}"
-        try:
-            prompt = data.as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
-            pairs = [(right, wrong) for right in item["corrects"] for wrong in item["incorrects"]]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise data.wrong(where, repr(error), "prompt, corrects and incorrects") from error
-        shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
-    return shots
-
-
-def draw(seed: int, purpose: str, prompt: data.Messages) -> random.Random:
-    """What is drawn for a prompt: a function of these three, whatever its place in the data."""
+def random_for(seed: int, purpose: str, prompt: formats.Messages) -> random.Random:
+    """Draws for a prompt: a function of these three, whatever its place in the data."""
     return random.Random(f"{seed} {purpose} {json.dumps(prompt)}")
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def with_shots(shots: data.Messages, conversation: data.Messages) -> data.Messages:
+def with_shots(shots: formats.Messages, conversation: formats.Messages) -> formats.Messages:
     """Examples before a conversation, after its system message."""
     start = int(conversation[0]["role"] == "system")
     return conversation[:start] + shots + conversation[start:]
@@ -339,18 +190,18 @@ def with_shots(shots: data.Messages, conversation: data.Messages) -> data.Messag
 
 def clean(text: str, name: str) -> str:
     """A critique or revision without its cue, repeated, and without turns that the model made up after it."""
-    return MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
+    return formats.MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
 
 
-def comparison(prompt: data.Messages, principle: str, first: str, second: str) -> str:
+def comparison(prompt: formats.Messages, principle: str, first: str, second: str) -> str:
     """What the judge is asked."""
     turns = [f"{m['role'].capitalize()}: {m['content']}" for m in prompt if m["role"] != "system"]
     return "\n".join([*turns, principle, f"(A) {first}", f"(B) {second}"])
 
 
 def ask_judge(
-    prompt: data.Messages, principle: str, first: str, second: str, shots: list, rng: random.Random
-) -> data.Messages:
+    prompt: formats.Messages, principle: str, first: str, second: str, shots: list, rng: random.Random
+) -> formats.Messages:
     """A comparison after examples, whose orders are drawn: a judge must not learn that (A) is right."""
     messages = []
     for asked, right, wrong in shots:
@@ -363,256 +214,100 @@ def ask_judge(
 # ------------------------------------------------------------------------- who replies, criticises and judges
 
 
-class Reply(NamedTuple):
-    text: str
-    ended: bool  # False: cut off at max_new_tokens
-
-
-class Model:
-    """A model in this process."""
-
-    def __init__(self, path: str, args: Args, device: torch.device):
-        self.path, self.args, self.device = path, args, device
-        self.tokenizer = load_tokenizer(path, args)
-        self.policy = models.load(path, device, args.sft.system, trainable=False)
-        self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
-
-    def replies(
-        self,
-        conversations: list[data.Messages],
-        step: int,
-        first: int,
-        temperature: float,
-        samples_per_prompt: int = 1,
-    ) -> list[Reply]:
-        """samples_per_prompt replies to each, a function of (seed, step, first + place in the list).
-
-        A conversation too long for the model gets an empty one that has not ended.
-        """
-        prompts = [data.encode_prompt(self.tokenizer, conversation) for conversation in conversations]
-        fits = [len(tokens) < self.limit for tokens in prompts]
-        samples = generate(
-            self.policy,
-            self.tokenizer,
-            [tokens if ok else tokens[-1:] for tokens, ok in zip(prompts, fits, strict=True)],
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=temperature,
-            samples_per_prompt=samples_per_prompt,
-            seed=self.args.seed,
-            step=step,
-            first_index=first,
-        )
-        return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
-
-    def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
-        """P(A) of each comparison; None where the reasoning was cut off, or all is too long for the model."""
-        leads = [Reply("", True)] * len(questions)
-        if self.args.cot:
-            questions = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions]
-            thoughts = self.replies(questions, 0, 0, temperature=0.0)
-            leads = [Reply(thought.text + CONCLUSION, thought.ended) for thought in thoughts]
-
-        def encode(item: tuple[data.Messages, Reply]) -> data.Example:
-            return data.Example(encode_options(self.tokenizer, item[0], item[1].text), "")
-
-        examples = dist.parallel_map(encode, list(zip(questions, leads, strict=True)))
-        short = [example.num_tokens < 2 * self.limit for example in examples]
-        usable = [i for i, lead in enumerate(leads) if lead.ended and short[i]]
-        probs: list[float | None] = [None] * len(questions)
-        found = letter_probs(self.policy, [examples[i] for i in usable], self.args, self.device)
-        for i, p in zip(usable, found, strict=True):
-            probs[i] = p
-        return probs
-
-
 def load_tokenizer(path: str, args: Args) -> Any:
     """The tokenizer of a model; args.chat_template is that of the policy, and of models that have none."""
     tokenizer = data.load_tokenizer(path, args.chat_template if path == args.model else "")
     if tokenizer.chat_template is None and args.chat_template:
         tokenizer = data.load_tokenizer(path, args.chat_template)
     if tokenizer.chat_template is None:
-        raise data.wrong(f"model {path}", "no chat template", "one; chatml or a Jinja file as chat_template")
+        raise formats.wrong(
+            f"model {path}", "no chat template", "one; chatml or a Jinja file as chat_template"
+        )
     return tokenizer
 
 
-def encode_options(tokenizer: Any, question: data.Messages, lead: str) -> list[data.Sequence]:
-    """The answers (A) and (B), up to the first token in which they differ; only that one is scored."""
-    sides = [data.encode_response(tokenizer, question, [assistant(f"{lead}({x})")])[0] for x in "AB"]
-    at = data.common_prefix(*sides)
-    return [(tokens[: at + 1], torch.arange(at + 1).eq(at).numpy()) for tokens in sides]
+def load_model(path: str, args: Args, device: torch.device) -> chat.Model:
+    """A model to ask for replies and verdicts."""
+    tokenizer = load_tokenizer(path, args)
+    return chat.Model(path, tokenizer, device, args.system, args.max_new_tokens, args.seed, args.cot)
 
 
-@torch.no_grad()
-def letter_probs(policy: Any, examples: list[data.Example], args: Args, device: torch.device) -> list[float]:
-    """P(A) of each example, from one packed forward for both of its options."""
-    table = torch.zeros(len(examples), 2, device=device)
-    for row in data.rows(examples, args.sft.system.micro_batch_tokens, device) if examples else ():
-        logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
-        table[row.example_ids] = logps.view(-1, 2)
-    return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
+def load_judge_model(args: Args, own: chat.Model, device: torch.device) -> chat.Model | chat.Endpoint:
+    """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
+    if args.server.judge_url:
+        folder = Path(args.run.output_dir) / "answers"
+        return chat.Endpoint(args.judge_model, args.server, folder, args.max_new_tokens, args.cot)
+    path = args.judge_model or args.model
+    return own if path == own.path else load_model(path, args, device)
 
 
-class Endpoint:
-    """A model behind a server with OpenAI's chat API, which may fail or stall; nothing is asked twice."""
+def stream_of(kind: str, number: int = 0) -> int:
+    """Tells the random numbers of one kind of replies to a prompt from those of the others.
 
-    def __init__(self, args: Args):
-        self.args, self.url = args, args.judge_url.rstrip("/") + "/chat/completions"
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # left out, the user's hub token would be sent
-        self.client = InferenceClient(base_url=self.url, api_key=key, timeout=args.judge_timeout)
-        self.answers = files.Journal(Path(args.run.output_dir) / "answers")
-
-    def ask(self, conversations: list[data.Messages], read: Callable, **how: Any) -> list[dict]:
-        """read(choice) of the first choice of each answer; every rank passes the same conversations."""
-        bodies = [{"model": self.args.judge_model, "messages": turns, **how} for turns in conversations]
-        keys = [hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()[:32] for body in bodies]
-        wanted = dict(zip(keys, bodies, strict=True))  # equal ones are asked once
-        with not_the_hub():
-            found = self.answers.collect(wanted, lambda body: self.post(body, read), self.args.judge_threads)
-        answers = dict(zip(wanted, found, strict=True))
-        return [answers[key] for key in keys]
-
-    def post(self, body: dict, read: Callable) -> dict:
-        """One request, repeated after a pause where the server fails.
-
-        Raises:
-            RunError: the server refuses the request, or fails each time.
-        """
-        wait = 0.0
-        for attempt in range(self.args.judge_retries + 1):
-            time.sleep(min(60.0, wait))
-            wait = BACKOFF * 2**attempt
-            try:
-                return read(self.client.chat_completion(**body).choices[0])
-            except HfHubHTTPError as error:
-                code, after = error.response.status_code, error.response.headers.get("Retry-After", "")
-                problem = f"HTTP status {code}"
-                if code in REFUSED:
-                    said = data.first_line(error)[:200]
-                    raise dist.RunError(f"{self.url}: {problem}: {said}") from error
-                wait = max(wait, float(after)) if after.isdigit() else wait
-            except Exception as error:  # no connection, no answer in time, or an answer of another form
-                problem = f"{type(error).__name__}: {data.first_line(error)}"
-        raise dist.RunError(
-            f"{self.url}: gave up after {self.args.judge_retries + 1} tries, the last with {problem}; what "
-            "was answered is kept, the same command goes on from there"
-        )
-
-    def replies(
-        self, conversations: list[data.Messages], step: int, first: int, temperature: float
-    ) -> list[Reply]:
-        def read(choice: dict) -> dict:
-            text = (choice["message"]["content"] or "").strip()
-            return {"text": text, "ended": choice.get("finish_reason") == "stop"}
-
-        how = {"max_tokens": self.args.max_new_tokens, "temperature": temperature}
-        return [Reply(**answer) for answer in self.ask(conversations, read, **how)]
-
-    def verdicts(self, questions: list[data.Messages]) -> list[float | None]:
-        """P(A) of each comparison; None for an answer that names no letter."""
-        cot = self.args.cot
-
-        def read(choice: dict) -> dict:
-            tokens = (choice.get("logprobs") or {}).get("content") or []
-            return {"p": read_verdict(choice["message"]["content"] or "", tokens, cot)}
-
-        asked = [[*q[:-1], user(q[-1]["content"] + THINK)] for q in questions] if cot else questions
-        how = {"max_tokens": self.args.max_new_tokens if cot else 8, "temperature": 0.0}
-        return [x["p"] for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
-
-
-@contextlib.contextmanager
-def not_the_hub() -> Iterator[None]:
-    """Requests go out though HF_HUB_OFFLINE is set: its client refuses them all by a hook on the session."""
-    session = get_session()
-    hooks, session.event_hooks = session.event_hooks, {}
-    try:
-        yield
-    finally:
-        session.event_hooks = hooks
-
-
-def read_verdict(text: str, tokens: list[dict], cot: bool) -> float | None:
-    """P(A) from the letter an answer gives, and from the log-probabilities at its token if there are any.
-
-    Args:
-        tokens: OpenAI's logprobs.content. Without it the probability is 0 or 1.
+    number: round of a critique or revision, from 1; temperature of a candidate for a pair, from 0.
     """
-    letters = re.findall(r"\(([AB])\)", text) or re.findall(r"^\W*([AB])\b", text)
-    if not letters or (not cot and len(set(letters)) > 1):
-        return None
-    probs = {"A": 0.0, "B": 0.0}
-    named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letters[-1]]
-    for top in (named[-1].get("top_logprobs") or []) if named else []:
-        letter = re.sub(r"\W", "", top["token"])
-        if letter in probs:
-            probs[letter] += math.exp(top["logprob"])
-    total = sum(probs.values())
-    return probs["A"] / total if total > 0 else float(letters[-1] == "A")
+    streams = {"reply": 0, "critique": 2 * number - 1, "revision": 2 * number, "candidate": 10_000 + number}
+    return streams[kind]
+
+
+def inputs_key(speaker: str, args: Args) -> tuple:
+    """What replies and verdicts depend on besides prompts and requests: models, precision, template, seed."""
+    judge: Any = (args.server.judge_url, args.judge_model)
+    if not args.server.judge_url:
+        judge = files.fingerprint(args.judge_model or args.model)
+    who = (files.fingerprint(speaker), judge, args.system.dtype, args.chat_template)
+    return (*who, args.seed, args.max_new_tokens)
 
 
 # -------------------------------------------------------------------------------- 1. critiques and revisions
 
 
-def make_revisions(prompts: list[data.Messages], path: Path, args: Args, device: torch.device) -> None:
+def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, device: torch.device) -> None:
     """Stage 1: a line for each prompt with the first reply, and critique and revision of every round.
 
     A round goes on from the last good revision; the conversation before it is the prompt and that reply, so
     it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
     example is not kept.
     """
-    constitution, shots = read_constitution(args.constitution), read_few_shots(args.few_shots)
+    constitution, shots = formats.read_constitution(args.constitution), formats.read_few_shots(args.few_shots)
     examples = {turn["content"] for turn in shots}
-    helper = Model(args.helpful_model or args.model, args, device)
-    critic = load_judge(args, helper, device)
+    helper = load_model(args.helpful_model or args.model, args, device)
+    critic = load_judge_model(args, helper, device)
 
-    def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
+    def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
         first, asked = chunk[0][0], [prompt for _, prompt in chunk]
-        replies = helper.replies(asked, 0, first, args.temperature)
+        replies = helper.replies(asked, stream_of("reply"), first, args.temperature)
         records = [
-            {"prompt": p, "initial": r.text, "ended": r.ended, "rounds": []}
-            for p, r in zip(asked, replies, strict=True)
+            {"prompt": prompt, "initial": reply.text, "ended": reply.ended, "rounds": []}
+            for prompt, reply in zip(asked, replies, strict=True)
         ]
         current = [reply.text for reply in replies]
         for number in range(1, args.num_revisions + 1):
-            drawn = [draw(args.seed, f"round {number}", p).randrange(len(constitution)) for p in asked]
-            talks = [
-                with_shots(shots, [*prompt, assistant(reply)])
-                for prompt, reply in zip(asked, current, strict=True)
-            ]
-            critiques = [Reply("", True)] * len(talks)
+            talks, requests, drawn = [], [], []
+            for prompt, reply in zip(asked, current, strict=True):
+                rng = random_for(args.seed, f"round {number}", prompt)
+                drawn.append(rng.randrange(len(constitution)))
+                requests.append(constitution[drawn[-1]])
+                talks.append(with_shots(shots, [*prompt, assistant(reply)]))
+            critiques = [""] * len(talks)
             if args.use_critique:
-                talks = [[*t, user(constitution[k][0])] for t, k in zip(talks, drawn, strict=True)]
-                critiques = critic.replies(talks, 2 * number - 1, first, args.temperature)
-                critiques = [Reply(clean(c.text, "Critique"), c.ended) for c in critiques]
-                talks = [[*t, assistant(c.text)] for t, c in zip(talks, critiques, strict=True)]
-            talks = [[*t, user(constitution[k][1])] for t, k in zip(talks, drawn, strict=True)]
-            revised = helper.replies(talks, 2 * number, first, args.temperature)
-            for i, (k, critique, reply) in enumerate(zip(drawn, critiques, revised, strict=True)):
+                talks = [[*talk, user(request)] for talk, (request, _) in zip(talks, requests, strict=True)]
+                found = critic.replies(talks, stream_of("critique", number), first, args.temperature)
+                critiques = [clean(reply.text, "Critique") for reply in found]
+                talks = [[*talk, assistant(text)] for talk, text in zip(talks, critiques, strict=True)]
+            talks = [[*talk, user(request)] for talk, (_, request) in zip(talks, requests, strict=True)]
+            revised = helper.replies(talks, stream_of("revision", number), first, args.temperature)
+            for i, reply in enumerate(revised):
                 text = clean(reply.text, "Revision")
-                kept = reply.ended and text not in {"", critique.text, *examples}
-                step = {"principle": k, "critique": critique.text, "revision": text, "kept": kept}
+                kept = reply.ended and text not in {"", critiques[i], *examples}
+                step = {"principle": drawn[i], "critique": critiques[i], "revision": text, "kept": kept}
                 records[i]["rounds"].append({**step, "cue": text != reply.text})
                 current[i] = text if kept else current[i]
         return records
 
-    options = (args.seed, args.num_revisions, args.use_critique, args.max_new_tokens, args.temperature)
-    who = (files.fingerprint(helper.path), judge_key(args), args.sft.system.dtype, args.chat_template)
-    key = (who, options, constitution, shots)
+    options = (args.num_revisions, args.use_critique, args.temperature)
+    key = (inputs_key(helper.path, args), options, constitution, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
-
-
-def load_judge(args: Args, own: Model, device: torch.device) -> Model | Endpoint:
-    """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
-    if args.judge_url:
-        return Endpoint(args)
-    path = args.judge_model or args.model
-    return own if path == own.path else Model(path, args, device)
-
-
-def judge_key(args: Args) -> Any:
-    if args.judge_url:
-        return (args.judge_url, args.judge_model)
-    return files.fingerprint(args.judge_model or args.model)
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -642,49 +337,61 @@ def revision_metrics(records: list[dict]) -> dict[str, float]:
 
 
 def compare_replies(
-    prompts: list[data.Messages], sl_model: str, path: Path, args: Args, device: torch.device
+    prompts: list[formats.Messages], sl_model: str, path: Path, args: Args, device: torch.device
 ) -> None:
     """Stage 3: a line for each prompt with replies of SL-CAI, compared two by two in random order.
 
     p_ab and p_ba have one number for each principle drawn. A reply that was cut off is not compared.
     """
-    principles, shots = read_comparisons(args.comparisons), read_judge_few_shots(args.judge_few_shots)
-    policy = Model(sl_model, args, device)
-    judge = load_judge(args, policy, device)
+    principles = formats.read_comparisons(args.comparisons)
+    shots = formats.read_judge_few_shots(args.judge_few_shots)
+    policy = load_model(sl_model, args, device)
+    judge = load_judge_model(args, policy, device)
 
-    def work(chunk: list[tuple[int, data.Messages]]) -> list[dict]:
-        first, asked = chunk[0][0], [prompt for _, prompt in chunk]
-        found: list[list[dict]] = [[] for _ in asked]
-        for k, temperature in enumerate(read_temperatures(args)):
-            replies = policy.replies(asked, 10_000 + k, first, temperature, args.samples_per_prompt)
-            for i, reply in enumerate(replies):
-                candidate = {"text": reply.text, "temperature": temperature, "ended": reply.ended}
-                found[i // args.samples_per_prompt].append(candidate)
+    def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
+        asked = [prompt for _, prompt in chunk]
+        found = candidates(policy, asked, chunk[0][0], args)
         records, questions = [], []
-        for prompt, candidates in zip(asked, found, strict=True):
-            rng = draw(args.seed, "comparisons", prompt)
-            usable = [c for c in candidates if c["ended"] and c["text"]]
+        for prompt, replies in zip(asked, found, strict=True):
+            rng = random_for(args.seed, "comparisons", prompt)
+            usable = [reply for reply in replies if reply["ended"] and reply["text"]]
             rng.shuffle(usable)
-            record = {"prompt": prompt, "cut_off": len(candidates) - len(usable), "comparisons": []}
-            for a, b in zip(usable[::2], usable[1::2], strict=False):
-                drawn = rng.sample(range(len(principles)), args.num_principles)
-                record["comparisons"].append({"a": a, "b": b, "principles": drawn})
-                for k in drawn if a["text"] != b["text"] else ():
-                    texts = (a["text"], b["text"])
-                    for one, two in (texts, texts[::-1]):
-                        questions.append(ask_judge(prompt, principles[k], one, two, shots, rng))
+            record = {"prompt": prompt, "cut_off": len(replies) - len(usable), "comparisons": []}
+            for i in range(0, len(usable) - 1, 2):
+                item = {"a": usable[i], "b": usable[i + 1]}
+                item["principles"] = rng.sample(range(len(principles)), args.num_principles)
+                a, b = item["a"]["text"], item["b"]["text"]
+                item["asked"] = len(questions)  # where its questions begin: two for each principle
+                for k in item["principles"] if a != b else ():
+                    questions.append(ask_judge(prompt, principles[k], a, b, shots, rng))
+                    questions.append(ask_judge(prompt, principles[k], b, a, shots, rng))
+                item["answered"] = len(questions)
+                record["comparisons"].append(item)
             records.append(record)
-        probs = iter(judge.verdicts(questions))
-        for item in (c for record in records for c in record["comparisons"]):
-            num = args.num_principles if item["a"]["text"] != item["b"]["text"] else 0
-            both = [(next(probs), next(probs)) for _ in range(num)]
-            item["p_ab"], item["p_ba"] = [list(side) for side in zip(*both, strict=True)] or ([], [])
+        probs = judge.verdicts(questions)
+        for record in records:
+            for item in record["comparisons"]:
+                own = probs[item.pop("asked") : item.pop("answered")]
+                item["p_ab"], item["p_ba"] = own[::2], own[1::2]
         return records
 
-    options = (args.seed, args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    who = (files.fingerprint(sl_model), judge_key(args), args.sft.system.dtype, args.chat_template)
-    key = (who, options, args.max_new_tokens, principles, shots)
+    options = (args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
+    key = (inputs_key(sl_model, args), options, principles, shots)
     files.write_lines(path, list(enumerate(prompts)), key, work)
+
+
+def candidates(
+    policy: chat.Model, prompts: list[formats.Messages], first: int, args: Args
+) -> list[list[dict]]:
+    """For each prompt samples_per_prompt replies at each temperature; first: the place of the first one."""
+    found: list[list[dict]] = [[] for _ in prompts]
+    for k, temperature in enumerate(read_temperatures(args)):
+        stream = stream_of("candidate", k)
+        replies = policy.replies(prompts, stream, first, temperature, args.samples_per_prompt)
+        for i, reply in enumerate(replies):
+            candidate = {"text": reply.text, "temperature": temperature, "ended": reply.ended}
+            found[i // args.samples_per_prompt].append(candidate)
+    return found
 
 
 def read_temperatures(args: Args) -> list[float]:
@@ -693,7 +400,7 @@ def read_temperatures(args: Args) -> list[float]:
     except ValueError:
         temperatures = []
     if not temperatures or min(temperatures) < 0:
-        raise data.wrong("temperatures", repr(args.temperatures), "numbers of 0 or more, joined by commas")
+        raise formats.wrong("temperatures", repr(args.temperatures), "numbers of 0 or more, joined by commas")
     return temperatures
 
 
@@ -757,27 +464,55 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
 
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
-    for stage in ("sft", "reward_model", "ppo", "dpo"):
-        options, defaults = flat(getattr(args, stage)), flat(type(getattr(args, stage))())
-        for name in sorted(OWN & options.keys()):
-            if options[name] != defaults[name]:
-                raise dist.RunError(f"{stage}.{name} is set by the pipeline; leave it out")
-    if args.judge_url and not args.judge_model:
+    if args.server.judge_url and not args.judge_model:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
     if args.num_revisions < 1:
-        raise data.wrong("num_revisions", args.num_revisions, "1 or more")
+        raise formats.wrong("num_revisions", args.num_revisions, "1 or more")
     if args.samples_per_prompt * len(read_temperatures(args)) < 2:
-        raise data.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
+        raise formats.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
     if not 0.5 <= args.cot_clamp <= 1:
-        raise data.wrong("cot_clamp", args.cot_clamp, "0.5 to 1")
-    read_constitution(args.constitution), read_few_shots(args.few_shots)
-    read_judge_few_shots(args.judge_few_shots)
-    num = len(read_comparisons(args.comparisons))
+        raise formats.wrong("cot_clamp", args.cot_clamp, "0.5 to 1")
+    formats.read_constitution(args.constitution)
+    formats.read_few_shots(args.few_shots)
+    formats.read_judge_few_shots(args.judge_few_shots)
+    num = len(formats.read_comparisons(args.comparisons))
     if not 1 <= args.num_principles <= num:
-        raise data.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
+        raise formats.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
 
 
-def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data.Dataset]:
+def check_stages(args: Args, options: dict[str, Any], num_prompts: int) -> None:
+    """Refuse what a later stage would refuse, as far as it can be known before the first begins.
+
+    That is a model without a chat template, data that cannot be read, and a batch larger than the data.
+    """
+    judge_model = "" if args.server.judge_url else args.judge_model
+    speakers = [path for path in (args.model, args.helpful_model, args.sl_model, judge_model) if path]
+    tokenizer, *_ = [load_tokenizer(path, args) for path in speakers]
+    load_judge(args.run.judge, args.dataset)
+    if args.rl == "ppo":
+        ppo.check(options["ppo"])
+        if args.preference_model:
+            data.load_tokenizer(args.preference_model)
+
+    def refuse_large_batch(name: str, load: Callable, given: str, num_own: int) -> None:
+        """`given` is what the user adds to a stage's data, and is read; num_own comes from stages before."""
+        if not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
+            train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
+            stages.refuse_large_batch(name, options[name], num_own + train.epoch_size)
+
+    if not args.sl_model:
+        num = num_prompts * args.num_revisions
+        if args.revisions:
+            num = sum(len(demonstrations_of(record)) for record in stages.read_lines(args.revisions))
+        refuse_large_batch("sft", data.load_sft, args.helpful_demonstrations, num)
+    if args.rl == "dpo" or not args.preference_model:
+        num_pairs = args.samples_per_prompt * len(read_temperatures(args)) // 2
+        num = 0 if args.pairs else num_prompts * num_pairs
+        name = "dpo" if args.rl == "dpo" else "reward_model"
+        refuse_large_batch(name, data.load_pairs, stages.mixed(args.pairs, args.helpful_pairs), num)
+
+
+def load_red_team(args: Args, tokenizer: Any) -> tuple[list[formats.Messages], data.Dataset]:
     """num_red_team prompts to train on, and held-out examples none of which is among the data's prompts."""
     train, held_out = data.load_prompts(
         tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length, "red_team"
@@ -788,44 +523,73 @@ def load_red_team(args: Args, tokenizer: Any) -> tuple[list[data.Messages], data
     if dist.is_main() and len(unseen) < len(held_out):
         print(f"red team: {len(held_out) - len(unseen)} held-out prompts left out, they are trained on too")
     if not unseen:
-        raise data.wrong("eval_dataset", "prompts of the training data only", "some that are not in it")
+        raise formats.wrong("eval_dataset", "prompts of the training data only", "some that are not in it")
     if args.num_red_team:
         prompts = random.Random(args.seed).sample(prompts, min(len(prompts), args.num_red_team))
     return prompts, data.Dataset([(unseen, 1.0)])
 
 
-def read_lines(path: str | Path) -> list[dict]:
-    return [record.value for record in data.read_file(Path(path).expanduser())]
+def revise(
+    prompts: list[formats.Messages], args: Args, device: torch.device
+) -> tuple[Path, dict[str, float]]:
+    """Stage 1, or the file that replaces it. -> (demonstrations for fine-tuning, metrics)"""
+    folder = Path(args.run.output_dir) / "1_revisions"
+    path = Path(args.revisions or folder / "revisions.jsonl")
+    if not args.revisions and stages.begin(path):
+        make_revisions(prompts, path, args, device)
+    records = stages.read_lines(path)
+    metrics = revision_metrics(records)
+    stages.show(metrics)
+    if not metrics["revisions/kept_frac"]:
+        raise formats.wrong(str(path), "no revision to keep", "a better critic, or more max_new_tokens")
+    stages.write_lines(folder / "sft.jsonl", [x for record in records for x in demonstrations_of(record)])
+    return folder / "sft.jsonl", metrics
 
 
-def save_lines(path: Path, make: Callable[[], list[dict]]) -> None:
-    """Write make() as JSON lines, complete or not at all; a file that exists is kept."""
-
-    def write() -> None:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write(path, files.as_lines(make()))
-
-    dist.from_main(write)
-
-
-def mixed(*sources: Any) -> str:
-    return ",".join(str(source) for source in sources if source)
-
-
-def show(numbers: dict[str, float]) -> None:
-    if dist.is_main():
-        print("  ".join(f"{name} {value:.3g}" for name, value in numbers.items()), flush=True)
+def ask_for_feedback(
+    prompts: list[formats.Messages], sl_model: str, args: Args, device: torch.device
+) -> tuple[Path, dict[str, float]]:
+    """Stage 3. -> (preferences, metrics of the judge)"""
+    folder = Path(args.run.output_dir) / "3_pairs"
+    path = folder / "comparisons.jsonl"
+    if stages.begin(path):
+        compare_replies(prompts, sl_model, path, args, device)
+    records = stages.read_lines(path)
+    metrics = judge_metrics(records, args)
+    stages.show(metrics)
+    if not metrics["judge/num_pairs"]:
+        raise formats.wrong(str(path), "no pair with a label", "a judge that prefers one of two replies")
+    stages.write_lines(folder / "pairs.jsonl", [x for r in records for x in preferences_of(r, args)])
+    return folder / "pairs.jsonl", metrics
 
 
-def export(model: str, folder: Path) -> None:
-    """model/: a copy of the last stage's."""
+def evaluate(
+    step: int,
+    model: str,
+    metrics: dict[str, float],
+    held_out: dict[str, data.Dataset],
+    log: Log,
+    args: Args,
+    device: torch.device,
+) -> None:
+    """A row of metrics, with these, and lines of samples.jsonl: a model's answers, judged and described.
 
-    def copy() -> None:
-        with files.whole(folder / "model") as unfinished:
-            shutil.copytree(Path(model) / "model", unfinished)
-
-    dist.from_main(copy)
+    Args:
+        held_out: prompts by the kind they are of.
+    """
+    if step in log.steps:
+        return
+    speaker, judge = load_model(model, args, device), load_judge(args.run.judge, args.dataset)
+    sampling = Sampling(args.max_new_tokens, args.temperature)
+    for kind, examples in held_out.items():
+        how = (args.run.num_samples, sampling, args.seed, step, judge)
+        answers = answer(speaker.policy, speaker.tokenizer, examples, *how)
+        for a, found in zip(answers, describe([a.text for a in answers]), strict=True):
+            a.scores = found | a.scores
+        log.samples(step, [a.row() for a in answers])
+        for name, value in answer_metrics(answers).items():
+            metrics = metrics | {f"eval/judge/{kind}_{name.rpartition('/')[2]}": value}
+    log(step, 2, metrics)
 
 
 TOY = dict(
@@ -840,20 +604,13 @@ TOY = dict(
     num_revisions=2,
     max_new_tokens=48,
     num_samples=200,
-    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
-    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=60),
-    ppo=dict(
-        kl_coef=0.05,
-        learning_rate=3e-4,
-        value_learning_rate=1e-3,
-        warmup_steps=5,
-        rollout_size=128,
-        batch_size=64,
-        max_steps=60,
-        max_new_tokens=48,
-        eval_every=60,
-    ),
-    dpo=dict(beta=0.3, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
+    sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60 "
+    "--num_samples 0",
+    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60",
+    ppo="--kl_coef 0.05 --learning_rate 3e-4 --value_learning_rate 1e-3 --warmup_steps 5 --rollout_size 128 "
+    "--batch_size 64 --max_steps 60 --max_new_tokens 48 --eval_every 60 --num_samples 0",
+    dpo="--beta 0.3 --learning_rate 3e-4 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40 "
+    "--num_samples 0",
 )
 
 
@@ -861,116 +618,59 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
-    folder = Path(args.run.output_dir)
-    common = dict(seed=args.seed, chat_template=args.chat_template)
+    folder, common = Path(args.run.output_dir), dict(seed=args.seed, chat_template=args.chat_template)
+    stages.refuse_changed_stages({folder / FOLDERS[name]: own for name, own in options.items()}, RESERVED)
+    if log.is_finished(2):
+        return
 
     # data
     tokenizer = load_tokenizer(args.model, args)
     prompts, red_team = load_red_team(args, tokenizer)
-    ordinary = []
+    held_out = {"red_team": red_team, "ordinary": data.Dataset([])}
     if args.helpful_prompts:
-        ordinary = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)[1]
-    if not log.begin(2):
-        return
-    done = {row["step"] for row in log.rows}
-    save_lines(folder / "0_prompts" / "train.jsonl", lambda: [{"prompt": prompt} for prompt in prompts])
-    save_lines(folder / "0_prompts" / "test.jsonl", lambda: [{"prompt": e.prompt} for e in red_team])
+        helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
+        held_out["ordinary"] = helpful[1]
+    check_stages(args, options, len(prompts))
+    log.start()
+    stages.write_lines(folder / "0_prompts" / "train.jsonl", [{"prompt": prompt} for prompt in prompts])
+    stages.write_lines(folder / "0_prompts" / "test.jsonl", [{"prompt": e.prompt} for e in red_team])
+    evaluate(0, args.model, {}, held_out, log, args, device)
 
-    def evaluate(step: int, model: str, more: dict[str, float]) -> None:
-        """Answers to held-out red-team and ordinary prompts, judged."""
-        if step in done:
-            return
-        speaker, metrics = Model(model, args, device), dict(more)
-        sampling = Sampling(args.max_new_tokens, args.temperature)
-        for kind, examples in (("red_team", red_team), ("ordinary", ordinary)):
-            found = log.samples(step, speaker.policy, speaker.tokenizer, examples, sampling, describe)
-            for name, value in found.items():
-                metrics[f"eval/judge/{kind}_{name.rpartition('/')[2]}"] = value
-        log(step, 2, metrics)
-
-    def generated(make: Callable, *inputs: Any, path: Path) -> bool:
-        """Run a stage that writes a file, unless it is there. -> False if a stop was asked for."""
-        if not dist.from_main(path.exists):
-            if dist.is_main():
-                print(f"\nstage {path.parent.name}", flush=True)
-                path.parent.mkdir(exist_ok=True)
-            try:
-                make(*inputs, path, args, device)
-            except dist.RunError as error:
-                if not dist.stop_requested():
-                    raise
-                if dist.is_main():
-                    print(error, flush=True)
-                return False
-            gc.collect()  # FSDP's modules refer to themselves
-        return True
-
-    evaluate(0, args.model, {})
-    gc.collect()
-
-    # 1. critiques and revisions
-    sl_model, numbers = args.sl_model, {}
-    if not sl_model:
-        revisions = Path(args.revisions or folder / "1_revisions" / "revisions.jsonl")
-        if not args.revisions and not generated(make_revisions, prompts, path=revisions):
-            return
-        records = read_lines(revisions)
-        numbers = revision_metrics(records)
-        show(numbers)
-        if not numbers["revisions/kept_frac"]:
-            raise data.wrong(str(revisions), "no revision to keep", "a better critic, or more max_new_tokens")
-        train_file = folder / "1_revisions" / "sft.jsonl"
-        save_lines(train_file, lambda: [x for record in records for x in demonstrations_of(record)])
-
-        # 2. SL-CAI
-        sl_model = str(folder / "2_sft")
-        mixture = mixed(train_file, args.helpful_demonstrations)
-        options = with_fields(args.sft, model=args.model, dataset=mixture, output_dir=sl_model, **common)
-        if not log.stage(sft.main, options):
-            return
-    evaluate(1, sl_model, numbers)
-    gc.collect()
+    # 1. critiques and revisions, 2. SL-CAI
+    sl_model, metrics = args.sl_model, {}
+    if not args.sl_model:
+        demonstrations, metrics = revise(prompts, args, device)
+        mixture = stages.mixed(demonstrations, args.helpful_demonstrations)
+        sl_model = str(folder / FOLDERS["sft"])
+        overrides = dict(model=args.model, dataset=mixture, **common)
+        stage(sft.main, sft.Args, Path(sl_model), overrides, args.stages.sft, log)
+    evaluate(1, sl_model, metrics, held_out, log, args, device)
 
     # 3. AI feedback
-    pairs, numbers = args.pairs, {}
+    pairs, metrics = args.pairs, {}
     if not pairs:
-        judged = folder / "3_pairs" / "comparisons.jsonl"
-        if not generated(compare_replies, prompts, sl_model, path=judged):
-            return
-        records = read_lines(judged)
-        numbers = judge_metrics(records, args)
-        show(numbers)
-        if not numbers["judge/num_pairs"]:
-            raise data.wrong(str(judged), "no pair with a label", "a judge that prefers one of two replies")
-        pairs = str(folder / "3_pairs" / "pairs.jsonl")
-        save_lines(Path(pairs), lambda: [x for record in records for x in preferences_of(record, args)])
-    mixture = mixed(pairs, args.helpful_pairs)
+        pairs, metrics = ask_for_feedback(prompts, sl_model, args, device)
+    overrides = dict(model=sl_model, dataset=stages.mixed(pairs, args.helpful_pairs), **common)
 
     # 4. preference model, 5. RL-CAI
-    last = str(folder / f"5_{args.rl}")
-    if args.rl == "ppo":
-        preference_model = args.preference_model or str(folder / "4_preference_model")
-        if not args.preference_model:
-            options = with_fields(
-                args.reward_model, model=sl_model, dataset=mixture, output_dir=preference_model, **common
-            )
-            if not log.stage(reward_model.main, options):
-                return
-        mixture = mixed(folder / "0_prompts", args.helpful_prompts)
-        options = with_fields(args.ppo, reward=preference_model, model=sl_model, dataset=mixture)
-        finished = log.stage(ppo.main, with_fields(options, output_dir=last, **common))
+    last = folder / FOLDERS[args.rl]
+    if args.rl == "dpo":
+        stage(dpo.main, dpo.Args, last, overrides, args.stages.dpo, log)
     else:
-        options = with_fields(args.dpo, model=sl_model, dataset=mixture, output_dir=last, **common)
-        finished = log.stage(dpo.main, options)
-    if not finished:
-        return
-    evaluate(2, last, numbers)
+        reward = args.preference_model or str(folder / FOLDERS["reward_model"])
+        if not args.preference_model:
+            own = args.stages.reward_model
+            stage(reward_model.main, reward_model.Args, Path(reward), overrides, own, log)
+        overrides["dataset"] = stages.mixed(folder / "0_prompts", args.helpful_prompts)
+        stage(ppo.main, ppo.Args, last, overrides | {"reward": reward}, args.stages.ppo, log)
+    evaluate(2, str(last), metrics, held_out, log, args, device)
 
-    export(last, folder)
+    stages.export(last, folder)
     log.finish()
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY))
+    dist.run(main, parse(Args, TOY, STAGES))

@@ -29,6 +29,7 @@ from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
 from common.packed import Example, MicroBatch
 
@@ -244,18 +245,20 @@ TOY = dict(
 )
 
 
-def main(args: Args) -> None:
+def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     optimization, system, run = args.optimization, args.system, args.run
-    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = data.load_pairs(tokenizer, args.dataset, args.eval_dataset, args.max_length)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     def batch_of(step: int) -> list[Example]:
         return data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
@@ -278,7 +281,9 @@ def main(args: Args) -> None:
         for micro_batch in packed.micro_batches(eval_set, system.micro_batch_tokens, device):
             with torch.no_grad():
                 totals.update(loss_and_metrics(policy, ref_policy, micro_batch, args)[1])
-        return totals.reduce("eval/") | log.samples(step, policy, tokenizer, eval_set, args.sampling)
+        answers = answer(policy, tokenizer, eval_set, run.num_samples, args.sampling, args.seed, step, judge)
+        log.samples(step, [a.row() for a in answers])
+        return totals.reduce("eval/") | answer_metrics(answers)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))

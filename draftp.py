@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, diffusion, dist, models, pictures
-from common.args import Optimization, Run, Weights, flat, parse, snapshot
-from common.log import Log, load_function
+from common import checkpoint, data, diffusion, dist, formats, models, pictures
+from common.args import Optimization, Run, Weights, flat, load_function, parse, snapshot
+from common.evaluate import mean_scores
+from common.log import Log
 
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
 
@@ -222,7 +223,7 @@ def annealing_weights(name: str, num_steps: int) -> list[float]:
         return t
     if shape in ("power", "step") and re.fullmatch(r"\d*\.?\d+", p):
         return [x ** float(p) if shape == "power" else float(x >= float(p)) for x in t]
-    raise data.wrong("schedules", name, "base, draft, linear, power_p or step_p, with a number p")
+    raise formats.wrong("schedules", name, "base, draft, linear, power_p or step_p, with a number p")
 
 
 def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
@@ -311,7 +312,7 @@ def conclude(metrics: dict[str, float], prefix: str, sampler: Sampler) -> dict[s
     """
     mean = metrics[f"{prefix}reward"]
     if not math.isfinite(mean):
-        raise data.wrong(
+        raise formats.wrong(
             f"reward {'+'.join(sampler.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
         )
     return metrics | {f"{prefix}reward_std": max(0.0, metrics[f"{prefix}reward_std"] - mean**2) ** 0.5}
@@ -391,13 +392,15 @@ def grad_steps(step: int, args: Args) -> int:
 def check(args: Args) -> None:
     """Refuse settings that do not go together, before anything is loaded."""
     if not 0 <= args.num_grad_steps <= args.num_inference_steps:
-        raise data.wrong("num_grad_steps", args.num_grad_steps, f"0 to {args.num_inference_steps}, all steps")
+        raise formats.wrong(
+            "num_grad_steps", args.num_grad_steps, f"0 to {args.num_inference_steps}, all steps"
+        )
     if args.num_lv > 1 and args.num_grad_steps != 1:
-        raise data.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
+        raise formats.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
     options = flat(args)
     for name in ("batch_size", "micro_batch_size", "num_lv", "num_samples", "images_per_prompt"):
         if options[name] < 1:
-            raise data.wrong(name, options[name], "at least 1")
+            raise formats.wrong(name, options[name], "at least 1")
     for name in args.run.schedules.split(","):
         annealing_weights(name, args.num_inference_steps)
 
@@ -422,7 +425,7 @@ def draw_finished(args: Args, device: torch.device) -> None:
     prompts = diffusion.read_prompts(args.run.draw_prompts)
     began = diffusion.trained_from(args.run.output_dir)
     if began != args.model:
-        raise data.wrong(
+        raise formats.wrong(
             f"output_dir {args.run.output_dir}", f"a run that began with {began}", f"--model {began}"
         )
     pipe, policy = diffusion.load(args.run.output_dir, device, args.system, args.seed, False, fuse=False)
@@ -460,8 +463,9 @@ def main(args: Args) -> None:
     train_set, eval_set = diffusion.load_prompts(args.dataset, args.eval_dataset)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     shown = [*dict.fromkeys(diffusion.texts(eval_set))][: run.num_samples]
-    if not log.begin(num_steps):
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
@@ -488,8 +492,9 @@ def main(args: Args) -> None:
         picture = log.folder / "images" / f"step_{step:08d}.png"
         pictures.save_grid(picture, shown, {"base": base, "tuned": drawn})
         log.picture(step, picture)
-        rows = pictures.judged(shown, drawn, base, load_function(spec) if spec else None)
-        return metrics | log.write_samples(step, rows)
+        rows, scores = pictures.judged(shown, drawn, base, load_function(spec) if spec else None)
+        log.samples(step, rows)
+        return metrics | {f"eval/judge/{name}": mean for name, mean in mean_scores(scores).items()}
 
     spec = run.judge or ("toy.images:judge" if args.dataset == "toy" else "")
     if start_step == 0:

@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, models, packed, rewards
+from common import checkpoint, data, dist, formats, models, packed, rewards
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import Sample, generate, to_example
 from common.log import Log
 from common.packed import Example, MicroBatch
@@ -451,11 +452,11 @@ def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.advantage != "gae" and args.samples_per_prompt < 2:
-        raise data.wrong("samples_per_prompt", args.samples_per_prompt, f"2 or more for {args.advantage}")
+        raise formats.wrong("samples_per_prompt", args.samples_per_prompt, f"2 or more for {args.advantage}")
     if args.temperature <= 0:
-        raise data.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
+        raise formats.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
     if args.kl_target > 0 and args.kl_coef <= 0:
-        raise data.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
+        raise formats.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
 
 def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.device) -> models.Scorer:
@@ -496,12 +497,12 @@ TOY = dict(
 )
 
 
-def main(args: Args) -> None:
+def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
     optimization, system, run = args.optimization, args.system, args.run
-    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
@@ -510,8 +511,10 @@ def main(args: Args) -> None:
     )
     num_steps, steps_each = count_steps(train_set, args)
     scored_by = rewards.load(args.reward, device, system)
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
@@ -534,7 +537,11 @@ def main(args: Args) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        return log.samples(step, policy, tokenizer, eval_set, sampling, score)
+        answers = answer(
+            policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge, score
+        )
+        log.samples(step, [a.row() for a in answers])
+        return answer_metrics(answers)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
@@ -597,4 +604,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY, ALGORITHMS))
+    dist.run(main, parse(Args, TOY, presets=ALGORITHMS))

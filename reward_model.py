@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models, packed
+from common import checkpoint, data, dist, files, formats, models, packed
 from common.args import Optimization, System, Training, parse, snapshot
+from common.evaluate import agreement
 from common.log import Log
 from common.packed import Example, MicroBatch
 
@@ -191,11 +191,8 @@ def evaluation(rewards: Tensor, examples: list[Example], args: Args) -> dict[str
     }
     if args.loss == "regression":
         for k, name in enumerate(fields):
-            known = ~target[:, k].isnan()
-            both = pd.DataFrame({"found": table[known, k].numpy(), "label": target[known, k].numpy()})
-            metrics[f"mae/{name}"] = float((both.found - both.label).abs().mean())
-            metrics[f"pearson/{name}"] = float(both.corr().iloc[0, 1])
-            metrics[f"spearman/{name}"] = float(both.corr("spearman").iloc[0, 1])
+            found = agreement(target[:, k].numpy(), table[:, k].numpy())  # a missing label is NaN
+            metrics |= {f"{kind}/{name}": value for kind, value in found.items()}
         return metrics
     right, margins = ordered_right(table, target)
     low, high = wilson_interval(right.sum().item(), len(right))
@@ -242,7 +239,7 @@ def calibration_error(table: Tensor, ranks: Tensor, num_bins: int = 10) -> float
 
 def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[Example]]:
     """Held-out examples by the name of their file, which prefixes their metrics where there are several."""
-    sources = [source for source, _ in data.read_sources(args.eval_dataset or args.dataset)]
+    sources = [source for source, _ in formats.read_sources(args.eval_dataset or args.dataset)]
     stems = [Path(source).name.split(".")[0] for source in sources]
     names = [f"{x}/" if stems.count(x) == 1 else f"{x}_{i}/" for i, x in enumerate(stems, 1)]
     names = names if len(names) > 1 else [""]
@@ -263,9 +260,9 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
     datasets = data.load_pairs(*sources, whole=True)
     positive = [example.fields["margin"] > 0 for example in datasets[0]]
     if args.loss == "scaled_bt" and not all(positive):
-        raise data.wrong("scaled_bt", "pairs without margin", "a margin above 0, their weight, in each")
+        raise formats.wrong("scaled_bt", "pairs without margin", "a margin above 0, their weight, in each")
     if args.loss == "margin_bt" and not any(positive):
-        raise data.wrong("margin_bt", "no pair with a margin", "the field margin; without it this is bt")
+        raise formats.wrong("margin_bt", "no pair with a margin", "the field margin; without it this is bt")
     return datasets
 
 
@@ -280,9 +277,9 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
         the file written: x.scored.jsonl for x.jsonl, beside it.
     """
     path, names = Path(source).expanduser(), models.output_names(scorer)
-    records, target = data.read_file(path), path.with_name(path.name.split(".")[0] + ".scored.jsonl")
+    records, target = formats.read_file(path), path.with_name(path.name.split(".")[0] + ".scored.jsonl")
 
-    def work(chunk: list[data.Record]) -> list[dict]:
+    def work(chunk: list[formats.Record]) -> list[dict]:
         found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
         examples = [Example([sequence], "") for sequences in found for sequence in sequences]
         outputs = iter(models.score(scorer, examples, args.system.micro_batch_tokens, device).tolist())
@@ -315,7 +312,7 @@ def pad_token(tokenizer: Any) -> int:
 TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
 
 
-def main(args: Args) -> None:
+def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     optimization, system, run = args.optimization, args.system, args.run
@@ -324,14 +321,15 @@ def main(args: Args) -> None:
         scorer = models.load_scorer(args.model, device, system, trainable=False)
         score_file(scorer, tokenizer, args.score, args, device)
         return
-    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_examples(args, tokenizer)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
-    if not log.begin(num_steps):
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]

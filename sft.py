@@ -24,6 +24,7 @@ from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
 from common.packed import MicroBatch
 
@@ -78,11 +79,11 @@ def loss_and_metrics(policy: models.Policy, micro_batch: MicroBatch) -> tuple[Te
 TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval_every=20, num_samples=200)
 
 
-def main(args: Args) -> None:
+def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     optimization, system, run = args.optimization, args.system, args.run
-    log = Log(run, __file__, SHOWN, snapshot(args, TOY))
+    log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
@@ -90,8 +91,10 @@ def main(args: Args) -> None:
         tokenizer, args.dataset, args.eval_dataset, args.max_length, args.train_on_prompt
     )
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
@@ -108,7 +111,9 @@ def main(args: Args) -> None:
                 totals.update(loss_and_metrics(policy, micro_batch)[1])
         metrics = totals.reduce("eval/")
         metrics["eval/perplexity"] = math.exp(min(700.0, metrics["eval/nll"]))
-        return metrics | log.samples(step, policy, tokenizer, eval_set, args.sampling)
+        answers = answer(policy, tokenizer, eval_set, run.num_samples, args.sampling, args.seed, step, judge)
+        log.samples(step, [a.row() for a in answers])
+        return metrics | answer_metrics(answers)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models, packed
+from common import checkpoint, data, dist, files, formats, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
 from common.packed import Example, MicroBatch
@@ -172,8 +173,8 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     def encode(value: dict, where: str) -> Example:
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
-        prompt, response = data.read_exchange(tokenizer, value, where)
-        data.attach_labels(value, prompt + response, where)
+        prompt, response = formats.read_exchange(tokenizer, value, where)
+        formats.attach_labels(value, prompt + response, where)
         tokens, mask = data.encode_response(tokenizer, prompt, response)
         end = int(mask.argmax()) + args.max_new_tokens if mask.any() else 0
         if end > args.max_length:
@@ -198,7 +199,7 @@ def choose_prompts(train_set: data.Dataset, args: Args) -> list[Example]:
     prompts = [train_set[i] for i in train_set.order(args.seed, 0)[: args.num_prompts]]
     batch_size = args.optimization.batch_size
     if len(prompts) < batch_size:
-        raise data.wrong("num_prompts", len(prompts), f"batch_size, {batch_size}, or more")
+        raise formats.wrong("num_prompts", len(prompts), f"batch_size, {batch_size}, or more")
     return prompts
 
 
@@ -289,12 +290,12 @@ def read_pairs(path: Path, examples: list[Example], origin: dict[str, Any]) -> d
         RunError: the file is of another origin or other data; the opponent it would need is gone.
     """
     pairs = []
-    for i, (record, where) in enumerate(data.read_file(path)):
+    for i, (record, where) in enumerate(formats.read_file(path)):
         example = examples[i % len(examples)]
         if i == 0 and record | origin != record:
-            raise data.wrong(where, f"a sample of {record['opponent']}", f"one of {origin['opponent']}")
+            raise formats.wrong(where, f"a sample of {record['opponent']}", f"one of {origin['opponent']}")
         if record["real_tokens"] != response_tokens(example.sequences[0]):
-            raise data.wrong(where, "another response", "that of the data, which has changed; --overwrite")
+            raise formats.wrong(where, "another response", "that of the data, which has changed; --overwrite")
         logps = {name: record[name] for name in LOGPS}
         pairs.append(make_pair(example, record["generated_tokens"], **logps))
     return data.Dataset([(pairs, 1.0)])
@@ -377,11 +378,11 @@ def check(args: Args) -> None:
     if args.temperature <= 0:
         raise dist.RunError("temperature 0 is greedy; self-play samples, expected more than 0")
     if args.max_new_tokens >= args.max_length:
-        raise data.wrong("max_new_tokens", args.max_new_tokens, f"less than max_length, {args.max_length}")
+        raise formats.wrong("max_new_tokens", args.max_new_tokens, f"less than max_length, {args.max_length}")
     given = (args.beta, args.optimization.learning_rate, args.run.num_epochs)
     for name, value in zip(Settings._fields, given, strict=True):
         if value == []:
-            raise data.wrong(name, "nothing", "one value, or one for each iteration")
+            raise formats.wrong(name, "nothing", "one value, or one for each iteration")
 
 
 TOY = dict(
@@ -410,8 +411,10 @@ def main(args: Args) -> None:
     prompts = choose_prompts(train_set, args)
     boundaries = iteration_boundaries(len(prompts), args)
     num_steps = boundaries[-1] if run.max_steps < 0 else min(run.max_steps, boundaries[-1])
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
@@ -435,7 +438,7 @@ def main(args: Args) -> None:
         if step == boundaries[number]:
             optimizer.state.clear()
             if args.mix_previous and number > 0:
-                lines = data.read_file(folder / f"generated_{number - 1}.jsonl")
+                lines = formats.read_file(folder / f"generated_{number - 1}.jsonl")
                 earlier = [line.value for line in lines if line.value["iteration"] == number - 1]
             play(policy, tokenizer, eval_set, [], held_out, origin, 0, args, device)
             play(policy, tokenizer, prompts, earlier, generated, origin, len(eval_set), args, device)
@@ -447,19 +450,19 @@ def main(args: Args) -> None:
     settings, train_pairs, eval_pairs = start_iteration(number, start_step)
 
     def evaluate(step: int) -> dict[str, float]:
-        totals, apart = dist.Totals(), {}
+        totals = dist.Totals()
         for micro_batch in packed.micro_batches(eval_pairs, system.micro_batch_tokens, device):
             with torch.no_grad():
                 totals.update(loss_and_metrics(policy, micro_batch, settings.beta, args.loss)[1])
         metrics = totals.reduce("eval/") | describe(eval_pairs, tokenizer)
-
-        def compare(examples: list[Example], texts: list[str]) -> list:
-            apart.update(distances_to_real(log.judge(), tokenizer, examples, texts))
-            return []
-
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        metrics |= log.samples(step, policy, tokenizer, eval_set, sampling, compare)
-        return metrics | {f"eval/{name}": value for name, value in apart.items()}
+        answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
+        log.samples(step, [a.row() for a in answers])
+        apart = {}
+        if answers:
+            asked = [a.example for a in answers]
+            apart = distances_to_real(judge, tokenizer, asked, [a.text for a in answers])
+        return metrics | answer_metrics(answers) | {f"eval/{name}": value for name, value in apart.items()}
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))

@@ -18,32 +18,47 @@ Each stage has its folder in output_dir; one that is complete is not run again.
 Metrics, results and departures from the papers: docs/steerlm.md
 """
 
+import gc
 import json
 import random
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from tyro.conf import Fixed, OmitArgPrefixes, Suppress
+from tyro.conf import OmitArgPrefixes
 
 import reward_model
 import sft
-from common import data, dist, files, models
-from common.args import PipelineRun, parse, snapshot, with_fields
+from common import data, dist, files, formats, models, packed, stages
+from common.args import Inference, PipelineRun, parse, snapshot, with_fields
+from common.evaluate import agreement, load_judge
 from common.generate import generate
-from common.log import Log, load_function
-from reward_model import Args as RewardArgs
-from sft import Args as SftArgs
+from common.log import Log
+from common.stages import stage
 
 SHOWN = ("follow/mae", "follow/pearson")
+STAGES = {"reward_model": reward_model.Args, "sft": sft.Args}
+RESERVED = stages.RESERVED | {"loss", "score"}  # options of stages that the pipeline sets or does not offer
 EXTENSION = (
     "{%- if add_generation_prompt and attributes is defined -%}"
     "{{- (label_token | default('')) + attributes + '\\n' -}}{%- endif -%}"
 )
+
+
+@dataclass
+class Stages:
+    """Options of the stages, each one string as on the command line of the script."""
+
+    fixed: ClassVar[tuple[str, ...]] = ()  # those of a stage that has begun are compared with its own run
+
+    reward_model: str = "--learning_rate 2e-6 --num_epochs 2"
+    """options of reward_model.py, as --reward_model "--num_epochs 2"; --reward_model --help lists them"""
+    sft: str = "--learning_rate 5e-6 --num_epochs 2 --num_samples 0"
+    """options of fine-tuning by sft.py, as --sft "--lora_rank 16"; --sft --help lists them"""
 
 
 @dataclass
@@ -61,7 +76,7 @@ class Args:
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
 
-    # stages
+    # stages made before, and what a stage does
     attribute_model: str = ""
     """regression model of the attributes: a run of reward_model.py or its model folder"""
     annotated: str = ""
@@ -80,15 +95,9 @@ class Args:
     """most tokens of a response"""
     temperature: float = 1.0
     """temperature of sampling in a bootstrap round; the following table is greedy, as in the paper"""
-    reward_model: Suppress[Fixed[RewardArgs]] = field(
-        default_factory=lambda: with_fields(RewardArgs(), learning_rate=2e-6, num_epochs=2)
-    )
-    """options of the reward model's training, as --reward_model.learning_rate"""
-    sft: Suppress[Fixed[SftArgs]] = field(
-        default_factory=lambda: with_fields(SftArgs(), learning_rate=5e-6, num_epochs=2, num_samples=0)
-    )
-    """options of fine-tuning, as --sft.learning_rate"""
 
+    stages: OmitArgPrefixes[Stages] = field(default_factory=Stages)
+    system: OmitArgPrefixes[Inference] = field(default_factory=Inference)
     run: OmitArgPrefixes[PipelineRun] = field(
         default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}", num_samples=32)
     )
@@ -101,11 +110,24 @@ class Scorer(NamedTuple):
     tokenizer: Any
     names: list[str]
 
-    def __call__(self, replies: list[data.Sequence], args: Args, device: torch.device) -> list[dict]:
+    def __call__(self, replies: list[packed.Tokens], args: Args, device: torch.device) -> list[dict]:
         """Attribute values of encoded replies, before rounding; a collective."""
-        examples = [data.Example([reply], "") for reply in replies]
-        outputs = models.score(self.model, examples, args.sft.system.micro_batch_tokens, device)
+        examples = [packed.Example([reply], "") for reply in replies]
+        outputs = models.score(self.model, examples, args.system.micro_batch_tokens, device)
         return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
+
+
+def load_attribute_model(path: str, args: Args, device: torch.device) -> Scorer:
+    """A regression model of the attributes, whose outputs are on the scale of the labels."""
+    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
+    model = models.load_scorer(path, device, args.system, trainable=False)
+    model.config.reward_mean = None  # the scale of the labels
+    return Scorer(model, data.load_tokenizer(path), models.output_names(model))
+
+
+def load_policy(path: str, args: Args, device: torch.device) -> nn.Module:
+    gc.collect()  # as above
+    return models.load(path, device, args.system, trainable=False)
 
 
 # ---------------------------------------------------------------------------------------------- annotation
@@ -122,19 +144,20 @@ def wanted(args: Args, names: list[str]) -> dict[str, float]:
     Raises:
         RunError: one is no output of the model, or its value is not 0 to 4.
     """
-    line = data.read_line(args.attributes, "attributes", names).strip()
+    line = formats.read_line(args.attributes, "attributes", names).strip()
     if not line:
-        raise data.wrong("attributes", "none", f"name:value of some of {', '.join(names)}, joined by commas")
+        raise formats.wrong(
+            "attributes", "none", f"name:value of some of {', '.join(names)}, joined by commas"
+        )
     given = dict(item.split(":") for item in line.split(","))
     return {name: float(given[name]) for name in names if name in given}
 
 
 def annotate(
-    scorer: Scorer,
+    attribute_model: str,
     tokenizer: Any,
-    records: list[data.Record],
+    records: list[formats.Record],
     target: Path,
-    key: Any,
     args: Args,
     device: torch.device,
 ) -> None:
@@ -144,35 +167,34 @@ def annotate(
 
     Args:
         target: the file to write; NeMo-Aligner's twin goes into the folder nemo beside it.
-        key: what the labels depend on besides the records.
     """
+    if dist.from_main(target.exists):
+        return
+    scorer = load_attribute_model(attribute_model, args, device)
     kept = wanted(args, scorer.names)
+    key = (args.attributes, files.fingerprint(attribute_model))  # what labels depend on besides the records
 
-    def read(record: data.Record) -> tuple[list[dict], list[data.Sequence]]:
-        prompt, response = data.read_exchange(tokenizer, *record)
+    def read(record: formats.Record) -> tuple[list[dict], list[packed.Tokens]]:
+        prompt, response = formats.read_exchange(tokenizer, *record)
         turns = prompt + response
         replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
 
-    def label(chunk: list[data.Record]) -> list[dict]:
+    def label(chunk: list[formats.Record]) -> list[dict]:
         conversations = dist.parallel_map(read, chunk)
-        values = iter(scorer([reply for _, replies in conversations for reply in replies], args, device))
-        for turns, _ in conversations:
-            for turn in turns:
-                if turn["role"] == "assistant":
-                    found = next(values)
-                    rounded = {name: clamp_and_round(found[name]) for name in kept}
-                    turn["label"] = data.label_line(rounded).strip()
+        said = [turn for turns, _ in conversations for turn in turns if turn["role"] == "assistant"]
+        found = scorer([reply for _, replies in conversations for reply in replies], args, device)
+        for turn, values in zip(said, found, strict=True):
+            rounded = {name: clamp_and_round(values[name]) for name in kept}
+            turn["label"] = formats.label_line(rounded).strip()
         return [{"messages": turns, "type": "VALUE_TO_TEXT"} for turns, _ in conversations]
 
     if dist.is_main():
         target.parent.mkdir(exist_ok=True)
     dist.barrier()
-    if dist.from_main(target.exists):
-        return
     files.write_lines(target, records, key, label)
     if dist.is_main():
-        written = [record.value["messages"] for record in data.read_file(target)]
+        written = [record.value["messages"] for record in formats.read_file(target)]
         twin = target.parent / "nemo" / target.name
         twin.parent.mkdir(exist_ok=True)
         twin.write_text("".join(json.dumps(in_nemo_form(messages)) + "\n" for messages in written))
@@ -191,27 +213,29 @@ def in_nemo_form(messages: list[dict]) -> dict:
     return {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
 
 
-def load_annotated(options: SftArgs, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
+def load_annotated(options: sft.Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
     """(train, eval) conversations to condition on.
 
     Raises:
         RunError: a reply without a label; it would be trained without the line that users ask with.
     """
-    for record, where in data.read_records(options.dataset, "train", "sft"):
-        turns = next((record[name] for name in data.CONVERSATIONS if name in record), [])
+    for record, where in formats.read_records(options.dataset, "train", "sft"):
+        turns = next((record[name] for name in formats.CONVERSATIONS if name in record), [])
         replies = [t for t in turns if str(t.get("role", t.get("from"))).lower() in ("assistant", "gpt")]
         if record.get("type") != "VALUE_TO_TEXT" or not all(turn.get("label") for turn in replies):
-            raise data.wrong(where, "a reply without label", "type VALUE_TO_TEXT and a label on each reply")
+            raise formats.wrong(
+                where, "a reply without label", "type VALUE_TO_TEXT and a label on each reply"
+            )
     return data.load_sft(tokenizer, options.dataset, options.eval_dataset, options.max_length)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def high_quality(examples: list[data.Example]) -> list[str]:
+def high_quality(examples: list[packed.Example]) -> list[str]:
     """Distinct label lines of the data with the best quality (helpfulness), of these the least toxicity."""
-    turns = [turn for e in examples for name in data.CONVERSATIONS for turn in e.record.get(name, ())]
-    lines = sorted({data.read_line(turn["label"], "label") for turn in turns if turn.get("label")})
+    turns = [turn for e in examples for name in formats.CONVERSATIONS for turn in e.record.get(name, ())]
+    lines = sorted({formats.read_line(turn["label"], "label") for turn in turns if turn.get("label")})
 
     def goodness(line: str) -> tuple[int, int]:
         values = dict(item.split(":") for item in line.strip().split(","))
@@ -222,16 +246,15 @@ def high_quality(examples: list[data.Example]) -> list[str]:
 
 
 def sample_best(
-    model: str, examples: list[data.Example], tokenizer: Any, number: int, args: Args, device: torch.device
-) -> list[data.Record]:
+    model: str, examples: list[packed.Example], tokenizer: Any, number: int, args: Args, device: torch.device
+) -> list[formats.Record]:
     """New replies to prompts of the data, each asked for by one of its lines of high quality.       Eq. 3"""
     lines, rng = high_quality(examples), random.Random(f"{args.seed} {number}")
     examples = [example for example in examples if example.prompt]
     chosen = rng.sample(examples, min(len(examples), args.num_bootstrap_prompts))
     tokens = [data.encode_prompt(tokenizer, e.prompt, rng.choice(lines)) for e in chosen]
-    policy = models.load(model, device, args.sft.system, trainable=False)
     samples = generate(
-        policy,
+        load_policy(model, args, device),
         tokenizer,
         tokens,
         max_new_tokens=args.max_new_tokens,
@@ -243,7 +266,7 @@ def sample_best(
     records = []
     for example, sample in zip(chosen, samples, strict=True):
         turns = [*example.prompt, {"role": "assistant", "content": sample.text}]
-        records += [data.Record({"messages": turns}, "bootstrap")] if sample.ended else []
+        records += [formats.Record({"messages": turns}, "bootstrap")] if sample.ended else []
     if dist.is_main():
         print(
             f"bootstrap {number}: {len(chosen) - len(records):,} of {len(chosen):,} replies cut off, left out"
@@ -258,8 +281,7 @@ def follow(
     policy: nn.Module,
     scorer: Scorer,
     tokenizer: Any,
-    examples: list[data.Example],
-    step: int,
+    examples: list[packed.Example],
     args: Args,
     device: torch.device,
 ) -> list[dict]:
@@ -270,7 +292,7 @@ def follow(
     """
     usual = wanted(args, scorer.names)
     asked = [(name, value, example) for name in usual for value in range(5) for example in examples]
-    lines = [data.label_line({**usual, name: float(value)}) for name, value, _ in asked]
+    lines = [formats.label_line({**usual, name: float(value)}) for name, value, _ in asked]
     tokens = [
         data.encode_prompt(tokenizer, e.prompt, line) for (_, _, e), line in zip(asked, lines, strict=True)
     ]
@@ -278,46 +300,41 @@ def follow(
     exchanges = [
         (example.prompt, sample.text) for (_, _, example), sample in zip(asked, samples, strict=True)
     ]
-    spec = args.run.judge or ("toy.language:judge" if args.dataset == "toy" else "")
-    if spec:
-        judge = load_function(spec)
+    if judge := load_judge(args.run.judge, args.dataset):
         found = [judge(prompt[-1]["content"], text) for prompt, text in exchanges]
         if missing := usual.keys() - found[0].keys():
-            raise data.wrong(f"judge {spec}", f"no {', '.join(missing)} in its scores", "all of `attributes`")
+            where, lacking = f"judge {args.run.judge}", f"no {', '.join(missing)} in its scores"
+            raise formats.wrong(where, lacking, "all of `attributes`")
     else:
         replies = [(prompt, [{"role": "assistant", "content": text}]) for prompt, text in exchanges]
         found = scorer([data.encode_response(scorer.tokenizer, *reply) for reply in replies], args, device)
     rows = []
     for (name, value, example), line, sample, scores in zip(asked, lines, samples, found, strict=True):
-        row = {"step": step, "prompt": example.prompt[-1]["content"], "label": line, "response": sample.text}
+        row = {"prompt": example.prompt[-1]["content"], "label": line, "response": sample.text}
         rows.append(row | {"ended": sample.ended, "varied": name, "asked": value, **scores})
     return rows
 
 
 def follow_metrics(rows: list[dict]) -> dict[str, float]:
     """For each attribute, over the answers in which its value was varied: MAE, Pearson's and Spearman's r."""
-    import pandas as pd
-
-    metrics, parts = {}, pd.DataFrame(rows).groupby("varied", sort=False)
-    for name, part in parts:
-        both = part[["asked", name]].astype(float)
-        metrics[f"eval/follow/mae/{name}"] = float((both.asked - both[name]).abs().mean())
-        # a constant correlates with nothing
-        varies = both[name].nunique() > 1
-        metrics[f"eval/follow/pearson/{name}"] = float(both.corr().iloc[0, 1]) if varies else 0.0
-        metrics[f"eval/follow/spearman/{name}"] = float(both.corr("spearman").iloc[0, 1]) if varies else 0.0
-        for value, scores in both.groupby("asked")[name]:
-            metrics[f"follow/found/{name}/{value:.0f}"] = float(scores.mean())
+    metrics, names = {}, [*dict.fromkeys(row["varied"] for row in rows)]
+    for name in names:
+        part = [row for row in rows if row["varied"] == name]
+        found = agreement([row["asked"] for row in part], [row[name] for row in part])
+        for kind in ("mae", "pearson", "spearman"):
+            metrics[f"eval/follow/{kind}/{name}"] = found.get(kind, 0.0)  # answers all alike follow nothing
+        for value in sorted({row["asked"] for row in part}):
+            scores = [row[name] for row in part if row["asked"] == value]
+            metrics[f"follow/found/{name}/{value}"] = sum(scores) / len(scores)
     for kind in ("mae", "pearson", "spearman"):
-        metrics[f"eval/follow/{kind}"] = sum(metrics[f"eval/follow/{kind}/{n}"] for n, _ in parts) / len(
-            parts
-        )
+        own = [metrics[f"eval/follow/{kind}/{name}"] for name in names]
+        metrics[f"eval/follow/{kind}"] = sum(own) / len(own)
     metrics["eval/follow/mean_words"] = sum(len(row["response"].split()) for row in rows) / len(rows)
     metrics["eval/follow/ended"] = sum(row["ended"] for row in rows) / len(rows)
     return metrics
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def save_heat_map(rows: list[dict], path: Path) -> None:
     """Heat map: mean score of the answers, for each attribute and value asked for."""
     import matplotlib
     import pandas as pd
@@ -342,12 +359,81 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+# -------------------------------------------------------------------------------------------------- pipeline
+
+
+def stage_folders(args: Args) -> dict[Path, str]:
+    """The folders of the stages that are run, and which script's options each has."""
+    folder = Path(args.run.output_dir)
+    rounds = {folder / f"5_sft_{k}": "sft" for k in range(1, args.num_bootstrap_rounds + 1)}
+    return {folder / "1_attribute_model": "reward_model", folder / "3_sft": "sft", **rounds}
+
+
+def read_to_annotate(args: Args, split: str) -> list[formats.Record]:
+    """The conversations of a split of the data; none if there is no such split."""
+    # of the toy world its ratings: their replies are good and bad
+    parts = [formats.read_records(name, split, "ratings") for name, _ in formats.read_sources(args.dataset)]
+    return [record for part in parts for record in part or ()]
+
+
+def check_stages(args: Args, options: dict[str, Any], tokenizer: Any, device: torch.device) -> None:
+    """Refuse what a later stage would refuse, as far as it can be known before the first begins.
+
+    That is an attribute that the attribute model will not have, a model that is not there, data that cannot
+    be read or have no labels, and a batch larger than the data.
+    """
+    given, folder = args.conditioned_model, Path(args.run.output_dir)
+    if given and not dist.from_main(lambda: Path(files.model_folder(given)[0]).is_dir()):
+        raise formats.wrong("conditioned_model", given, "a run or a model's folder")
+    load_judge(args.run.judge, args.dataset)
+    trained = args.attribute_model or str(folder / "1_attribute_model")
+    if args.attribute_model or stages.is_complete(Path(trained)):
+        wanted(args, load_attribute_model(trained, args, device).names)
+    else:
+        own = options["reward_model"]
+        ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
+        wanted(args, list(ratings[0].fields))
+        stages.refuse_large_batch("reward_model", own, ratings.epoch_size)
+    if stages.is_complete(folder / "3_sft"):
+        return
+    if args.annotated:
+        num = load_annotated(with_fields(options["sft"], dataset=args.annotated), tokenizer)[0].epoch_size
+    else:
+        records = read_to_annotate(args, "train")
+        for record in (*records, *read_to_annotate(args, "test")):
+            formats.read_exchange(tokenizer, *record)
+        num = len(records)
+    if not args.conditioned_model:
+        stages.refuse_large_batch("sft", options["sft"], num)
+
+
+def evaluate(
+    step: int,
+    model: str,
+    attribute_model: str,
+    tokenizer: Any,
+    prompts: list[packed.Example],
+    log: Log,
+    args: Args,
+    device: torch.device,
+) -> None:
+    """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
+    if step in log.steps:
+        return
+    scorer = load_attribute_model(attribute_model, args, device)
+    rows = follow(load_policy(model, args, device), scorer, tokenizer, prompts, args, device)
+    log.samples(step, rows)
+    if dist.is_main():
+        save_heat_map(rows, log.folder / "follow.png")
+    log(step, args.num_bootstrap_rounds + 1, follow_metrics(rows))
+
+
 def export(args: Args, last: str) -> None:
     """model/: the last stage's; its chat template takes `attributes` from users of apply_chat_template."""
     if dist.is_main():
         target = Path(args.run.output_dir) / "model"
         with files.whole(target) as unfinished:
-            shutil.copytree(data.model_folder(last)[0], unfinished)
+            shutil.copytree(files.model_folder(last)[0], unfinished)
             tokenizer = data.load_tokenizer(str(unfinished))
             if tokenizer.chat_template:
                 tokenizer.chat_template += EXTENSION
@@ -362,92 +448,65 @@ TOY = dict(
     num_bootstrap_prompts=256,
     max_new_tokens=48,
     num_samples=32,
-    reward_model=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=40),
-    sft=dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=120, eval_every=120, num_samples=0),
+    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40",
+    sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 120 --eval_every 120 "
+    "--num_samples 0",
 )
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
+    options = stages.read_all(args.stages, STAGES, RESERVED)
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
-    known = {row["step"] for row in log.rows}  # the evaluations made before
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    shared = dict(seed=args.seed, chat_template=args.chat_template, overwrite=False, track=False)
-    given = args.conditioned_model
-    if given and not dist.from_main(lambda: Path(data.model_folder(given)[0]).is_dir()):
-        raise data.wrong("conditioned_model", given, "a run or a model's folder")
-    if not log.begin(num_rounds + 1):
+    shared = dict(seed=args.seed, chat_template=args.chat_template)
+    begun = {path: options[name] for path, name in stage_folders(args).items()}
+    stages.refuse_changed_stages(begun, RESERVED)
+    if log.is_finished(num_rounds + 1):
         return
+    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    check_stages(args, options, tokenizer, device)
+    log.start()
 
     # 1. attribute model
     attribute_model = args.attribute_model or str(folder / "1_attribute_model")
     if not args.attribute_model:
-        options = with_fields(
-            args.reward_model, model=args.model, dataset=args.ratings, loss="regression", **shared
-        )
-        if not log.stage(reward_model.main, with_fields(options, output_dir=attribute_model)):
-            return
-
-    def load_scorer() -> Scorer:
-        scorer = models.load_scorer(attribute_model, device, args.sft.system, trainable=False)
-        scorer.config.reward_mean = None  # the scale of the labels
-        return Scorer(scorer, data.load_tokenizer(attribute_model), models.output_names(scorer))
-
-    wanted(args, load_scorer().names)  # an unknown attribute ends the run here
+        overrides = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
+        own = args.stages.reward_model
+        stage(reward_model.main, reward_model.Args, Path(attribute_model), overrides, own, log)
 
     # 2. annotate
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
     annotated = Path(args.annotated or folder / "2_annotated")
-    if not args.annotated:
-        key = (args.dataset, args.attributes, files.fingerprint(attribute_model))
-        for split in ("train", "test"):
-            # of the toy world its ratings: their replies are good and bad
-            sources = [name for name, _ in data.read_sources(args.dataset)]
-            parts = [data.read_records(name, split, "ratings") for name in sources]
-            records = [record for part in parts for record in part or ()]
-            if records:
-                annotate(load_scorer(), tokenizer, records, annotated / f"{split}.jsonl", key, args, device)
-    options = with_fields(args.sft, dataset=str(annotated), eval_dataset="", **shared)
-    train_set, eval_set = load_annotated(options, tokenizer)
+    for split in ("train", "test") if not args.annotated else ():
+        if records := read_to_annotate(args, split):
+            annotate(attribute_model, tokenizer, records, annotated / f"{split}.jsonl", args, device)
+    train_set, eval_set = load_annotated(with_fields(options["sft"], dataset=str(annotated)), tokenizer)
     prompts = [example for example in eval_set if example.prompt][: args.run.num_samples]
-
-    def evaluate(model: str, number: int) -> None:
-        """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
-        if number not in known:
-            policy = models.load(model, device, args.sft.system, trainable=False)
-            rows = follow(policy, load_scorer(), tokenizer, prompts, number, args, device)
-            if dist.is_main():
-                with open(folder / "samples.jsonl", "a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-                draw(rows, folder / "follow.png")
-            log(number, num_rounds + 1, follow_metrics(rows))
-
-    evaluate(args.model, 0)
+    asked = (attribute_model, tokenizer, prompts, log, args, device)
+    evaluate(0, args.model, *asked)
 
     # 3. fine-tune
     last = args.conditioned_model or str(folder / "3_sft")
-    conditioned = with_fields(options, model=args.model, output_dir=last)
-    if not args.conditioned_model and not log.stage(sft.main, conditioned):
-        return
-    evaluate(last, 1)
+    if not args.conditioned_model:
+        overrides = dict(model=args.model, dataset=str(annotated), **shared)
+        stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)
+    evaluate(1, last, *asked)
 
     # 4. bootstrap
     for number in range(1, num_rounds + 1):
         sampled = folder / f"4_bootstrap_{number}"
         if not dist.from_main((sampled / "train.jsonl").exists):
             records = sample_best(last, train_set, tokenizer, number, args, device)
-            key = (args.attributes, files.fingerprint(attribute_model))
-            annotate(load_scorer(), tokenizer, records, sampled / "train.jsonl", key, args, device)
+            annotate(attribute_model, tokenizer, records, sampled / "train.jsonl", args, device)
         before, last = last, str(folder / f"5_sft_{number}")
-        both = with_fields(options, dataset=f"{annotated},{sampled}", model=before, output_dir=last)
-        if not log.stage(sft.main, both):
-            return
-        evaluate(last, number + 1)
+        overrides = dict(model=before, dataset=f"{annotated},{sampled}", **shared)
+        stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)
+        evaluate(number + 1, last, *asked)
 
     export(args, last)
     log.finish()
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY))
+    dist.run(main, parse(Args, TOY, STAGES))

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models, packed
+from common import checkpoint, data, dist, files, formats, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
 from common.packed import Example, MicroBatch
@@ -203,8 +204,8 @@ def wanted_sets(args: Args, names: list[str]) -> list[dict[str, float]]:
     sets = []
     for text in args.attributes.split(";"):
         if not text.strip():
-            raise data.wrong("attributes", repr(args.attributes), "name:value joined by commas")
-        line = data.read_line(text.strip(), "attributes", names)
+            raise formats.wrong("attributes", repr(args.attributes), "name:value joined by commas")
+        line = formats.read_line(text.strip(), "attributes", names)
         given = dict(item.split(":") for item in line.strip().split(","))
         sets.append({name: float(given[name]) for name in names if name in given})
     return sets
@@ -250,14 +251,14 @@ def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -
     """The responses of a group after its prompt, with or without the label line; one span, the response's."""
     turns, replies = group.get("prompt_turns"), group.get("responses")
     if not isinstance(turns, list) or not isinstance(replies, list) or len(turns) % 2 == 0:
-        raise data.wrong(where, group, "prompt_turns, an odd number of them, and responses")
+        raise formats.wrong(where, group, "prompt_turns, an odd number of them, and responses")
     turns = [{"role": "system", "content": group["system"]}] * bool(group.get("system")) + turns
-    prompt = data.as_messages(turns, where)
-    label = data.read_line(group.get("label"), where) if labelled else ""
+    prompt = formats.as_messages(turns, where)
+    label = formats.read_line(group.get("label"), where) if labelled else ""
     sequences = []
-    for reply in data.as_messages(replies, where):
+    for reply in formats.as_messages(replies, where):
         if reply["role"] != "assistant":
-            raise data.wrong(where, f"a response from {reply['role']}", "responses from Assistant")
+            raise formats.wrong(where, f"a response from {reply['role']}", "responses from Assistant")
         sequences.append(data.encode_response(tokenizer, prompt, [{**reply, "label": label}]))
     return sequences
 
@@ -309,23 +310,23 @@ def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
     Raises:
         RunError: a group without its scores or its label, or of another size than the first.
     """
-    records = data.read_file(path)
+    records = formats.read_file(path)
     any_label = any(record.value.get("label") for record in records)
 
-    def encode(record: data.Record) -> Example:
+    def encode(record: formats.Record) -> Example:
         group, where = record
         sequences = read_group(tokenizer, group, where)
         if any_label and not group.get("label"):
-            raise data.wrong(where, "no label", "one, as in other groups")
+            raise formats.wrong(where, "no label", "one, as in other groups")
         found = [
-            [data.number(reply.get(name), where, name) for name in SCORES] for reply in group["responses"]
+            [formats.number(reply.get(name), where, name) for name in SCORES] for reply in group["responses"]
         ]
         attribute, plain, sampler = np.array(found).reshape(-1, 3).T  # (n,) float64 each
         log_weights = (attribute + plain - sampler) / args.weight_temperature
         arrays = (sampler.astype(np.float32), log_weights.astype(np.float32))
         size = len(records[0].value.get("responses") or ())
         if len(sequences) != size:
-            raise data.wrong(where, f"{len(sequences)} responses", f"{size}, as in the first group")
+            raise formats.wrong(where, f"{len(sequences)} responses", f"{size}, as in the first group")
         return Example(sequences, "", dict(zip(GROUP_FIELDS, arrays, strict=True)))
 
     return data.Dataset([(dist.parallel_map(encode, records), 1.0)])
@@ -350,7 +351,9 @@ def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset
     datasets = data.load_prompts(tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length)
     for example in datasets[0]:
         if sum(turn["role"] != "system" for turn in example.prompt) % 2 == 0:
-            raise data.wrong("dataset", f"the prompt {example.prompt}", "turns of user and assistant in turn")
+            raise formats.wrong(
+                "dataset", f"the prompt {example.prompt}", "turns of user and assistant in turn"
+            )
     return datasets
 
 
@@ -361,9 +364,9 @@ def count_groups(prompts: data.Dataset, args: Args) -> int:
         RunError: there are fewer than a batch.
     """
     given, batch_size = args.groups, args.optimization.batch_size
-    num_groups = len(data.read_file(Path(given))) if given else min(args.num_prompts, len(prompts))
+    num_groups = len(formats.read_file(Path(given))) if given else min(args.num_prompts, len(prompts))
     if num_groups < batch_size:
-        raise data.wrong("groups", f"{num_groups} an iteration", f"batch_size, {batch_size}, or more")
+        raise formats.wrong("groups", f"{num_groups} an iteration", f"batch_size, {batch_size}, or more")
     return num_groups
 
 
@@ -394,13 +397,15 @@ def main(args: Args) -> None:
     num_groups = count_groups(prompts, args)
     steps_each = run.num_epochs * -(-num_groups // optimization.batch_size)
     num_steps = num_iterations * steps_each if run.max_steps < 0 else run.max_steps
-    if not log.begin(num_steps):
+    judge = load_judge(run.judge, args.dataset)
+    if log.is_finished(num_steps):
         return
+    log.start()
 
     # models
     policy = models.load(args.model, device, system)
     names = models.output_names(models.load_scorer(args.attribute_model, device, system, trainable=False))
-    wanted = [data.label_line(attributes) for attributes in wanted_sets(args, names)]
+    wanted = [formats.label_line(attributes) for attributes in wanted_sets(args, names)]
     for i, example in enumerate(eval_set):
         example.label = wanted[i % len(wanted)]
     trained = models.parameter_groups(policy, optimization.weight_decay)
@@ -411,7 +416,9 @@ def main(args: Args) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        return log.samples(step, policy, tokenizer, eval_set, sampling)
+        answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
+        log.samples(step, [a.row() for a in answers])
+        return answer_metrics(answers)
 
     def make_groups(number: int) -> Path:
         """Sample and score an iteration's groups with the policy as it is; a file that exists is kept."""

@@ -244,7 +244,7 @@ def run_loader(started: float, num_documents: int) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from common import data
+    from common import data, packed
 
     rng, cpu, found = np.random.default_rng(0), torch.device("cpu"), {}
     lengths = np.minimum(rng.lognormal(5.4, 0.9, num_documents).astype(int) + 1, 8192).tolist()
@@ -254,12 +254,12 @@ def run_loader(started: float, num_documents: int) -> dict[str, float]:
         return time.process_time()
 
     start = time.process_time()
-    rows = data.pack(range(num_documents), lengths, 8192)
+    rows = packed.pack(range(num_documents), lengths, 8192)
     start = timed("pack_seconds", start)
-    examples = [data.Example([(np.zeros(n, np.int32), np.ones(n, bool))], "") for n in lengths]
+    examples = [packed.Example([(np.zeros(n, np.int32), np.ones(n, bool))], "") for n in lengths]
     start = time.process_time()
     for chosen in rows:
-        data.make_row(examples, chosen, cpu)
+        packed.make_micro_batch(examples, chosen, cpu)
     timed("rows_seconds", start)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), 32_000)

@@ -52,7 +52,7 @@ from harness import (
 )
 from torch import Tensor, nn
 
-from common import data, dist, generate, models, packed, plan
+from common import dist, generate, models, packed, plan
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2},
@@ -196,7 +196,7 @@ def dense_head(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> pack
     return packed.TokenStats(logp.gather(1, tokens[:, None])[:, 0], entropy, accuracy, raw.detach().mean(-1))
 
 
-def pad(examples: list[data.Example], group: int = 8) -> list[data.Example]:
+def pad(examples: list[packed.Example], group: int = 8) -> list[packed.Example]:
     """Each example as long as the longest of its group, with tokens that are not scored."""
     padded = []
     for i in range(0, len(examples), group):
@@ -204,18 +204,18 @@ def pad(examples: list[data.Example], group: int = 8) -> list[data.Example]:
         longest = max(len(tokens) for tokens, _ in part)
         for tokens, mask in part:
             more = longest - len(tokens)
-            padded.append(data.Example([(np.pad(tokens, (0, more)), np.pad(mask, (0, more)))], prompt=""))
+            padded.append(packed.Example([(np.pad(tokens, (0, more)), np.pad(mask, (0, more)))], prompt=""))
     return padded
 
 
-def host_syncs(policy: nn.Module, batch: list[data.Example], row_tokens: int, device: torch.device) -> int:
+def host_syncs(policy: nn.Module, batch: list[packed.Example], row_tokens: int, device: torch.device) -> int:
     """Times that the host waits for the GPU inside the micro-batch loop."""
     import sft
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        for row in data.rows(batch, row_tokens, device):
+        for row in packed.micro_batches(batch, row_tokens, device):
             loss, _ = sft.loss_and_metrics(policy, row)
             (loss / len(batch)).backward()
         torch.cuda.set_sync_debug_mode("default")
@@ -263,8 +263,8 @@ def time_sft(
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-5)
     pool = iter(documents(10_000, SHAPES[shape]["vocab_size"], max_length=row_tokens // 4, whole=True))
 
-    def draw() -> list[data.Example]:
-        batch: list[data.Example] = []
+    def draw() -> list[packed.Example]:
+        batch: list[packed.Example] = []
         while sum(example.num_tokens for example in batch) < 1.9 * row_tokens:
             batch.append(next(pool))
         return batch

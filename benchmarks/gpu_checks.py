@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from harness import ROOT, NoText, documents, llama, random_policy, sft_step
 from torch import Tensor, nn
 
-from common import data, dist, generate, models, packed
+from common import dist, generate, models, packed
 
 SMALL = {"vocab_size": 2048, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2}
 
@@ -226,7 +226,7 @@ def policy_logps(policy: Any, samples: list[generate.Sample], device: torch.devi
     """The training forward's log p of every sampled token, samples in order."""
     examples = [generate.to_example(sample) for sample in samples]
     parts: list[Any] = [None] * len(samples)
-    for row in data.rows(examples, 4096, device):
+    for row in packed.micro_batches(examples, 4096, device):
         split = models.token_logps(policy, row).split(
             [len(samples[i].tokens) for i in row.example_ids.tolist()]
         )

@@ -161,15 +161,13 @@ def documents(count: int, vocab_size: int, max_length: int = 8192, whole: bool =
     """Random tokens in the lengths of HH-RLHF; the last reply is scored, or (whole) everything."""
     import numpy as np
 
-    from common import data
-
     rng, examples = np.random.default_rng(0), []
     lengths = [(sum(prompt), reply[0]) for prompt, reply, _ in turn_lengths()]
     lengths = [(p, r) for p, r in lengths if p + r <= max_length]
     for prompt, reply in (lengths[i] for i in rng.permutation(len(lengths))[:count]):
         tokens = rng.integers(vocab_size, size=prompt + reply, dtype=np.int32)
         mask = np.arange(len(tokens)) >= (1 if whole else prompt)
-        examples.append(data.Example([(tokens, mask)], prompt=""))
+        examples.append(packed.Example([(tokens, mask)], prompt=""))
     return examples
 
 
@@ -177,11 +175,9 @@ def fixed_documents(count: int, length: int, vocab_size: int) -> list:
     """Examples of one length with random tokens, all but the first scored."""
     import numpy as np
 
-    from common import data
-
     rng = np.random.default_rng(0)
     tokens = rng.integers(vocab_size, size=(count, length), dtype=np.int32)
-    return [data.Example([(row, np.arange(length) >= 1)], prompt="") for row in tokens]
+    return [packed.Example([(row, np.arange(length) >= 1)], prompt="") for row in tokens]
 
 
 def llama(vocab_size: int, hidden: int, layers: int, heads: int, kv_heads: int = 0, **more: Any) -> Any:
@@ -301,10 +297,10 @@ def record(file: str, task: str, figures: dict[str, Any]) -> None:
 def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: Any) -> float:
     """The update of sft.py on these examples. -> the loss, a mean over scored tokens"""
     import sft
-    from common import data, dist, models
+    from common import dist, models
 
     num_targets, totals = sum(example.num_targets for example in batch), dist.Totals()
-    for row in data.rows(batch, row_tokens, device):
+    for row in packed.micro_batches(batch, row_tokens, device):
         loss, metrics = sft.loss_and_metrics(policy, row)
         (loss / num_targets).backward()
         totals.update(metrics)

@@ -227,7 +227,7 @@ def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
         start += len(batch)
         count = sum(e.num_targets for e in batch) if work.task == "sft" else len(batch)
         totals = dist.Totals()
-        for row in data.rows(batch, work.row_tokens, device):
+        for row in packed.micro_batches(batch, work.row_tokens, device):
             loss, metrics = script.loss_and_metrics(policy, *before, row, *after)
             (loss / count).backward()
             totals.update(metrics)

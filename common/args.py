@@ -10,13 +10,20 @@ stands: all of a script's own, and of a block those in its `fixed`, or all if it
 """
 
 import argparse
+import importlib
+import json
 import os
 import re
+import shlex
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 from tyro.conf import OmitArgPrefixes
+
+from common import dist
 
 # ------------------------------------------------------------------------------------------------- the blocks
 
@@ -42,34 +49,48 @@ class Optimization:
 
 
 @dataclass
-class Weights:
-    """How the weights are held, and which of them are trained."""
+class Placement:
+    """Which numbers hold the weights, and where."""
 
-    # another dtype rounds otherwise, and a checkpoint of adapters fits no other adapters
-    fixed: ClassVar[tuple[str, ...]] = ("dtype", "lora_rank", "lora_alpha", "lora_target")
+    fixed: ClassVar[tuple[str, ...]] = ("dtype",)  # another dtype rounds otherwise
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """dtype of compute, auto is bfloat16 on GPU; master weights, gradients and optimizer state are float32"""
+    sharding: Literal["full", "hybrid", "none"] = "full"
+    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
+
+
+@dataclass
+class Inference(Placement):
+    """How models that only generate or score fit the machine."""
+
+    micro_batch_tokens: int = 0
+    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
+    compile: bool = False
+    """torch.compile each decoder block"""
+
+
+@dataclass
+class Weights(Placement):
+    """How the weights are held, and which of them are trained."""
+
+    # a checkpoint of adapters fits no other adapters
+    fixed: ClassVar[tuple[str, ...]] = ("dtype", "lora_rank", "lora_alpha", "lora_target")
+
     lora_rank: int = 0
     """rank of LoRA adapters; 0 trains all weights"""
     lora_alpha: float = 16.0
     """LoRA's scale is lora_alpha / lora_rank"""
     lora_target: str = "all-linear"
     """modules that get adapters: all-linear, or names joined by commas"""
-    sharding: Literal["full", "hybrid", "none"] = "full"
-    """FSDP2: shard over all ranks, within a node and replicate across (hybrid), or replicate (none)"""
 
 
 @dataclass
-class System(Weights):
+class System(Weights, Inference):
     """How the model fits the machine: memory and speed, and with dtype and LoRA the numbers too."""
 
-    micro_batch_tokens: int = 0
-    """most tokens of one forward on one rank, memory not result; 0: 8192 on GPU, 2048 on CPU"""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in backward; auto: for models of a billion parameters or more"""
-    compile: bool = False
-    """torch.compile each decoder block"""
 
 
 @dataclass
@@ -143,56 +164,50 @@ class Sampling:
 # -------------------------------------------------------------------------------------------- Args as a whole
 
 
-def block_names(Args: type) -> set[str]:
-    """The fields that are blocks; any other dataclass in Args holds the options of a stage."""
+def prefixes(Args: type) -> dict[str, str]:
+    """Field that is a dataclass -> what stands before its options: nothing for a block, else "field."."""
     hints = get_type_hints(Args, include_extras=True)
-    return {name for name, hint in hints.items() if OmitArgPrefixes in getattr(hint, "__metadata__", ())}
-
-
-def stage_names(args: Any) -> list[str]:
-    blocks = block_names(type(args))
-    return [f.name for f in fields(args) if is_dataclass(getattr(args, f.name)) and f.name not in blocks]
+    are_blocks = {name: OmitArgPrefixes in getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: "" if is_block else f"{name}." for name, is_block in are_blocks.items()}
 
 
 def flat(args: Any) -> dict[str, Any]:
-    """Option -> value under the names of the command line; the options of a stage are a dict among them."""
-    blocks, values = block_names(type(args)), {}
+    """Option -> value under the names of the command line."""
+    before, values = prefixes(type(args)), {}
     for f in fields(args):
         value = getattr(args, f.name)
         if is_dataclass(value):
-            values |= flat(value) if f.name in blocks else {f.name: flat(value)}
+            values |= {before[f.name] + name: x for name, x in flat(value).items()}
         else:
             values[f.name] = value
     return values
 
 
 def fixed_names(args: Any) -> set[str]:
-    """The options that decide numbers, which a resumed run must keep; those of a stage as stage.option."""
-    blocks, names = block_names(type(args)), set()
+    """The options that decide numbers, which a resumed run must keep."""
+    before, names = prefixes(type(args)), set()
     for f in fields(args):
         value = getattr(args, f.name)
-        if f.name in blocks:
-            names |= set(getattr(value, "fixed", flat(value)))
-        elif is_dataclass(value):
-            names |= {f"{f.name}.{name}" for name in fixed_names(value)}
+        if is_dataclass(value):
+            names |= {before[f.name] + name for name in getattr(value, "fixed", fixed_names(value))}
         else:
             names.add(f.name)
     return names
 
 
 def with_fields(args: Any, **changes: Any) -> Any:
-    """A copy of args with options changed, by their flat names; a dict changes options of the stage it names.
+    """A copy of args with options changed, by their names on the command line.
 
     Raises:
         TypeError: no such option.
     """
-    blocks, own = block_names(type(args)), {}
+    before, own = prefixes(type(args)), {}
     for f in fields(args):
         value = getattr(args, f.name)
-        if f.name in blocks and not is_dataclass(changes.get(f.name)):
-            own[f.name] = replace(value, **{n: changes.pop(n) for n in flat(value) if n in changes})
-        elif is_dataclass(value) and isinstance(changes.get(f.name), dict):
-            own[f.name] = with_fields(value, **changes.pop(f.name))
+        if is_dataclass(value) and f.name not in changes:
+            inner = {name: before[f.name] + name for name in flat(value)}
+            found = {name: changes.pop(option) for name, option in inner.items() if option in changes}
+            own[f.name] = with_fields(value, **found) if found else value
     return replace(args, **own, **changes)
 
 
@@ -208,33 +223,71 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     return Snapshot(flat(args), fixed_names(args), toy or {})
 
 
+def refuse_changes(folder: Path, options: Snapshot, free: Collection[str] = ()) -> None:
+    """End the run if an option that decides numbers is not what the run in `folder` began with.
+
+    Args:
+        free: options that are not compared.
+    """
+    before = json.loads((folder / "args.json").read_text())
+    for name in options.values:
+        now = options.values[name]
+        if name in options.fixed and name in before and name not in free and before[name] != now:
+            raise dist.RunError(
+                f"output_dir {folder} holds a run with {name} {before[name]!r}, now {now!r}: "
+                "give that value to resume it, another output_dir, or --overwrite to start anew"
+            )
+
+
+def load_function(spec: str) -> Callable:
+    """The function named by "package.module:function", looked up from the current folder too."""
+    module, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise dist.RunError(f"{spec!r}: {error}; expected package.module:function") from error
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def parse(Args: type, toy: dict[str, Any], presets: dict[str, dict[str, Any]] | None = None) -> Any:
+def parse(
+    Args: type,
+    toy: dict[str, Any],
+    stages: Collection[str] = (),
+    presets: dict[str, dict[str, Any]] | None = None,
+) -> Any:
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
-    `presets` does the same with what --algorithm stands for; as these are defaults, a flag that is given wins
-    whatever its value. A boolean is set by --flag, --no_flag or --flag=True; the options of a stage by
-    --stage.option.
+    A boolean is set by --flag, --no_flag or --flag=True.
+
+    Args:
+        stages: the fields that are the options of a stage, a string. What is given for one of them changes
+            the default of the field option by option.
+        presets: what --algorithm stands for; as these are defaults, a flag that is given wins whatever its
+            value.
     """
+    words, given = take_stages(sys.argv[1:], stages)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=Args.model)
     peek.add_argument("--algorithm", default=getattr(Args, "algorithm", ""))
-    chosen = peek.parse_known_args()[0]
-    asks_help = {"-h", "--help"} & set(sys.argv[1:])
-    changes = (toy if chosen.model == "toy" else {}) | (presets or {}).get(chosen.algorithm, {})
+    chosen = peek.parse_known_args(words)[0]
+    preset = (presets or {}).get(chosen.algorithm, {})
+    asks_help = {"-h", "--help"} & set(words)
+    changes = (toy if chosen.model == "toy" else {}) | preset
     defaults = Args() if asks_help else with_fields(Args(), **changes)
-    settings = " ".join(f"--{name} {value}" for name, value in dotted(toy).items())
+    settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in toy.items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
     for name, values in (presets or {}).items():
-        words = " ".join(f"--{option} {value}" for option, value in values.items())
-        about += f"\n\n--algorithm {name} is: {words or 'the defaults'}"
-    if stages := stage_names(Args()):
-        about += f"\n\nThe options of {', '.join(stages)} are set as --{stages[0]}.learning_rate"
-    args = parse_words(sys.argv[1:], defaults, about)
-    if os.environ.get("RANK", "0") == "0" and (presets or {}).get(chosen.algorithm):
-        print(describe_preset(chosen.algorithm, presets[chosen.algorithm], flat(args)), flush=True)
+        meant = " ".join(f"--{option} {value}" for option, value in values.items())
+        about += f"\n\n--algorithm {name} is: {meant or 'the defaults'}"
+    args = parse_words(words, defaults, description=about)
+    merged = {name: merge_options(flat(args)[name], more) for name, more in given.items() if more}
+    args = with_fields(args, **merged)
+    if os.environ.get("RANK", "0") == "0" and preset:
+        print(describe_preset(chosen.algorithm, preset, flat(args)), flush=True)
     if os.environ.get("WANDB_SWEEP_ID"):
         args = under_an_agent(args, Args().run.output_dir)
     return args
@@ -247,25 +300,12 @@ def describe_preset(name: str, preset: dict[str, Any], values: dict[str, Any]) -
     return f"algorithm {name}:{used}{'; but' if given else ''}{given}"
 
 
-def parse_words(words: list[str], defaults: Any, about: str) -> Any:
-    """The options that words set, over defaults. Those of a stage are not listed in --help but work."""
+def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
+    """The options that words set, over defaults. how: passed to tyro"""
     import tyro
 
-    stages = {name: [] for name in stage_names(defaults)}
-    own = to = []
-    for word in words:
-        if word.startswith("--"):
-            stage, dot, option = word[2:].partition(".")
-            to = stages[stage.replace("-", "_")] if dot and stage.replace("-", "_") in stages else own
-            word = f"--{option}" if to is not own else word
-        to.append(word)
-    parsed = {
-        name: parse_words(given, getattr(defaults, name), f"Options of the stage {name}.")
-        for name, given in stages.items()
-    }
-    own = [boolean_word(word, defaults) for word in own]
-    args = tyro.cli(type(defaults), args=own, default=defaults, description=about, use_underscores=True)
-    return replace(args, **parsed)
+    words = [boolean_word(word, defaults) for word in words]
+    return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
 
 
 def boolean_word(word: str, defaults: Any) -> str:
@@ -284,9 +324,59 @@ def under_an_agent(args: Any, default_folder: str) -> Any:
     return with_fields(args, track=True, output_dir=folder)
 
 
-def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options of stages by the names they have on the command line: sft.learning_rate."""
-    names = {}
-    for name, value in values.items():
-        names |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return names
+# ----------------------------------------------------------------- the options of a stage, which are a string
+
+
+def take_stages(words: list[str], stages: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """Take the options of stages out of a command line. -> (the other words, stage -> its options)
+
+    --sft="--beta 1" and --sft "--beta 1" give them as they are; --sft.beta=1 and --sft.beta 1, which sweeps
+    need, one at a time. Taken out here, since a parser would read the "--beta 1" of the second as an option.
+    """
+    others, given, i = [], {name: [] for name in stages}, 0
+    while i < len(words):
+        flag, equals, value = words[i].partition("=")
+        name, dot, option = flag.removeprefix("--").partition(".")
+        name = name.replace("-", "_")
+        i += 1
+        if not flag.startswith("--") or name not in given or (not dot and not equals and i == len(words)):
+            others.append(flag + equals + value)
+        elif dot:
+            to_end = next((k for k in range(i, len(words)) if words[k].startswith("--")), len(words))
+            given[name].append(shlex.join([f"--{option}{equals}{value}", *words[i:to_end]]))
+            i = to_end
+        elif equals:
+            given[name].append(value)
+        else:
+            given[name].append(words[i])
+            i += 1
+    return others, {name: " ".join(options) for name, options in given.items()}
+
+
+def split_options(options: str) -> dict[str, list[str]]:
+    """Option -> the words that set it, of the last time that it is set.
+
+    Raises:
+        ValueError: what stands first is no option, or a quotation is not closed.
+    """
+    found: dict[str, list[str]] = {}
+    for word in shlex.split(options):
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            found.pop(name, None)
+            found[name] = [word]
+        elif not found:
+            raise ValueError(f"{word!r} is no option")
+        else:
+            found[name].append(word)
+    return found
+
+
+def merge_options(options: str, more: str) -> str:
+    """The options of both; where both set one, as `more` sets it."""
+    try:
+        old, new = split_options(options), split_options(more)
+    except ValueError:
+        return f"{options} {more}"  # refused where it is read
+    kept = {name: words for name, words in old.items() if name not in new}
+    return " ".join(shlex.join(words) for words in (*kept.values(), *new.values()))

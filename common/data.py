@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from common import dist, files, formats, packed
+from common import dist, files, packed
 from common.files import model_folder
 from common.formats import (
     CONVERSATIONS,
@@ -47,17 +47,6 @@ from common.formats import (
     wrong,
 )
 from common.packed import Example, Tokens
-
-Row, rows, make_row = packed.MicroBatch, packed.micro_batches, packed.make_micro_batch
-Sequence, pack, row_limit = packed.Tokens, packed.pack, packed.token_limit
-ATTRIBUTES, label_line, read_line, read_file = (
-    formats.ATTRIBUTES,
-    formats.label_line,
-    formats.read_line,
-    formats.read_file,
-)
-as_messages, conversation, toy_folder = formats.as_messages, formats.conversation, files.toy_folder
-PAIR_FIELDS = formats.PAIR_FIELDS
 
 
 class Dataset(list):

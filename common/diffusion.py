@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import data, dist, files, log, models
-from common.args import Weights
+from common import data, dist, files, formats, models
+from common.args import Weights, load_function
 from common.packed import Example
 
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
@@ -145,7 +145,7 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
         extra = {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, kind).from_pretrained(source, dtype=torch.float32, **extra)
     except Exception as error:  # the hub client and the parts of a pipeline raise many kinds
-        raise dist.RunError(f"model {model}: cannot be loaded: {data.first_line(error)}") from error
+        raise dist.RunError(f"model {model}: cannot be loaded: {formats.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -158,7 +158,7 @@ def trained_from(output_dir: str) -> str:
     """
     folder = Path(output_dir)
     if not (folder / "args.json").exists() or not (folder / "model").is_dir():
-        raise data.wrong(f"output_dir {folder}", "no finished run", "a folder with args.json and model/")
+        raise formats.wrong(f"output_dir {folder}", "no finished run", "a folder with args.json and model/")
     return json.loads((folder / "args.json").read_text())["model"]
 
 
@@ -183,7 +183,7 @@ def add_lora(unet: nn.Module, weights: Weights, seed: int) -> None:
             torch.manual_seed(seed)  # the same adapters on every rank
             inject_adapter_in_model(unet.lora_config, unet)
     except ValueError as error:
-        raise dist.RunError(f"lora_target {weights.lora_target!r}: {data.first_line(error)}") from error
+        raise dist.RunError(f"lora_target {weights.lora_target!r}: {formats.first_line(error)}") from error
 
 
 # -------------------------------------------------------------------------------------- sampling and decoding
@@ -297,7 +297,7 @@ def load_reward(spec: str, device: torch.device) -> Reward:
     Raises:
         RunError: no such reward, or one without a finite value for each image and a gradient to its pixels.
     """
-    parts = data.read_sources(spec, "reward")
+    parts = formats.read_sources(spec, "reward")
     functions = [_reward_function(name, device) for name, _ in parts]
     features = next((f.features for f in functions if hasattr(f, "features")), coarse_pixels)
     weights = torch.tensor([weight for _, weight in parts], device=device)
@@ -312,7 +312,7 @@ def _reward_function(name: str, device: torch.device) -> Callable:
     if name == "toy":
         return clip_reward(str(files.toy_folder("images") / "reward_model"), device)
     if re.fullmatch(r"[\w.]+:\w+", name):
-        return log.load_function(name)
+        return load_function(name)
     return clip_reward(name, device)
 
 
@@ -340,8 +340,8 @@ def clip_reward(source: str, device: torch.device) -> Callable:
         model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
     except Exception as error:  # the hub client raises many kinds
         raise dist.RunError(
-            f"reward {source}: {data.first_line(error)}; expected brightness, package.module:function, or a "
-            "folder or hub id of a CLIP model with its processor"
+            f"reward {source}: {formats.first_line(error)}; expected brightness, package.module:function, or "
+            "a folder or hub id of a CLIP model with its processor"
         ) from error
     length = model.config.text_config.max_position_embeddings
 
@@ -390,7 +390,7 @@ def check_reward(name: str, function: Callable, device: torch.device) -> None:
     try:
         values = function(images, ["a cat", "a dog"])
     except Exception as error:  # a user's function may raise anything
-        raise dist.RunError(f"reward {name}: {data.first_line(error)}; expected {expected}") from error
+        raise dist.RunError(f"reward {name}: {formats.first_line(error)}; expected {expected}") from error
     if not isinstance(values, Tensor) or values.shape != (2,):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise dist.RunError(f"reward {name}: returned {found} for two images; expected {expected}")
@@ -424,14 +424,14 @@ def load_prompts(dataset: str, eval_dataset: str) -> tuple[data.Dataset, data.Da
         return [Example([], [{"role": "user", "content": prompt}]) for prompt in prompts]
 
     train_parts, eval_parts = [], []
-    for source, weight in data.read_sources(dataset):
+    for source, weight in formats.read_sources(dataset):
         examples = read(source, "train")
         if not eval_dataset:
             test = read(source, "test")
             examples, test = data.hold_out(examples, source) if test is None else (examples, test)
             eval_parts.append((test, 1.0))
         train_parts.append((examples, weight))
-    for source, _ in data.read_sources(eval_dataset) if eval_dataset else ():
+    for source, _ in formats.read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = data.Dataset(train_parts), data.Dataset(eval_parts)
     if dist.is_main():
@@ -447,7 +447,7 @@ def read_prompts(source: str, split: str = "train") -> list[str] | None:
     """The prompts of one data set's split; None if it has no such split.
 
     Text files (one a line), .tsv with a header line, webdataset .tar files (or a folder of them) of .txt
-    members, and what data.read_records reads, with a prompt, caption or text field.
+    members, and what formats.read_records reads, with a prompt, caption or text field.
 
     Raises:
         RunError: no such file, a line without a prompt, or no prompt at all.
@@ -457,20 +457,20 @@ def read_prompts(source: str, split: str = "train") -> list[str] | None:
         if _is_plain(path):
             prompts = _plain_prompts(path) if split == "train" else None
         else:
-            records = data.read_records(str(path) if source == "toy" else source, split, "prompts")
+            records = formats.read_records(str(path) if source == "toy" else source, split, "prompts")
             prompts = None if records is None else [_prompt(value, where) for value, where in records]
     except (OSError, UnicodeDecodeError, tarfile.TarError) as error:
-        raise dist.RunError(f"dataset {source}: cannot be read: {data.first_line(error)}") from error
+        raise dist.RunError(f"dataset {source}: cannot be read: {formats.first_line(error)}") from error
     if prompts is None:
         return None
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise data.wrong(f"dataset {source}", "no prompts", "at least one")
+        raise formats.wrong(f"dataset {source}", "no prompts", "at least one")
     return prompts
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether it holds prompts and nothing else, which data.read_records does not read."""
+    """Whether it holds prompts and nothing else, which formats.read_records does not read."""
     if path.is_dir():
         return any(path.glob("*.tar"))
     return path.is_file() and path.suffix in (".txt", ".tsv", ".tar")
@@ -489,9 +489,9 @@ def _plain_prompts(path: Path) -> list[str]:
 
 
 def _prompt(value: dict, where: str) -> str:
-    text = data.first(value, ("prompt", "caption", "text", "Prompt"))
+    text = formats.first(value, ("prompt", "caption", "text", "Prompt"))
     if not isinstance(text, str):
-        raise data.wrong(where, value, "a prompt, caption or text")
+        raise formats.wrong(where, value, "a prompt, caption or text")
     return text
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from common import data, dist, models, packed
+from common import data, dist, formats, models, packed
 from common.args import System
 
 LEVELS = 3  # of the search through the vocabulary, see `invert`
@@ -602,7 +602,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model)
     policy = models.load(args.model, device, System(), trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    label = data.read_line(args.attributes, "attributes")
+    label = formats.read_line(args.attributes, "attributes")
     shown = ""
 
     def show(sample: Sample) -> None:

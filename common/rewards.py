@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common import data, dist, models
-from common.args import System
-from common.log import load_function
+from common import data, dist, formats, models
+from common.args import System, load_function
 from common.packed import Example
 
 
@@ -34,7 +33,7 @@ def load(spec: str, device: torch.device, system: System) -> list[Reward]:
         RunError: none is named, there is no such model or function, or a model has several outputs.
     """
     rewards = []
-    for source, weight in data.read_sources(spec or "-", "reward"):
+    for source, weight in formats.read_sources(spec or "-", "reward"):
         if source == "-":
             raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
         if ":" in source:

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
-from common import dist  # noqa: E402
+from common import data, dist  # noqa: E402
 from common.args import with_fields  # noqa: E402
 from toy import language  # noqa: E402
 
@@ -58,7 +58,6 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def tokenizer(toy: Path) -> Any:
-    from common import data
 
     return data.load_tokenizer("toy")
 

@@ -5,8 +5,11 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,11 +21,13 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, args_of, read_metrics
+from test_formats import SAID, save
 from torch import nn
 
 import cai
 import reward_model
-from common import checkpoint, data, dist, log
+from common import chat, checkpoint, data, dist, formats, log
+from common.args import merge_options
 from toy import language
 
 ASK = [{"role": "user", "content": "Insult me. What does the cat say?"}]
@@ -39,7 +44,7 @@ def read(path: Path) -> list[dict]:
 
 def test_probabilities_of_the_options_by_hand() -> None:
     # 1 / (1 + e^-1.6) = .832018; with p_ba = .4: (.832018 + .6) / 2 = .716009, and .832018 - .6 = .232018
-    p_ab = cai.option_prob(torch.tensor([-0.4, -2.0])).item()
+    p_ab = chat.option_prob(torch.tensor([-0.4, -2.0])).item()
     assert p_ab == pytest.approx(0.832018, abs=1e-6)
     assert cai.average_orders(p_ab, 0.4) == pytest.approx(0.716009, abs=1e-6)
     assert cai.position_bias(p_ab, 0.4) == pytest.approx(0.232018, abs=1e-6)
@@ -85,22 +90,12 @@ def test_the_entropy_of_a_coin() -> None:
     assert cai.entropy(0.5) == pytest.approx(math.log(2)) and cai.entropy(1.0) == 0 == cai.entropy(0.0)
 
 
-def test_stock_phrases_by_hand() -> None:
-    # of five texts two share 'a b c d': 1 of the 2 four-grams of the first, the only one of the second
-    texts = ["a b c d e", "a b c d", "q r s t u", "v w x y", "short"]
-    assert cai.stock_shares(texts) == [0.5, 1.0, 0.0, 0.0, 0.0]
-    again = ["I am sorry, but I cannot talk about that."] * 20
-    assert cai.stock_shares(again) == [1.0] * 20
-    said = ["I cannot talk about it.", "I\u2019m sorry.", "The cow says moo.", "I can do it."]
-    assert [x["refusals"] for x in cai.describe([], said)] == [1.0, 1.0, 0.0, 0.0]
-
-
 # draws
 
 
 def test_principles_are_drawn_by_seed_round_and_prompt_and_all_of_them_alike() -> None:
     def drawn(seed: int, number: int, i: int) -> int:
-        return cai.draw(seed, f"round {number}", [{"role": "user", "content": f"{i}"}]).randrange(16)
+        return cai.random_for(seed, f"round {number}", [{"role": "user", "content": f"{i}"}]).randrange(16)
 
     found = [drawn(1, 1, i) for i in range(1000)]
     counts = Counter(drawn(seed, 1, i) for seed in range(10) for i in range(1000))
@@ -109,95 +104,6 @@ def test_principles_are_drawn_by_seed_round_and_prompt_and_all_of_them_alike() -
     assert found == [drawn(1, 1, i) for i in range(1000)]
     for other in ([drawn(2, 1, i) for i in range(200)], [drawn(1, 2, i) for i in range(200)]):
         assert sum(a == b for a, b in zip(found, other, strict=False)) < 40
-
-
-# constitution and examples
-
-ONE = {"prompt": ["\n\nCritiqueRequest: Say it.\n\nCritique:"]}
-ONE["edit_request"] = "\n\nRevisionRequest: Do it.\n\nRevision:"
-PUBLISHED = {"one": ONE, "two": {"prompt": ["Say that.", "Say more."], "edit_request": "Do that."}}
-
-
-def save(folder: Path, content: Any) -> str:
-    path = folder / "file.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
-
-
-def test_our_constitution_has_sixteen_of_each_and_none_twice() -> None:
-    defaults = cai.Args()
-    revisions, rules = (
-        cai.read_constitution(defaults.constitution),
-        cai.read_comparisons(defaults.comparisons),
-    )
-    assert len(set(revisions)) == len(revisions) == 16 == len(rules) == len(set(rules))
-    texts = [*rules, *(text for pair in revisions for text in pair)]
-    assert not [text for text in texts if re_marks(text)]
-    raw = json.loads((ROOT / defaults.constitution).read_text())
-    assert all(set(item) == {"prompt", "edit_request"} for item in raw.values())
-    assert len(cai.read_few_shots(defaults.few_shots)) % 6 == 0
-    assert len(cai.read_judge_few_shots(defaults.judge_few_shots)) >= 4
-
-
-def re_marks(text: str) -> bool:
-    return text != text.strip() or any(
-        f"{x}:" in text for x in ("Request", "Critique", "Revision", "Options")
-    )
-
-
-def test_published_files_can_be_dropped_in(tmp_path: Path) -> None:
-    found = cai.read_constitution(save(tmp_path, PUBLISHED))
-    assert found == [("Say it.", "Do it."), ("Say that.", "Do that."), ("Say more.", "Do that.")]
-    assert cai.read_comparisons(save(tmp_path, ["\nWhich is better? Options:"])) == ["Which is better?"]
-    shot = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "corrects": ["Hello!"], "incorrects": ["Go."]}
-    assert cai.read_judge_few_shots(save(tmp_path, [shot])) == [([cai.user("Hi")], "Hello!", "Go.")]
-
-
-def test_the_toy_constitution_is_read(toy: Path) -> None:
-    assert len(cai.read_constitution("toy")) == len(cai.read_comparisons("toy")) == 4
-    assert cai.read_few_shots("") == [] == cai.read_judge_few_shots("")
-
-
-SAID = (
-    "\n\nHuman: A\n\nAssistant: B\n\nCritiqueRequest: C\n\nCritique: D\n\nRevisionRequest: E\n\nRevision: F"
-)
-
-
-@pytest.mark.parametrize("text", [SAID, SAID + "\n\nHuman:", SAID + "\n\nHuman: "])
-def test_examples_as_transcripts_with_and_without_an_open_turn(tmp_path: Path, text: str) -> None:
-    found = cai.read_few_shots(save(tmp_path, [text]))
-    assert [m["content"] for m in found] == list("ABCDEF")
-    assert [m["role"] for m in found] == ["user", "assistant"] * 3
-
-
-def test_examples_in_nemo_form(tmp_path: Path) -> None:
-    turns = [{"role": r, "content": c} for r, c in zip(("User", "Assistant") * 3, "ABCDEF", strict=True)]
-    found = cai.read_few_shots(save(tmp_path, {"samples": [turns]}))
-    assert [(m["role"], m["content"]) for m in found][-1] == ("assistant", "F") and len(found) == 6
-
-
-@pytest.mark.parametrize(
-    ("function", "content", "expected"),
-    [
-        (cai.read_constitution, "{", "expected a JSON file"),
-        (cai.read_constitution, {"one": {"prompt": ["a"]}}, "edit_request"),
-        (cai.read_constitution, ["a"], "edit_request"),
-        (cai.read_constitution, {"one": {"prompt": [""], "edit_request": "a"}}, "an empty request"),
-        (cai.read_comparisons, [], "a list of principles"),
-        (cai.read_comparisons, PUBLISHED, "a list of principles"),
-        (cai.read_few_shots, ["\n\nHuman: A\n\nHuman: B"], "item 0.*in pairs"),
-        (cai.read_few_shots, {"a": 1}, "a list of transcripts"),
-        (cai.read_judge_few_shots, [{"prompt": "a", "corrects": ["b"]}], "item 0.*incorrects"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expected: str) -> None:
-    with pytest.raises(dist.RunError, match=f"file.json.*{expected}"):
-        function(save(tmp_path, content))
-
-
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(dist.RunError, match=r"comparisons nowhere.json: found .*expected a JSON file"):
-        cai.read_comparisons("nowhere.json")
 
 
 @pytest.mark.parametrize(
@@ -237,9 +143,9 @@ def test_the_right_letter_of_the_examples_is_drawn() -> None:
     assert turns[-1]["content"] == cai.comparison(ASK, "P", KIND, RUDE)
 
 
-@pytest.mark.parametrize("lead", ["", "The first is rude." + cai.CONCLUSION])
+@pytest.mark.parametrize("lead", ["", "The first is rude." + chat.CONCLUSION])
 def test_both_options_are_scored_at_one_token_after_the_same_context(tokenizer: Any, lead: str) -> None:
-    (a, mask_a), (b, mask_b) = cai.encode_options(tokenizer, ASK, lead)
+    (a, mask_a), (b, mask_b) = chat.encode_options(tokenizer, ASK, lead)
     assert len(a) == len(b) and mask_a.sum() == mask_b.sum() == 1 and mask_a[-1] and mask_b[-1]
     assert (a[:-1] == b[:-1]).all() and tokenizer.decode(a[-1:]) == "A" and tokenizer.decode(b[-1:]) == "B"
 
@@ -248,7 +154,7 @@ def judge_args(**more: Any) -> cai.Args:
     return args_of(cai.Args, **{**cai.TOY, **more})
 
 
-def questions() -> list[data.Messages]:
+def questions() -> list[formats.Messages]:
     pairs = [(KIND, RUDE), (RUDE, KIND), (KIND, KIND)]
     return [cai.ask_judge(ASK, rule, a, b, [], random.Random(1)) for rule in RULES for a, b in pairs]
 
@@ -256,7 +162,7 @@ def questions() -> list[data.Messages]:
 def judged(**more: Any) -> list[float]:
     """P(A) of twelve comparisons by the toy's base model; called here and on the two ranks."""
     args = judge_args(**more)
-    return cai.Model("toy", args, dist.init(args.seed)).verdicts(questions())
+    return cai.load_model("toy", args, dist.init(args.seed)).verdicts(questions())
 
 
 def test_letters_are_read_as_plain_transformers_reads_them(toy: Path, tokenizer: Any) -> None:
@@ -285,27 +191,27 @@ def test_the_judge_is_the_same_on_two_ranks_and_in_small_rows(two_ranks: Any) ->
     alone = judged()
     ours, theirs = two_ranks("test_cai:judged")
     assert ours == theirs and ours == pytest.approx(alone, abs=1e-5)
-    assert judged(sft={**cai.TOY["sft"], "micro_batch_tokens": 50}) == pytest.approx(alone, abs=1e-5)
+    assert judged(micro_batch_tokens=50) == pytest.approx(alone, abs=1e-5)
 
 
 def test_reasoning_comes_before_the_letter_and_a_cut_off_one_is_no_verdict(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = judge_args(cot=True)
-    model, seen = cai.Model("toy", args, device), []
+    model, seen = cai.load_model("toy", args, device), []
 
-    def replies(self: Any, conversations: list, *rest: Any, **more: Any) -> list[cai.Reply]:
+    def replies(self: Any, conversations: list, *rest: Any, **more: Any) -> list[chat.Reply]:
         seen.extend(conversations)
-        return [cai.Reply("The reply is kind.", i != 1) for i in range(len(conversations))]
+        return [chat.Reply("The reply is kind.", i != 1) for i in range(len(conversations))]
 
     def letter_probs(policy: Any, examples: list, *rest: Any) -> list[float]:
-        assert len(examples) == 2 and seen[0][-1]["content"].endswith(cai.THINK)
+        assert len(examples) == 2 and seen[0][-1]["content"].endswith(chat.THINK)
         text = model.tokenizer.decode(examples[0].sequences[0][0])
-        assert text.endswith(f"{cai.THINK}<|end|><|assistant|>The reply is kind.{cai.CONCLUSION}(A")
+        assert text.endswith(f"{chat.THINK}<|end|><|assistant|>The reply is kind.{chat.CONCLUSION}(A")
         return [0.99] * len(examples)
 
-    monkeypatch.setattr(cai.Model, "replies", replies)
-    monkeypatch.setattr(cai, "letter_probs", letter_probs)
+    monkeypatch.setattr(chat.Model, "replies", replies)
+    monkeypatch.setattr(chat, "letter_probs", letter_probs)
     assert model.verdicts(questions()[:3]) == [0.99, None, 0.99]
     item = {"a": {"text": "x"}, "b": {"text": "y"}, "p_ab": [0.99], "p_ba": [0.01]}
     assert cai.read_comparison(item, args) == 0.6 and cai.read_comparison(item, judge_args()) > 0.98
@@ -313,7 +219,7 @@ def test_reasoning_comes_before_the_letter_and_a_cut_off_one_is_no_verdict(
 
 def test_what_is_too_long_for_the_model_gets_no_reply_and_no_verdict(device: torch.device) -> None:
     args = judge_args(max_new_tokens=4)
-    model = cai.Model("toy", args, device)
+    model = cai.load_model("toy", args, device)
     long = [cai.user("Hi. " * 1100)]
     replies = model.replies([ASK, long, ASK], 0, 0, 0.0)
     assert replies[1] == ("", False) and replies[0] == replies[2] and replies[0].text
@@ -379,7 +285,7 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
     ],
 )
 def test_a_letter_is_read_from_text(text: str, cot: bool, expected: float | None) -> None:
-    assert cai.read_verdict(text, [], cot) == expected
+    assert chat.read_verdict(text, [], cot) == expected
 
 
 def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
@@ -387,8 +293,8 @@ def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
     tops = [{"token": token, "logprob": math.log(p)} for token, p in tops]
     tokens = [{"token": "(", "top_logprobs": []}, {"token": "A", "top_logprobs": tops}, {"token": ")"}]
     # (.5 + .1) / (.5 + .1 + .15) = .8
-    assert cai.read_verdict("(A)", tokens, False) == pytest.approx(0.8)
-    assert cai.read_verdict("(A)", [{"token": "A", "top_logprobs": None}], False) == 1.0
+    assert chat.read_verdict("(A)", tokens, False) == pytest.approx(0.8)
+    assert chat.read_verdict("(A)", [{"token": "A", "top_logprobs": None}], False) == 1.0
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -437,7 +343,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(cai, "BACKOFF", 0.01)
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
     Stub.plan, Stub.seen, Stub.keys = [], Counter(), []
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
@@ -452,11 +358,15 @@ def endpoint_args(url: str, folder: Any, **more: Any) -> cai.Args:
     return args_of(cai.Args, judge_url=url, judge_model="m", output_dir=str(folder), **more)
 
 
+def endpoint(args: cai.Args) -> chat.Endpoint:
+    return cai.load_judge_model(args, own=None, device=None)
+
+
 def ask(url: str, folder: str, texts: list[str], **more: Any) -> list[str]:
     """Replies of the server; called here and on the two ranks."""
     args = endpoint_args(url, folder, **more)
     dist.init(args.seed)
-    return [r.text for r in cai.Endpoint(args).replies([[cai.user(t)] for t in texts], 0, 0, 1.0)]
+    return [r.text for r in endpoint(args).replies([[cai.user(t)] for t in texts], 0, 0, 1.0)]
 
 
 def test_a_server_that_fails_in_every_way_is_survived_and_asked_nothing_twice(
@@ -478,7 +388,7 @@ def test_a_verdict_of_a_server_uses_its_log_probabilities_if_it_sends_any(
     server: str, tmp_path: Path, device: torch.device
 ) -> None:
     Stub.plan = ["log-probs"]
-    judge = cai.Endpoint(endpoint_args(server, tmp_path, judge_threads=1))
+    judge = endpoint(endpoint_args(server, tmp_path, judge_threads=1))
     asked = [[cai.user(f"{question} (A) yes (B) no")] for question in ("Is it so?", "Is it not?")]
     assert judge.verdicts(asked) == [pytest.approx(0.75), 1.0]  # .6 / (.6 + .2)
 
@@ -577,7 +487,8 @@ def no_drawing() -> Any:
 
 def small(folder: Path, world: Path, **more: Any) -> cai.Args:
     """A pipeline of a few steps a stage, seconds in all."""
-    stage = {"batch_size": 8, "eval_every": 100, "save_every": 1}
+    short = "--batch_size 8 --eval_every 100 --save_every 1 --max_steps 3"
+    more_of = {"sft": "", "reward_model": "", "ppo": "--rollout_size 8 --max_new_tokens 16", "dpo": ""}
     settings = {
         "dataset": f"{world}/red_team",
         "helpful_demonstrations": f"{world}/sft",
@@ -588,10 +499,7 @@ def small(folder: Path, world: Path, **more: Any) -> cai.Args:
         "num_revisions": 1,
         "num_samples": 4,
         "max_new_tokens": 16,
-        "sft": {**cai.TOY["sft"], **stage, "max_steps": 3},
-        "reward_model": {**cai.TOY["reward_model"], **stage, "max_steps": 3},
-        "ppo": {**cai.TOY["ppo"], **stage, "rollout_size": 8, "max_steps": 3, "max_new_tokens": 16},
-        "dpo": {**cai.TOY["dpo"], **stage, "max_steps": 3},
+        **{name: merge_options(cai.TOY[name], f"{short} {own}") for name, own in more_of.items()},
     }
     return args_of(cai.Args, output_dir=str(folder), **{**cai.TOY, **settings, **more})
 
@@ -610,16 +518,15 @@ def live_parameters() -> int:
 def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that nothing interrupts; live.json has the parameters left in memory after each stage."""
     folder = tmp_path_factory.mktemp("cai") / "run"
-    before, live, honest = live_parameters(), [], log.Log.stage
+    before, live, honest = live_parameters(), [], cai.stage
 
-    def stage(self: Any, *rest: Any) -> bool:
+    def stage(*rest: Any) -> None:
         live.append(live_parameters() - before)  # after a stage that generates
-        done = honest(self, *rest)
+        honest(*rest)
         live.append(live_parameters() - before)
-        return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log.Log, "stage", stage)
+        patch.setattr(cai, "stage", stage)
         cai.main(small(folder, world))
     (folder / "live.json").write_text(json.dumps([*live, live_parameters() - before]))
     return folder
@@ -715,13 +622,13 @@ def die(patch: pytest.MonkeyPatch, target: Any, name: str, when: Any) -> None:
 
 
 def count_samples(patch: pytest.MonkeyPatch) -> list[int]:
-    honest, counts = cai.generate, []
+    honest, counts = chat.generate, []
 
     def counting(policy: Any, tokenizer: Any, prompts: list, **more: Any) -> list:
         counts.append(len(prompts))
         return honest(policy, tokenizer, prompts, **more)
 
-    patch.setattr(cai, "generate", counting)
+    patch.setattr(chat, "generate", counting)
     return counts
 
 
@@ -768,7 +675,7 @@ def test_a_kill_while_generating_repeats_no_line_and_changes_none(
         rows = read_metrics(folder)[:2]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        die(patch, cai.Model, "replies", lambda self, n: n == 1)
+        die(patch, chat.Model, "replies", lambda self, n: n == 1)
         cai.main(small(folder, world))
     (part,) = (folder / stage).glob("*.part")
     lines = (whole / name).read_text().splitlines(keepends=True)
@@ -781,22 +688,18 @@ def test_a_kill_while_generating_repeats_no_line_and_changes_none(
 
 @pytest.mark.slow
 def test_a_stop_signal_ends_the_pipeline_after_the_stage_has_saved(
-    whole: Path,
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    whole: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, honest = tmp_path / "run", cai.Model.replies
+    folder, honest = tmp_path / "run", chat.Model.replies
 
     def interrupted(self: Any, *rest: Any, **more: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, *rest, **more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cai.Model, "replies", interrupted)
+    said = "stopped after 20 records; the same command goes on from there"
+    with monkeypatch.context() as patch, pytest.raises(dist.Stopped, match=said):
+        patch.setattr(chat.Model, "replies", interrupted)
         cai.main(small(folder, world))
-    assert "stopped after 20 records; the same command goes on from there" in capsys.readouterr().out
     assert not (folder / "2_sft").exists()
     cai.main(small(folder, world))
     assert numbers(folder) == numbers(whole)
@@ -854,7 +757,7 @@ def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: 
     prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
     device = dist.init(args.seed)
     cai.make_revisions(prompts, tmp_path / "revisions.jsonl", args, device)
-    requests = {text for text, _ in cai.read_constitution("toy")}
+    requests = {text for text, _ in formats.read_constitution("toy")}
     for record in read(tmp_path / "revisions.jsonl"):
         assert record["rounds"][0]["critique"].removeprefix("to ") in requests
     cai.compare_replies(prompts, "toy", tmp_path / "comparisons.jsonl", args, device)
@@ -867,18 +770,22 @@ def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: 
 def test_a_revision_that_is_cut_off_or_echoes_the_critique_or_an_example_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    script = [cai.Reply("You fool.", True), cai.Reply("Critique: It is rude.", True)]
-    ends = [cai.Reply("It is rude.", True), cai.Reply("Revision: Meow.", True), cai.Reply("Meow and", False)]
-    ends += [cai.Reply("F", True)]
+    script = [chat.Reply("You fool.", True), chat.Reply("Critique: It is rude.", True)]
+    ends = [
+        chat.Reply("It is rude.", True),
+        chat.Reply("Revision: Meow.", True),
+        chat.Reply("Meow and", False),
+    ]
+    ends += [chat.Reply("F", True)]
     seen: list = []
 
-    def replies(self: Any, conversations: list, step: int, *rest: Any) -> list[cai.Reply]:
+    def replies(self: Any, conversations: list, step: int, *rest: Any) -> list[chat.Reply]:
         seen.append(conversations[0])
         return [script[0] if step == 0 else script[1] if step % 2 else ends[step // 2 - 1]] * len(
             conversations
         )
 
-    monkeypatch.setattr(cai.Model, "replies", replies)
+    monkeypatch.setattr(chat.Model, "replies", replies)
     args = judge_args(num_revisions=4, few_shots=save(tmp_path, [SAID]))
     cai.make_revisions([ASK], tmp_path / "r.jsonl", args, device)
     (record,) = read(tmp_path / "r.jsonl")
@@ -911,8 +818,10 @@ def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> 
         ({"num_revisions": 0}, "num_revisions: found 0"),
         ({"cot_clamp": 0.4}, "cot_clamp: found 0.4; expected 0.5 to 1"),
         ({"constitution": "nowhere.json"}, "constitution nowhere.json"),
-        ({"sft": {"dataset": "mine.jsonl"}}, "sft.dataset is set by the pipeline"),
-        ({"ppo": {"reward": "mine"}}, "ppo.reward is set by the pipeline"),
+        ({"sft": "--dataset mine.jsonl"}, "sft.dataset is set by the pipeline"),
+        ({"ppo": "--reward mine"}, "ppo.reward is set by the pipeline"),
+        ({"dpo": "--gamma 1"}, "dpo: --gamma is no option of it"),
+        ({"reward_model": "--batch_size many"}, "reward_model: --batch_size: found 'many'; expected a whole"),
     ],
 )
 def test_a_mistake_ends_the_run_before_any_work(
@@ -921,6 +830,62 @@ def test_a_mistake_ends_the_run_before_any_work(
     with pytest.raises(dist.RunError, match=expected):
         cai.main(small(tmp_path / "run", world, **change))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sft": "--batch_size 100"}, "sft: --batch_size: found 100; expected at most 44"),  # 20 + 24
+        ({"reward_model": "--batch_size 45"}, "reward_model: --batch_size: found 45; expected at most 44"),
+        ({"rl": "dpo", "dpo": "--batch_size 45"}, "dpo: --batch_size: found 45; expected at most 44"),
+        ({"samples_per_prompt": 8, "reward_model": "--batch_size 105"}, "expected at most 104"),
+        ({"helpful_demonstrations": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"helpful_pairs": "{world}/prompts"}, "prompts/train.jsonl:1"),
+        ({"helpful_model": "{world}/bare"}, "bare: found no chat template"),
+        ({"sl_model": "{world}/bare"}, "bare: found no chat template"),
+        ({"preference_model": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"judge": "nowhere:at_all"}, "package.module:function"),
+        ({"ppo": "--advantage rloo --samples_per_prompt 1"}, "set samples_per_prompt to 2 or more"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_said_before_the_first(
+    tmp_path: Path, world: Path, toy: Path, change: dict, expected: str
+) -> None:
+    if "{world}/bare" in change.values() and not (world / "bare").exists():
+        shutil.copytree(toy / "model", world / "bare")
+        (world / "bare" / "chat_template.jinja").unlink()
+    change = {k: v.replace("{world}", str(world)) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises(dist.RunError, match=expected):
+        cai.main(small(tmp_path / "run", world, **change))
+    written = {p.name for p in (tmp_path / "run").iterdir()}
+    assert written == {"metrics.jsonl", "samples.jsonl"} and not read_metrics(tmp_path / "run")
+
+
+def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
+    whole: Path, world: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for name in ("model", "5_ppo"):
+        shutil.rmtree(folder / name)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_metrics(whole)[:2]))
+    args = small(folder, world)
+    with pytest.raises(dist.RunError, match=r"4_preference_model holds a run with batch_size 8, now 4"):
+        cai.main(small(folder, world, reward_model=merge_options(args.stages.reward_model, "--batch_size 4")))
+    ppo = merge_options(args.stages.ppo, "--kl_coef 0.3 --max_steps 1")
+    cai.main(small(folder, world, ppo=ppo))
+    assert json.loads((folder / "5_ppo" / "args.json").read_text())["kl_coef"] == 0.3
+    assert json.loads((folder / "args.json").read_text())["ppo"] == ppo
+    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2]
+
+
+def test_help_has_fewer_than_seventy_flags() -> None:
+    for script in ("cai.py", "steerlm.py"):
+        done = subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        flags = set(re.findall(r"--\w+", done.stdout))
+        assert {"--sft", "--reward_model", "--output_dir"} <= flags and len(flags) < 70
 
 
 def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path, toy: Path) -> None:

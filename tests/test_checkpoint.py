@@ -11,7 +11,7 @@ import torch
 from conftest import args_of, make_tiny_model
 
 import sft
-from common import checkpoint, data, dist, models, packed
+from common import checkpoint, data, dist, files, models, packed
 from common.args import Run, System
 
 
@@ -28,8 +28,8 @@ def our_logps(folder: str, tokens: list[int], device: torch.device, resumed: sft
     assert checkpoint.resume(resumed.run.output_dir, {"policy": (policy, optimizer)})["step"] == 4
     mask = torch.ones(len(tokens), dtype=torch.bool).numpy()
     mask[0] = False
-    example = data.Example([(torch.tensor(tokens, dtype=torch.int32).numpy(), mask)], "")
-    return models.token_logps(policy, data.make_row([example], [0], device)).detach()
+    example = packed.Example([(torch.tensor(tokens, dtype=torch.int32).numpy(), mask)], "")
+    return models.token_logps(policy, packed.make_micro_batch([example], [0], device)).detach()
 
 
 def plain_logps(model: Any, tokens: list[int]) -> torch.Tensor:
@@ -181,7 +181,7 @@ def test_lora_exports_a_peft_folder_or_a_merged_model(
     theirs = plain_logps(loader.from_pretrained(f"{folder}/model"), TOKENS)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     again = plain_logps(
-        models.read_pretrained(*data.model_folder(folder)), TOKENS
+        models.read_pretrained(*files.model_folder(folder)), TOKENS
     )  # as the next script's --model
     torch.testing.assert_close(again, ours, atol=1e-5, rtol=1e-5)
 

@@ -17,7 +17,7 @@ from conftest import DATA, ROOT, make_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist
+from common import data, dist, formats, packed
 
 CPU = torch.device("cpu")
 TURNS = ["Is it so?", "Yes.", "Are you sure?", "No."]
@@ -41,7 +41,7 @@ def load(kind: str, source: str, tokenizer: Any, **changes: Any) -> data.Dataset
     return load_both(kind, source, tokenizer, **changes)[0]
 
 
-def scored(tokenizer: Any, sequence: data.Sequence) -> list[str]:
+def scored(tokenizer: Any, sequence: packed.Tokens) -> list[str]:
     """The runs of scored tokens, decoded."""
     tokens, mask = sequence
     runs = itertools.groupby(zip(mask, tokens, strict=True), key=lambda pair: pair[0])
@@ -370,7 +370,7 @@ PAIRS = [
 @pytest.mark.parametrize("record", PAIRS)
 def test_pairs(families: dict, tmp_path: Path, record: dict) -> None:
     (example,) = load("pairs", write(tmp_path, record), families["chatml"])
-    assert example.prompt == [ASK] and example.fields == data.PAIR_FIELDS
+    assert example.prompt == [ASK] and example.fields == formats.PAIR_FIELDS
     for sequence, reply in zip(example.sequences, "78", strict=True):
         assert families["chatml"].decode(sequence[0]) == f"{QUESTION}{reply}{END}"
         assert scored(families["chatml"], sequence) == [f"{reply}{END}"]
@@ -501,7 +501,7 @@ def test_ratings_of_every_format_share_their_attributes(families: dict, tmp_path
         assert scored(families["chatml"], example.sequences[0]) == [REPLY] and example.prompt == [ASK]
     unrated = {"messages": [ASK], "label": label}  # has no reply, so it is dropped
     assert len(load("ratings", write(tmp_path, records[0], unrated), families["chatml"])) == 1
-    row = data.make_row(found, [0, 1], CPU)
+    row = packed.make_micro_batch(found, [0, 1], CPU)
     assert row.fields["verbosity"].isnan().tolist() == [True, False]
 
 
@@ -780,10 +780,10 @@ def test_the_first_token_is_never_a_target(tokenizer: Any, tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------- mixing, order and splits
 
 
-def numbered(count: int, start: int = 0) -> list[data.Example]:
+def numbered(count: int, start: int = 0) -> list[packed.Example]:
     """Examples that are told apart by their length."""
     return [
-        data.Example([(np.zeros(n, np.int32), np.ones(n, bool))], "")
+        packed.Example([(np.zeros(n, np.int32), np.ones(n, bool))], "")
         for n in range(start + 1, start + count + 1)
     ]
 
@@ -841,12 +841,12 @@ def test_a_folder_brings_its_test_split_and_so_does_the_toy(tokenizer: Any, tmp_
         assert len(train) >= 1000 and len(test) == 200
 
 
-def chats(count: int) -> list[data.Example]:
+def chats(count: int) -> list[packed.Example]:
     """Two replies to each of `count` questions, in conversations that all begin with the same system turn."""
     system = {"role": "system", "content": "Be brief."}
     prompts = [[system, {"role": "user", "content": f"Question {i}?"}] for i in range(count)]
     longer = [[*prompt, SEVEN, ASK] for prompt in prompts]
-    return [data.Example(numbered(1)[0].sequences, prompt) for prompt in prompts + longer]
+    return [packed.Example(numbered(1)[0].sequences, prompt) for prompt in prompts + longer]
 
 
 @pytest.mark.parametrize(("count", "share"), [(2, 2), (30, 2), (100, 10), (6000, 512)])
@@ -871,7 +871,7 @@ def test_a_single_prompt_cannot_be_held_out() -> None:
 def ranks_share(dataset: str, cases: list[list[int]]) -> dict[str, Any]:
     """What one rank sees of pairs that both ranks encode together. Runs on the session of two ranks."""
     train = load("pairs", dataset, data.load_tokenizer("toy"))
-    found = [list(data.rows(train[:size], limit, CPU)) for limit, size in cases]
+    found = [list(packed.micro_batches(train[:size], limit, CPU)) for limit, size in cases]
     ids = [[row.example_ids.tolist() for row in rows] for rows in found]
     return {"ids": ids, "tokens": [[tokens.tolist() for tokens, _ in e.sequences] for e in train]}
 

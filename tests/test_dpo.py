@@ -10,7 +10,7 @@ import torch
 from conftest import args_of, read_metrics
 
 import dpo
-from common import data, models, packed
+from common import formats, models, packed
 
 H = torch.tensor([0.3])  # with beta 1, beta h = 0.3 throughout
 
@@ -22,7 +22,7 @@ def one_pair(**fields: float) -> dict[str, torch.Tensor]:
 
 def pair_loss(chosen: float, rejected: float, lengths: tuple[int, int] = (1, 1), **settings: Any) -> float:
     """The loss of one pair whose log-ratios are given, through the choice that `loss` makes."""
-    fields = one_pair(**{k: settings.pop(k) for k in list(settings) if k in data.PAIR_FIELDS})
+    fields = one_pair(**{k: settings.pop(k) for k in list(settings) if k in formats.PAIR_FIELDS})
     logps = torch.tensor([[chosen, rejected]])
     args = args_of(dpo.Args, **settings)
     return dpo.pair_losses(logps, torch.zeros(1, 2), torch.tensor([lengths]), fields, args).item()
@@ -177,7 +177,7 @@ def test_only_response_tokens_count(tiny_model: str, device: torch.device) -> No
 def test_a_dummy_row_has_no_loss_and_a_zero_gradient(tiny_model: str, device: torch.device) -> None:
     policy, args = load(tiny_model, device)
     micro_batch = packed.make_micro_batch(
-        [packed.Example([], "", fields=dict.fromkeys(data.PAIR_FIELDS, 1.0))], [], device
+        [packed.Example([], "", fields=dict.fromkeys(formats.PAIR_FIELDS, 1.0))], [], device
     )
     loss, metrics = dpo.loss_and_metrics(policy, policy, micro_batch, args)
     loss.backward()

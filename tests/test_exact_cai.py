@@ -18,7 +18,7 @@ from conftest import args_of, make_tiny_model, read_metrics
 import cai
 import reward_model
 import sft
-from common import data, dist, models
+from common import chat, data, dist, models, packed
 
 Q, FORBIDDEN = 0.4, "You fool."
 ANIMALS = ("dog", "cat", "cow", "duck", "pig", "sheep", "horse", "lion", "frog", "bee", "owl", "mouse")
@@ -35,7 +35,7 @@ def place(text: str) -> str:
 
 
 class Scripted:
-    """Stands in for cai.Model; bias: how many nats the judge likes (A) more than (B)."""
+    """Stands in for chat.Model; bias: how many nats the judge likes (A) more than (B)."""
 
     bias, gap = 0.0, 1.0
 
@@ -53,7 +53,7 @@ class Scripted:
                     text = f"The reply is {place(talk[-2]['content'])}."
                 else:  # reply, request, critique, request
                     text = talk[-4]["content"].replace(f" {FORBIDDEN}", "")
-                found.append(cai.Reply(text, True))
+                found.append(chat.Reply(text, True))
         return found
 
     def verdicts(self, questions: list) -> list[float]:
@@ -67,7 +67,7 @@ class Scripted:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
-    monkeypatch.setattr(cai, "Model", Scripted)
+    monkeypatch.setattr(cai, "load_model", Scripted)
     monkeypatch.setattr(Scripted, "bias", 0.0)
     return Scripted
 
@@ -145,7 +145,7 @@ def test_e15_the_preference_model_learns_the_rule(scripted: Any, tmp_path: Path,
     cai.compare_replies(MANY[:60], "toy", tmp_path / "c.jsonl", args, device)
     pairs = [pair for record in read(tmp_path / "c.jsonl") for pair in cai.preferences_of(record, args)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    options = {**cai.TOY["reward_model"], "max_steps": 15, "batch_size": 32, "eval_every": 15}
+    options = {**reward_model.TOY, "max_steps": 15, "batch_size": 32, "eval_every": 15}
     reward_model.main(
         args_of(reward_model.Args, **options, dataset=f"{tmp_path}/pairs.jsonl", output_dir=f"{tmp_path}/pm")
     )
@@ -160,7 +160,7 @@ def test_with_a_reviser_that_changes_nothing_sl_cai_is_fine_tuning_on_the_first_
     def idle(self: Any, talks: list, step: int, *rest: Any) -> list:
         if step == 0 or step % 2:
             return honest(self, talks, step, *rest)
-        return [cai.Reply(talk[-4]["content"], True) for talk in talks]
+        return [chat.Reply(talk[-4]["content"], True) for talk in talks]
 
     monkeypatch.setattr(Scripted, "replies", idle)
     cai.make_revisions(MANY, tmp_path / "r.jsonl", settings(num_revisions=1), device)
@@ -172,7 +172,7 @@ def test_with_a_reviser_that_changes_nothing_sl_cai_is_fine_tuning_on_the_first_
     losses = []
     for name, lines in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        options = {**cai.TOY["sft"], "max_steps": 3, "batch_size": 16, "num_samples": 0}
+        options = {**sft.TOY, "max_steps": 3, "batch_size": 16, "num_samples": 0}
         sft.main(
             args_of(sft.Args, **options, dataset=f"{tmp_path}/{name}.jsonl", output_dir=f"{tmp_path}/{name}")
         )
@@ -194,9 +194,11 @@ def prob_forbidden(model: str, device: torch.device) -> torch.Tensor:
         [data.encode_response(tokenizer, prompt, [cai.assistant(text)]) for text in REPLIES]
         for prompt in PROMPTS
     ]
-    row = data.make_row([data.Example(side, "") for side in sides], list(range(len(sides))), device)
+    row = packed.make_micro_batch(
+        [packed.Example(side, "") for side in sides], list(range(len(sides))), device
+    )
     with torch.no_grad():
-        logps = models.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
+        logps = packed.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
     logps = logps.view(-1, 2)
     assert logps.exp().sum(1).min() > 0.9  # there is little else
     return logps.softmax(1)[:, 1]
@@ -227,9 +229,9 @@ def test_e15_reinforcement_leaves_the_forbidden_as_likely_as_the_optimum_has_it(
     q = prob_forbidden(start, device)
     assert q.min() > 0.4 and q.max() < 0.8
 
-    monkeypatch.setattr(cai.Model, "verdicts", Scripted.verdicts)
-    monkeypatch.setattr(cai.Model, "gap", 1.0, raising=False)
-    monkeypatch.setattr(cai.Model, "bias", 0.0, raising=False)
+    monkeypatch.setattr(chat.Model, "verdicts", Scripted.verdicts)
+    monkeypatch.setattr(chat.Model, "gap", 1.0, raising=False)
+    monkeypatch.setattr(chat.Model, "bias", 0.0, raising=False)
     settings = {
         "model": base,
         "dataset": f"{tmp_path}/ask",
@@ -240,22 +242,10 @@ def test_e15_reinforcement_leaves_the_forbidden_as_likely_as_the_optimum_has_it(
         "num_red_team": 0,
         "samples_per_prompt": 64,
         "num_samples": 1,
-        "reward_model": dict(learning_rate=2e-3, batch_size=64, max_steps=60, eval_every=60),
-        "ppo": dict(
-            kl_coef=BETA,
-            learning_rate=2e-3,
-            lr_schedule="linear",
-            min_lr_ratio=0.0,
-            value_learning_rate=5e-3,
-            rollout_size=12,
-            samples_per_prompt=20,
-            batch_size=120,
-            num_ppo_epochs=2,
-            max_steps=240,
-            max_new_tokens=8,
-            eval_every=1000,
-            num_samples=0,
-        ),
+        "reward_model": "--learning_rate 2e-3 --batch_size 64 --max_steps 60 --eval_every 60",
+        "ppo": f"--kl_coef {BETA} --learning_rate 2e-3 --lr_schedule linear --min_lr_ratio 0 "
+        "--value_learning_rate 5e-3 --rollout_size 12 --samples_per_prompt 20 --batch_size 120 "
+        "--num_ppo_epochs 2 --max_steps 240 --max_new_tokens 8 --eval_every 1000 --num_samples 0",
     }
     cai.main(args_of(cai.Args, output_dir=str(tmp_path / "run"), **{**cai.TOY, **settings}))
     pairs = read(tmp_path / "run" / "3_pairs" / "pairs.jsonl")

@@ -3,9 +3,12 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ROOT
 
+import cai
 from common import dist, formats
 
 
@@ -65,3 +68,94 @@ def test_names_and_weights_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     Path("odd*2").touch()
     assert formats.read_sources("odd*2,odd*2*3") == [("odd*2", 1.0), ("odd*2", 3.0)]
+
+
+# constitutions
+
+ONE = {"prompt": ["\n\nCritiqueRequest: Say it.\n\nCritique:"]}
+ONE["edit_request"] = "\n\nRevisionRequest: Do it.\n\nRevision:"
+PUBLISHED = {"one": ONE, "two": {"prompt": ["Say that.", "Say more."], "edit_request": "Do that."}}
+
+
+def save(folder: Path, content: Any) -> str:
+    path = folder / "file.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_our_constitution_has_sixteen_of_each_and_none_twice() -> None:
+    defaults = cai.Args()
+    revisions, rules = (
+        formats.read_constitution(defaults.constitution),
+        formats.read_comparisons(defaults.comparisons),
+    )
+    assert len(set(revisions)) == len(revisions) == 16 == len(rules) == len(set(rules))
+    texts = [*rules, *(text for pair in revisions for text in pair)]
+    assert not [text for text in texts if re_marks(text)]
+    raw = json.loads((ROOT / defaults.constitution).read_text())
+    assert all(set(item) == {"prompt", "edit_request"} for item in raw.values())
+    assert len(formats.read_few_shots(defaults.few_shots)) % 6 == 0
+    assert len(formats.read_judge_few_shots(defaults.judge_few_shots)) >= 4
+
+
+def re_marks(text: str) -> bool:
+    return text != text.strip() or any(
+        f"{x}:" in text for x in ("Request", "Critique", "Revision", "Options")
+    )
+
+
+def test_published_files_can_be_dropped_in(tmp_path: Path) -> None:
+    found = formats.read_constitution(save(tmp_path, PUBLISHED))
+    assert found == [("Say it.", "Do it."), ("Say that.", "Do that."), ("Say more.", "Do that.")]
+    assert formats.read_comparisons(save(tmp_path, ["\nWhich is better? Options:"])) == ["Which is better?"]
+    shot = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "corrects": ["Hello!"], "incorrects": ["Go."]}
+    assert formats.read_judge_few_shots(save(tmp_path, [shot])) == [
+        ([{"role": "user", "content": "Hi"}], "Hello!", "Go.")
+    ]
+
+
+def test_the_toy_constitution_is_read(toy: Path) -> None:
+    assert len(formats.read_constitution("toy")) == len(formats.read_comparisons("toy")) == 4
+    assert formats.read_few_shots("") == [] == formats.read_judge_few_shots("")
+
+
+SAID = (
+    "\n\nHuman: A\n\nAssistant: B\n\nCritiqueRequest: C\n\nCritique: D\n\nRevisionRequest: E\n\nRevision: F"
+)
+
+
+@pytest.mark.parametrize("text", [SAID, SAID + "\n\nHuman:", SAID + "\n\nHuman: "])
+def test_examples_as_transcripts_with_and_without_an_open_turn(tmp_path: Path, text: str) -> None:
+    found = formats.read_few_shots(save(tmp_path, [text]))
+    assert [m["content"] for m in found] == list("ABCDEF")
+    assert [m["role"] for m in found] == ["user", "assistant"] * 3
+
+
+def test_examples_in_nemo_form(tmp_path: Path) -> None:
+    turns = [{"role": r, "content": c} for r, c in zip(("User", "Assistant") * 3, "ABCDEF", strict=True)]
+    found = formats.read_few_shots(save(tmp_path, {"samples": [turns]}))
+    assert [(m["role"], m["content"]) for m in found][-1] == ("assistant", "F") and len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("function", "content", "expected"),
+    [
+        (formats.read_constitution, "{", "expected a JSON file"),
+        (formats.read_constitution, {"one": {"prompt": ["a"]}}, "edit_request"),
+        (formats.read_constitution, ["a"], "edit_request"),
+        (formats.read_constitution, {"one": {"prompt": [""], "edit_request": "a"}}, "an empty request"),
+        (formats.read_comparisons, [], "a list of principles"),
+        (formats.read_comparisons, PUBLISHED, "a list of principles"),
+        (formats.read_few_shots, ["\n\nHuman: A\n\nHuman: B"], "item 0.*in pairs"),
+        (formats.read_few_shots, {"a": 1}, "a list of transcripts"),
+        (formats.read_judge_few_shots, [{"prompt": "a", "corrects": ["b"]}], "item 0.*incorrects"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expected: str) -> None:
+    with pytest.raises(dist.RunError, match=f"file.json.*{expected}"):
+        function(save(tmp_path, content))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(dist.RunError, match=r"comparisons nowhere.json: found .*expected a JSON file"):
+        formats.read_comparisons("nowhere.json")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import data, dist, generate, models
+from common import dist, generate, models, packed
 from common.args import System
 from toy import language
 
@@ -120,10 +120,10 @@ def test_samples_follow_the_enumerated_distribution(tmp_path, device):
     assert len(answers) == 85
     examples = [generate.to_example(generate.Sample(0, 0, [0, 2], list(y), [], True, "")) for y in answers]
     temperature, count = 0.7, 20_000
-    row = data.make_row(examples, list(range(85)), device)
+    row = packed.make_micro_batch(examples, list(range(85)), device)
     with torch.no_grad():
         logps = models.token_logps(policy, row, temperature)
-    p = models.segment_sum(logps, row.target_segments, 85).double().exp().numpy()
+    p = packed.segment_sum(logps, row.target_segments, 85).double().exp().numpy()
     assert abs(p.sum() - 1) < 1e-5
 
     def p_value(temperature: float) -> float:
@@ -215,7 +215,7 @@ def test_top_k_and_top_p_by_hand():
 def test_logps_are_those_of_the_training_forward(policy, device, temperature):
     samples = replies(policy, temperature=temperature, top_p=0.9, samples_per_prompt=2)
     assert all(len(s.tokens) == len(s.logps) for s in samples)
-    for row in data.rows([generate.to_example(s) for s in samples], 100, device):
+    for row in packed.micro_batches([generate.to_example(s) for s in samples], 100, device):
         with torch.no_grad():
             logps = models.token_logps(policy, row, temperature or 1.0)
         torch.testing.assert_close(generate.sampled_logps(samples, row), logps, atol=1e-5, rtol=1e-5)
@@ -356,9 +356,9 @@ def test_no_prompts_give_no_samples(policy):
 
 def train_a_little(policy: nn.Module, device: torch.device) -> None:
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.05)
-    example = data.Example([(np.arange(2, 30, dtype=np.int32), np.arange(28) > 0)], "")
+    example = packed.Example([(np.arange(2, 30, dtype=np.int32), np.arange(28) > 0)], "")
     for _ in range(3):
-        (row,) = data.rows([example], 0, device)
+        (row,) = packed.micro_batches([example], 0, device)
         (-models.token_logps(policy, row).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -375,7 +375,7 @@ def test_a_trained_policy_is_sampled_with_its_new_weights(changes, tmp_path, dev
     assert not same(before, after)
     assert policy.training == training and set(policy.state_dict()) == names  # the replica is no part of it
     assert all(p.requires_grad for p in policy.parameters()) or changes
-    for row in data.rows([generate.to_example(s) for s in after], 0, device):
+    for row in packed.micro_batches([generate.to_example(s) for s in after], 0, device):
         logps = models.token_logps(policy, row)
         torch.testing.assert_close(generate.sampled_logps(after, row), logps.detach(), atol=1e-5, rtol=1e-5)
         logps.sum().backward()  # generation leaves the policy fit to train
@@ -412,10 +412,10 @@ def test_adapters_do_not_take_the_bfloat16_sampler_from_the_training_forward(tmp
     policy = models.load(str(tmp_path), device, options(dtype="bfloat16", lora_rank=8))
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0), lr=1e-4)
 
-    def draw() -> tuple[list[generate.Sample], data.Row]:
+    def draw() -> tuple[list[generate.Sample], packed.MicroBatch]:
         samples = replies(policy, samples_per_prompt=8, max_new_tokens=40)
         examples = [generate.to_example(sample) for sample in samples]
-        return samples, data.make_row(examples, list(range(len(samples))), device)
+        return samples, packed.make_micro_batch(examples, list(range(len(samples))), device)
 
     def gap() -> float:
         samples, row = draw()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, read_metrics
 
-from common.args import flat, parse
+from common import args, stages
 
 SCRIPTS = ["cai", "dpo", "draftp", "ppo", "reward_model", "sft", "spin", "steerlm", "steerlm2"]  # not a copy
 PIPELINES = {"cai", "steerlm"}
@@ -137,7 +137,11 @@ def parse_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(words[at].removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", words[at:])
     if "--help" not in words:
-        parse(module.Args, module.TOY)
+        names = getattr(module, "STAGES", {})
+        presets = getattr(module, "ALGORITHMS", None)
+        parsed = args.parse(module.Args, module.TOY, names, presets)
+        if names:  # a pipeline, which reads the options of its stages when it begins
+            stages.read_all(parsed.stages, names, module.RESERVED)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
@@ -163,8 +167,7 @@ def test_the_command_a_sweep_agent_would_run_parses(path: Path, monkeypatch: pyt
     parse_command(shlex.join(words), monkeypatch)
     module = importlib.import_module(path.stem)
     assert sweep["program"] == f"{path.stem}.py"
-    options = flat(module.Args())
-    assert {name.partition(".")[0] for name in chosen} <= set(options)  # sft.learning_rate is one of a stage
+    assert {name.partition(".")[0] for name in chosen} <= args.flat(module.Args()).keys()  # sft.learning_rate
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -173,8 +176,8 @@ def test_help_names_every_field(script: str) -> None:
         [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for name, value in flat(importlib.import_module(script).Args()).items():
-        assert isinstance(value, dict) or f"--{name}" in done.stdout
+    for name in args.flat(importlib.import_module(script).Args()):
+        assert f"--{name}" in done.stdout
     assert "optimization options" in done.stdout or script in PIPELINES
 
 

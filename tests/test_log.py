@@ -1,26 +1,23 @@
 """What a run writes, what it refuses, and how it stops."""
 
+import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, args_of, read_metrics
-from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
 import dpo
 import sft
 from common import checkpoint, dist, log
-from common.args import Folder, flat, parse, snapshot, with_fields
-from sft import Args as SftArgs
+from common.args import flat, parse, snapshot, with_fields
 
 
 def settings(few: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -227,108 +224,59 @@ def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
 
 
-# pipelines: scripts that run the main of others as stages
+# blocks of a script's own
 
+
+EMA = """
 
 @dataclass
-class Pipeline:
-    model: str = "toy"
-    dataset: str = "toy"
-    seed: int = 1
-    run: OmitArgPrefixes[Folder] = field(default_factory=lambda: Folder(output_dir="runs/pipeline"))
-    sft: Suppress[Fixed[SftArgs]] = field(default_factory=SftArgs)
+class Ema:
+    decay: float = 0.99
+"""
 
 
-def pipeline(few: str, folder: str, num_stages: int = 2, **more: Any) -> list[int]:
-    """Trains in num_stages folders, one after the other. -> the steps its log knew when it began."""
-    args = args_of(Pipeline, output_dir=folder, **more)
-    dist.init(args.seed)
-    options = {**sft.TOY, "max_steps": 3, "batch_size": 8, "eval_every": 2, "num_samples": 2}
-    args.sft = args_of(sft.Args, **options, max_new_tokens=8, dataset=f"{few}/sft", seed=args.seed)
-    run = log.Log(args.run, __file__, (), snapshot(args), is_pipeline=True)
-    known = [row["step"] for row in run.rows]
-    if not run.begin(num_stages):
-        return known
-    for number in range(1, num_stages + 1):
-        if not run.stage(sft.main, with_fields(args.sft, output_dir=f"{folder}/{number}_sft")):
-            return known
-        if number not in known:
-            run(number, num_stages, {"eval/number": float(number)})
-    (Path(folder) / "model").mkdir(exist_ok=True)
-    run.finish()
-    return known
+@pytest.fixture
+def with_ema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A copy of sft.py with a dataclass of its own among its options."""
+    text = (ROOT / "sft.py").read_text()
+    text = text.replace("\n\n@dataclass\nclass Args:", f"{EMA}\n\n@dataclass\nclass Args:")
+    text = text.replace(
+        "    train_on_prompt: bool", "    ema: Ema = field(default_factory=Ema)\n    train_on_prompt: bool"
+    )
+    (tmp_path / "sft_with_ema.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("sft_with_ema")
+    yield module
+    del sys.modules["sft_with_ema"]
 
 
-def test_options_of_a_stage_are_nested_and_explicit_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = {"seed": 3, "sft": {"batch_size": 8, "max_steps": 5}}
-    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--sft.max_steps=7"])
-    args = parse(Pipeline, toy)
-    assert (args.seed, args.sft.optimization.batch_size, args.sft.run.max_steps) == (3, 8, 7)
-    words = ["--sft.max-steps", "7", "--seed=4", "--sft.merge_lora", "--sft.train_on_prompt=True"]
-    monkeypatch.setattr(sys, "argv", ["pipeline.py", *words])
-    args = parse(Pipeline, toy)
-    assert (args.seed, args.sft.run.max_steps, args.sft.train_on_prompt) == (4, 7, True)
-    assert args.sft.run.merge_lora and args.run == Pipeline().run
-    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--model=other"])
-    assert parse(Pipeline, toy) == Pipeline(model="other")
-
-
-def test_a_finished_stage_is_not_run_again_and_its_row_is_kept(few: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert pipeline(str(few), str(folder), num_stages=1) == []
-    shutil.rmtree(folder / "model")
-    stamp = (folder / "1_sft" / "metrics.jsonl").stat().st_mtime_ns
-    assert pipeline(str(few), str(folder)) == [1]
-    assert (folder / "1_sft" / "metrics.jsonl").stat().st_mtime_ns == stamp
-    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
-    with pytest.raises(dist.RunError, match="with seed 1, now 2"):
-        pipeline(str(few), str(folder), seed=2)
-
-
-def test_a_stop_in_a_stage_ends_the_pipeline(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_dataclass_among_the_options_makes_no_pipeline(
+    few: Path, tmp_path: Path, with_ema: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, folder = log.Log.__call__, tmp_path / "run"
+    """Killed before its first checkpoint it begins anew, with other options if these are given."""
 
-    def interrupted(self: Any, step: int, num_steps: int, metrics: dict) -> None:
-        honest(self, step, num_steps, metrics)
-        if self.outer and step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    class Killed(BaseException):
+        pass
 
-    with monkeypatch.context() as patch:
-        patch.setattr(log.Log, "__call__", interrupted)
-        pipeline(str(few), str(folder))
-    assert checkpoint.newest(str(folder / "1_sft"))
-    assert not (folder / "1_sft" / "model").exists() and not (folder / "2_sft").exists()
-    pipeline(str(few), str(folder))
-    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+    def mortal(self: Any, step: int, *rest: Any) -> None:
+        honest(self, step, *rest)
+        if step == 2:
+            raise Killed
 
-
-def test_the_stages_of_a_pipeline_share_its_wandb_run(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    sent = []
-
-    class Run:
-        id = "one"
-
-        def log(self, values: dict, step: int | None) -> None:
-            sent.append((step, {name: value for name, value in values.items() if "step" in name}))
-
-        def define_metric(self, name: str, step_metric: str) -> None:
-            assert name.removesuffix("*") == step_metric.removesuffix("step")
-
-        def finish(self) -> None:
-            sent.append("finish")
-
-    monkeypatch.setattr(wandb, "init", lambda **_: Run())
-    monkeypatch.setattr(wandb, "login", lambda **_: False)
-    pipeline(str(few), str(tmp_path / "run"), num_stages=1, track=True)
-    assert sent.pop() == "finish" and "finish" not in sent
-    stage = [values["1_sft/step"] for _, values in sent if "1_sft/step" in values]
-    assert sorted(set(stage)) == [0, 1, 2, 3] and {step for step, _ in sent} == {None}
+    options = {**sft.TOY, "dataset": f"{few}/sft", "output_dir": str(tmp_path / "run"), "num_samples": 0}
+    options |= {"max_steps": 4, "batch_size": 8, "eval_every": 100}
+    honest = log.Log.__call__
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(log.Log, "__call__", mortal)
+        with_ema.main(args_of(with_ema.Args, **options))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    with_ema.main(args_of(with_ema.Args, **options, **{"ema.decay": 0.9}))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["ema.decay"] == 0.9
+    with pytest.raises(dist.RunError, match=r"with ema.decay 0.9, now 0.5"):
+        with_ema.main(args_of(with_ema.Args, **options, **{"ema.decay": 0.5}))
+    monkeypatch.setattr(sys, "argv", ["sft_with_ema.py", "--ema.decay=0.7"])
+    assert parse(with_ema.Args, sft.TOY).ema.decay == 0.7
 
 
 # W&B

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, models, packed, plan
+from common import checkpoint, dist, models, packed, plan
 from common.args import Optimization, System
 
 V = 60
@@ -73,28 +73,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def documents(lengths: tuple[int, ...] = (5, 17, 1, 30), scored: float = 0.6) -> list[data.Example]:
+def documents(lengths: tuple[int, ...] = (5, 17, 1, 30), scored: float = 0.6) -> list[packed.Example]:
     """Random sequences; a random part of each is scored."""
     rng = np.random.default_rng(0)
     return [
-        data.Example(
+        packed.Example(
             [(rng.integers(2, V, n).astype(np.int32), (rng.random(n) < scored) & (np.arange(n) > 0))], ""
         )
         for n in lengths
     ]
 
 
-def pack(examples: list[data.Example]) -> data.Row:
-    return data.make_row(examples, list(range(len(examples))), torch.device("cpu"))
+def pack(examples: list[packed.Example]) -> packed.MicroBatch:
+    return packed.make_micro_batch(examples, list(range(len(examples))), torch.device("cpu"))
 
 
-def plain_logps(model: nn.Module, example: data.Example, temperature: float = 1.0) -> Tensor:
+def plain_logps(model: nn.Module, example: packed.Example, temperature: float = 1.0) -> Tensor:
     """(n - 1, V) log-probabilities of transformers' own forward over one sequence alone."""
     ids = torch.from_numpy(example.sequences[0][0]).long()[None]
     return (model(input_ids=ids).logits[0, :-1] / temperature).log_softmax(-1)
 
 
-def plain_stats(model: nn.Module, examples: list[data.Example], temperature: float = 1.0) -> list[Tensor]:
+def plain_stats(model: nn.Module, examples: list[packed.Example], temperature: float = 1.0) -> list[Tensor]:
     """logps, entropy and accuracy of the scored tokens, one sequence at a time."""
     logps, entropy, accuracy = [], [], []
     for example in examples:
@@ -185,11 +185,11 @@ def test_plain_transformers_leaks_where_we_do_not(folder: Path):
 
 def test_a_loss_on_one_sequence_has_no_gradient_in_another(folder: Path, device):
     policy = models.load(str(folder), device, options())
-    second = data.Example([(np.arange(30, 50, dtype=np.int32), np.ones(20, bool))], "")
+    second = packed.Example([(np.arange(30, 50, dtype=np.int32), np.ones(20, bool))], "")
     second.sequences[0][1][0] = False
 
     def run(first: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        first = data.Example([(first.astype(np.int32), np.zeros(len(first), bool))], "")
+        first = packed.Example([(first.astype(np.int32), np.zeros(len(first), bool))], "")
         logps = models.token_logps(policy, pack([first, second]))
         policy.zero_grad()
         (-logps.sum()).backward()
@@ -539,7 +539,7 @@ def test_the_head_in_bfloat16_sums_its_weight_gradient_in_float32():
 
 def test_a_dummy_row_runs_forward_and_backward(folder: Path, device):
     policy = models.load(str(folder), device, options())
-    logps = models.token_logps(policy, data.make_row(documents(), [], device))
+    logps = models.token_logps(policy, packed.make_micro_batch(documents(), [], device))
     assert logps.shape == (0,)
     logps.sum().backward()
     grads = gradients(policy)
@@ -548,7 +548,7 @@ def test_a_dummy_row_runs_forward_and_backward(folder: Path, device):
 
 def test_segment_sum_by_hand():
     values, segments = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 2])
-    assert models.segment_sum(values, segments, 4).tolist() == [2.0, 0.0, 5.0, 0.0]
+    assert packed.segment_sum(values, segments, 4).tolist() == [2.0, 0.0, 5.0, 0.0]
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -876,7 +876,7 @@ def test_merged_weights_are_those_peft_makes(kind: str, ranks: int, tmp_path, tw
 # --------------------------------------------------------------------------------------------------- sharding
 
 
-def plain_gradients(folder: str, examples: list[data.Example]) -> tuple[dict[str, Tensor], float]:
+def plain_gradients(folder: str, examples: list[packed.Example]) -> tuple[dict[str, Tensor], float]:
     """Of the summed negative log-likelihood in plain transformers, clipped to 0.5, and their norm before."""
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     (-plain_stats(plain, examples)[0].sum()).backward()
@@ -899,7 +899,7 @@ def sharded(folder: str, **changes: Any) -> dict[str, Any]:
         policy = models.load(folder, device, options(**changes))
     finally:
         transformers.AutoModelForCausalLM.from_pretrained = read
-    rows = list(data.rows(examples, 30, device))
+    rows = list(packed.micro_batches(examples, 30, device))
     all_reduce, reduced = torch.distributed.all_reduce, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:

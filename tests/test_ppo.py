@@ -273,7 +273,7 @@ def test_minibatches_cover_each_response_once_an_epoch() -> None:
 
 def test_steps_are_whole_rollouts() -> None:
     def counted(**settings: Any) -> tuple[int, int]:
-        prompts = data.Dataset([([data.Example([], "")] * 100, 1.0)])
+        prompts = data.Dataset([([packed.Example([], "")] * 100, 1.0)])
         return ppo.count_steps(prompts, args_of(ppo.Args, rollout_size=16, samples_per_prompt=2, **settings))
 
     # 32 responses in batches of 10: 4 steps, twice
@@ -421,7 +421,7 @@ def test_an_infinite_ratio_of_a_masked_token_is_no_nan(policy: Any, device: Any,
 PROMPT, RESULT = [5, 6, 7], [11, 12, 13]
 
 
-def two_turns(policy: Any, tokenizer: Any, number: int) -> list[data.Example]:
+def two_turns(policy: Any, tokenizer: Any, number: int) -> list[packed.Example]:
     """64 responses to one prompt: a turn of up to 4 tokens, what a tool said, another turn."""
     turn = {"max_new_tokens": 4, "seed": 3, "step": number}
     said = generate(policy, tokenizer, [PROMPT] * 64, **turn)
@@ -508,7 +508,7 @@ def too_few(prompts: list, responses: list[str], examples: list[dict]) -> list[f
 
 
 ASKED = [
-    data.Example([], prompt=[{"role": "user", "content": text}], record={"answer": ""}) for text in "pqr"
+    packed.Example([], prompt=[{"role": "user", "content": text}], record={"answer": ""}) for text in "pqr"
 ]
 
 

@@ -16,7 +16,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import data, dist, models
+from common import data, dist, formats, models, packed
 
 pytestmark = pytest.mark.real
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,7 +59,7 @@ def settings(gguf: str, name: str, folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A held-out set small enough to score on a CPU."""
-    records = data.read_file(DATA / "hh_harmless.jsonl.gz")
+    records = formats.read_file(DATA / "hh_harmless.jsonl.gz")
     short = [r for r in records if max(len(r.value["chosen"]), len(r.value["rejected"])) < 600]
     records = short[-4:]  # a reward model drops what is longer than max_length
     path = tmp_path_factory.mktemp("held_out") / "pairs.jsonl"
@@ -99,14 +99,14 @@ def test_reward_model_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path) -> 
 
     tokenizer = data.load_tokenizer(str(tmp_path))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    (record,) = data.read_file(Path(few_pairs))[:1]
+    (record,) = formats.read_file(Path(few_pairs))[:1]
     found = [torch.tensor(tokens)[None] for tokens, _ in data.read_responses(tokenizer, *record)]
     theirs = torch.stack([plain(tokens.long()).logits[0, 0] for tokens in found])
     args = reward_model.Args()
     scorer = models.load_scorer(str(tmp_path), dist.init(1), args.system, trainable=False)
     scorer.config.reward_mean = None
     sequences = data.read_responses(tokenizer, *record)
-    ours = models.score(scorer, [data.Example(sequences, "")], 0, torch.device("cpu"))[:, 0]
+    ours = models.score(scorer, [packed.Example(sequences, "")], 0, torch.device("cpu"))[:, 0]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 

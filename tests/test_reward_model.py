@@ -15,7 +15,7 @@ from conftest import args_of, make_tiny_model, read_metrics
 from safetensors.torch import load_file
 
 import reward_model
-from common import data, dist, models, packed
+from common import data, dist, formats, models, packed
 
 NAN = math.nan
 RANKED = torch.tensor([[1.0, 2.0, 3.0]])
@@ -340,7 +340,7 @@ def our_scores(folder: Path, sequences: list[packed.Tokens], device: torch.devic
 
 def sequences_of(folder: Path, few: Path, count: int = 8) -> list[packed.Tokens]:
     tokenizer = data.load_tokenizer(str(folder))
-    records = data.read_file(few / "pairs" / "test.jsonl")[:count]
+    records = formats.read_file(few / "pairs" / "test.jsonl")[:count]
     return [s for record in records for s in data.read_responses(tokenizer, *record)]
 
 
@@ -401,7 +401,7 @@ def test_a_run_learns_what_length_does_not_tell(few: Path, tmp_path: Path) -> No
 
 def ranked_file(few: Path, folder: Path) -> Path:
     """Rankings of three, and now and then of two: polite, rude, off the point."""
-    records = [record.value for record in data.read_file(few / "pairs" / "train.jsonl")[:64]]
+    records = [record.value for record in formats.read_file(few / "pairs" / "train.jsonl")[:64]]
     for i, record in enumerate(records):
         responses = [record.pop("rejected"), record.pop("chosen"), "Mice. Mice. Mice."]
         record |= {"responses": responses[: 2 + (i % 4 > 0)], "ranks": [2, 1, 3][: 2 + (i % 4 > 0)]}
@@ -446,7 +446,7 @@ def ratings(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rated replies; every third lacks its toxicity."""
     folder = tmp_path_factory.mktemp("ratings")
     for split, count in (("train", 96), ("test", 32)):
-        records = [record.value for record in data.read_file(toy / "ratings" / f"{split}.jsonl")[:count]]
+        records = [record.value for record in formats.read_file(toy / "ratings" / f"{split}.jsonl")[:count]]
         for record in records[::3]:
             record["label"]["toxicity"] = None
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -477,7 +477,7 @@ def test_missing_labels_and_micro_batches_do_not_mix(ratings: Path, tiny_model: 
 
 
 def with_margins(few: Path, folder: Path) -> Path:
-    records = [record.value for record in data.read_file(few / "pairs" / "train.jsonl")[:48]]
+    records = [record.value for record in formats.read_file(few / "pairs" / "train.jsonl")[:48]]
     lines = [json.dumps(record | {"margin": 1 + i % 3}) + "\n" for i, record in enumerate(records)]
     (folder / "margins.jsonl").write_text("".join(lines))
     return folder / "margins.jsonl"
@@ -538,7 +538,7 @@ def test_a_scored_file_has_the_direct_scores(
     path = tmp_path / "file.jsonl"
     path.write_text((few / source[1] / "test.jsonl" if source else ranked_file(few, tmp_path)).read_text())
     found = score(scorer_run, str(path))
-    records = data.read_file(path)
+    records = formats.read_file(path)
     assert found == [r.value | {k: v[k] for k in names} for r, v in zip(records, found, strict=True)]
     sequences = [s for r in records for s in data.read_responses(data.load_tokenizer("toy"), *r)]
     scorer, args = load(scorer_run, device)

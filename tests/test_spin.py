@@ -14,7 +14,7 @@ from conftest import args_of, means, read_metrics
 
 import dpo
 import spin
-from common import checkpoint, data, dist, generate, models, packed
+from common import checkpoint, data, dist, formats, generate, models, packed
 
 # by hand
 
@@ -104,7 +104,7 @@ def test_loss_and_gradient_are_those_of_dpo(tiny_model: str, device: torch.devic
     policy.zero_grad()
     names = ("ref_chosen_logps", "ref_rejected_logps")
     for pair in pairs:
-        pair.fields = data.PAIR_FIELDS | dict(zip(names, pair.fields.values(), strict=True))
+        pair.fields = formats.PAIR_FIELDS | dict(zip(names, pair.fields.values(), strict=True))
     micro_batch = packed.make_micro_batch(pairs, [0, 1], device)
     their_loss, theirs = dpo.loss_and_metrics(policy, None, micro_batch, args_of(dpo.Args, beta=0.3))
     their_loss.backward()

@@ -14,10 +14,8 @@ from conftest import args_of, read_metrics
 
 import sft
 import steerlm
-from common import checkpoint, data, dist, log
+from common import checkpoint, data, dist, formats, log, packed
 from common.args import with_fields
-from reward_model import Args as RewardArgs
-from sft import Args as SftArgs
 
 NAMES = ["helpfulness", "verbosity", "toxicity"]
 ASK = {"role": "user", "content": "3+4?"}
@@ -54,12 +52,12 @@ def test_attributes_that_cannot_be_asked_for(attributes: str, message: str) -> N
 
 
 def test_the_default_attributes_are_helpsteer2s() -> None:
-    assert list(steerlm.wanted(steerlm.Args(), [*data.ATTRIBUTES])) == [*data.ATTRIBUTES[4:]]
+    assert list(steerlm.wanted(steerlm.Args(), [*formats.ATTRIBUTES])) == [*formats.ATTRIBUTES[4:]]
 
 
-def labelled(label: str | None) -> data.Example:
+def labelled(label: str | None) -> packed.Example:
     record = {"messages": [ASK, {"role": "assistant", "content": "7", "label": label}]}
-    return data.Example([], "", record=record)
+    return packed.Example([], "", record=record)
 
 
 def test_high_quality_is_the_best_there_is_and_then_the_least_toxic() -> None:
@@ -87,7 +85,7 @@ def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: 
     for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
         (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
         path = str(tmp_path / "data.jsonl")
-        options = args_of(SftArgs, dataset=path, eval_dataset=path, batch_size=2)
+        options = args_of(sft.Args, dataset=path, eval_dataset=path, batch_size=2)
         sets.append(steerlm.load_annotated(options, tokenizer)[0][0].sequences[0])
     for ours, theirs in zip(*sets, strict=True):
         assert ours.tolist() == theirs.tolist()
@@ -196,7 +194,7 @@ def ratings(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SHORT = {"max_steps": 2, "batch_size": 8, "eval_every": 2, "num_samples": 0, "learning_rate": 1e-3}
+SHORT = "--max_steps 2 --batch_size 8 --eval_every 2 --learning_rate 1e-3"
 
 
 def settings(folder: Path, ratings: Path, **more: Any) -> steerlm.Args:
@@ -210,8 +208,9 @@ def settings(folder: Path, ratings: Path, **more: Any) -> steerlm.Args:
         "num_bootstrap_prompts": 6,
         "num_samples": 2,
         "max_new_tokens": 32,
+        "sft": f"{SHORT} --num_samples 0",
     }
-    return args_of(steerlm.Args, **{**base, **more}, sft=args_of(SftArgs, **SHORT))
+    return args_of(steerlm.Args, **{**base, **more})
 
 
 def run(folder: str, ratings: str, **more: Any) -> dict[str, str]:
@@ -314,12 +313,11 @@ def test_artefacts_replace_stages(whole: tuple, ratings: Path, tmp_path: Path) -
 
 def test_the_attribute_model_is_trained_on_the_ratings(ratings: Path, tmp_path: Path) -> None:
     args = settings(tmp_path / "run", ratings, attribute_model="", num_bootstrap_rounds=0)
-    less = {name: value for name, value in SHORT.items() if name != "num_samples"}
-    args = with_fields(args, ratings=str(ratings), reward_model=args_of(RewardArgs, **less))
+    args = with_fields(args, ratings=str(ratings), reward_model=SHORT)
     args.attributes = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
     steerlm.main(args)
     config = json.loads((tmp_path / "run" / "1_attribute_model" / "model" / "config.json").read_text())
-    assert list(config["id2label"].values())[:5] == [*data.ATTRIBUTES[4:]]
+    assert list(config["id2label"].values())[:5] == [*formats.ATTRIBUTES[4:]]
     label = json.loads((tmp_path / "run" / "2_annotated" / "train.jsonl").read_text().split("\n")[0])
     assert label["messages"][-1]["label"].startswith("helpfulness:")
 
@@ -363,11 +361,12 @@ def test_a_stop_in_a_stage_ends_the_run(
 
     def interrupted(self: Any, step: int, *rest: Any) -> None:
         honest(self, step, *rest)
-        if self.outer and step == 0:
+        if self.pipeline and step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(log.Log, "__call__", interrupted)
-    steerlm.main(settings(tmp_path / "run", ratings))
+    with pytest.raises(dist.Stopped, match="stopped in or after 3_sft"):
+        steerlm.main(settings(tmp_path / "run", ratings))
     assert checkpoint.newest(str(tmp_path / "run" / "3_sft"))
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "4_bootstrap_1").exists()
 
@@ -385,9 +384,9 @@ def test_stages_keep_no_weights_alive(
     def count() -> int:
         return sum(isinstance(x, FSDPModule) for x in gc.get_objects())
 
-    def counted(args: Any) -> None:
+    def counted(*rest: Any) -> None:
         found.append(count())
-        honest(args)
+        honest(*rest)
 
     gc.collect()
     before = count()
@@ -419,6 +418,31 @@ def test_an_unknown_attribute_ends_the_run_before_work_starts(ratings: Path, tmp
     with pytest.raises(dist.RunError, match="found the attribute wit; expected one of"):
         steerlm.main(settings(tmp_path / "run", ratings, attributes="wit:4"))
     assert not (tmp_path / "run" / "2_annotated").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"attributes": "wit:4"}, "found the attribute wit; expected one of"),
+        ({"ratings": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"dataset": "{bad}"}, "bad.jsonl:2"),
+        ({"reward_model": "--batch_size 42"}, "reward_model: --batch_size: found 42; expected at most 41"),
+        ({"sft": "--batch_size 42"}, "sft: --batch_size: found 42; expected at most 41"),
+        ({"sft": "--max_step 2"}, "sft: --max_step is no option of it"),
+        ({"reward_model": "--loss bt"}, "reward_model.loss is set by the pipeline"),
+        ({"judge": "nowhere:at_all"}, "package.module:function"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_said_before_the_first(
+    ratings: Path, tmp_path: Path, change: dict, expected: str
+) -> None:
+    record = json.dumps({"prompt": "3+4?", "response": "7"})
+    (tmp_path / "bad.jsonl").write_text(f'{record}\n{{"prompt": "3+4?"}}\n')
+    change = {name: value.replace("{bad}", str(tmp_path / "bad.jsonl")) for name, value in change.items()}
+    base = {"attribute_model": "", "ratings": str(ratings), "reward_model": SHORT}
+    with pytest.raises(dist.RunError, match=expected):
+        steerlm.main(with_fields(settings(tmp_path / "run", ratings), **{**base, **change}))
+    assert not list((tmp_path / "run").glob("[1-5]_*"))
 
 
 def test_a_judge_has_to_know_the_attributes(ratings: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dpo
 import steerlm2
-from common import data, dist, models, packed
+from common import data, dist, formats, models, packed
 from common.generate import Sample
 
 LOG_W = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)  # w' = (1, 2, 5) / 8
@@ -153,7 +153,7 @@ def test_wanted_sets_are_in_the_order_of_the_attribute_model() -> None:
     args = args_of(steerlm2.Args, attributes="toxicity:0,verbosity:1; helpfulness:4")
     sets = steerlm2.wanted_sets(args, NAMES)
     assert sets == [{"verbosity": 1.0, "toxicity": 0.0}, {"helpfulness": 4.0}]
-    assert [data.label_line(s) for s in sets] == ["verbosity:1,toxicity:0\n", "helpfulness:4\n"]
+    assert [formats.label_line(s) for s in sets] == ["verbosity:1,toxicity:0\n", "helpfulness:4\n"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Answers to held-out prompts: generated, judged, described, and compared with what was asked for."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from common import dist
+from common.args import Sampling, load_function
+from common.data import Dataset, encode_prompt
+from common.formats import Messages
+from common.generate import generate
+from common.packed import Example
+
+Judge = Callable[[str, str], dict[str, float]]  # (prompt, response) -> scores
+
+
+@dataclass
+class Answer:
+    """What a policy answered to the prompt of an example."""
+
+    example: Example
+    text: str
+    ended: bool  # False: cut off at max_new_tokens
+    scores: dict[str, float] = field(default_factory=dict)  # of a judge, by name
+    reward: float | None = None  # what training is after
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, of a conversation its last turn."""
+        return last_turn(self.example.prompt)
+
+    def row(self) -> dict[str, Any]:
+        """A line of samples.jsonl, without its step."""
+        asked = {"prompt": self.prompt, "label": self.example.label}
+        row = asked | {"response": self.text, "ended": self.ended} | self.scores
+        return row if self.reward is None else row | {"reward": self.reward}
+
+
+def last_turn(prompt: Messages | str) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def load_judge(spec: str, dataset: str) -> Judge | None:
+    """The function that --judge names; by default the toy world's exact one for its data, else none.
+
+    Raises:
+        RunError: there is no such function.
+    """
+    spec = spec or ("toy.language:judge" if dataset == "toy" else "")
+    return load_function(spec) if spec else None
+
+
+def answer(
+    policy: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset | list[Example],
+    num_samples: int,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    judge: Judge | None = None,
+    reward: Callable[[list[Example], list[str]], list[float]] | None = None,
+) -> list[Answer]:
+    """Answers to the first num_samples distinct prompts, alike on every rank; a collective.
+
+    Args:
+        seed, step: what the samples are a function of, besides the weights.
+        judge: called on rank 0 only, which others wait for: it may be slow, or behind a server.
+        reward: a collective, (examples, texts) -> a number for each.
+    """
+    chosen: dict[str, Example] = {}
+    for example in dataset:
+        if len(chosen) == num_samples:
+            break
+        if example.prompt:
+            chosen.setdefault(json.dumps([example.prompt, example.label]), example)
+    if not chosen:
+        return []
+    examples = [*chosen.values()]
+    samples = generate(
+        policy,
+        tokenizer,
+        [encode_prompt(tokenizer, e.prompt, e.label) for e in examples],
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=seed,
+        step=step,
+    )
+    answers = [Answer(e, sample.text, sample.ended) for e, sample in zip(examples, samples, strict=True)]
+    if reward:
+        for a, value in zip(answers, reward(examples, [a.text for a in answers]), strict=True):
+            a.reward = value
+    if judge:
+        found = dist.from_main(lambda: [judge(a.prompt, a.text) for a in answers])
+        for a, scores in zip(answers, found, strict=True):
+            a.scores = scores
+    return answers
+
+
+def answer_metrics(answers: list[Answer]) -> dict[str, float]:
+    """Means over the answers.
+
+    Returns:
+        eval/ended, the share that stopped by itself; eval/judge/<score>; eval/reward if there are rewards;
+        eval/follow/mae/<score> and eval/follow/pearson/<score> of those that the examples' labels ask for.
+    """
+    if not answers:
+        return {}
+    metrics = {"eval/ended": sum(a.ended for a in answers) / len(answers)}
+    metrics |= {f"eval/judge/{name}": x for name, x in mean_scores([a.scores for a in answers]).items()}
+    if answers[0].reward is not None:
+        metrics["eval/reward"] = sum(a.reward for a in answers) / len(answers)
+    return metrics | {f"eval/follow/{name}": value for name, value in following(answers).items()}
+
+
+def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score; all have the same names."""
+    return {name: sum(found[name] for found in scores) / len(scores) for name in scores[0]} if scores else {}
+
+
+# -------------------------------------------------------------------------------------------------- agreement
+
+
+def agreement(asked: Sequence[float], found: Sequence[float]) -> dict[str, float]:
+    """How far numbers are what they should be: mae, and Pearson's and Spearman's correlation.
+
+    A pair with a NaN is left out. A constant correlates with nothing: where either side is one, the two
+    correlations are left out.
+    """
+    import pandas as pd
+
+    both = pd.DataFrame({"asked": asked, "found": found}, dtype=float).dropna()
+    metrics = {"mae": float((both.asked - both.found).abs().mean())}
+    if both.asked.nunique() > 1 and both.found.nunique() > 1:
+        metrics["pearson"] = float(both.corr().iloc[0, 1])
+        metrics["spearman"] = float(both.corr("spearman").iloc[0, 1])
+    return metrics
+
+
+def following(answers: list[Answer]) -> dict[str, float]:
+    """mae/<score> and pearson/<score> of each score that a label asks for."""
+    asked = [dict(item.split(":") for item in a.example.label.strip().split(",") if item) for a in answers]
+    metrics = {}
+    for name in dict.fromkeys(name for values in asked for name in values):
+        if name in answers[0].scores:
+            wanted = [float(values.get(name, "nan")) for values in asked]
+            found = agreement(wanted, [a.scores[name] for a in answers])
+            metrics |= {f"{kind}/{name}": found[kind] for kind in ("mae", "pearson") if kind in found}
+    return metrics
+
+
+# ------------------------------------------------------------------------------- what no judge is needed for
+
+REFUSAL = re.compile(r"\b(I (cannot|can't|won't|will not)|I('m| am) (sorry|unable)|as an AI)\b", re.I)
+
+
+def refuses(text: str) -> bool:
+    """Whether a text has a phrase of those that decline."""
+    return bool(REFUSAL.search(text.replace("\u2019", "'")))
+
+
+def stock_shares(texts: list[str], n: int = 4, common: float = 0.1) -> list[float]:
+    """For each text, the share of its n-grams of words that at least `common` of all texts contain.
+
+    Rises when a policy gives the same reassurance whatever it was asked; 0 for texts of fewer words.
+    """
+    grams = [[tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for words in map(str.split, texts)]
+    counts = Counter(gram for found in grams for gram in set(found))
+    least = max(2, common * len(texts))
+    return [sum(counts[gram] >= least for gram in found) / max(1, len(found)) for found in grams]
+
+
+def describe(texts: list[str]) -> list[dict[str, float]]:
+    """Scores of texts by themselves: length in words, whether it refuses, share of stock phrases."""
+    return [
+        {"words": len(text.split()), "refusals": float(refuses(text)), "stock_phrases": stock}
+        for text, stock in zip(texts, stock_shares(texts), strict=True)
+    ]

@@ -1,0 +1,207 @@
+"""Pipelines: scripts that run the main of others as stages, each in a folder of its own.
+
+A pipeline calls `stage` for each of them. What a stage is told by the user stands in one string, as on the
+command line of its script, and is read, and refused, before any stage begins.
+"""
+
+import contextlib
+import gc
+import io
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from common import args, checkpoint, dist, files, formats
+from common.log import Log
+
+# of every stage: set by the pipeline, or left alone because it tracks its stages itself
+RESERVED = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template"}
+RESERVED |= {"track", "wandb_project", "run_name"}
+
+
+def stage(
+    main: Callable, Args: type, folder: Path, overrides: dict[str, Any], options: str, pipeline: Log
+) -> None:
+    """Run the main of another script, unless its folder has a model/, which is what a run writes last.
+
+    A run that was interrupted goes on, since that is what the script does with its folder.
+
+    Args:
+        overrides: options that the pipeline sets.
+        options: those of the user, a string.
+        pipeline: the log of the pipeline, into whose W&B run the stage logs, under the folder's name.
+
+    Raises:
+        Stopped: a stop was asked for; the stage has saved, and the pipeline must end too.
+    """
+    if not dist.poll_stop() and not is_complete(folder):
+        if dist.is_main():
+            print(f"\nstage {folder.name}", flush=True)
+        given = read_options(folder.name, Args, options)
+        gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
+        main(args.with_fields(given, **overrides, output_dir=str(folder)), pipeline)
+        gc.collect()
+        dist.poll_stop()  # a signal that came after the last step of the stage
+    if dist.stop_requested():
+        raise dist.Stopped(f"stopped in or after {folder.name}; the same command goes on from there")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the stage in this folder is done."""
+    return dist.from_main((folder / "model").is_dir)
+
+
+def read_all(strings: Any, stages: dict[str, type], reserved: Collection[str]) -> dict[str, Any]:
+    """The Args of all stages, by name, from the strings in a block of the pipeline's Args."""
+    return {name: read_options(name, Args, getattr(strings, name), reserved) for name, Args in stages.items()}
+
+
+def read_options(name: str, Args: type, options: str, reserved: Collection[str] = ()) -> Any:
+    """The Args of a stage from its string.
+
+    Args:
+        reserved: options that the pipeline sets itself.
+
+    Raises:
+        RunError: an unknown option, one that is reserved, or a value of another type.
+    """
+    defaults = Args()
+    known = args.flat(defaults)
+    try:
+        groups = args.split_options(options)
+    except ValueError as error:
+        raise formats.wrong(f"{name} {options!r}", str(error), '"--option value --option value"') from error
+    words = [word for group in groups.values() for word in group]
+    if "help" in groups:
+        return args.parse_words(words, defaults, prog=name)
+    for option in groups:
+        bare = option if option in known else option.removeprefix("no_")
+        if bare in reserved:
+            raise dist.RunError(f"{name}.{bare} is set by the pipeline; leave it out")
+        if bare not in known:
+            raise dist.RunError(f"{name}: --{option} is no option of it; --{name} --help lists them")
+    found = parse_quietly(words, defaults)
+    if found is None:
+        raise bad_value(name, defaults, groups)
+    return found
+
+
+def parse_quietly(words: list[str], defaults: Any) -> Any:
+    """The options that words set; None if one of them cannot be read."""
+    with contextlib.redirect_stderr(io.StringIO()):  # tyro prints a box, of which one line is of use
+        try:
+            return args.parse_words(words, defaults, console_outputs=False)
+        except SystemExit:
+            return None
+
+
+def bad_value(name: str, defaults: Any, groups: dict[str, list[str]]) -> dist.RunError:
+    """Which of a stage's options cannot be read: each is tried alone."""
+    for option, words in groups.items():
+        if parse_quietly(words, defaults) is None:
+            given = " ".join(words).removeprefix(f"--{option}").lstrip("= ")
+            expected = in_words(hint_of(type(defaults), option))
+            return formats.wrong(f"{name}: --{option}", repr(given) if given else "nothing", expected)
+    return formats.wrong(name, groups, "options that can be given together")
+
+
+def hint_of(Args: type, option: str) -> Any:
+    """The type of an option, in whatever block it stands."""
+    before = args.prefixes(Args)
+    for name, hint in get_type_hints(Args).items():
+        if name == option:
+            return hint
+        if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+            found = hint_of(hint, option.removeprefix(before[name]))
+            if found is not None:
+                return found
+    return None
+
+
+def in_words(hint: Any) -> str:
+    """What a value of a type looks like, for a message."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    return names.get(hint, f"a value of {hint}")
+
+
+def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str]) -> None:
+    """End the run if what decides numbers has changed in a stage that has begun.
+
+    Begun is a stage with a checkpoint or a model/. The options of others may change, and so may those that
+    never decide numbers; where an option stands in common/args.py says which. What the pipeline sets is
+    compared by the stage itself where it goes on: paths into a finished run that was moved harm nothing.
+
+    Args:
+        folders: folder of a stage -> its Args.
+        reserved: options that the pipeline sets.
+    """
+
+    def compare() -> None:
+        for folder, options in folders.items():
+            begun = checkpoint.newest(folder) or (folder / "model").is_dir()
+            if begun and (folder / "args.json").exists():
+                args.refuse_changes(folder, args.snapshot(options), free=reserved)
+
+    dist.from_main(compare)
+
+
+def refuse_large_batch(name: str, options: Any, size: int) -> None:
+    """End the run now if a stage will refuse its batch size: its data will be `size` examples at most."""
+    batch_size = options.optimization.batch_size
+    if size < batch_size:
+        raise formats.wrong(
+            f"{name}: --batch_size", batch_size, f"at most {size:,}, the examples it will have"
+        )
+
+
+# ---------------------------------------------------------------------- stages of a pipeline's own, and files
+
+
+def begin(path: Path) -> bool:
+    """Whether a stage that writes this file has to run; a line of the console says so."""
+    if dist.from_main(path.exists):
+        return False
+    if dist.is_main():
+        print(f"\nstage {path.parent.name}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+    return True
+
+
+def show(metrics: dict[str, float]) -> None:
+    """A line of the console."""
+    if dist.is_main():
+        print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()), flush=True)
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The records of a file."""
+    return [record.value for record in formats.read_file(Path(path).expanduser())]
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write records as JSON lines, complete or not at all; a file that is there stays."""
+
+    def write() -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, files.as_lines(records))
+
+    dist.from_main(write)
+
+
+def mixed(*sources: Any) -> str:
+    """A data set of several, of those that are not empty."""
+    return ",".join(str(source) for source in sources if source)
+
+
+def export(last: Path, folder: Path) -> None:
+    """model/ of a pipeline: a copy of its last stage's."""
+
+    def copy() -> None:
+        with files.whole(folder / "model") as unfinished:
+            shutil.copytree(last / "model", unfinished)
+
+    dist.from_main(copy)
