@@ -161,6 +161,8 @@ def documents(count: int, vocab_size: int, max_length: int = 8192, whole: bool =
     """Random tokens in the lengths of HH-RLHF; the last reply is scored, or (whole) everything."""
     import numpy as np
 
+    from common import packed
+
     rng, examples = np.random.default_rng(0), []
     lengths = [(sum(prompt), reply[0]) for prompt, reply, _ in turn_lengths()]
     lengths = [(p, r) for p, r in lengths if p + r <= max_length]
@@ -174,6 +176,8 @@ def documents(count: int, vocab_size: int, max_length: int = 8192, whole: bool =
 def fixed_documents(count: int, length: int, vocab_size: int) -> list:
     """Examples of one length with random tokens, all but the first scored."""
     import numpy as np
+
+    from common import packed
 
     rng = np.random.default_rng(0)
     tokens = rng.integers(vocab_size, size=(count, length), dtype=np.int32)
@@ -297,7 +301,7 @@ def record(file: str, task: str, figures: dict[str, Any]) -> None:
 def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: Any) -> float:
     """The update of sft.py on these examples. -> the loss, a mean over scored tokens"""
     import sft
-    from common import dist, models
+    from common import dist, models, packed
 
     num_targets, totals = sum(example.num_targets for example in batch), dist.Totals()
     for row in packed.micro_batches(batch, row_tokens, device):
