@@ -117,7 +117,7 @@ def prepare(work: Work, folder: Path) -> None:
         ]
         lines = [{"examples": step, "rows": []} for step in steps]
     else:
-        from common.data import pack
+        from common.packed import pack
 
         chats = [pair["prompt"] + pair["chosen"] for pair in pairs]
         lengths = [count_tokens(chat) for chat in chats]
