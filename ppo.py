@@ -482,6 +482,7 @@ ALGORITHMS = {
     "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
     | {"clip_range_high": 0.28},
 }
+Args.presets = ALGORITHMS  # where the command line, and a pipeline with this as a stage, look for them
 
 TOY = dict(
     reward="toy.language:reward",
@@ -599,9 +600,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
+    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora, run.merge_dtype)
     log.finish()
 
 
 if __name__ == "__main__":
-    dist.run(main, parse(Args, TOY, presets=ALGORITHMS))
+    dist.run(main, parse(Args, TOY))

@@ -113,7 +113,7 @@ class Scorer(NamedTuple):
     def __call__(self, replies: list[packed.Tokens], args: Args, device: torch.device) -> list[dict]:
         """Attribute values of encoded replies, before rounding; a collective."""
         examples = [packed.Example([reply], "") for reply in replies]
-        outputs = models.score(self.model, examples, args.system.micro_batch_tokens, device)
+        outputs = models.score(self.model, examples, args.system.micro_batch_tokens, device, centred=False)
         return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
 
 
@@ -121,7 +121,6 @@ def load_attribute_model(path: str, args: Args, device: torch.device) -> Scorer:
     """A regression model of the attributes, whose outputs are on the scale of the labels."""
     gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
     model = models.load_scorer(path, device, args.system, trainable=False)
-    model.config.reward_mean = None  # the scale of the labels
     return Scorer(model, data.load_tokenizer(path), models.output_names(model))
 
 

@@ -287,8 +287,8 @@ def score_groups(
         return [sequence for part in parts for sequence in part]
 
     plain = [Example([sequence], "") for sequence in encode(theirs, False)]
-    scorer.config.reward_mean = None  # the scale of the labels
-    predicted = models.score(scorer, plain, args.system.micro_batch_tokens, device)  # (responses, A)
+    # (responses, A), on the scale of the labels
+    predicted = models.score(scorer, plain, args.system.micro_batch_tokens, device, centred=False)
     n = args.num_responses
     attribute = torch.zeros(len(groups), n, device=device)
     for i, (group, outputs) in enumerate(zip(groups, predicted.view(len(groups), n, -1), strict=True)):
@@ -475,7 +475,7 @@ def main(args: Args) -> None:
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora)
+    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora, run.merge_dtype)
     log.finish()
 
 

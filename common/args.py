@@ -137,6 +137,8 @@ class Run(Training):
     """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
     merge_lora: bool = False
     """fold the adapters into the exported model instead of writing a peft folder"""
+    merge_dtype: Literal["auto", "float32"] = "auto"
+    """dtype of a model that adapters were folded into; auto is that on disk, which may round them away"""
 
 
 @dataclass
@@ -253,12 +255,7 @@ def load_function(spec: str) -> Callable:
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def parse(
-    Args: type,
-    toy: dict[str, Any],
-    stages: Collection[str] = (),
-    presets: dict[str, dict[str, Any]] | None = None,
-) -> Any:
+def parse(Args: type, toy: dict[str, Any], stages: Collection[str] = ()) -> Any:
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
     A boolean is set by --flag, --no_flag or --flag=True.
@@ -266,21 +263,19 @@ def parse(
     Args:
         stages: the fields that are the options of a stage, a string. What is given for one of them changes
             the default of the field option by option.
-        presets: what --algorithm stands for; as these are defaults, a flag that is given wins whatever its
-            value.
     """
     words, given = take_stages(sys.argv[1:], stages)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=Args.model)
     peek.add_argument("--algorithm", default=getattr(Args, "algorithm", ""))
     chosen = peek.parse_known_args(words)[0]
-    preset = (presets or {}).get(chosen.algorithm, {})
+    presets, preset = presets_of(Args), presets_of(Args).get(chosen.algorithm, {})
     asks_help = {"-h", "--help"} & set(words)
     changes = (toy if chosen.model == "toy" else {}) | preset
     defaults = Args() if asks_help else with_fields(Args(), **changes)
     settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in toy.items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
-    for name, values in (presets or {}).items():
+    for name, values in presets.items():
         meant = " ".join(f"--{option} {value}" for option, value in values.items())
         about += f"\n\n--algorithm {name} is: {meant or 'the defaults'}"
     args = parse_words(words, defaults, description=about)
@@ -291,6 +286,11 @@ def parse(
     if os.environ.get("WANDB_SWEEP_ID"):
         args = under_an_agent(args, Args().run.output_dir)
     return args
+
+
+def presets_of(Args: type) -> dict[str, dict[str, Any]]:
+    """What each value of --algorithm stands for: defaults, so that an option that is given wins."""
+    return getattr(Args, "presets", {})
 
 
 def describe_preset(name: str, preset: dict[str, Any], values: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from common.args import Sampling, load_function
 from common.data import Dataset, encode_prompt
 from common.formats import Messages
 from common.generate import generate
-from common.packed import Example
+from common.packed import Example, position_limit
 
 Judge = Callable[[str, str], dict[str, float]]  # (prompt, response) -> scores
 
@@ -79,13 +79,18 @@ def answer(
             break
         if example.prompt:
             chosen.setdefault(json.dumps([example.prompt, example.label]), example)
-    if not chosen:
+    asked = [(e, encode_prompt(tokenizer, e.prompt, e.label)) for e in chosen.values()]
+    short = [(e, tokens) for e, tokens in asked if len(tokens) < position_limit(policy.config)]
+    if dist.is_main() and len(short) < len(asked):
+        left_out = len(asked) - len(short)
+        print(f"{left_out} of {len(asked)} held-out prompts are too long to be answered", flush=True)
+    if not short:
         return []
-    examples = [*chosen.values()]
+    examples = [e for e, _ in short]
     samples = generate(
         policy,
         tokenizer,
-        [encode_prompt(tokenizer, e.prompt, e.label) for e in examples],
+        [tokens for _, tokens in short],
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         seed=seed,

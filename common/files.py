@@ -102,6 +102,7 @@ def write(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------- JSON lines
 
 
+LOCK = ".lock"  # the file in a run's folder that the process writing there holds
 _locks: dict[Path, IO] = {}  # open as long as this process lives
 
 
@@ -111,7 +112,7 @@ def lock(folder: Path) -> None:
     Raises:
         RunError: another living process has it.
     """
-    path = folder.resolve() / ".lock"
+    path = folder.resolve() / LOCK
     if path in _locks:  # a stage, or a second run in one process
         return
     file = path.open("a+")

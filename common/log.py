@@ -44,6 +44,8 @@ class Log:
         self.run, self.script, self.show, self.options = run, script, show, options
         self.pipeline, self.is_pipeline, self.columns, self.wandb = pipeline, is_pipeline, columns, None
         self.first_step: int | None = None  # of this process, for the time left
+        self.called = time.perf_counter()
+        self.warned = False
         self.folder = Path(run.output_dir)
         self.rows: list[dict] = dist.from_main(self._open)
         values = options.values
@@ -65,12 +67,15 @@ class Log:
         samples of a step without a row, which will be evaluated again, so these go.
         """
         folder = self.folder
-        if self.run.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
-            shutil.rmtree(folder, ignore_errors=True)
         try:
-            (folder if self.is_pipeline else folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            files.lock(folder)  # before anything is deleted: another run may be writing there
+            if self.run.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
+                for path in folder.iterdir():
+                    if path.name != files.LOCK:
+                        files.remove(path)
+            if not self.is_pipeline:
+                (folder / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
         last = checkpoint.newest(folder)
@@ -184,6 +189,8 @@ class Log:
             file.write(json.dumps(row) + "\n")
         self._track(step, metrics)
         now = time.perf_counter()
+        self._warn_of_torchrun(now - self.called)
+        self.called = now
         if self.first_step is None:
             self.first_step, self.started, self.printed = step, now, now
         evaluation = {name[5:]: value for name, value in metrics.items() if name.startswith("eval/")}
@@ -197,6 +204,18 @@ class Log:
                 )
             if evaluation:
                 print(f"{head}  held out: {self._brief(evaluation)}", flush=True)
+
+    def _warn_of_torchrun(self, seconds: float) -> None:
+        """Say once that a stop could not save: torchrun kills its ranks 30 s after it was told to stop."""
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        has_time = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) > 2 * seconds
+        if under_torchrun and not has_time and seconds > 10 and not self.warned:
+            self.warned = True
+            print(
+                f"a step takes {seconds:.0f} s, and a stop saves at its end, but torchrun kills its ranks "
+                "30 s after a signal: start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in the environment",
+                flush=True,
+            )
 
     def _brief(self, metrics: dict[str, float]) -> str:
         """The shown metrics and the judge's scores on one line, by the last part of their names."""

@@ -107,10 +107,6 @@ class Scorer(PackedModel):
         return self.head(self.hidden_states(batch).index_select(0, positions).float())
 
 
-def token_stats(policy: Policy, batch: MicroBatch, temperature: float = 1.0) -> TokenStats:
-    return policy(batch, temperature)
-
-
 def token_logps(policy: Policy, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """log p(token | the tokens before it in its sequence) of each scored token. -> (N_targets,) float32"""
     return policy(batch, temperature).logps
@@ -127,10 +123,16 @@ def values(scorer: Scorer, batch: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def score(scorer: Scorer, examples: list[Example], micro_batch_tokens: int, device: torch.device) -> Tensor:
+def score(
+    scorer: Scorer,
+    examples: list[Example],
+    micro_batch_tokens: int,
+    device: torch.device,
+    centred: bool = True,
+) -> Tensor:
     """Outputs for every sequence of the examples, in order, on every rank. -> (sequences, A) float32
 
-    Centred and scaled by the model's config.reward_mean and reward_std, if set.
+    Centred and scaled by the model's config.reward_mean and reward_std, if set, unless centred is False.
     """
     starts = list(itertools.accumulate((len(e.sequences) for e in examples), initial=0))
     table = torch.zeros(starts[-1], scorer.config.num_labels, device=device)
@@ -138,7 +140,7 @@ def score(scorer: Scorer, examples: list[Example], micro_batch_tokens: int, devi
         found = [at for i in batch.example_ids.tolist() for at in range(starts[i], starts[i + 1])]
         table[found] = rewards(scorer, batch)
     dist.sum_over_ranks(table)  # each example was scored by one rank
-    if getattr(scorer.config, "reward_mean", None) is not None:
+    if centred and getattr(scorer.config, "reward_mean", None) is not None:
         mean, std = (table.new_tensor(getattr(scorer.config, x)) for x in ("reward_mean", "reward_std"))
         table = (table - mean) / std
     return table

@@ -58,14 +58,17 @@ def save_images(folder: Path, prompts: list[str], columns: dict[str, Any]) -> No
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
-def judged(prompts: list[str], drawn: Any, base: Any, judge: Callable | None) -> list[dict]:
-    """A row for samples.jsonl of each image: its prompt, its rewards, and what the judge makes of it."""
-    rows, count = [], len(drawn.images) // len(prompts)
+def judged(
+    prompts: list[str], drawn: Any, base: Any, judge: Callable | None
+) -> tuple[list[dict], list[dict[str, float]]]:
+    """For each image a row for samples.jsonl, its prompt, rewards and the judge's scores; and the scores."""
+    rows, scores, count = [], [], len(drawn.images) // len(prompts)
     for i, image in enumerate(drawn.images):
         row = {"prompt": prompts[i // count], "image": i % count, "reward": drawn.rewards[i].item()}
         row["reward_base"] = base.rewards[i].item()
-        rows.append(row | (judge(row["prompt"], image / 255) if judge else {}))
-    return rows
+        scores.append(judge(row["prompt"], image / 255) if judge else {})
+        rows.append(row | scores[-1])
+    return rows, scores
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:

@@ -81,6 +81,8 @@ def read_options(name: str, Args: type, options: str, reserved: Collection[str] 
             raise dist.RunError(f"{name}.{bare} is set by the pipeline; leave it out")
         if bare not in known:
             raise dist.RunError(f"{name}: --{option} is no option of it; --{name} --help lists them")
+    chosen = " ".join(groups.get("algorithm", [])).removeprefix("--algorithm").lstrip("= ")
+    defaults = args.with_fields(defaults, **args.presets_of(Args).get(chosen, {}))
     found = parse_quietly(words, defaults)
     if found is None:
         raise bad_value(name, defaults, groups)

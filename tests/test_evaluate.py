@@ -122,6 +122,21 @@ def test_the_first_distinct_prompts_are_answered_once_each(few: Path) -> None:
     assert answered(str(few), num_samples=0) == []
 
 
+def test_prompts_too_long_for_the_model_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: Any, device: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """They end no run: a held-out conversation may be longer than what training cuts to."""
+    from conftest import make_tiny_model
+
+    folder = make_tiny_model(tmp_path, tokenizer, max_position_embeddings=24)
+    policy = models.load(str(folder), device, args_of(Args).system, trainable=False)
+    examples = [packed.Example([], text) for text in ("2+2?", "what does the cat say " * 20, "3+3?")]
+    found = answer(policy, tokenizer, examples, 3, SAMPLING, 1, 0)
+    assert [a.prompt for a in found] == ["2+2?", "3+3?"]
+    assert "1 of 3 held-out prompts are too long to be answered" in capsys.readouterr().out
+    assert answer(policy, tokenizer, examples[1:2], 3, SAMPLING, 1, 0) == []
+
+
 def test_all_ranks_have_the_answers_and_their_scores(few: Path, two_ranks: Any) -> None:
     alone = answered(str(few))
     assert two_ranks("test_evaluate:answered", few=str(few)) == [alone, alone]

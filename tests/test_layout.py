@@ -138,8 +138,7 @@ def parse_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", words[at:])
     if "--help" not in words:
         names = getattr(module, "STAGES", {})
-        presets = getattr(module, "ALGORITHMS", None)
-        parsed = args.parse(module.Args, module.TOY, names, presets)
+        parsed = args.parse(module.Args, module.TOY, names)
         if names:  # a pipeline, which reads the options of its stages when it begins
             stages.read_all(parsed.stages, names, module.RESERVED)
 

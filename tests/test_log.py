@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from conftest import ROOT, args_of, read_metrics
 
 import dpo
 import sft
-from common import checkpoint, dist, log
+from common import checkpoint, dist, files, log
 from common.args import flat, parse, snapshot, with_fields
 
 
@@ -90,7 +91,7 @@ def finished(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_named_in_the_design(finished: Path) -> None:
-    names = {p.name for p in finished.iterdir()}
+    names = {p.name for p in finished.iterdir()} - {files.LOCK}
     expected = {"args.json", "dpo.py", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model"}
     assert expected == names
     assert [p.name for p in (finished / "checkpoints").iterdir()] == ["step_00000006"]
@@ -142,6 +143,43 @@ def test_rows_past_the_checkpoint_and_a_torn_line_are_dropped_on_resume(few: Pat
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[:3] == straight
     assert rows[3]["train/loss"] < 1
+
+
+def test_a_folder_that_a_live_run_writes_to_is_refused(few: Path, tmp_path: Path) -> None:
+    """Two runs would interleave their rows; --overwrite would delete under the other's feet."""
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path / "ours", max_steps=1)))
+    code = (
+        "import time\nfrom pathlib import Path\nfrom common import files\n"
+        f"files.lock(Path({str(tmp_path)!r}))\nprint('locked', flush=True)\ntime.sleep(600)\n"
+    )
+    (tmp_path / "args.json").write_text("{}")
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    for overwrite in (False, True):
+        with pytest.raises(dist.RunError, match=f"the run of process {other.pid} is still writing there"):
+            dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, overwrite=overwrite)))
+    assert (tmp_path / "args.json").exists()
+    other.kill()
+    other.wait()
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1)))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told", "said"), [(40, "30", True), (40, "600", False), (1, "30", False)]
+)
+def test_torchruns_deadline_is_said_when_a_step_takes_longer(
+    seconds: float, told: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", told)
+    args = args_of(dpo.Args, output_dir=str(tmp_path))
+    run_log = log.Log(args.run, dpo.__file__, dpo.SHOWN, snapshot(args))
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now + seconds)
+    for step in (1, 2):
+        run_log.called = now
+        run_log(step, 9, {"train/loss": 1.0})
+    assert capsys.readouterr().out.count("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600") == said
 
 
 def test_an_unwritable_output_dir_is_refused(few: Path, tmp_path: Path) -> None:

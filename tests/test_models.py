@@ -132,10 +132,10 @@ def test_a_packed_row_says_what_each_sequence_says_alone(kind: str, config: dict
     plain, examples = save(tmp_path, kind, **config), documents()
     policy, row = models.load(str(tmp_path), device, options()), pack(documents())
     for temperature in (1.0, 0.7):
-        stats = models.token_stats(policy, row, temperature)
+        stats = policy(row, temperature)
         for ours, theirs in zip(stats, plain_stats(plain, examples, temperature), strict=False):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    logits = models.token_stats(policy, row).mean_logit * policy.logit_scale
+    logits = policy(row).mean_logit * policy.logit_scale
     theirs = torch.cat(
         [
             plain(input_ids=torch.from_numpy(e.sequences[0][0]).long()[None])

@@ -605,7 +605,7 @@ PUBLISHED = {  # advantage, samples_per_prompt, loss_reduction, clip below and a
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> ppo.Args:
     monkeypatch.setattr("sys.argv", ["ppo.py", *words])
-    return parse(ppo.Args, ppo.TOY, presets=ppo.ALGORITHMS)
+    return parse(ppo.Args, ppo.TOY)
 
 
 def switches(args: ppo.Args) -> tuple:

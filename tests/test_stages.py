@@ -14,6 +14,7 @@ import pytest
 from conftest import args_of, read_metrics
 from tyro.conf import OmitArgPrefixes
 
+import ppo
 import sft
 from common import checkpoint, dist, log, stages
 from common.args import Folder, flat, merge_options, parse, snapshot
@@ -226,3 +227,11 @@ def test_the_stages_of_a_pipeline_share_its_wandb_run(
     assert sent.pop() == "finish" and "finish" not in sent
     stage = [values["1_sft/step"] for _, values in sent if "1_sft/step" in values]
     assert sorted(set(stage)) == [0, 1, 2, 3] and {step for step, _ in sent} == {None}
+
+
+def test_what_an_algorithm_stands_for_holds_in_a_stage_too() -> None:
+    """--ppo="--algorithm grpo" is no mere name, and what is given beside it wins."""
+    found = stages.read_options("ppo", ppo.Args, "--algorithm grpo --kl_coef=0.2 --clip_range 0.2")
+    assert (found.algorithm, found.advantage, found.samples_per_prompt) == ("grpo", "grpo", 8)
+    assert (found.kl_coef, found.clip_range, found.kl_placement) == (0.2, 0.2, "loss")
+    assert stages.read_options("ppo", ppo.Args, "").advantage == "gae"
