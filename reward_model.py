@@ -401,7 +401,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     scorer.config.reward_std = rewards.std(0, correction=0).clamp(min=1e-6).tolist()
     scorer.config.pad_token_id = pad_token(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(scorer.config.pad_token_id)
-    checkpoint.export(run.output_dir, scorer, tokenizer, args.model)
+    checkpoint.export(run, scorer, tokenizer, args.model)
     log.finish()
 
 

@@ -157,7 +157,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    checkpoint.export(run.output_dir, policy, tokenizer, args.model, run.merge_lora, run.merge_dtype)
+    checkpoint.export(run, policy, tokenizer, args.model)
     log.finish()
 
 

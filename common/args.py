@@ -125,6 +125,8 @@ class Training(Folder):
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 1
     """how many of the newest checkpoints stay on disk"""
+    merge_dtype: Literal["auto", "float32"] = "auto"
+    """dtype of a model that adapters were folded into; auto is that on disk, which may round them away"""
 
 
 @dataclass
@@ -137,8 +139,6 @@ class Run(Training):
     """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
     merge_lora: bool = False
     """fold the adapters into the exported model instead of writing a peft folder"""
-    merge_dtype: Literal["auto", "float32"] = "auto"
-    """dtype of a model that adapters were folded into; auto is that on disk, which may round them away"""
 
 
 @dataclass

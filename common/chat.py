@@ -1,6 +1,9 @@
 """Who answers a conversation: a model in this process, or one behind a server with OpenAI's chat API.
 
-Both give replies, and both say which of two options, (A) or (B), is the better one, as a probability.
+Both give replies, and both say which of two options, (A) or (B), is the better one, as a probability. The
+first can be talked with:
+
+    python -m common.chat --model runs/sft "What does the cat say?"
 """
 
 import contextlib
@@ -10,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import tyro
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from common import data, dist, files, formats, models, packed
 from common.args import Inference
-from common.generate import generate
+from common.generate import Sample, generate, rollout
 
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
@@ -263,3 +268,67 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool) -> float | None:
             probs[letter] += math.exp(top["logprob"])
     total = sum(probs.values())
     return probs["A"] / total if total > 0 else float(letters[-1] == "A")
+
+
+# ------------------------------------------------------------------------------------------- in the terminal
+
+
+@dataclass
+class Args:
+    """Ask a model one question, or without one hold a conversation in the terminal; Ctrl-D ends it."""
+
+    question: tyro.conf.Positional[str] = ""
+    """answered at once"""
+    model: str = "toy"
+    """toy, a run folder, a Hugging Face folder, a hub id or a .gguf file"""
+    system: str = ""
+    """system message"""
+    attributes: str = ""
+    """wanted attributes of a conditioned model, as helpfulness:4,toxicity:0"""
+    temperature: float = 1.0
+    """0 takes the most likely token"""
+    max_new_tokens: int = 512
+    """most tokens of a reply"""
+    seed: int = 1
+    """another seed, another reply"""
+
+
+def main(args: Args) -> None:
+    device = dist.init(args.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tokenizer = data.load_tokenizer(args.model)
+    policy = models.load(args.model, device, Inference(), trainable=False)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    label = formats.read_line(args.attributes, "attributes")
+    shown = ""
+
+    def show(sample: Sample) -> None:
+        nonlocal shown
+        text = sample.text.rstrip("\ufffd")  # half a character: the rest comes with the next token
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+
+    with rollout(policy), contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            text, shown = args.question or input("\n> "), ""
+            messages.append({"role": "user", "content": text})
+            prompt = data.encode_prompt(tokenizer, messages if tokenizer.chat_template else text, label)
+            (reply,) = generate(
+                policy,
+                tokenizer,
+                [prompt],
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=args.seed,
+                step=len(messages),
+                stream=show,
+            )
+            messages.append({"role": "assistant", "content": reply.text})
+            print()
+            if args.question:
+                return
+    print()
+
+
+if __name__ == "__main__":
+    dist.run(main, tyro.cli(Args, use_underscores=True))

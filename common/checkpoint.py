@@ -107,34 +107,28 @@ def _flat(state: dict, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def export(
-    output_dir: str,
-    policy: models.PackedModel,
-    tokenizer: Any,
-    model: str,
-    merge_lora: bool = True,
-    merge_dtype: str = "auto",
-) -> None:
+def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str) -> None:
     """Write `model/`: a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
 
     generation_config stops at the token trained to end a turn.
 
     Args:
         model: what the policy started from, on which adapters stand.
-        merge_dtype: of merged weights; auto is the dtype they have on disk, which may round adapters away.
     """
-    folder, dtype = Path(output_dir) / "model", policy.dtype_on_disk
+    folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
     lora, weights = policy.lora_config, {}
+    # transformers loads a reward model, so that is always merged
+    merge = isinstance(policy, models.Scorer) or getattr(run, "merge_lora", True)
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (lora is None or ".lora_" in name or name == "score.weight"):
             weights[name] = tensor.to("cpu", dtype if lora is None else torch.float32, copy=True)
     if dist.is_main():
         with files.whole(folder) as unfinished:
-            if lora is not None and not merge_lora:
+            if lora is not None and not merge:
                 _save_peft(unfinished, policy, model, weights)
             else:
                 if lora is not None:
-                    dtype = torch.float32 if merge_dtype == "float32" else dtype
+                    dtype = torch.float32 if run.merge_dtype == "float32" else dtype
                     weights = _merge(policy, model, weights, dtype)
                 _save_transformers(unfinished, policy, tokenizer, weights, dtype)
             tokenizer.save_pretrained(unfinished)

@@ -3,9 +3,7 @@
 The sharded policy is gathered once per call into a plain replica, so that each rank decodes its share of the
 prompts without collectives. A batch has one row per reply, and each row its own position in a static K/V
 cache: a finished row goes to the next prompt, and when none waits the rows in use are compacted. Prompts are
-prefilled packed, by the attention that training uses.
-
-    python -m common.generate --model runs/sft "What does the cat say?"
+prefilled packed, by the attention that training uses. To talk with a model: chat.py.
 
 Shapes: n rows in use, V vocabulary, D width, H heads, H_kv key heads, K head width, S cache slots of a row.
 """
@@ -15,7 +13,6 @@ import contextlib
 import copy
 import functools
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,11 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
-from common import data, dist, formats, models, packed
-from common.args import System
+from common import data, dist, models, packed
 
 LEVELS = 3  # of the search through the vocabulary, see `invert`
 STRIDE = {"cpu": 1, "cuda": 8}  # steps from one look of the host to the next; a look waits for the device
@@ -571,67 +566,3 @@ def rows_in_memory(replica: Replica, num_slots: int) -> int:
             "max_new_tokens or max_prompt_length"
         )
     return int(0.8 * free // row)
-
-
-# ------------------------------------------------------------------------------------------------------- chat
-
-
-@dataclass
-class Args:
-    """Ask a model one question, or without one hold a conversation in the terminal; Ctrl-D ends it."""
-
-    question: tyro.conf.Positional[str] = ""
-    """answered at once"""
-    model: str = "toy"
-    """toy, a run folder, a Hugging Face folder, a hub id or a .gguf file"""
-    system: str = ""
-    """system message"""
-    attributes: str = ""
-    """wanted attributes of a conditioned model, as helpfulness:4,toxicity:0"""
-    temperature: float = 1.0
-    """0 takes the most likely token"""
-    max_new_tokens: int = 512
-    """most tokens of a reply"""
-    seed: int = 1
-    """another seed, another reply"""
-
-
-def main(args: Args) -> None:
-    device = dist.init(args.seed)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    tokenizer = data.load_tokenizer(args.model)
-    policy = models.load(args.model, device, System(), trainable=False)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    label = formats.read_line(args.attributes, "attributes")
-    shown = ""
-
-    def show(sample: Sample) -> None:
-        nonlocal shown
-        text = sample.text.rstrip("\ufffd")  # half a character: the rest comes with the next token
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-
-    with rollout(policy), contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            text, shown = args.question or input("\n> "), ""
-            messages.append({"role": "user", "content": text})
-            prompt = data.encode_prompt(tokenizer, messages if tokenizer.chat_template else text, label)
-            (reply,) = generate(
-                policy,
-                tokenizer,
-                [prompt],
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                seed=args.seed,
-                step=len(messages),
-                stream=show,
-            )
-            messages.append({"role": "assistant", "content": reply.text})
-            print()
-            if args.question:
-                return
-    print()
-
-
-if __name__ == "__main__":
-    dist.run(main, tyro.cli(Args, use_underscores=True))

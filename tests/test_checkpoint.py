@@ -97,7 +97,8 @@ def test_a_merge_adds_in_float32_and_says_what_rounding_loses(
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     policy = adapted(str(base), device, size)
     for merge_dtype in ("auto", "float32"):
-        checkpoint.export(str(tmp_path), policy, tokenizer, str(base), True, merge_dtype)
+        run = Run(output_dir=str(tmp_path), merge_lora=True, merge_dtype=merge_dtype)
+        checkpoint.export(run, policy, tokenizer, str(base))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
         out = capsys.readouterr().out
         if merge_dtype == "float32":
@@ -120,9 +121,9 @@ def test_adapters_on_adapters_stand_on_a_model(
 
     base = make_tiny_model(tmp_path / "base", tokenizer)
     monkeypatch.chdir(tmp_path)  # paths as users give them, from where they are
-    checkpoint.export("first", adapted("base", device, 0.3, dtype), tokenizer, "base", merge_lora=False)
+    checkpoint.export(Run(output_dir="first"), adapted("base", device, 0.3, dtype), tokenizer, "base")
     second = adapted("first", device, 0.2, dtype)
-    checkpoint.export("second", second, tokenizer, "first", merge_lora=False)
+    checkpoint.export(Run(output_dir="second"), second, tokenizer, "first")
     monkeypatch.chdir("/")
     ours, limit = logps_of(second, device), 1e-5 if dtype == "float32" else 0.1
     untrained = plain_logps(AutoModelForCausalLM.from_pretrained(base), TOKENS)

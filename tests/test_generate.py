@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import dist, generate, models, packed
+from common import chat, dist, generate, models, packed
 from common.args import System
 from toy import language
 
@@ -467,8 +467,8 @@ def test_two_ranks_return_the_samples_of_one(num_prompts, tmp_path, two_ranks, d
 
 
 def test_chat_streams_an_answer_and_ends_politely(monkeypatch, capsys, toy):
-    monkeypatch.setattr(generate.signal, "signal", lambda *_: None)  # of this process
-    generate.main(generate.Args(question="What does the cat say?", temperature=0.0, max_new_tokens=20))
+    monkeypatch.setattr(chat.signal, "signal", lambda *_: None)  # of this process
+    chat.main(chat.Args(question="What does the cat say?", temperature=0.0, max_new_tokens=20))
     once = capsys.readouterr().out
     assert once.strip()
     lines = iter(["What does the cat say?", "And the dog?"])
@@ -479,7 +479,7 @@ def test_chat_streams_an_answer_and_ends_politely(monkeypatch, capsys, toy):
         raise EOFError
 
     monkeypatch.setattr("builtins.input", ask)
-    generate.main(generate.Args(temperature=0.0, max_new_tokens=20))
+    chat.main(chat.Args(temperature=0.0, max_new_tokens=20))
     assert capsys.readouterr().out.startswith(once)
 
 
@@ -488,7 +488,7 @@ def test_the_chat_asks_for_attributes(toy: Path, capsys: pytest.CaptureFixture) 
     for toxicity in (0, 4):
         attributes = f"helpfulness:2,correctness:4,coherence:4,complexity:0,verbosity:1,toxicity:{toxicity}"
         question = "What does the cat say?"
-        args = generate.Args(question=question, attributes=attributes, temperature=0.0, max_new_tokens=20)
-        generate.main(args)
+        args = chat.Args(question=question, attributes=attributes, temperature=0.0, max_new_tokens=20)
+        chat.main(args)
         replies[toxicity] = language.judge(question, capsys.readouterr().out.strip().splitlines()[-1])
     assert replies[0]["toxicity"] == 0 < replies[4]["toxicity"]

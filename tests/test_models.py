@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import checkpoint, dist, models, packed, plan
-from common.args import Optimization, System
+from common.args import Optimization, Run, System
 
 V = 60
 FAMILIES = [
@@ -847,7 +847,7 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     policy = models.load(folder, dist.init(1), args)
     move_adapters(policy)
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    checkpoint.export(out, policy, tokenizer, folder, merge_lora=False)
+    checkpoint.export(Run(output_dir=out), policy, tokenizer, folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
     ours = {name: t.clone() for name, t in before.items()}
