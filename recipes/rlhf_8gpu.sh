@@ -6,6 +6,7 @@ SFT=${SFT:-runs/sft}
 PAIRS=${PAIRS:-allenai/llama-3.1-tulu-3-8b-preference-mixture}
 PROMPTS=${PROMPTS:-allenai/RLVR-GSM}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that torchrun gives a stop to save
 
 torchrun --nproc_per_node=8 reward_model.py --model "$SFT" --dataset "$PAIRS" \
   --learning_rate 3e-6 --batch_size 128 --max_length 2048 --micro_batch_tokens 16384 --track

@@ -7,6 +7,7 @@ DEMONSTRATIONS=${DEMONSTRATIONS:-allenai/tulu-3-sft-mixture}
 PAIRS=${PAIRS:-allenai/llama-3.1-tulu-3-8b-preference-mixture}
 TEMPLATE=${TEMPLATE:-chatml}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that torchrun gives a stop to save
 
 torchrun --nproc_per_node=8 sft.py --model "$MODEL" --chat_template "$TEMPLATE" --dataset "$DEMONSTRATIONS" \
   --learning_rate 5e-6 --batch_size 128 --num_epochs 2 --max_length 4096 --micro_batch_tokens 16384 --track
