@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models, packed
+from common import checkpoint, data, dist, files, formats, models, packed
 from common.args import Optimization, Run, Sampling, System, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
@@ -233,6 +233,27 @@ def loss_and_metrics(
     return loss, metrics
 
 
+RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
+# options of some losses only; with another one they would be ignored
+USED_BY = {"label_smoothing": ("dpo", "robust"), "reward_scale": RPO, "simpo_gamma": ("simpo",)}
+
+
+def check(args: Args, pairs: data.Dataset) -> None:
+    """Refuse settings that cannot go together, before any work starts."""
+    for option, losses in USED_BY.items():
+        if getattr(args, option) != getattr(Args, option) and args.loss not in losses:
+            raise formats.wrong(f"{option} with loss {args.loss}", getattr(args, option), " or ".join(losses))
+    if not 0 <= args.label_smoothing < 0.5:
+        raise formats.wrong(
+            "label_smoothing", args.label_smoothing, "0 to less than 0.5, where labels are noise"
+        )
+    rewarded = ({"chosen_reward", "score_chosen"} & pair.record.keys() for pair in pairs)
+    if args.loss in RPO and not all(rewarded):
+        raise formats.wrong(
+            f"loss {args.loss}", "a pair without rewards", "chosen_reward and rejected_reward"
+        )
+
+
 TOY = dict(
     beta=0.3,
     sft_coef=0.2,
@@ -254,6 +275,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = data.load_pairs(tokenizer, args.dataset, args.eval_dataset, args.max_length)
+    check(args, train_set)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     judge = load_judge(run.judge, args.dataset)
     if log.is_finished(num_steps):

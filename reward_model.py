@@ -132,7 +132,8 @@ def example_losses(table: Tensor, target: Tensor, fields: dict[str, Tensor], arg
     margins = table[:, 0] - table[:, 1]
     shift = fields["margin"] if args.loss == "margin_bt" else 0.0
     scale = fields["margin"] if args.loss == "scaled_bt" else 1.0
-    losses = scale * bt_loss(margins - shift, fields["label_prob"])
+    p = fields["label_prob"]  # the margin holds whichever is better: swapping the two changes nothing
+    losses = scale * (p * bt_loss(margins - shift) + (1 - p) * bt_loss(-margins - shift))
     return losses + args.center_coef * table.sum(1).square()
 
 

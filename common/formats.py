@@ -283,7 +283,9 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
     sides = [first(value, (name, name + "_response")) for name in ("chosen", "rejected")]
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
-    given = {name: value[name] for name in PAIR_FIELDS if value.get(name) is not None}
+    scores = {"chosen_reward": value.get("score_chosen"), "rejected_reward": value.get("score_rejected")}
+    given = {n: x for n in PAIR_FIELDS if (x := first(value, (n,))) is not None}
+    given = {n: x for n, x in scores.items() if x is not None} | given  # UltraFeedback's names
     numbers = {name: number(x, where, name) for name, x in (PAIR_FIELDS | given).items()}
     if not 0 <= numbers["label_prob"] <= 1:
         raise wrong(where, f"label_prob {numbers['label_prob']}", "a probability")

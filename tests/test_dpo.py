@@ -10,7 +10,7 @@ import torch
 from conftest import args_of, read_metrics
 
 import dpo
-from common import formats, models, packed
+from common import data, dist, formats, models, packed
 
 H = torch.tensor([0.3])  # with beta 1, beta h = 0.3 throughout
 
@@ -220,3 +220,29 @@ def test_every_loss_learns_to_prefer_chosen(few: Path, tmp_path: Path, loss: str
     bar = rows[0]["eval/rewards/accuracies"] if loss == "simpo" else 0.75
     assert rows[-1]["eval/rewards/accuracies"] > bar
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"label_smoothing": 0.1, "loss": "simpo"},
+            "label_smoothing with loss simpo: found 0.1; expected dpo or",
+        ),
+        ({"simpo_gamma": 1.0}, "simpo_gamma with loss dpo"),
+        ({"reward_scale": 2.0, "loss": "ipo"}, "reward_scale with loss ipo"),
+        ({"label_smoothing": 0.5, "loss": "robust"}, "label_smoothing: found 0.5"),
+        ({"loss": "rpo_sq"}, "a pair without rewards"),
+    ],
+)
+def test_an_option_that_the_loss_would_ignore_is_refused(options: dict, said: str) -> None:
+    """By its name, before any work; a loss that regresses on rewards needs them in the data."""
+    plain = data.Dataset([([packed.Example([], "", record={"chosen": "a", "rejected": "b"})], 1.0)])
+    with pytest.raises(dist.RunError, match=said):
+        dpo.check(args_of(dpo.Args, **options), plain)
+    rewarded = data.Dataset(
+        [([packed.Example([], "", record={"score_chosen": 9, "score_rejected": 2})], 1.0)]
+    )
+    for loss in ("dpo", "robust"):
+        dpo.check(args_of(dpo.Args, loss=loss, label_smoothing=0.1), plain)
+    dpo.check(args_of(dpo.Args, loss="rpo_sq", reward_scale=2.0), rewarded)

@@ -675,3 +675,12 @@ def test_a_model_without_a_score_head_scores_nothing(few: Path, tiny_model: str,
 def test_a_file_that_is_not_there_is_named(scorer_run: str, tmp_path: Path) -> None:
     with pytest.raises(dist.RunError, match="absent.jsonl"):
         score(scorer_run, str(tmp_path / "absent.jsonl"))
+
+
+@pytest.mark.parametrize("loss", ["bt", "margin_bt", "scaled_bt"])
+def test_a_soft_label_says_the_same_when_the_sides_are_swapped(loss: str) -> None:
+    """p for (a, b) is 1 - p for (b, a), whatever margin the better one is asked to win by."""
+    ours = pair_loss(0.4, 1.9, loss=loss, margin=1.5, label_prob=0.7)
+    assert ours == pytest.approx(pair_loss(1.9, 0.4, loss=loss, margin=1.5, label_prob=0.3), abs=1e-6)
+    if loss == "margin_bt":  # 0.7 softplus(3.0) + 0.3 softplus(0.0)
+        assert ours == pytest.approx(0.7 * 3.048587 + 0.3 * 0.693147, abs=1e-5)
