@@ -103,11 +103,11 @@ def write(path: Path, text: str) -> None:
 
 
 LOCK = ".lock"  # the file in a run's folder that the process writing there holds
-_locks: dict[Path, IO] = {}  # open as long as this process lives
+_locks: dict[Path, IO] = {}
 
 
 def lock(folder: Path) -> None:
-    """Claim a folder for this process; the system frees what a dead one held, however it died.
+    """Claim a folder for this process until `unlock`; the system frees what a dead one held, however it died.
 
     Raises:
         RunError: another living process has it.
@@ -130,6 +130,13 @@ def lock(folder: Path) -> None:
     file.write(str(os.getpid()))
     file.flush()
     _locks[path] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let others have the folder while this process goes on."""
+    file = _locks.pop(folder.resolve() / LOCK, None)
+    if file is not None:
+        file.close()
 
 
 def as_lines(records: Iterable[dict]) -> str:

@@ -254,6 +254,7 @@ class Log:
         """Draw the curves, and print the table, or how to resume a run that was stopped."""
         if not dist.is_main():
             return
+        files.unlock(self.folder)
         with contextlib.suppress(ImportError):
             _draw(self.rows, self.folder / "curves.png", self.show)
         if stopped_at is not None:
