@@ -18,7 +18,7 @@ from common import args, stages
 SCRIPTS = ["cai", "dpo", "draftp", "ppo", "reward_model", "sft", "spin", "steerlm", "steerlm2"]  # not a copy
 PIPELINES = {"cai", "steerlm"}
 ALGORITHMS = r"\b(sft|dpo|ppo|grpo|rloo|spin|steerlm2?|draftp?|cai|ipo|rpo|simpo|reward_model)\b"
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADINGS = [
     "The algorithm",
     "Run it",
