@@ -12,6 +12,7 @@ stands: all of a script's own, and of a block those in its `fixed`, or all if it
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -222,7 +223,36 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
-    return Snapshot(flat(args), fixed_names(args), toy or {})
+    """The options as they are kept, after a look at their ranges.
+
+    Raises:
+        RunError: a number out of the range of its option.
+    """
+    values = flat(args)
+    refuse_numbers(values)
+    return Snapshot(values, fixed_names(args), toy or {})
+
+
+# least value of options that several scripts have; below it a run would train nothing, or something else
+LEAST = {"learning_rate": 0.0, "value_learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+LEAST |= {"warmup_steps": 0, "min_lr_ratio": 0.0, "batch_size": 1, "num_epochs": 1, "max_steps": -1}
+LEAST |= {"eval_every": 1, "save_every": 1, "keep_checkpoints": 1, "num_samples": 0, "max_new_tokens": 1}
+LEAST |= {
+    "micro_batch_tokens": 0,
+    "lora_rank": 0,
+    "lora_alpha": 1e-9,
+    "max_length": 2,
+    "max_prompt_length": 1,
+}
+LEAST |= {"temperature": 0.0, "beta": 1e-9, "rollout_size": 1, "samples_per_prompt": 1, "num_ppo_epochs": 1}
+
+
+def refuse_numbers(values: dict[str, Any]) -> None:
+    for name in LEAST.keys() & values.keys():
+        found = values[name] if isinstance(values[name], list | tuple) else [values[name]]
+        if not all(LEAST[name] <= x < math.inf for x in found):  # NaN is in no range
+            least = "more than 0" if LEAST[name] == 1e-9 else f"{LEAST[name]:g} or more"
+            raise dist.RunError(f"{name} is {values[name]}; expected {least}")
 
 
 def refuse_changes(folder: Path, options: Snapshot, free: Collection[str] = ()) -> None:
@@ -233,7 +263,7 @@ def refuse_changes(folder: Path, options: Snapshot, free: Collection[str] = ()) 
     """
     before = json.loads((folder / "args.json").read_text())
     for name in options.values:
-        now = options.values[name]
+        now = json.loads(json.dumps(options.values[name]))  # as the file has it: a tuple is a list there
         if name in options.fixed and name in before and name not in free and before[name] != now:
             raise dist.RunError(
                 f"output_dir {folder} holds a run with {name} {before[name]!r}, now {now!r}: "
@@ -304,8 +334,20 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
     """The options that words set, over defaults. how: passed to tyro"""
     import tyro
 
-    words = [boolean_word(word, defaults) for word in words]
+    words = [boolean_word(word, defaults) for word in joined_booleans(words, defaults)]
     return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
+
+
+def joined_booleans(words: list[str], defaults: Any) -> list[str]:
+    """--flag True as --flag=True, for options that are booleans."""
+    values, joined = flat(defaults), []
+    for word in words:
+        last = joined[-1].removeprefix("--").replace("-", "_") if joined else ""
+        if word.lower() in ("true", "false") and isinstance(values.get(last), bool):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def boolean_word(word: str, defaults: Any) -> str:

@@ -171,9 +171,9 @@ class Log:
         """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
 
         Raises:
-            RunError: NaN or infinite train/loss or train/grad_norm; the newest checkpoint is from before it.
+            RunError: NaN or infinite train/loss, train/grad_norm or eval/loss, which sees the last update.
         """
-        for name in ("train/loss", "train/grad_norm"):
+        for name in ("train/loss", "train/grad_norm", "eval/loss"):
             if not abs(metrics.get(name, 0.0)) < float("inf"):
                 last = checkpoint.newest(self.folder)
                 raise dist.RunError(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -60,6 +61,39 @@ def test_booleans_take_a_flag_its_opposite_and_a_value(monkeypatch: pytest.Monke
     assert parsed(monkeypatch, "--judge=True").run.judge == "True"  # only booleans are read so
     with pytest.raises(SystemExit):
         parsed(monkeypatch, "--merge_lora=7")
+
+
+@pytest.mark.parametrize("word", ["--merge_lora True", "--merge-lora true", "--merge_lora"])
+def test_a_boolean_takes_its_value_after_a_space_too(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parsed(monkeypatch, *word.split()).run.merge_lora
+    assert not parsed(monkeypatch, *word.split(), "--merge_lora", "False").run.merge_lora
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("learning_rate", math.nan), ("learning_rate", -1.0), ("batch_size", 0), ("batch_size", -4)]
+    + [("save_every", 0), ("eval_every", 0), ("max_steps", -5), ("num_samples", -1), ("lora_rank", -1)]
+    + [
+        ("lora_alpha", 0.0),
+        ("beta", 0.0),
+        ("beta", -0.1),
+        ("keep_checkpoints", 0),
+        ("micro_batch_tokens", -1),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_any_work(option: str, value: float) -> None:
+    with pytest.raises(dist.RunError, match=f"{option} is .*; expected"):
+        snapshot(args_of(dpo.Args, **{option: value}))
+
+
+def test_options_that_json_writes_otherwise_are_no_change(tmp_path: Path) -> None:
+    """A tuple in a copy's Args comes back as a list."""
+    from common.args import Snapshot, refuse_changes
+
+    (tmp_path / "args.json").write_text(json.dumps({"sizes": (1, 2)}))
+    refuse_changes(tmp_path, Snapshot({"sizes": (1, 2)}, {"sizes"}, {}))
+    with pytest.raises(dist.RunError, match="sizes"):
+        refuse_changes(tmp_path, Snapshot({"sizes": (1, 3)}, {"sizes"}, {}))
 
 
 def test_options_are_flat_and_change_wherever_they_stand() -> None:
