@@ -845,7 +845,7 @@ def test_a_mistake_ends_the_run_before_any_work(
         ({"sl_model": "{world}/bare"}, "bare: found no chat template"),
         ({"preference_model": "nowhere/at/all"}, "nowhere/at/all"),
         ({"judge": "nowhere:at_all"}, "package.module:function"),
-        ({"ppo": "--advantage rloo --samples_per_prompt 1"}, "samples_per_prompt: found 1; expected 2 or more"),
+        ({"ppo": "--advantage rloo --samples_per_prompt 1"}, "samples_per_prompt: found 1; expected 2"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_said_before_the_first(
