@@ -190,7 +190,7 @@ def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
     """The functions and the update of sft.py, dpo.py or reward_model.py."""
     import torch
 
-    from common import data, dist, models
+    from common import data, dist, models, packed
     from common.args import with_fields
 
     work = Work(**work)
@@ -293,7 +293,7 @@ def run_trl(started: float, work: dict, folder: str) -> dict[str, Any]:
             per_device_train_batch_size=1,
             gradient_accumulation_steps=work.rows_per_step,
         )
-        rows = [row for step in steps for row in packed(tokenizer, step)]
+        rows = [row for step in steps for row in trl_rows(tokenizer, step)]
         dataset = Dataset.from_list(rows)
         trainer = trl.SFTTrainer(load(), args=args, train_dataset=dataset, processing_class=tokenizer)
     else:
@@ -312,7 +312,7 @@ def run_trl(started: float, work: dict, folder: str) -> dict[str, Any]:
     return meter.report([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-def packed(tokenizer: Any, step: dict) -> list[dict]:
+def trl_rows(tokenizer: Any, step: dict) -> list[dict]:
     """The rows of a step in the columns TRL's packing makes."""
     documents = []
     for example in step["examples"]:
