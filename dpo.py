@@ -234,6 +234,7 @@ def loss_and_metrics(
 
 
 RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
+REWARDS, SCORES = {"chosen_reward", "rejected_reward"}, {"score_chosen", "score_rejected"}
 # options of some losses only; with another one they would be ignored
 USED_BY = {"label_smoothing": ("dpo", "robust"), "reward_scale": RPO, "simpo_gamma": ("simpo",)}
 
@@ -247,7 +248,7 @@ def check(args: Args, pairs: data.Dataset) -> None:
         raise formats.wrong(
             "label_smoothing", args.label_smoothing, "0 to less than 0.5, where labels are noise"
         )
-    rewarded = ({"chosen_reward", "score_chosen"} & pair.record.keys() for pair in pairs)
+    rewarded = (p.record.keys() >= REWARDS or p.record.keys() >= SCORES for p in pairs)
     if args.loss in RPO and not all(rewarded):
         raise formats.wrong(
             f"loss {args.loss}", "a pair without rewards", "chosen_reward and rejected_reward"

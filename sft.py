@@ -120,7 +120,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     for step in range(start_step + 1, num_steps + 1):
         # update
-        step_start = time.perf_counter()  # the batch is the same on every rank
+        step_start = time.perf_counter()
+        # the same on every rank
         batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
         num_targets = sum(example.num_targets for example in batch)
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)

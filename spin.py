@@ -473,13 +473,12 @@ def main(args: Args) -> None:
             number += 1
             settings, train_pairs, eval_pairs = start_iteration(number, step - 1)
         step_in_iteration = step - boundaries[number]
-        length, is_last = (
-            boundaries[number + 1] - boundaries[number],
-            step in (boundaries[number + 1], num_steps),
-        )
+        length = boundaries[number + 1] - boundaries[number]
+        is_last = step in (boundaries[number + 1], num_steps)
 
         # update
-        step_start = time.perf_counter()  # the batch is the same on every rank
+        step_start = time.perf_counter()
+        # the same on every rank
         batch = data.batch(
             train_pairs, step_in_iteration, optimization.batch_size, args.seed, settings.num_epochs
         )

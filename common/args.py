@@ -240,19 +240,23 @@ LEAST |= {"eval_every": 1, "save_every": 1, "keep_checkpoints": 1, "num_samples"
 LEAST |= {
     "micro_batch_tokens": 0,
     "lora_rank": 0,
-    "lora_alpha": 1e-9,
     "max_length": 2,
     "max_prompt_length": 1,
 }
-LEAST |= {"temperature": 0.0, "beta": 1e-9, "rollout_size": 1, "samples_per_prompt": 1, "num_ppo_epochs": 1}
+LEAST |= {"temperature": 0.0, "rollout_size": 1, "samples_per_prompt": 1, "num_ppo_epochs": 1}
+
+
+POSITIVE = ("beta", "lora_alpha")
 
 
 def refuse_numbers(values: dict[str, Any]) -> None:
-    for name in LEAST.keys() & values.keys():
-        found = values[name] if isinstance(values[name], list | tuple) else [values[name]]
-        if not all(LEAST[name] <= x < math.inf for x in found):  # NaN is in no range
-            least = "more than 0" if LEAST[name] == 1e-9 else f"{LEAST[name]:g} or more"
-            raise dist.RunError(f"{name} is {values[name]}; expected {least}")
+    """End the run if an option, or one of its values, is below what it can be; NaN is in no range."""
+    for name, value in values.items():
+        found = value if isinstance(value, list | tuple) else [value]
+        if name in LEAST and not all(LEAST[name] <= x < math.inf for x in found):
+            raise dist.RunError(f"{name} is {value}; expected {LEAST[name]:g} or more")
+        if name in POSITIVE and not all(0 < x < math.inf for x in found):
+            raise dist.RunError(f"{name} is {value}; expected more than 0")
 
 
 def refuse_changes(folder: Path, options: Snapshot, free: Collection[str] = ()) -> None:

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from common import data, dist, files, models
 from common.args import Training
-from common.files import cached, fingerprint, write_lines  # noqa: F401
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
 OPTIONS = StateDictOptions(
@@ -118,7 +117,7 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
     lora, weights = policy.lora_config, {}
     # transformers loads a reward model, so that is always merged
-    merge = isinstance(policy, models.Scorer) or getattr(run, "merge_lora", True)
+    merge = isinstance(policy, models.Scorer) or run.merge_lora
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (lora is None or ".lora_" in name or name == "score.weight"):
             weights[name] = tensor.to("cpu", dtype if lora is None else torch.float32, copy=True)

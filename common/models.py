@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from common import dist, packed
-from common.args import Optimization, System
+from common.args import Inference, Optimization, System
 from common.files import model_folder
-from common.packed import Example, MicroBatch, TokenStats, micro_batches, segment_sum  # noqa: F401
+from common.packed import Example, MicroBatch, TokenStats, micro_batches
 from common.plan import training_flops, training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
@@ -46,9 +46,8 @@ class PackedModel(nn.Module):
         self.generation_config = getattr(model, "generation_config", None)
         self.compute_dtype, self.dtype_on_disk = compute_dtype, dtype_on_disk
         self.lora_config = getattr(model, "lora_config", None)
-        self.has_copies = (
-            False  # replicated by FSDP, which then reduces gradients twice: in a copy, over copies
-        )
+        # whether FSDP holds several copies: it then reduces gradients inside each, and over all of them
+        self.has_copies = False
 
     @property
     def head(self) -> nn.Linear:
@@ -83,8 +82,10 @@ class Policy(PackedModel):
         model.set_output_embeddings(head)
         assert model.get_output_embeddings() is head
 
-    def forward(self, batch: MicroBatch, temperature: float = 1.0, as_logits: bool = False) -> TokenStats:
-        """Log-probability, entropy and top-1 hit of each scored token, under logits / temperature."""
+    def forward(
+        self, batch: MicroBatch, temperature: float = 1.0, as_logits: bool = False
+    ) -> TokenStats | Tensor:
+        """What is known of each scored token under logits / temperature; as_logits: these, by `logits`."""
         hidden = self.hidden_states(batch).index_select(0, batch.targets - 1)  # position t-1 scores token t
         tokens = None if as_logits else batch.tokens[batch.targets]
         return self.head(hidden, tokens, self.logit_scale / temperature)
@@ -149,7 +150,7 @@ def score(
 # --------------------------------------------------------------------------------------------- load and shard
 
 
-def load(model: str, device: torch.device, system: System, trainable: bool = True) -> Policy:
+def load(model: str, device: torch.device, system: System | Inference, trainable: bool = True) -> Policy:
     """A causal language model, sharded over all ranks.
 
     Only rank 0 reads the weights; the others receive their shards. Only a trainable model gets adapters.
@@ -163,7 +164,7 @@ def load(model: str, device: torch.device, system: System, trainable: bool = Tru
 def load_scorer(
     model: str,
     device: torch.device,
-    system: System,
+    system: System | Inference,
     names: Sequence[str] = (),
     trainable: bool = True,
     zero_head: bool = False,

@@ -243,6 +243,9 @@ def test_an_option_that_the_loss_would_ignore_is_refused(options: dict, said: st
     rewarded = data.Dataset(
         [([packed.Example([], "", record={"score_chosen": 9, "score_rejected": 2})], 1.0)]
     )
+    half = data.Dataset([([packed.Example([], "", record={"score_chosen": 9})], 1.0)])
+    with pytest.raises(dist.RunError, match="a pair without rewards"):
+        dpo.check(args_of(dpo.Args, loss="rpo_sq"), half)
     for loss in ("dpo", "robust"):
         dpo.check(args_of(dpo.Args, loss=loss, label_smoothing=0.1), plain)
     dpo.check(args_of(dpo.Args, loss="rpo_sq", reward_scale=2.0), rewarded)
