@@ -31,7 +31,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -43,7 +43,7 @@ import ppo
 import reward_model
 import sft
 from common import chat, data, dist, files, formats, stages
-from common.args import Inference, PipelineRun, Sampling, parse, snapshot
+from common.args import Inference, PipelineRun, Sampling, block, parse, snapshot
 from common.chat import assistant, user
 from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
 from common.log import Log
@@ -142,12 +142,10 @@ class Args:
     temperature: float = 1.0
     """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
-    stages: OmitArgPrefixes[Stages] = field(default_factory=Stages)
-    server: OmitArgPrefixes[chat.Server] = field(default_factory=chat.Server)
-    system: OmitArgPrefixes[Inference] = field(default_factory=Inference)
-    run: OmitArgPrefixes[PipelineRun] = field(
-        default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}")
-    )
+    stages: OmitArgPrefixes[Stages] = block(Stages)
+    server: OmitArgPrefixes[chat.Server] = block(chat.Server)
+    system: OmitArgPrefixes[Inference] = block(Inference)
+    run: OmitArgPrefixes[PipelineRun] = block(PipelineRun, output_dir=f"runs/{Path(__file__).stem}")
 
 
 # ------------------------------------------------------------------------------------------------- the maths
@@ -622,9 +620,8 @@ def main(args: Args) -> None:
     columns = ("before", "SL-CAI", "RL-CAI")
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
     folder, common = Path(args.run.output_dir), dict(seed=args.seed, chat_template=args.chat_template)
-    stages.refuse_changed_stages({folder / FOLDERS[name]: own for name, own in options.items()}, RESERVED)
-    if log.is_finished(2):
-        return
+    begun = {folder / FOLDERS[name]: own for name, own in options.items()}
+    stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 
     # data
     tokenizer = load_tokenizer(args.model, args)
@@ -633,8 +630,10 @@ def main(args: Args) -> None:
     if args.helpful_prompts:
         helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
         held_out["ordinary"] = helpful[1]
+    if log.is_finished(2, files.inputs(args.model, tokenizer, prompts, *held_out.values())):
+        return
     check_stages(args, options, len(prompts))
-    log.start()
+    log.start(2)
     stages.write_lines(folder / "0_prompts" / "train.jsonl", [{"prompt": prompt} for prompt in prompts])
     stages.write_lines(folder / "0_prompts" / "test.jsonl", [{"prompt": e.prompt} for e in red_team])
     evaluate(0, args.model, {}, held_out, log, args, device)

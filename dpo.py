@@ -18,7 +18,7 @@ Metrics, results and departures from the papers: docs/dpo.md
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,21 +28,14 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, formats, models, packed
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
+from common.models import Policy
 from common.packed import Example, MicroBatch
 
 REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")  # fields of an example, with precompute_ref
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
-
-
-@dataclass
-class ReferenceSystem(System):
-    """How the models fit the machine: memory and speed, and with dtype and LoRA the numbers too."""
-
-    precompute_ref: bool = False
-    """score the reference policy once before training, cached, instead of keeping a frozen copy in memory"""
 
 
 @dataclass
@@ -72,16 +65,16 @@ class Args:
     reward_scale: float = 1.0
     """rpo: eta, turns a difference of chosen_reward and rejected_reward into logits"""
     simpo_gamma: float = 0.5
-    """simpo: margin, in units of beta times the mean log-prob, that chosen must win by"""
+    """simpo: margin, in units of beta times the mean log-prob, that chosen must win by; half of beta there"""
     sft_coef: float = 0.0
     """weight of the negative log-likelihood of the chosen response, a mean over its tokens"""
+    precompute_ref: bool = False
+    """score the reference policy once before training, cached, instead of keeping a frozen copy in memory"""
 
-    optimization: OmitArgPrefixes[Optimization] = field(
-        default_factory=lambda: Optimization(learning_rate=5e-7, warmup_steps=150, max_grad_norm=10.0)
-    )
-    system: OmitArgPrefixes[ReferenceSystem] = field(default_factory=ReferenceSystem)
-    run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    optimization: OmitArgPrefixes[Optimization] = block(Optimization, learning_rate=5e-7, max_grad_norm=10.0)
+    system: OmitArgPrefixes[System] = block(System)
+    run: OmitArgPrefixes[Run] = block(Run, output_dir=f"runs/{Path(__file__).stem}")
+    sampling: OmitArgPrefixes[Sampling] = block(Sampling)
 
 
 def dpo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor:
@@ -168,9 +161,7 @@ def response_logps(token_logps: Tensor, micro_batch: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logps(
-    policy: models.Policy, ref_policy: models.Policy | None, micro_batch: MicroBatch
-) -> Tensor:
+def reference_logps(policy: Policy, ref_policy: Policy | None, micro_batch: MicroBatch) -> Tensor:
     """log pi_ref(y|x), (B, 2): computed before, or by the frozen copy, or by the policy without adapters."""
     if REF_LOGPS[0] in micro_batch.fields:
         return torch.stack([micro_batch.fields[name] for name in REF_LOGPS], 1)
@@ -179,9 +170,7 @@ def reference_logps(
 
 
 @torch.no_grad()
-def precompute_reference(
-    policy: models.Policy, examples: list[Example], args: Args, device: torch.device
-) -> None:
+def precompute_reference(policy: Policy, examples: list[Example], args: Args, device: torch.device) -> None:
     """Store log pi_ref of each example with it, while the policy is still the reference. Cached."""
     once = []
     for example in examples:
@@ -202,19 +191,18 @@ def precompute_reference(
 
 
 def loss_and_metrics(
-    policy: models.Policy, ref_policy: models.Policy | None, micro_batch: MicroBatch, args: Args
+    policy: Policy, ref_policy: Policy | None, micro_batch: MicroBatch, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
     stats = policy(micro_batch)  # (N_targets,) each
     logps = response_logps(stats.logps, micro_batch)  # (B, 2); a dummy has B = 0 and a loss of exactly zero
     lengths = response_logps(torch.ones_like(stats.logps), micro_batch)
     mean_logits = response_logps(stats.mean_logit, micro_batch) / lengths
-    ref_logps = (
-        torch.zeros_like(logps) if args.loss == "simpo" else reference_logps(policy, ref_policy, micro_batch)
-    )
+    has_reference = args.loss != "simpo"
+    ref_logps = reference_logps(policy, ref_policy, micro_batch) if has_reference else torch.zeros_like(logps)
     losses = pair_losses(logps, ref_logps, lengths, micro_batch.fields, args)
     loss = (losses - args.sft_coef * logps[:, 0] / lengths[:, 0]).sum()
-    rewards = args.beta * (logps / lengths if args.loss == "simpo" else logps - ref_logps)
+    rewards = args.beta * (logps - ref_logps if has_reference else logps / lengths)
     chosen, rejected = rewards.unbind(1)
     num_pairs, num_targets = len(logps), len(stats.logps)
     metrics = {
@@ -234,37 +222,25 @@ def loss_and_metrics(
 
 
 RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
-REWARDS, SCORES = {"chosen_reward", "rejected_reward"}, {"score_chosen", "score_rejected"}
-# options of some losses only; with another one they would be ignored
-USED_BY = {"label_smoothing": ("dpo", "robust"), "reward_scale": RPO, "simpo_gamma": ("simpo",)}
+REWARDS, SCORES = ("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected")
 
 
 def check(args: Args, pairs: data.Dataset) -> None:
     """Refuse settings that cannot go together, before any work starts."""
-    for option, losses in USED_BY.items():
-        if getattr(args, option) != getattr(Args, option) and args.loss not in losses:
-            raise formats.wrong(f"{option} with loss {args.loss}", getattr(args, option), " or ".join(losses))
+    used = {"label_smoothing": args.loss in ("dpo", "robust"), "reward_scale": args.loss in RPO}
+    used |= dict(simpo_gamma=args.loss == "simpo", precompute_ref=args.loss != "simpo")
+    refuse_ignored(args, TOY, f"loss {args.loss}", used)
     if not 0 <= args.label_smoothing < 0.5:
-        raise formats.wrong(
-            "label_smoothing", args.label_smoothing, "0 to less than 0.5, where labels are noise"
-        )
-    rewarded = (p.record.keys() >= REWARDS or p.record.keys() >= SCORES for p in pairs)
-    if args.loss in RPO and not all(rewarded):
-        raise formats.wrong(
-            f"loss {args.loss}", "a pair without rewards", "chosen_reward and rejected_reward"
-        )
+        raise formats.wrong("label_smoothing", args.label_smoothing, "0 to less than 0.5, a coin flip")
+    for pair in pairs if args.loss in RPO else ():
+        if not pair.record.keys() >= set(REWARDS) and not pair.record.keys() >= set(SCORES):
+            raise formats.wrong(f"loss {args.loss}", "a pair without rewards", " and ".join(REWARDS))
 
 
-TOY = dict(
-    beta=0.3,
-    sft_coef=0.2,
-    learning_rate=3e-4,
-    warmup_steps=5,
-    batch_size=64,
-    max_steps=40,
-    eval_every=20,
-    num_samples=200,
-)
+# SimPO's own, section 4 of its paper: gamma is half of beta
+Args.presets = {"loss": {"simpo": dict(beta=2.0, simpo_gamma=1.0, sft_coef=0.0)}}
+TOY = dict(beta=0.3, sft_coef=0.2, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40)
+TOY |= dict(eval_every=20, num_samples=200)
 
 
 def main(args: Args, pipeline: Log | None = None) -> None:
@@ -278,22 +254,21 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     train_set, eval_set = data.load_pairs(tokenizer, args.dataset, args.eval_dataset, args.max_length)
     check(args, train_set)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
+    how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)  # batches are made
     judge = load_judge(run.judge, args.dataset)
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
-    log.start()
-
-    def batch_of(step: int) -> list[Example]:
-        return data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+    log.start(num_steps, optimization)
 
     # models
     policy = models.load(args.model, device, system)
-    frozen_copy = system.lora_rank == 0 and not system.precompute_ref and args.loss != "simpo"
+    frozen_copy = system.lora_rank == 0 and not args.precompute_ref and args.loss != "simpo"
     ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    if system.precompute_ref:  # before resume() changes the policy, for what this run will see
-        reached = [example for step in range(1, num_steps + 1) for example in batch_of(step)]
+    if args.precompute_ref:  # before resume() changes the policy, for what this run will see
+        batches = (data.batch(train_set, step, *how) for step in range(1, num_steps + 1))
+        reached = [example for batch in batches for example in batch]
         precompute_reference(policy, reached + eval_set, args, device)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
@@ -314,7 +289,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     for step in range(start_step + 1, num_steps + 1):
         # update
         step_start = time.perf_counter()
-        batch = batch_of(step)  # the same on every rank
+        batch = data.batch(train_set, step, *how)  # the same on every rank
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()

@@ -25,7 +25,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, diffusion, dist, formats, models, pictures
-from common.args import Optimization, Run, Weights, flat, load_function, parse, snapshot
+from common import checkpoint, data, diffusion, dist, files, formats, models, pictures
+from common.args import Optimization, Run, Weights, block, flat, load_function, parse, snapshot
 from common.evaluate import mean_scores
 from common.log import Log
 
@@ -102,18 +102,14 @@ class Args:
     ema_decay: float = 0.0
     """decay of the moving average of the trained weights, which is evaluated and exported; 0 keeps none"""
 
-    optimization: OmitArgPrefixes[Optimization] = field(
-        default_factory=lambda: Optimization(learning_rate=1e-4, max_grad_norm=10.0, batch_size=8)
+    optimization: OmitArgPrefixes[Optimization] = block(
+        Optimization, learning_rate=1e-4, max_grad_norm=10.0, batch_size=8
     )
-    system: OmitArgPrefixes[ImageSystem] = field(
-        default_factory=lambda: ImageSystem(
-            lora_rank=32, lora_alpha=32.0, lora_target="to_q,to_k,to_v,to_out.0"
-        )
+    system: OmitArgPrefixes[ImageSystem] = block(
+        ImageSystem, lora_rank=32, lora_alpha=32.0, lora_target="to_q,to_k,to_v,to_out.0"
     )
-    run: OmitArgPrefixes[ImageRun] = field(
-        default_factory=lambda: ImageRun(
-            output_dir=f"runs/{Path(__file__).stem}", eval_every=20, save_every=200
-        )
+    run: OmitArgPrefixes[ImageRun] = block(
+        ImageRun, output_dir=f"runs/{Path(__file__).stem}", eval_every=20, save_every=200
     )
 
 
@@ -463,9 +459,9 @@ def main(args: Args) -> None:
     train_set, eval_set = diffusion.load_prompts(args.dataset, args.eval_dataset)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     shown = [*dict.fromkeys(diffusion.texts(eval_set))][: run.num_samples]
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, None, train_set, eval_set)):
         return
-    log.start()
+    log.start(num_steps, optimization)
 
     # models
     pipe, policy = diffusion.load(args.model, device, args.system, args.seed)

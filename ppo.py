@@ -23,7 +23,7 @@ Metrics, results and departures from the papers: docs/ppo.md
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, formats, models, packed, rewards
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common import checkpoint, data, dist, files, formats, models, packed, rewards
+from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import Sample, generate, to_example
 from common.log import Log
@@ -120,11 +120,9 @@ class Args:
     temperature: float = 1.0
     """temperature of sampling and of every log-probability"""
 
-    optimization: OmitArgPrefixes[Optimization] = field(
-        default_factory=lambda: Optimization(learning_rate=1e-6)
-    )
-    system: OmitArgPrefixes[System] = field(default_factory=System)
-    run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
+    optimization: OmitArgPrefixes[Optimization] = block(Optimization, learning_rate=1e-6)
+    system: OmitArgPrefixes[System] = block(System)
+    run: OmitArgPrefixes[Run] = block(Run, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -455,6 +453,10 @@ def check(args: Args) -> None:
         raise formats.wrong("samples_per_prompt", args.samples_per_prompt, f"2 or more for {args.advantage}")
     if args.temperature <= 0:
         raise formats.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
+    of_values = ("gae_lambda", "whiten_advantages", "whiten_rewards", "clip_range_value")
+    of_values += ("value_learning_rate", "value_warmup_steps")
+    by = f"advantage {args.advantage}"
+    refuse_ignored(args, TOY, by, dict.fromkeys(of_values, args.advantage == "gae"))
     if args.kl_target > 0 and args.kl_coef <= 0:
         raise formats.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
@@ -482,20 +484,12 @@ ALGORITHMS = {
     "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
     | {"clip_range_high": 0.28},
 }
-Args.presets = ALGORITHMS  # where the command line, and a pipeline with this as a stage, look for them
+Args.presets = {
+    "algorithm": ALGORITHMS
+}  # where the command line, and a pipeline with this as a stage, look for them
 
-TOY = dict(
-    reward="toy.language:reward",
-    rollout_size=128,
-    learning_rate=3e-4,
-    value_learning_rate=1e-3,
-    warmup_steps=5,
-    batch_size=64,
-    max_steps=60,
-    max_new_tokens=48,
-    eval_every=20,
-    num_samples=200,
-)
+TOY = dict(reward="toy.language:reward", rollout_size=128, max_new_tokens=48, value_learning_rate=1e-3)
+TOY |= dict(learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=60, eval_every=20, num_samples=200)
 
 
 def main(args: Args, pipeline: Log | None = None) -> None:
@@ -513,9 +507,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     num_steps, steps_each = count_steps(train_set, args)
     scored_by = rewards.load(args.reward, device, system)
     judge = load_judge(run.judge, args.dataset)
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
-    log.start()
+    log.start(num_steps, optimization)
 
     # models
     policy = models.load(args.model, device, system)

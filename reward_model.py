@@ -20,7 +20,7 @@ Metrics, results and departures from the papers: docs/reward_model.md
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, formats, models, packed
-from common.args import Optimization, System, Training, parse, snapshot
+from common.args import Optimization, System, Training, block, parse, snapshot
 from common.evaluate import agreement
 from common.log import Log
 from common.packed import Example, MicroBatch
@@ -65,13 +65,11 @@ class Args:
     center_coef: float = 0.0
     """pairs: weight of (r_c + r_r)^2, which keeps rewards around 0; 0.01 is usual"""
 
-    optimization: OmitArgPrefixes[Optimization] = field(
-        default_factory=lambda: Optimization(learning_rate=9e-6, lr_schedule="cosine")
+    optimization: OmitArgPrefixes[Optimization] = block(
+        Optimization, learning_rate=9e-6, lr_schedule="cosine"
     )
-    system: OmitArgPrefixes[System] = field(default_factory=System)
-    run: OmitArgPrefixes[Training] = field(
-        default_factory=lambda: Training(output_dir=f"runs/{Path(__file__).stem}")
-    )
+    system: OmitArgPrefixes[System] = block(System)
+    run: OmitArgPrefixes[Training] = block(Training, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def bt_loss(margins: Tensor, label_prob: Tensor | float = 1.0) -> Tensor:
@@ -328,9 +326,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
     train_set, eval_set = load_examples(args, tokenizer)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
-    log.start()
+    log.start(num_steps, optimization)
 
     # models
     names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]

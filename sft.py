@@ -15,15 +15,15 @@ Metrics, results and departures from the papers: docs/sft.md
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, models, packed
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common import checkpoint, data, dist, files, models, packed
+from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
 from common.packed import MicroBatch
@@ -50,12 +50,12 @@ class Args:
     train_on_prompt: bool = False
     """score every token of a conversation instead of the assistant's turns (or the roles the data names)"""
 
-    optimization: OmitArgPrefixes[Optimization] = field(
-        default_factory=lambda: Optimization(learning_rate=2e-5, lr_schedule="cosine", batch_size=128)
+    optimization: OmitArgPrefixes[Optimization] = block(
+        Optimization, learning_rate=2e-5, lr_schedule="cosine", batch_size=128
     )
-    system: OmitArgPrefixes[System] = field(default_factory=System)
-    run: OmitArgPrefixes[Run] = field(default_factory=lambda: Run(output_dir=f"runs/{Path(__file__).stem}"))
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    system: OmitArgPrefixes[System] = block(System)
+    run: OmitArgPrefixes[Run] = block(Run, output_dir=f"runs/{Path(__file__).stem}")
+    sampling: OmitArgPrefixes[Sampling] = block(Sampling)
 
 
 def sft_loss(token_logps: Tensor) -> Tensor:
@@ -92,9 +92,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     )
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     judge = load_judge(run.judge, args.dataset)
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
-    log.start()
+    log.start(num_steps, optimization)
 
     # models
     policy = models.load(args.model, device, system)

@@ -23,7 +23,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, formats, models, packed
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
@@ -97,13 +97,9 @@ class Args:
     top_p: float = 1.0
     """sample from the fewest tokens that hold this much of the mass"""
 
-    optimization: OmitArgPrefixes[IteratedOptimization] = field(
-        default_factory=lambda: IteratedOptimization(lr_schedule="linear", warmup_steps=150)
-    )
-    system: OmitArgPrefixes[System] = field(default_factory=System)
-    run: OmitArgPrefixes[IteratedRun] = field(
-        default_factory=lambda: IteratedRun(output_dir=f"runs/{Path(__file__).stem}")
-    )
+    optimization: OmitArgPrefixes[IteratedOptimization] = block(IteratedOptimization, lr_schedule="linear")
+    system: OmitArgPrefixes[System] = block(System)
+    run: OmitArgPrefixes[IteratedRun] = block(IteratedRun, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:
@@ -412,9 +408,9 @@ def main(args: Args) -> None:
     boundaries = iteration_boundaries(len(prompts), args)
     num_steps = boundaries[-1] if run.max_steps < 0 else min(run.max_steps, boundaries[-1])
     judge = load_judge(run.judge, args.dataset)
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
-    log.start()
+    log.start(num_steps)
 
     # models
     policy = models.load(args.model, device, system)

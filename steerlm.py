@@ -23,7 +23,7 @@ import json
 import random
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,7 +34,7 @@ from tyro.conf import OmitArgPrefixes
 import reward_model
 import sft
 from common import data, dist, files, formats, models, packed, stages
-from common.args import Inference, PipelineRun, parse, snapshot, with_fields
+from common.args import Inference, PipelineRun, block, parse, snapshot, with_fields
 from common.evaluate import agreement, load_judge
 from common.generate import generate
 from common.log import Log
@@ -96,10 +96,10 @@ class Args:
     temperature: float = 1.0
     """temperature of sampling in a bootstrap round; the following table is greedy, as in the paper"""
 
-    stages: OmitArgPrefixes[Stages] = field(default_factory=Stages)
-    system: OmitArgPrefixes[Inference] = field(default_factory=Inference)
-    run: OmitArgPrefixes[PipelineRun] = field(
-        default_factory=lambda: PipelineRun(output_dir=f"runs/{Path(__file__).stem}", num_samples=32)
+    stages: OmitArgPrefixes[Stages] = block(Stages)
+    system: OmitArgPrefixes[Inference] = block(Inference)
+    run: OmitArgPrefixes[PipelineRun] = block(
+        PipelineRun, output_dir=f"runs/{Path(__file__).stem}", num_samples=32
     )
 
 
@@ -375,7 +375,9 @@ def read_to_annotate(args: Args, split: str) -> list[formats.Record]:
     return [record for part in parts for record in part or ()]
 
 
-def check_stages(args: Args, options: dict[str, Any], tokenizer: Any, device: torch.device) -> None:
+def check_stages(
+    args: Args, options: dict[str, Any], records: dict[str, list], tokenizer: Any, device: torch.device
+) -> None:
     """Refuse what a later stage would refuse, as far as it can be known before the first begins.
 
     That is an attribute that the attribute model will not have, a model that is not there, data that cannot
@@ -398,10 +400,9 @@ def check_stages(args: Args, options: dict[str, Any], tokenizer: Any, device: to
     if args.annotated:
         num = load_annotated(with_fields(options["sft"], dataset=args.annotated), tokenizer)[0].epoch_size
     else:
-        records = read_to_annotate(args, "train")
-        for record in (*records, *read_to_annotate(args, "test")):
+        for record in (record for split in records.values() for record in split):
             formats.read_exchange(tokenizer, *record)
-        num = len(records)
+        num = len(records["train"])
     if not args.conditioned_model:
         stages.refuse_large_batch("sft", options["sft"], num)
 
@@ -461,12 +462,15 @@ def main(args: Args) -> None:
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
     shared = dict(seed=args.seed, chat_template=args.chat_template)
     begun = {path: options[name] for path, name in stage_folders(args).items()}
-    stages.refuse_changed_stages(begun, RESERVED)
-    if log.is_finished(num_rounds + 1):
-        return
+    stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
     tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    check_stages(args, options, tokenizer, device)
-    log.start()
+    splits = () if args.annotated else ("train", "test")
+    records = {split: read_to_annotate(args, split) for split in splits}
+    values = [record.value for split in records.values() for record in split]
+    if log.is_finished(num_rounds + 1, files.inputs(args.model, tokenizer, values)):
+        return
+    check_stages(args, options, records, tokenizer, device)
+    log.start(num_rounds + 1)
 
     # 1. attribute model
     attribute_model = args.attribute_model or str(folder / "1_attribute_model")
@@ -477,9 +481,9 @@ def main(args: Args) -> None:
 
     # 2. annotate
     annotated = Path(args.annotated or folder / "2_annotated")
-    for split in ("train", "test") if not args.annotated else ():
-        if records := read_to_annotate(args, split):
-            annotate(attribute_model, tokenizer, records, annotated / f"{split}.jsonl", args, device)
+    for split, found in records.items():
+        if found:
+            annotate(attribute_model, tokenizer, found, annotated / f"{split}.jsonl", args, device)
     train_set, eval_set = load_annotated(with_fields(options["sft"], dataset=str(annotated)), tokenizer)
     prompts = [example for example in eval_set if example.prompt][: args.run.num_samples]
     asked = (attribute_model, tokenizer, prompts, log, args, device)
@@ -496,8 +500,8 @@ def main(args: Args) -> None:
     for number in range(1, num_rounds + 1):
         sampled = folder / f"4_bootstrap_{number}"
         if not dist.from_main((sampled / "train.jsonl").exists):
-            records = sample_best(last, train_set, tokenizer, number, args, device)
-            annotate(attribute_model, tokenizer, records, sampled / "train.jsonl", args, device)
+            found = sample_best(last, train_set, tokenizer, number, args, device)
+            annotate(attribute_model, tokenizer, found, sampled / "train.jsonl", args, device)
         before, last = last, str(folder / f"5_sft_{number}")
         overrides = dict(model=before, dataset=f"{annotated},{sampled}", **shared)
         stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)

@@ -18,7 +18,7 @@ Metrics, results and departures from the papers: docs/steerlm2.md
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, dist, files, formats, models, packed
-from common.args import Optimization, Run, Sampling, System, parse, snapshot
+from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
@@ -92,13 +92,9 @@ class Args:
     temperature: float = 1.0
     """temperature of sampling and of every log-probability"""
 
-    optimization: OmitArgPrefixes[Optimization] = field(
-        default_factory=lambda: Optimization(learning_rate=1e-6, batch_size=128)
-    )
-    system: OmitArgPrefixes[System] = field(default_factory=System)
-    run: OmitArgPrefixes[IteratedRun] = field(
-        default_factory=lambda: IteratedRun(output_dir=f"runs/{Path(__file__).stem}")
-    )
+    optimization: OmitArgPrefixes[Optimization] = block(Optimization, learning_rate=1e-6, batch_size=128)
+    system: OmitArgPrefixes[System] = block(System)
+    run: OmitArgPrefixes[IteratedRun] = block(IteratedRun, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def beta_logprobs(predicted: Tensor, concentration: float = 24.0, edges: str = "nearest") -> Tensor:
@@ -398,9 +394,9 @@ def main(args: Args) -> None:
     steps_each = run.num_epochs * -(-num_groups // optimization.batch_size)
     num_steps = num_iterations * steps_each if run.max_steps < 0 else run.max_steps
     judge = load_judge(run.judge, args.dataset)
-    if log.is_finished(num_steps):
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, prompts, eval_set)):
         return
-    log.start()
+    log.start(num_steps, optimization)
 
     # models
     policy = models.load(args.model, device, system)

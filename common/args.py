@@ -2,7 +2,7 @@
 
 A script composes blocks into its Args without a prefix, with its own defaults:
 
-    optimization: OmitArgPrefixes[Optimization] = field(default_factory=lambda: Optimization(batch_size=64))
+    optimization: OmitArgPrefixes[Optimization] = block(Optimization, batch_size=32)
 
 In code an option is read where it stands, `args.optimization.batch_size`; on the command line, in sweeps and
 in args.json the names are flat: `--batch_size`. What a resumed run must keep follows from where an option
@@ -10,15 +10,18 @@ stands: all of a script's own, and of a block those in its `fixed`, or all if it
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
+import io
 import json
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
 
@@ -37,8 +40,8 @@ class Optimization:
     """peak learning rate"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """learning rate after warm-up: constant, or down to min_lr_ratio of the peak at the last step"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
+    warmup_steps: int | None = None
+    """steps of linear warm-up; default: a tenth of the run, at most 150"""
     min_lr_ratio: float = 0.1
     """the last step's share of the peak learning rate, for linear and cosine"""
     weight_decay: float = 0.0
@@ -47,6 +50,10 @@ class Optimization:
     """the global gradient norm is clipped to this; 0 never clips"""
     batch_size: int = 64
     """examples (demonstrations, pairs, responses, ...) per optimizer step, over all ranks"""
+
+    def warmup(self, num_steps: int) -> int:
+        """Steps of warm-up in a run of num_steps."""
+        return min(150, num_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass
@@ -104,6 +111,8 @@ class Folder:
     """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
     overwrite: bool = False
     """start anew in output_dir instead of resuming the run there"""
+    accept_changes: bool = False
+    """resume although options, data, model or code have changed since; args.json lists what has"""
     track: bool = False
     """log to Weights & Biases too: online if logged in, else offline"""
     wandb_project: str = "cleanalign"
@@ -162,6 +171,11 @@ class Sampling:
     """most tokens of an answer that an evaluation logs"""
     temperature: float = 1.0
     """temperature of the answers that an evaluation logs; 0 is greedy"""
+
+
+def block(kind: type, **defaults: Any) -> Any:
+    """The default of a field of Args that is a block: with these defaults where the script has its own."""
+    return field(default_factory=functools.partial(kind, **defaults))
 
 
 # -------------------------------------------------------------------------------------------- Args as a whole
@@ -233,46 +247,63 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     return Snapshot(values, fixed_names(args), toy or {})
 
 
-# least value of options that several scripts have; below it a run would train nothing, or something else
-LEAST = {"learning_rate": 0.0, "value_learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
-LEAST |= {"warmup_steps": 0, "min_lr_ratio": 0.0, "batch_size": 1, "num_epochs": 1, "max_steps": -1}
-LEAST |= {"eval_every": 1, "save_every": 1, "keep_checkpoints": 1, "num_samples": 0, "max_new_tokens": 1}
-LEAST |= {
-    "micro_batch_tokens": 0,
-    "lora_rank": 0,
-    "max_length": 2,
-    "max_prompt_length": 1,
+# options that several scripts have, by the least value they can have; below it a run trains nothing
+LEAST = {
+    0: (
+        "learning_rate",
+        "value_learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup_steps",
+        "min_lr_ratio",
+    )
+    + ("num_samples", "micro_batch_tokens", "lora_rank", "temperature"),
+    1: ("batch_size", "num_epochs", "eval_every", "save_every", "keep_checkpoints", "max_new_tokens")
+    + ("max_prompt_length", "rollout_size", "samples_per_prompt", "num_ppo_epochs"),
+    2: ("max_length",),
+    -1: ("max_steps",),
 }
-LEAST |= {"temperature": 0.0, "rollout_size": 1, "samples_per_prompt": 1, "num_ppo_epochs": 1}
-
-
 POSITIVE = ("beta", "lora_alpha")
 
 
 def refuse_numbers(values: dict[str, Any]) -> None:
     """End the run if an option, or one of its values, is below what it can be; NaN is in no range."""
+    least = {name: number for number, names in LEAST.items() for name in names}
     for name, value in values.items():
         found = value if isinstance(value, list | tuple) else [value]
-        if name in LEAST and not all(LEAST[name] <= x < math.inf for x in found):
-            raise dist.RunError(f"{name} is {value}; expected {LEAST[name]:g} or more")
+        if name in least and value is not None and not all(least[name] <= x < math.inf for x in found):
+            raise dist.RunError(f"{name} is {value}; expected {least[name]} or more")
         if name in POSITIVE and not all(0 < x < math.inf for x in found):
             raise dist.RunError(f"{name} is {value}; expected more than 0")
 
 
-def refuse_changes(folder: Path, options: Snapshot, free: Collection[str] = ()) -> None:
-    """End the run if an option that decides numbers is not what the run in `folder` began with.
+def refuse_ignored(args: Any, toy: dict[str, Any], by: str, used: dict[str, bool]) -> None:
+    """End the run if an option of a script's own is set that nothing reads.
 
     Args:
-        free: options that are not compared.
+        by: what ignores it, in words.
+        used: whether an option is read.
     """
-    before = json.loads((folder / "args.json").read_text())
-    for name in options.values:
-        now = json.loads(json.dumps(options.values[name]))  # as the file has it: a tuple is a list there
-        if name in options.fixed and name in before and name not in free and before[name] != now:
-            raise dist.RunError(
-                f"output_dir {folder} holds a run with {name} {before[name]!r}, now {now!r}: "
-                "give that value to resume it, another output_dir, or --overwrite to start anew"
-            )
+    for name, is_used in used.items():
+        value = getattr(args, name)
+        if not is_used and value not in (getattr(type(args), name), toy.get(name)):
+            raise dist.RunError(f"{name} is {value}, which {by} ignores: leave it out")
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> list[str]:
+    """What differs of `names`, as words for a person; a name that one side lacks is not compared."""
+    now = json.loads(json.dumps(now))  # as the file has it: a tuple is a list there
+    both = [name for name in now if name in names and name in before]
+    return [f"{n} {before[n]!r}, now {now[n]!r}" for n in both if before[n] != now[n]]
+
+
+def refuse_changes(folder: Path, found: list[str]) -> None:
+    """End the run if something that decides numbers is not what the run in `folder` began with."""
+    if found:
+        raise dist.RunError(
+            f"output_dir {folder} holds a run with {found[0]}: resume it as it was, or give another "
+            "output_dir, --overwrite to start anew, or --accept_changes to go on"
+        )
 
 
 def load_function(spec: str) -> Callable:
@@ -289,85 +320,111 @@ def load_function(spec: str) -> Callable:
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def parse(Args: type, toy: dict[str, Any], stages: Collection[str] = ()) -> Any:
+def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = None) -> Any:
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
-    A boolean is set by --flag, --no_flag or --flag=True.
+    A boolean is set by --flag, --no_flag, --flag=True or --flag True. A mistake ends the process with one
+    line, from one rank.
 
     Args:
-        stages: the fields that are the options of a stage, a string. What is given for one of them changes
-            the default of the field option by option.
+        stages: the fields that are the options of a stage, a string, and the Args of its script. What is
+            given for one of them changes the default of the field option by option.
     """
-    words, given = take_stages(sys.argv[1:], stages)
+    words, given = take_stages(sys.argv[1:], stages or {})
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=Args.model)
-    peek.add_argument("--algorithm", default=getattr(Args, "algorithm", ""))
-    chosen = peek.parse_known_args(words)[0]
-    presets, preset = presets_of(Args), presets_of(Args).get(chosen.algorithm, {})
+    for option in presets_of(Args):
+        peek.add_argument(f"--{option}", default=getattr(Args, option))
+    chosen = vars(peek.parse_known_args(words)[0])
+    presets = {o: x for o, values in presets_of(Args).items() if (x := values.get(chosen[o]))}
     asks_help = {"-h", "--help"} & set(words)
-    changes = (toy if chosen.model == "toy" else {}) | preset
-    defaults = Args() if asks_help else with_fields(Args(), **changes)
+    changed = (toy if chosen["model"] == "toy" else {}) | merged_presets(Args, chosen)
+    defaults = Args() if asks_help else with_fields(Args(), **changed)
     settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in toy.items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
-    for name, values in presets.items():
-        meant = " ".join(f"--{option} {value}" for option, value in values.items())
-        about += f"\n\n--algorithm {name} is: {meant or 'the defaults'}"
-    args = parse_words(words, defaults, description=about)
-    merged = {name: merge_options(flat(args)[name], more) for name, more in given.items() if more}
-    args = with_fields(args, **merged)
-    if os.environ.get("RANK", "0") == "0" and preset:
-        print(describe_preset(chosen.algorithm, preset, flat(args)), flush=True)
-    if os.environ.get("WANDB_SWEEP_ID"):
-        args = under_an_agent(args, Args().run.output_dir)
-    return args
+    for option, values in presets_of(Args).items():
+        for value, meant in values.items():
+            words_of = " ".join(f"--{name} {x}" for name, x in meant.items())
+            about += f"\n\n--{option} {value} is: {words_of or 'the defaults'}"
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        args = parse_words(words, defaults, description=about)
+    except dist.RunError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    merged = {n: merge_options(flat(args)[n], more, stages[n]) for n, more in given.items() if more}
+    args = with_fields(args, **merged, output_dir=os.path.expanduser(args.run.output_dir))
+    for option, preset in presets.items() if is_main else ():
+        print(describe_preset(f"{option} {chosen[option]}", preset, flat(args)), flush=True)
+    return under_an_agent(args, words) if os.environ.get("WANDB_SWEEP_ID") else args
 
 
-def presets_of(Args: type) -> dict[str, dict[str, Any]]:
-    """What each value of --algorithm stands for: defaults, so that an option that is given wins."""
+def presets_of(Args: type) -> dict[str, dict[str, dict[str, Any]]]:
+    """Option -> its value -> the defaults that this value brings for others; what is given beside it wins."""
     return getattr(Args, "presets", {})
 
 
+def merged_presets(Args: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that the chosen values of options bring."""
+    found = [values.get(chosen.get(option), {}) for option, values in presets_of(Args).items()]
+    return {name: value for preset in found for name, value in preset.items()}
+
+
 def describe_preset(name: str, preset: dict[str, Any], values: dict[str, Any]) -> str:
-    """The options that --algorithm has set, and those that were given beside it."""
+    """The options that a preset has set, and those that were given beside it."""
     used = "".join(f" {option}={x}" for option, x in preset.items() if values[option] == x)
     given = "".join(f" {option}={values[option]}" for option, x in preset.items() if values[option] != x)
-    return f"algorithm {name}:{used}{'; but' if given else ''}{given}"
+    return f"{name}:{used}{'; but' if given else ''}{given}"
 
 
 def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
-    """The options that words set, over defaults. how: passed to tyro"""
+    """The options that words set, over defaults; of one that is set twice the last is used.
+
+    Args:
+        how: passed to tyro.
+
+    Raises:
+        RunError: an unknown option, or a value that cannot be read.
+    """
     import tyro
 
-    words = [boolean_word(word, defaults) for word in joined_booleans(words, defaults)]
-    return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
+    words, said = tyro_words(words, defaults), io.StringIO()
+    try:
+        with contextlib.nullcontext() if "--help" in words else contextlib.redirect_stderr(said):
+            return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
+    except SystemExit:
+        _, *parts = re.split(r"\n\W*[-\u2500]{9,}\W*\n", said.getvalue())  # rules of the box that tyro prints
+        if not parts:
+            raise  # help was asked for
+        reason = " ".join(parts[0].replace("\u2502", " ").split())
+        near = re.search(r"--\w+", parts[1]) if "Perhaps" in parts[1] else None
+        hint = f"; perhaps you meant {near[0]}" if near else "; --help lists all"
+        raise dist.RunError(reason.rstrip(".") + hint) from None
 
 
-def joined_booleans(words: list[str], defaults: Any) -> list[str]:
-    """--flag True as --flag=True, for options that are booleans."""
-    values, joined = flat(defaults), []
+def tyro_words(words: list[str], defaults: Any) -> list[str]:
+    """--flag True and --flag=True, which W&B agents write, as tyro takes it: --flag, or --no_flag."""
+    booleans = {name for name, value in flat(defaults).items() if isinstance(value, bool)}
+    read: list[str] = []
     for word in words:
-        last = joined[-1].removeprefix("--").replace("-", "_") if joined else ""
-        if word.lower() in ("true", "false") and isinstance(values.get(last), bool):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
+        name, _, value = word.rpartition("=")
+        if word.lower() in ("true", "false") and read:
+            name, value = read[-1], word
+        if value.lower() not in ("true", "false") or name[2:].replace("-", "_") not in booleans:
+            read.append(word)
+            continue
+        if value is word:
+            read.pop()
+        read.append(name if value.lower() == "true" else f"--no_{name[2:]}")
+    return read
 
 
-def boolean_word(word: str, defaults: Any) -> str:
-    """--flag=True, which W&B agents write, as tyro takes it: --flag; --flag=False as --no_flag."""
-    match = re.fullmatch(r"--([\w-]+)=(true|false)", word, re.IGNORECASE)
-    if not match or not isinstance(flat(defaults).get(match[1].replace("-", "_")), bool):
-        return word
-    return f"--{'' if match[2].lower() == 'true' else 'no_'}{match[1]}"
-
-
-def under_an_agent(args: Any, default_folder: str) -> Any:
-    """As a W&B sweep agent needs it: tracked, and in a folder that no other run of the sweep shares."""
-    folder = args.run.output_dir
-    if folder == default_folder:
-        folder += "-" + os.environ.get("WANDB_RUN_ID", "run")
-    return with_fields(args, track=True, output_dir=folder)
+def under_an_agent(args: Any, words: list[str]) -> Any:
+    """As a W&B sweep agent needs it: tracked, unless it says otherwise, and in a folder of its own."""
+    says = any(re.match("--(no[-_])?track(=|$)", word) for word in words)
+    folder = f"{args.run.output_dir.rstrip('/')}-{os.environ.get('WANDB_RUN_ID', 'run')}"
+    return with_fields(args, track=args.run.track if says else True, output_dir=folder)
 
 
 # ----------------------------------------------------------------- the options of a stage, which are a string
@@ -418,11 +475,19 @@ def split_options(options: str) -> dict[str, list[str]]:
     return found
 
 
-def merge_options(options: str, more: str) -> str:
-    """The options of both; where both set one, as `more` sets it."""
+def merge_options(options: str, more: str, Args: type) -> str:
+    """The options of both, for a script with these Args; those of more win, and what its presets set."""
     try:
         old, new = split_options(options), split_options(more)
     except ValueError:
         return f"{options} {more}"  # refused where it is read
-    kept = {name: words for name, words in old.items() if name not in new}
+    preset = merged_presets(Args, values_of(new))
+    kept = {name: words for name, words in old.items() if name not in new and name not in preset}
     return " ".join(shlex.join(words) for words in (*kept.values(), *new.values()))
+
+
+def values_of(groups: dict[str, list[str]]) -> dict[str, str]:
+    """Option -> its value, a text, of options as `split_options` finds them."""
+    return {
+        name: " ".join(words).partition("=" if "=" in words[0] else " ")[2] for name, words in groups.items()
+    }

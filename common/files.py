@@ -5,10 +5,12 @@ without taking half a file for a whole one. So a name that others look for is on
 complete.
 """
 
+import ast
 import contextlib
 import fcntl
 import hashlib
-import importlib
+import importlib.metadata
+import itertools
 import json
 import os
 import pickle
@@ -307,13 +309,62 @@ def toy_folder(world: str = "language") -> Path:
 # ---------------------------------------------------------------------------------------------------- caches
 
 
-def fingerprint(model: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """Tells a model from others, and from the same folder trained again; a hub id is known by its name."""
+def fingerprint(model: str) -> list[tuple[str, int, str]]:
+    """Tells a model from others, and from the same folder trained again; a hub id is known by its name.
+
+    Of each file its name, size and 64 pieces that are spread over it: other training changes all weights.
+    """
     folder, file = model_folder(model)
     path = Path(folder)
-    files = sorted(path.glob("*")) if path.is_dir() else []
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if file in (None, f.name)]
-    return str(path), stats
+    if not path.is_dir():
+        return [(folder, 0, "")]
+    found = []
+    for part in sorted(p for p in path.rglob("*") if p.is_file() and file in (None, p.name)):
+        size, digest = part.stat().st_size, hashlib.sha256()
+        with part.open("rb") as opened:
+            for start in range(0, size, max(4096, size // 64)):
+                opened.seek(start)
+                digest.update(opened.read(4096))
+        found.append((str(part.relative_to(path)), size, digest.hexdigest()))
+    return found
+
+
+def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
+    """Fingerprints of what a run is made from besides its options, on rank 0; by names that a person reads.
+
+    Args:
+        tokenizer: None for models of images.
+        datasets: of examples with sequences, or of anything that JSON takes.
+    """
+    if not dist.is_main():
+        return {}
+    digest = hashlib.sha256()
+    for item in itertools.chain(*datasets):
+        for ids, mask in getattr(item, "sequences", ()):
+            digest.update(ids.tobytes() + mask.tobytes())
+        rest = [item.prompt, item.fields, item.record] if hasattr(item, "sequences") else item
+        digest.update(json.dumps(rest, default=str).encode())
+    parts = {"starting model": repr(fingerprint(model)), "data": digest.hexdigest()}
+    parts |= {"chat template": str(getattr(tokenizer, "chat_template", None))}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+
+
+def code(script: Path) -> dict[str, str]:
+    """Fingerprints of a script and of common/, of what they do: comments and docstrings may change."""
+
+    def digest(paths: Iterable[Path]) -> str:
+        trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+        for node in (node for tree in trees for node in ast.walk(tree)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""  # a docstring
+        return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
+
+    return {"script": digest([script]), "common/": digest(sorted(Path(__file__).parent.glob("*.py")))}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide numbers."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint, dist, files
-from common.args import Folder, Snapshot, refuse_changes
+from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 
 class Log:
@@ -46,6 +46,9 @@ class Log:
         self.first_step: int | None = None  # of this process, for the time left
         self.called = time.perf_counter()
         self.warned = False
+        self.before: dict[str, Any] = {}  # args.json of the run that goes on
+        self.inputs: dict[str, str] = {}
+        self.accepted: list[str] = []  # changes
         self.folder = Path(run.output_dir)
         self.rows: list[dict] = dist.from_main(self._open)
         values = options.values
@@ -81,7 +84,8 @@ class Log:
         last = checkpoint.newest(folder)
         # without a checkpoint there is nothing to resume, so all may change, but for what stages are made of
         if (last or self.is_pipeline) and (folder / "args.json").exists():
-            refuse_changes(folder, self.options)
+            self.before = json.loads((folder / "args.json").read_text())
+            self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl")  # without a line that a kill has torn
         if self.is_pipeline:
             keep = max((row["step"] for row in rows), default=-1)
@@ -92,36 +96,73 @@ class Log:
             files.write(folder / name, files.as_lines(kept))
         return files.read_rows(folder / "metrics.jsonl")
 
+    def _accept(self, found: list[str]) -> None:
+        """Take note of changes, if they are accepted."""
+        if not self.run.accept_changes:
+            refuse_changes(self.folder, found)
+        self.accepted += found
+
     @property
     def steps(self) -> set[int]:
         """The steps that have a row, on every rank."""
         return {row["step"] for row in self.rows}
 
-    def is_finished(self, num_steps: int) -> bool:
+    def is_finished(self, num_steps: int, inputs: dict[str, str]) -> bool:
         """Whether the run has all its steps and its model; if so, its table is printed again.
 
         The model is asked for too: a kill between the last step and the export leaves a run to go on with.
+
+        Args:
+            inputs: fingerprints of what the run is made from besides its options; see files.inputs.
+
+        Raises:
+            RunError: the run was made from something else, or by other code.
         """
         last = max(self.steps, default=0)
-        found = dist.from_main(lambda: last >= num_steps and (self.folder / "model").is_dir())
+
+        def compare() -> bool:
+            self.inputs = inputs | files.code(Path(self.script))
+            before, now = (
+                {f"{name} of fingerprint": x for name, x in found.items()}
+                for found in (self.before.get("inputs", {}), self.inputs)
+            )
+            self._accept(changes(before, now, now))
+            is_done = last >= num_steps and (self.folder / "model").is_dir()
+            if is_done and self.accepted:
+                self._write_args(num_steps)
+            return is_done
+
+        found = dist.from_main(compare)
         if found and dist.is_main():
             print(f"{self.folder} is finished at step {last}; --overwrite starts anew", flush=True)
             self._table()
         return found
 
-    def start(self) -> None:
+    def start(self, num_steps: int, optimization: Optimization | None = None) -> None:
         """Write args.json and the script, and begin to track.
 
         Called when the data has loaded: a run that a mistake in its data or options ends before its first
         step leaves nothing that a corrected one would be compared with.
+
+        Args:
+            optimization: None for a pipeline, whose stages have their own.
         """
         if not dist.is_main():
             return
         if any(self.steps):
             print(f"resuming {self.folder} from step {max(self.steps)}", flush=True)
+        if optimization:
+            planned = self.before.get("num_steps", num_steps)
+            print(schedule(optimization, num_steps, planned), flush=True)
         shutil.copyfile(self.script, self.folder / Path(self.script).name)
-        files.write(self.folder / "args.json", json.dumps(self.options.values, indent=2) + "\n")
+        self._write_args(num_steps)
         self._start_wandb()
+
+    def _write_args(self, num_steps: int) -> None:
+        accepted = [*self.before.get("accepted_changes", []), *self.accepted]
+        kept = {"num_steps": num_steps, "inputs": self.inputs, "versions": files.versions()}
+        kept |= {"accepted_changes": accepted} if accepted else {}
+        files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
 
     def _start_wandb(self) -> None:
         """Online if logged in, else offline; never asks, and a failure to start only costs the tracking.
@@ -282,6 +323,20 @@ class Log:
         for name in sorted(names, key=lambda k: not k.startswith("eval/judge/")):
             table.add_row(name[5:], *(f"{row[name]:.3f}" if name in row else "" for row in shown))
         Console().print(table)
+
+
+def schedule(optimization: Optimization, num_steps: int, planned: int) -> str:
+    """The learning rate of a run in words.
+
+    Args:
+        planned: steps of the run that goes on, which another number makes another schedule.
+    """
+    warmup, shape = optimization.warmup(num_steps), optimization.lr_schedule
+    text = f"{num_steps} steps: learning rate {optimization.learning_rate}, {shape}"
+    text += f" after {warmup} of warm-up" if warmup else ""
+    if planned != num_steps and (shape != "constant" or warmup != optimization.warmup(planned)):
+        text += f"; the run was {planned} steps long, so from here on the schedule is another"
+    return text + ("; warning: most of the run is warm-up" if 2 * warmup > num_steps else "")
 
 
 def _draw(rows: list[dict], path: Path, show: tuple[str, ...]) -> None:

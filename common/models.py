@@ -573,7 +573,7 @@ def lr_factor(step: int, num_steps: int, optimization: Optimization) -> float:
 
     Linear warm-up, then constant, or linear or cosine down to min_lr_ratio at the last step.
     """
-    warmup_steps, least = optimization.warmup_steps, optimization.min_lr_ratio
+    warmup_steps, least = optimization.warmup(num_steps), optimization.min_lr_ratio
     if step <= warmup_steps:
         return step / (warmup_steps + 1)
     if optimization.lr_schedule == "constant":

@@ -4,20 +4,19 @@ A pipeline calls `stage` for each of them. What a stage is told by the user stan
 command line of its script, and is read, and refused, before any stage begins.
 """
 
-import contextlib
 import gc
-import io
+import json
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from common import args, checkpoint, dist, files, formats
 from common.log import Log
 
 # of every stage: set by the pipeline, or left alone because it tracks its stages itself
 RESERVED = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template"}
-RESERVED |= {"track", "wandb_project", "run_name"}
+RESERVED |= {"track", "wandb_project", "run_name", "accept_changes"}
 
 
 def stage(
@@ -40,7 +39,8 @@ def stage(
             print(f"\nstage {folder.name}", flush=True)
         given = read_options(folder.name, Args, options)
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
-        main(args.with_fields(given, **overrides, output_dir=str(folder)), pipeline)
+        overrides |= {"output_dir": str(folder), "accept_changes": pipeline.run.accept_changes}
+        main(args.with_fields(given, **overrides), pipeline)
         gc.collect()
         dist.poll_stop()  # a signal that came after the last step of the stage
     if dist.stop_requested():
@@ -67,69 +67,23 @@ def read_options(name: str, Args: type, options: str, reserved: Collection[str] 
         RunError: an unknown option, one that is reserved, or a value of another type.
     """
     defaults = Args()
-    known = args.flat(defaults)
     try:
         groups = args.split_options(options)
     except ValueError as error:
         raise formats.wrong(f"{name} {options!r}", str(error), '"--option value --option value"') from error
-    words = [word for group in groups.values() for word in group]
     if "help" in groups:
-        return args.parse_words(words, defaults, prog=name)
+        return args.parse_words(["--help"], defaults, prog=name)
     for option in groups:
-        bare = option if option in known else option.removeprefix("no_")
-        if bare in reserved:
-            raise dist.RunError(f"{name}.{bare} is set by the pipeline; leave it out")
-        if bare not in known:
-            raise dist.RunError(f"{name}: --{option} is no option of it; --{name} --help lists them")
-    chosen = " ".join(groups.get("algorithm", [])).removeprefix("--algorithm").lstrip("= ")
-    defaults = args.with_fields(defaults, **args.presets_of(Args).get(chosen, {}))
-    found = parse_quietly(words, defaults)
-    if found is None:
-        raise bad_value(name, defaults, groups)
-    return found
+        if option in reserved or option.removeprefix("no_") in reserved:
+            raise dist.RunError(f"{name}: --{option} is set by the pipeline; leave it out")
+    defaults = args.with_fields(defaults, **args.merged_presets(Args, args.values_of(groups)))
+    try:
+        return args.parse_words([word for group in groups.values() for word in group], defaults)
+    except dist.RunError as error:
+        raise dist.RunError(f"{name}: {error}") from error
 
 
-def parse_quietly(words: list[str], defaults: Any) -> Any:
-    """The options that words set; None if one of them cannot be read."""
-    with contextlib.redirect_stderr(io.StringIO()):  # tyro prints a box, of which one line is of use
-        try:
-            return args.parse_words(words, defaults, console_outputs=False)
-        except SystemExit:
-            return None
-
-
-def bad_value(name: str, defaults: Any, groups: dict[str, list[str]]) -> dist.RunError:
-    """Which of a stage's options cannot be read: each is tried alone."""
-    for option, words in groups.items():
-        if parse_quietly(words, defaults) is None:
-            given = " ".join(words).removeprefix(f"--{option}").lstrip("= ")
-            expected = in_words(hint_of(type(defaults), option))
-            return formats.wrong(f"{name}: --{option}", repr(given) if given else "nothing", expected)
-    return formats.wrong(name, groups, "options that can be given together")
-
-
-def hint_of(Args: type, option: str) -> Any:
-    """The type of an option, in whatever block it stands."""
-    before = args.prefixes(Args)
-    for name, hint in get_type_hints(Args).items():
-        if name == option:
-            return hint
-        if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-            found = hint_of(hint, option.removeprefix(before[name]))
-            if found is not None:
-                return found
-    return None
-
-
-def in_words(hint: Any) -> str:
-    """What a value of a type looks like, for a message."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    return names.get(hint, f"a value of {hint}")
-
-
-def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str]) -> None:
+def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], accept: bool) -> None:
     """End the run if what decides numbers has changed in a stage that has begun.
 
     Begun is a stage with a checkpoint or a model/. The options of others may change, and so may those that
@@ -139,13 +93,15 @@ def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str]) -
     Args:
         folders: folder of a stage -> its Args.
         reserved: options that the pipeline sets.
+        accept: the stages will take note of changes instead.
     """
 
     def compare() -> None:
-        for folder, options in folders.items():
+        for folder, options in folders.items() if not accept else ():
             begun = checkpoint.newest(folder) or (folder / "model").is_dir()
             if begun and (folder / "args.json").exists():
-                args.refuse_changes(folder, args.snapshot(options), free=reserved)
+                before, now = json.loads((folder / "args.json").read_text()), args.snapshot(options)
+                args.refuse_changes(folder, args.changes(before, now.values, now.fixed - reserved))
 
     dist.from_main(compare)
 

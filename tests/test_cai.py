@@ -499,7 +499,10 @@ def small(folder: Path, world: Path, **more: Any) -> cai.Args:
         "num_revisions": 1,
         "num_samples": 4,
         "max_new_tokens": 16,
-        **{name: merge_options(cai.TOY[name], f"{short} {own}") for name, own in more_of.items()},
+        **{
+            name: merge_options(cai.TOY[name], f"{short} {own}", cai.STAGES[name])
+            for name, own in more_of.items()
+        },
     }
     return args_of(cai.Args, output_dir=str(folder), **{**cai.TOY, **settings, **more})
 
@@ -871,8 +874,14 @@ def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_metrics(whole)[:2]))
     args = small(folder, world)
     with pytest.raises(dist.RunError, match=r"4_preference_model holds a run with batch_size 8, now 4"):
-        cai.main(small(folder, world, reward_model=merge_options(args.stages.reward_model, "--batch_size 4")))
-    ppo = merge_options(args.stages.ppo, "--kl_coef 0.3 --max_steps 1")
+        cai.main(
+            small(
+                folder,
+                world,
+                reward_model=merge_options(args.stages.reward_model, "--batch_size 4", reward_model.Args),
+            )
+        )
+    ppo = merge_options(args.stages.ppo, "--kl_coef 0.3 --max_steps 1", cai.STAGES["ppo"])
     cai.main(small(folder, world, ppo=ppo))
     assert json.loads((folder / "5_ppo" / "args.json").read_text())["kl_coef"] == 0.3
     assert json.loads((folder / "args.json").read_text())["ppo"] == ppo

@@ -1,6 +1,7 @@
 """dpo.py: its losses by hand, at their limits and in their direction, and a short run on the toy world."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from conftest import args_of, read_metrics
 
 import dpo
 from common import data, dist, formats, models, packed
+from common.args import parse
 
 H = torch.tensor([0.3])  # with beta 1, beta h = 0.3 throughout
 
@@ -227,10 +229,10 @@ def test_every_loss_learns_to_prefer_chosen(few: Path, tmp_path: Path, loss: str
     [
         (
             {"label_smoothing": 0.1, "loss": "simpo"},
-            "label_smoothing with loss simpo: found 0.1; expected dpo or",
+            "label_smoothing is 0.1, which loss simpo ignores",
         ),
-        ({"simpo_gamma": 1.0}, "simpo_gamma with loss dpo"),
-        ({"reward_scale": 2.0, "loss": "ipo"}, "reward_scale with loss ipo"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma is 1.0, which loss dpo ignores"),
+        ({"reward_scale": 2.0, "loss": "ipo"}, "reward_scale is 2.0, which loss ipo"),
         ({"label_smoothing": 0.5, "loss": "robust"}, "label_smoothing: found 0.5"),
         ({"loss": "rpo_sq"}, "a pair without rewards"),
     ],
@@ -249,3 +251,10 @@ def test_an_option_that_the_loss_would_ignore_is_refused(options: dict, said: st
     for loss in ("dpo", "robust"):
         dpo.check(args_of(dpo.Args, loss=loss, label_smoothing=0.1), plain)
     dpo.check(args_of(dpo.Args, loss="rpo_sq", reward_scale=2.0), rewarded)
+
+
+def test_simpo_comes_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, expected in (([], (2.0, 1.0, 0.0)), (["--beta=2.5"], (2.5, 1.0, 0.0))):
+        monkeypatch.setattr(sys, "argv", ["dpo.py", "--loss=simpo", *words])
+        args = parse(dpo.Args, dpo.TOY)
+        assert (args.beta, args.simpo_gamma, args.sft_coef) == expected

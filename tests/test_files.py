@@ -274,6 +274,11 @@ def test_a_result_is_computed_once_for_each_key_and_each_state_of_the_model(
     assert len(calls) == 1
     files.cached(compute, "logps", str(model), "other key")
     assert len(calls) == 2
-    os.utime(model / "model.safetensors", (1, 1))  # trained again
+    os.utime(model / "model.safetensors", (1, 1))  # copied to another disk
+    files.cached(compute, "logps", str(model), "key")
+    assert len(calls) == 2
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[4096:] = bytes(x ^ 1 for x in content[4096:])  # trained again, of the same size
+    (model / "model.safetensors").write_bytes(content)
     files.cached(compute, "logps", str(model), "key")
     assert len(calls) == 3 and all(p.suffix == ".pt" for p in (tmp_path / "cache").iterdir())

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from conftest import ROOT, args_of, read_metrics
 
 import dpo
 import sft
-from common import checkpoint, dist, files, log
-from common.args import flat, parse, snapshot, with_fields
+from common import checkpoint, dist, files, log, models
+from common.args import Optimization, changes, flat, parse, snapshot, with_fields
 
 
 def settings(few: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -86,14 +87,10 @@ def test_a_number_out_of_range_is_refused_before_any_work(option: str, value: fl
         snapshot(args_of(dpo.Args, **{option: value}))
 
 
-def test_options_that_json_writes_otherwise_are_no_change(tmp_path: Path) -> None:
+def test_options_that_json_writes_otherwise_are_no_change() -> None:
     """A tuple in a copy's Args comes back as a list."""
-    from common.args import Snapshot, refuse_changes
-
-    (tmp_path / "args.json").write_text(json.dumps({"sizes": (1, 2)}))
-    refuse_changes(tmp_path, Snapshot({"sizes": (1, 2)}, {"sizes"}, {}))
-    with pytest.raises(dist.RunError, match="sizes"):
-        refuse_changes(tmp_path, Snapshot({"sizes": (1, 3)}, {"sizes"}, {}))
+    assert not changes({"sizes": [1, 2]}, {"sizes": (1, 2), "new": 1}, {"sizes", "new"})
+    assert changes({"sizes": [1, 2]}, {"sizes": (1, 3)}, {"sizes"}) == ["sizes [1, 2], now [1, 3]"]
 
 
 def test_options_are_flat_and_change_wherever_they_stand() -> None:
@@ -225,6 +222,65 @@ def test_an_unwritable_output_dir_is_refused(few: Path, tmp_path: Path) -> None:
 def test_a_missing_judge_is_named(few: Path, tmp_path: Path) -> None:
     with pytest.raises(dist.RunError, match="package.module:function"):
         dpo.main(args_of(dpo.Args, **settings(few, tmp_path, judge="nowhere:at_all")))
+
+
+# resuming what has changed
+
+
+def test_other_data_another_model_or_other_code_is_refused_by_name_and_can_be_accepted(
+    few: Path, tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Of a finished run too: its table is of what it was made from."""
+    shutil.copytree(few / "pairs", tmp_path / "pairs")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copyfile(ROOT / "dpo.py", tmp_path / "edited_dpo.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    edited = importlib.import_module("edited_dpo")
+    options = settings(few, tmp_path / "run", num_samples=0, max_steps=2, beta=0.3)
+    options |= {"dataset": str(tmp_path / "pairs"), "model": str(tmp_path / "model")}
+
+    def run(**more: Any) -> None:
+        edited.main(args_of(edited.Args, **options | more))
+
+    def refused(name: str) -> None:
+        with pytest.raises(dist.RunError, match=f"run with {name} of fingerprint .*--accept_changes"):
+            run()
+        run(accept_changes=True)
+        run()  # what was accepted is what the run is made from now
+
+    run()
+    source = (tmp_path / "edited_dpo.py").read_text()
+    (tmp_path / "edited_dpo.py").write_text(source.replace("# setup", "# the setup"))
+    run()  # a comment
+    (tmp_path / "edited_dpo.py").write_text(source.replace("beta * h) - (1 - l", "2 * beta * h) - (1 - l"))
+    refused("script")
+    lines = (tmp_path / "pairs" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs" / "train.jsonl").write_text("".join(lines[:-1]))
+    refused("data")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    refused("starting model")
+    assert "is finished at step 2" in capsys.readouterr().out
+    accepted = json.loads((tmp_path / "run" / "args.json").read_text())["accepted_changes"]
+    assert [change.split()[0] for change in accepted] == ["script", "data", "starting"]
+
+
+def test_the_schedule_is_said_and_that_a_longer_run_has_another() -> None:
+    short = Optimization(learning_rate=1e-3, warmup_steps=4)
+    assert log.schedule(short, 8, 8) == (
+        "8 steps: learning rate 0.001, constant after 4 of warm-up"
+    ) and "most of the run is warm-up" in log.schedule(short, 7, 7)
+    assert "schedule" not in log.schedule(short, 16, 8)
+    decaying = Optimization(warmup_steps=2, lr_schedule="cosine")
+    assert "the run was 8 steps long, so from here on the schedule is another" in log.schedule(
+        decaying, 16, 8
+    )
+
+
+def test_warm_up_is_by_default_a_share_of_the_run_and_as_given_if_it_is() -> None:
+    assert [Optimization().warmup(n) for n in (9, 40, 1000, 9000)] == [0, 4, 100, 150]
+    assert Optimization(warmup_steps=150).warmup(40) == 150
+    assert models.lr_factor(1, 40, Optimization()) == 1 / 5 and models.lr_factor(5, 40, Optimization()) == 1
 
 
 # stopping
@@ -383,3 +439,6 @@ def test_a_sweep_agent_tracks_and_gets_folders_of_its_own(
     sft.main(parse(sft.Args, sft.TOY))
     assert (tmp_path / "runs" / "sft-run7" / "metrics.jsonl").exists()
     assert list((tmp_path / "runs" / "sft-run7" / "wandb").glob("offline-run-*"))
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--output_dir=~/disk/", "--track=False"])
+    run = parse(sft.Args, sft.TOY).run  # each run of the sweep has a folder, wherever it was asked for
+    assert (run.output_dir, run.track) == (f"{Path.home()}/disk-run7", False)

@@ -631,7 +631,7 @@ def test_what_is_given_beside_an_algorithm_wins_even_if_it_is_the_default(
     words = ("--kl_coef", "0.05", "--samples_per_prompt=1", "--algorithm", "grpo", "--clip-range=0.3")
     args = parsed(monkeypatch, *words)  # grpo has kl_coef .04 and 8 samples
     assert switches(args) == ("grpo", 1, "sequence_mean", 0.3, 0.0, "loss", 0.05)
-    assert describe_preset("grpo", ppo.ALGORITHMS["grpo"], flat(args)) == (
+    assert describe_preset("algorithm grpo", ppo.ALGORITHMS["grpo"], flat(args)) == (
         "algorithm grpo: advantage=grpo loss_reduction=sequence_mean kl_placement=loss"
         "; but samples_per_prompt=1 clip_range=0.3 kl_coef=0.05"
     )

@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes
 
 import ppo
 import sft
-from common import checkpoint, dist, log, stages
+from common import checkpoint, dist, files, log, stages
 from common.args import Folder, flat, merge_options, parse, snapshot
 
 
@@ -50,11 +50,11 @@ def pipeline(few: str, folder: str, num_stages: int = 2, options: str = SHORT, *
     own = stages.read_options("sft", sft.Args, args.stages.sft, stages.RESERVED)
     run = log.Log(args.run, __file__, (), snapshot(args), is_pipeline=True)
     folders = [Path(folder) / f"{number}_sft" for number in range(1, num_stages + 1)]
-    stages.refuse_changed_stages(dict.fromkeys(folders, own), stages.RESERVED)
+    stages.refuse_changed_stages(dict.fromkeys(folders, own), stages.RESERVED, args.run.accept_changes)
     known = sorted(run.steps)
-    if run.is_finished(num_stages):
+    if run.is_finished(num_stages, files.inputs("toy", None)):
         return known
-    run.start()
+    run.start(num_stages)
     overrides = dict(dataset=f"{few}/sft", seed=args.seed, max_new_tokens=8)
     for number, path in enumerate(folders, 1):
         stages.stage(sft.main, sft.Args, path, overrides, args.stages.sft, run)
@@ -70,7 +70,7 @@ def pipeline(few: str, folder: str, num_stages: int = 2, options: str = SHORT, *
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> Args:
     monkeypatch.setattr(sys, "argv", ["pipeline.py", *words])
-    return parse(Args, TOY, ("sft", "other"))
+    return parse(Args, TOY, {"sft": sft.Args, "other": sft.Args})
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_the_toys_options_are_those_of_the_toy_and_a_real_model_has_the_defaults
 
 
 def test_a_flag_and_its_opposite_a_value_with_blanks_and_several_values() -> None:
-    merged = merge_options("--cot --judge 'a b' --epochs 1 2", "--no_cot --epochs 3 4")
+    merged = merge_options("--cot --judge 'a b' --epochs 1 2", "--no_cot --epochs 3 4", sft.Args)
     assert shlex.split(merged) == ["--cot", "--judge", "a b", "--no_cot", "--epochs", "3", "4"]
-    assert merge_options(merged, "--cot").endswith("--cot")
+    assert merge_options(merged, "--cot", sft.Args).endswith("--cot")
     for options, expected in (("--merge_lora --no_merge_lora", False), ("--merge_lora=True", True)):
         assert stages.read_options("sft", sft.Args, options).run.merge_lora == expected
 
@@ -113,14 +113,23 @@ def test_a_flag_and_its_opposite_a_value_with_blanks_and_several_values() -> Non
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--learning_rte 1", "sft: --learning_rte is no option of it; --sft --help lists them"),
-        ("--learning_rate fast", "sft: --learning_rate: found 'fast'; expected a number"),
-        ("--max_steps=1.5", "sft: --max_steps: found '1.5'; expected a whole number"),
-        ("--max_steps", "sft: --max_steps: found nothing; expected a whole number"),
-        ("--lr_schedule up", "sft: --lr_schedule: found 'up'; expected one of constant, linear, cosine"),
-        ("--merge_lora 7", "sft: --merge_lora: found '7'; expected True or False"),
-        ("--seed 1", "sft.seed is set by the pipeline; leave it out"),
-        ("--no_overwrite", "sft.overwrite is set by the pipeline"),
+        (
+            "--learning_rte 1",
+            "sft: Unrecognized options: --learning_rte, 1; perhaps you meant --learning_rate",
+        ),
+        (
+            "--learning_rate fast",
+            "sft: Error parsing --learning_rate: could not convert string to float: 'fast'",
+        ),
+        ("--max_steps=1.5", "sft: Error parsing --max_steps: invalid literal for int() with base 10: '1.5'"),
+        ("--max_steps", "sft: Missing value for argument '--max_steps'. Expected 1 values; --help lists all"),
+        (
+            "--lr_schedule up",
+            "invalid choice 'up' for argument '--lr_schedule'. Expected one of ('constant', ",
+        ),
+        ("--merge_lora 7", "sft: Unrecognized options: 7; --help lists all"),
+        ("--seed 1", "sft: --seed is set by the pipeline; leave it out"),
+        ("--no_overwrite", "sft: --no_overwrite is set by the pipeline"),
         ("learning_rate 1", "found 'learning_rate' is no option; expected \"--option value"),
         ("--judge 'a", "No closing quotation"),
     ],
@@ -235,3 +244,6 @@ def test_what_an_algorithm_stands_for_holds_in_a_stage_too() -> None:
     assert (found.algorithm, found.advantage, found.samples_per_prompt) == ("grpo", "grpo", 8)
     assert (found.kl_coef, found.clip_range, found.kl_placement) == (0.2, 0.2, "loss")
     assert stages.read_options("ppo", ppo.Args, "").advantage == "gae"
+    default = "--kl_coef 0.05 --num_samples 0"  # of the pipeline: the algorithm that is given goes before it
+    merged = merge_options(default, "--algorithm grpo", ppo.Args)
+    assert stages.read_options("ppo", ppo.Args, merged).kl_coef == 0.04 and "--num_samples 0" in merged
