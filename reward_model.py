@@ -55,7 +55,9 @@ class Args:
     max_length: int = 2048
     """most tokens of prompt and response; an example with a longer one is dropped, and counted"""
     score: str = ""
-    """no training: score this file's responses with the model, into <file>.scored.jsonl; resumes"""
+    """no training: score this file's responses with the model; goes on where it was stopped"""
+    score_output: str = ""
+    """the file that --score writes, which must be new; default: <output_dir>/scored/<file>.jsonl"""
 
     # algorithm
     loss: Literal["bt", "margin_bt", "scaled_bt", "kwise", "plackett_luce", "regression"] = "bt"
@@ -273,10 +275,13 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     the records done when called again with the same file and model.
 
     Returns:
-        the file written: x.scored.jsonl for x.jsonl, beside it.
+        the file written, never beside the one read: a data folder must not have its records twice.
     """
     path, names = Path(source).expanduser(), models.output_names(scorer)
-    records, target = formats.read_file(path), path.with_name(path.name.split(".")[0] + ".scored.jsonl")
+    default = Path(args.run.output_dir) / "scored" / f"{path.name.removesuffix('.jsonl')}.jsonl"
+    target = Path(args.score_output or default).expanduser()
+    dist.from_main(lambda: make_room(target, args.run.overwrite))
+    records = formats.read_file(path)
 
     def work(chunk: list[formats.Record]) -> list[dict]:
         found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
@@ -290,6 +295,17 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
     return target
+
+
+def make_room(target: Path, overwrite: bool) -> None:
+    """Make the folder of a file that is to be written, and remove the file if that is allowed."""
+    if target.exists() and not overwrite:
+        raise formats.wrong(f"score_output {target}", "a file", "a new one, or --overwrite to replace it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.remove(target)
+    except OSError as error:
+        raise formats.wrong(f"score_output {target}", error.strerror, "a folder to write in") from error
 
 
 def with_rewards(value: dict, outputs: list[list[float]], names: list[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -521,8 +520,9 @@ def scorer_run(few: Path, tiny_model: str, tmp_path_factory: pytest.TempPathFact
 
 def score(model: str, path: str) -> list[dict]:
     """Runs here and on the session of two ranks."""
-    reward_model.main(args_of(reward_model.Args, model=model, score=path))
-    target = Path(path).with_suffix(".scored.jsonl")
+    folder = Path(path).parent / "run"
+    reward_model.main(args_of(reward_model.Args, model=model, score=path, output_dir=str(folder)))
+    target = folder / "scored" / Path(path).name
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
@@ -544,7 +544,7 @@ def test_a_scored_file_has_the_direct_scores(
     scorer, args = load(scorer_run, device)
     direct = models.score(scorer, [packed.Example(sequences, "")], 0, device)[:, 0].tolist()
     assert [x for value in found for x in flat(value, names)] == pytest.approx(direct, abs=1e-5)
-    (tmp_path / "file.scored.jsonl").unlink()
+    (tmp_path / "run" / "scored" / "file.jsonl").unlink()
     one, two = two_ranks("test_reward_model:score", model=scorer_run, path=str(path))
     assert one == two
     assert [x for v in one for x in flat(v, names)] == pytest.approx(direct, abs=1e-5)
@@ -558,7 +558,7 @@ def test_an_attribute_model_makes_a_file_of_ratings(
     found = score(str(attribute_run[0]), str(path))
     names = ["helpfulness", "correctness", "coherence", "complexity", "verbosity", "toxicity"]
     assert sorted(found[0]["label"]) == sorted(names)
-    again = str(tmp_path / "sft.scored.jsonl")
+    again = str(tmp_path / "run" / "scored" / "sft.jsonl")
     assert data.load_ratings(tokenizer, again, again, 2048)[0][0].fields == found[0]["label"]
 
 
@@ -578,7 +578,8 @@ def test_scoring_does_not_go_on_from_another_file_or_model_of_the_same_name(
     if changed == "file":  # as many records, in another order
         path.write_text("".join((lines * 7)[:300][::-1]))
     else:
-        os.utime(model / "model.safetensors", (0, 0))  # trained again
+        weights = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # trained again
     counts, honest = [], models.score
 
     def counted(scorer: Any, examples: list, *rest: Any) -> torch.Tensor:
@@ -597,15 +598,15 @@ def test_scoring_goes_on_where_it_was_stopped(
     path = tmp_path / "file.jsonl"
     path.write_text("".join((line * 7)[:300]))
     score(scorer_run, str(path))
-    whole = (tmp_path / "file.scored.jsonl").read_bytes()
-    (tmp_path / "file.scored.jsonl").unlink()
+    whole = (tmp_path / "run" / "scored" / "file.jsonl").read_bytes()
+    (tmp_path / "run" / "scored" / "file.jsonl").unlink()
 
     with monkeypatch.context() as patch:
         patch.setattr(dist, "stop_requested", lambda: True)
         with pytest.raises(dist.RunError, match="stopped after 256"):
             score(scorer_run, str(path))
-    (part,) = tmp_path.glob("*.part")
-    assert not (tmp_path / "file.scored.jsonl").exists()
+    (part,) = (tmp_path / "run" / "scored").glob("*.part")
+    assert not (tmp_path / "run" / "scored" / "file.jsonl").exists()
     done = part.read_text().splitlines(keepends=True)
     assert len(done) == 256
     part.write_text("".join(done[:100]) + done[100][:17])  # as a kill would leave it
@@ -618,11 +619,28 @@ def test_scoring_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(models, "score", counted)
     score(scorer_run, str(path))
-    assert sum(counts) == 200 and not list(tmp_path.glob("*.part"))
+    assert sum(counts) == 200 and not list((tmp_path / "run" / "scored").glob("*.part"))
     assert [json.loads(x) for x in whole.splitlines()] == [
         json.loads(x, parse_float=lambda x: pytest.approx(float(x), abs=1e-5))
-        for x in (tmp_path / "file.scored.jsonl").read_bytes().splitlines()
+        for x in (tmp_path / "run" / "scored" / "file.jsonl").read_bytes().splitlines()
     ]
+
+
+def test_what_scoring_writes_is_new_and_is_not_beside_what_it_reads(
+    scorer_run: str, few: Path, tmp_path: Path
+) -> None:
+    """A folder is read whole: ten records would be twenty. Names that end alike do not meet either."""
+    for name in ("train.jsonl", "train.v2.jsonl"):
+        (tmp_path / name).write_text("".join((few / "sft" / "test.jsonl").read_text().splitlines(True)[:4]))
+        score(scorer_run, str(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "train.jsonl", "train.v2.jsonl"]
+    assert len(list((tmp_path / "run" / "scored").iterdir())) == 2
+    with pytest.raises(dist.RunError, match=r"scored/train.jsonl: found a file; expected a new one"):
+        score(scorer_run, str(tmp_path / "train.jsonl"))
+    (tmp_path / "file").touch()
+    options = {"model": scorer_run, "score": str(tmp_path / "train.jsonl")}
+    with pytest.raises(dist.RunError, match="expected a folder to write in"):
+        reward_model.main(args_of(reward_model.Args, **options, score_output=f"{tmp_path}/file/x.jsonl"))
 
 
 # bad input
