@@ -57,7 +57,8 @@ def init(seed: int) -> torch.device:
             signal.signal(number, _on_signal)
         if not alone:
             _stop_with_parent()
-    _stop.update(signal=0, time=0.0, agreed=False)
+    if _stop["agreed"]:  # what an earlier run of this process ended for; a signal nobody has seen yet stays
+        _stop.update(signal=0, time=0.0, agreed=False)
     random.seed(seed)
     torch.manual_seed(seed)  # the same on every rank: new weights (LoRA, heads) must agree
     return device

@@ -95,6 +95,15 @@ def test_init_again_repeats_the_random_numbers_and_forgets_a_stop():
     assert draws() != first
 
 
+def test_a_signal_between_two_stages_is_not_lost():
+    dist.init(seed=1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    dist.init(seed=1)  # of the stage that begins
+    assert dist.poll_stop()
+    dist.init(seed=1)
+    assert not dist.poll_stop()
+
+
 def test_a_second_interrupt_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch):
     """The same one that comes twice, from the terminal and passed on by torchrun, is no second one."""
     dist.init(seed=1)
