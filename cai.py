@@ -464,12 +464,8 @@ def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.server.judge_url and not args.judge_model:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
-    if args.num_revisions < 1:
-        raise formats.wrong("num_revisions", args.num_revisions, "1 or more")
     if args.samples_per_prompt * len(read_temperatures(args)) < 2:
         raise formats.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
-    if not 0.5 <= args.cot_clamp <= 1:
-        raise formats.wrong("cot_clamp", args.cot_clamp, "0.5 to 1")
     formats.read_constitution(args.constitution)
     formats.read_few_shots(args.few_shots)
     formats.read_judge_few_shots(args.judge_few_shots)

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, diffusion, dist, files, formats, models, pictures
-from common.args import Optimization, Run, Weights, block, flat, load_function, parse, snapshot
+from common.args import Optimization, Run, Weights, block, load_function, parse, snapshot
 from common.evaluate import mean_scores
 from common.log import Log
 
@@ -393,10 +393,8 @@ def check(args: Args) -> None:
         )
     if args.num_lv > 1 and args.num_grad_steps != 1:
         raise formats.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
-    options = flat(args)
-    for name in ("batch_size", "micro_batch_size", "num_lv", "num_samples", "images_per_prompt"):
-        if options[name] < 1:
-            raise formats.wrong(name, options[name], "at least 1")
+    if args.run.num_samples < 1:
+        raise formats.wrong("num_samples", args.run.num_samples, "at least 1: images are compared")
     for name in args.run.schedules.split(","):
         annealing_weights(name, args.num_inference_steps)
 

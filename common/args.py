@@ -247,33 +247,40 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     return Snapshot(values, fixed_names(args), toy or {})
 
 
-# options that several scripts have, by the least value they can have; below it a run trains nothing
-LEAST = {
-    0: (
-        "learning_rate",
-        "value_learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "warmup_steps",
-        "min_lr_ratio",
-    )
-    + ("num_samples", "micro_batch_tokens", "lora_rank", "temperature"),
-    1: ("batch_size", "num_epochs", "eval_every", "save_every", "keep_checkpoints", "max_new_tokens")
-    + ("max_prompt_length", "rollout_size", "samples_per_prompt", "num_ppo_epochs"),
-    2: ("max_length",),
-    -1: ("max_steps",),
+# (least, most) value of options by their names; one that is not here can be any finite number
+RANGES = {
+    (
+        0,
+        math.inf,
+    ): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps num_samples "
+    "value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target sft_coef "
+    "center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
+    "num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries",
+    (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
+    "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
+    "num_inference_steps num_lv micro_batch_size images_per_prompt num_revisions num_principles "
+    "judge_threads",
+    (2, math.inf): "max_length num_responses",
+    (-1, math.inf): "max_steps",
+    (0, 1): "min_lr_ratio gamma gae_lambda ema_decay top_p label_smoothing",
+    (0.5, 1): "cot_clamp",
 }
-POSITIVE = ("beta", "lora_alpha")
+POSITIVE = "beta lora_alpha top_p kl_horizon beta_concentration weight_temperature reward_scale judge_timeout"
 
 
 def refuse_numbers(values: dict[str, Any]) -> None:
-    """End the run if an option, or one of its values, is below what it can be; NaN is in no range."""
-    least = {name: number for number, names in LEAST.items() for name in names}
+    """End the run if an option, or one of its values, is out of its range; NaN is in none."""
+    ranges = {name: limits for limits, names in RANGES.items() for name in names.split()}
     for name, value in values.items():
         found = value if isinstance(value, list | tuple) else [value]
-        if name in least and value is not None and not all(least[name] <= x < math.inf for x in found):
-            raise dist.RunError(f"{name} is {value}; expected {least[name]} or more")
-        if name in POSITIVE and not all(0 < x < math.inf for x in found):
+        found = [x for x in found if isinstance(x, int | float) and not isinstance(x, bool)]
+        least, most = ranges.get(name, (-math.inf, math.inf))
+        if not all(least <= x <= most and math.isfinite(x) for x in found):
+            limit = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise dist.RunError(
+                f"{name} is {value}; expected {limit if name in ranges else 'a finite number'}"
+            )
+        if name in POSITIVE.split() and not all(x > 0 for x in found):
             raise dist.RunError(f"{name} is {value}; expected more than 0")
 
 

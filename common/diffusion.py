@@ -120,12 +120,9 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    source = str(files.toy_folder("images") / "model") if model == "toy" else str(Path(model).expanduser())
-    path = Path(source)
-    if (path / "args.json").exists() and not (path / "model").exists():
+    path = files.pipeline_folder(model)
+    if (path / "args.json").exists():
         raise dist.RunError(f"model {model}: a run folder without model/; that run has not finished")
-    if (path / "model").is_dir():
-        path, source = path / "model", str(path / "model")
     if (path / LORA_FILE).exists():
         run = path.parent / "args.json"
         if not run.exists():
@@ -139,11 +136,11 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
     if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise dist.RunError(f"model {model}: no such folder; expected a diffusers pipeline or a hub id")
     try:
-        kind = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
+        kind = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
         if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             raise ValueError(f"found a {kind}; expected a Stable Diffusion 1.x, 2.x or XL pipeline")
         extra = {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = getattr(diffusers, kind).from_pretrained(source, dtype=torch.float32, **extra)
+        pipe = getattr(diffusers, kind).from_pretrained(path, dtype=torch.float32, **extra)
     except Exception as error:  # the hub client and the parts of a pipeline raise many kinds
         raise dist.RunError(f"model {model}: cannot be loaded: {formats.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -298,6 +298,12 @@ def model_folder(model: str) -> tuple[str, str | None]:
     return str(path), None
 
 
+def pipeline_folder(model: str) -> Path:
+    """The folder of a model of images: toy, a run folder or a folder; a hub id stays as it is."""
+    path = toy_folder("images") / "model" if model == "toy" else Path(model).expanduser()
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def toy_folder(world: str = "language") -> Path:
     """The files of a toy world, language or images, built on first use."""
     try:
@@ -309,12 +315,12 @@ def toy_folder(world: str = "language") -> Path:
 # ---------------------------------------------------------------------------------------------------- caches
 
 
-def fingerprint(model: str) -> list[tuple[str, int, str]]:
+def fingerprint(model: str, of_images: bool = False) -> list[tuple[str, int, str]]:
     """Tells a model from others, and from the same folder trained again; a hub id is known by its name.
 
     Of each file its name, size and 64 pieces that are spread over it: other training changes all weights.
     """
-    folder, file = model_folder(model)
+    folder, file = (str(pipeline_folder(model)), None) if of_images else model_folder(model)
     path = Path(folder)
     if not path.is_dir():
         return [(folder, 0, "")]
@@ -333,7 +339,7 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
     """Fingerprints of what a run is made from besides its options, on rank 0; by names that a person reads.
 
     Args:
-        tokenizer: None for models of images.
+        tokenizer: None for a model of images.
         datasets: of examples with sequences, or of anything that JSON takes.
     """
     if not dist.is_main():
@@ -344,7 +350,7 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
             digest.update(ids.tobytes() + mask.tobytes())
         rest = [item.prompt, item.fields, item.record] if hasattr(item, "sequences") else item
         digest.update(json.dumps(rest, default=str).encode())
-    parts = {"starting model": repr(fingerprint(model)), "data": digest.hexdigest()}
+    parts = {"starting model": repr(fingerprint(model, of_images=tokenizer is None)), "data": digest.hexdigest()}
     parts |= {"chat template": str(getattr(tokenizer, "chat_template", None))}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
