@@ -455,8 +455,8 @@ def check(args: Args) -> None:
         raise formats.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
     of_values = ("gae_lambda", "whiten_advantages", "whiten_rewards", "clip_range_value")
     of_values += ("value_learning_rate", "value_warmup_steps")
-    by = f"advantage {args.advantage}"
-    refuse_ignored(args, TOY, by, dict.fromkeys(of_values, args.advantage == "gae"))
+    used = dict.fromkeys(of_values, args.advantage == "gae")
+    refuse_ignored(args, TOY, f"advantage {args.advantage}", used)
     if args.kl_target > 0 and args.kl_coef <= 0:
         raise formats.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
@@ -474,7 +474,7 @@ def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
     return step % steps_each == 0 and (step == num_steps or step // every > (step - steps_each) // every)
 
 
-# what --algorithm sets, the table of docs/ppo.md
+# what --algorithm sets, the table of docs/ppo.md; a pipeline with this as a stage looks here too
 SWITCHES = ("advantage", "samples_per_prompt", "loss_reduction", "clip_range", "kl_placement", "kl_coef")
 ALGORITHMS = {
     "ppo": {},  # the defaults of Args
@@ -484,9 +484,7 @@ ALGORITHMS = {
     "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
     | {"clip_range_high": 0.28},
 }
-Args.presets = {
-    "algorithm": ALGORITHMS
-}  # where the command line, and a pipeline with this as a stage, look for them
+Args.presets = {"algorithm": ALGORITHMS}
 
 TOY = dict(reward="toy.language:reward", rollout_size=128, max_new_tokens=48, value_learning_rate=1e-3)
 TOY |= dict(learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=60, eval_every=20, num_samples=200)

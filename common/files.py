@@ -350,7 +350,10 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
             digest.update(ids.tobytes() + mask.tobytes())
         rest = [item.prompt, item.fields, item.record] if hasattr(item, "sequences") else item
         digest.update(json.dumps(rest, default=str).encode())
-    parts = {"starting model": repr(fingerprint(model, of_images=tokenizer is None)), "data": digest.hexdigest()}
+    parts = {
+        "starting model": repr(fingerprint(model, of_images=tokenizer is None)),
+        "data": digest.hexdigest(),
+    }
     parts |= {"chat template": str(getattr(tokenizer, "chat_template", None))}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 

@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes
 
 import ppo
 import sft
-from common import checkpoint, dist, files, log, stages
+from common import checkpoint, dist, log, stages
 from common.args import Folder, flat, merge_options, parse, snapshot
 
 
