@@ -13,8 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, dist, files
+from common import checkpoint, dist, files, formats
 from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
+
+# what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
+WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "*.png", "wandb", "wandb_id", "checkpoints")
+WRITTEN += (
+    "model",
+    "model.*tmp",
+    "base_model",
+    "[0-9]_*",
+    "*_[0-9]*.jsonl*",
+    "images/step_*.png",
+    "annealed",
+)
 
 
 class Log:
@@ -70,13 +82,14 @@ class Log:
         samples of a step without a row, which will be evaluated again, so these go.
         """
         folder = self.folder
+        if folder.resolve() == Path(self.script).resolve().parent:
+            raise formats.wrong(f"output_dir {folder}", "the folder of the script", "one of the run's own")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files.lock(folder)  # before anything is deleted: another run may be writing there
             if self.run.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
-                for path in folder.iterdir():
-                    if path.name != files.LOCK:
-                        files.remove(path)
+                for path in [p for name in (*WRITTEN, Path(self.script).name) for p in folder.glob(name)]:
+                    files.remove(path)
             if not self.is_pipeline:
                 (folder / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
@@ -110,7 +123,8 @@ class Log:
     def is_finished(self, num_steps: int, inputs: dict[str, str]) -> bool:
         """Whether the run has all its steps and its model; if so, its table is printed again.
 
-        The model is asked for too: a kill between the last step and the export leaves a run to go on with.
+        What `finish` has written down is asked for, not model/ alone: that may be of a shorter run, whose
+        continuation was killed before its export.
 
         Args:
             inputs: fingerprints of what the run is made from besides its options; see files.inputs.
@@ -127,10 +141,10 @@ class Log:
                 for found in (self.before.get("inputs", {}), self.inputs)
             )
             self._accept(changes(before, now, now))
-            is_done = last >= num_steps and (self.folder / "model").is_dir()
+            is_done = last >= num_steps and self.before.get("finished_at") == last
             if is_done and self.accepted:
-                self._write_args(num_steps)
-            return is_done
+                self._write_args(self.before["num_steps"], finished_at=last)
+            return is_done and (self.folder / "model").is_dir()
 
         found = dist.from_main(compare)
         if found and dist.is_main():
@@ -158,9 +172,10 @@ class Log:
         self._write_args(num_steps)
         self._start_wandb()
 
-    def _write_args(self, num_steps: int) -> None:
+    def _write_args(self, num_steps: int, **more: Any) -> None:
+        self.num_steps = num_steps
         accepted = [*self.before.get("accepted_changes", []), *self.accepted]
-        kept = {"num_steps": num_steps, "inputs": self.inputs, "versions": files.versions()}
+        kept = {"num_steps": num_steps, "inputs": self.inputs, "versions": files.versions(), **more}
         kept |= {"accepted_changes": accepted} if accepted else {}
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
 
@@ -295,14 +310,15 @@ class Log:
         """Draw the curves, and print the table, or how to resume a run that was stopped."""
         if not dist.is_main():
             return
-        files.unlock(self.folder)
         with contextlib.suppress(ImportError):
             _draw(self.rows, self.folder / "curves.png", self.show)
         if stopped_at is not None:
             print(f"stopped at step {stopped_at} and saved; the same command resumes there", flush=True)
         else:
+            self._write_args(self.num_steps, finished_at=max(self.steps, default=0))
             self._table()
             print(f"model, metrics, samples and curves are in {self.folder}", flush=True)
+        files.unlock(self.folder)
         if self.wandb and not self.pipeline:
             self.wandb.finish()
 

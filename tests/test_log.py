@@ -116,7 +116,7 @@ def test_options_are_flat_and_change_wherever_they_stand() -> None:
 def test_what_a_resumed_run_must_keep_follows_from_the_block() -> None:
     free = set(flat(dpo.Args())) - snapshot(dpo.Args()).fixed
     run = set(flat(dpo.Args().run)) | {"max_new_tokens", "temperature"}
-    system = {"micro_batch_tokens", "sharding", "activation_checkpointing", "compile", "precompute_ref"}
+    system = {"micro_batch_tokens", "sharding", "activation_checkpointing", "compile"}
     assert free == run | system
 
 
@@ -165,12 +165,54 @@ def test_a_changed_field_is_named(finished: Path, few: Path) -> None:
         dpo.main(args_of(dpo.Args, **settings(few, finished, beta=0.2)))
 
 
-def test_overwrite_starts_anew_but_never_removes_a_folder_that_is_no_run(few: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(few: Path, tmp_path: Path) -> None:
+    users = (
+        "thesis.txt",
+        "data.jsonl",
+        "other_run/metrics.jsonl",
+        "answers/rank_0.jsonl",
+    )  # answers were paid for
+    for name in users:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("years of work")
     dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, overwrite=True)))
-    assert (tmp_path / "thesis.txt").exists()
-    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True)))
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+    written = {path.name for path in tmp_path.iterdir()} - {name.split("/")[0] for name in users}
+    assert len(written) > 6
+    again = args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True))
+    log.Log(again.run, dpo.__file__, dpo.SHOWN, snapshot(again))
+    left = {path.name for path in tmp_path.iterdir()} & written
+    assert left == {files.LOCK, "checkpoints", "metrics.jsonl", "samples.jsonl"}  # made anew, and empty
+    assert not read_metrics(tmp_path) and not list((tmp_path / "checkpoints").iterdir())
+    assert all((tmp_path / name).read_text() == "years of work" for name in users)
+    files.unlock(tmp_path)
+
+
+def test_a_run_does_not_live_beside_its_script(few: Path) -> None:
+    with pytest.raises(dist.RunError, match="output_dir .*: found the folder of the script"):
+        dpo.main(args_of(dpo.Args, **settings(few, ROOT)))
+
+
+def test_a_longer_run_that_was_killed_before_its_export_is_not_finished(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The model/ there is that of the shorter run."""
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, num_samples=0)))
+    weights = tmp_path / "model" / "model.safetensors"
+    before = weights.read_bytes()
+
+    def killed(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "export", killed)
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=2, num_samples=0)))
+    (tmp_path / "curves.png").unlink()
+    files.unlock(tmp_path)
+    assert weights.read_bytes() == before
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=2, num_samples=0)))
+    assert weights.read_bytes() != before and (tmp_path / "curves.png").exists()
+    assert json.loads((tmp_path / "args.json").read_text())["finished_at"] == 2
+    assert "is finished" not in capsys.readouterr().out
 
 
 def test_rows_past_the_checkpoint_and_a_torn_line_are_dropped_on_resume(few: Path, tmp_path: Path) -> None:
@@ -377,9 +419,7 @@ def with_ema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A copy of sft.py with a dataclass of its own among its options."""
     text = (ROOT / "sft.py").read_text()
     text = text.replace("\n\n@dataclass\nclass Args:", f"{EMA}\n\n@dataclass\nclass Args:")
-    text = text.replace(
-        "    train_on_prompt: bool", "    ema: Ema = field(default_factory=Ema)\n    train_on_prompt: bool"
-    )
+    text = text.replace("    train_on_prompt: bool", "    ema: Ema = block(Ema)\n    train_on_prompt: bool")
     (tmp_path / "sft_with_ema.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("sft_with_ema")
