@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from common import data, dist, files, models
+from common import data, dist, files, lora, models
 from common.args import Training
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
@@ -115,52 +115,46 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
         model: what the policy started from, on which adapters stand.
     """
     folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
-    lora, weights = policy.lora_config, {}
+    adapters, weights = policy.lora_config, {}
     # transformers loads a reward model, so that is always merged
     merge = isinstance(policy, models.Scorer) or run.merge_lora
     for name, tensor in models.full_weights(policy.model):
-        if dist.is_main() and (lora is None or ".lora_" in name or name == "score.weight"):
-            weights[name] = tensor.to("cpu", dtype if lora is None else torch.float32, copy=True)
+        if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
+            weights[name] = tensor.to("cpu", dtype if adapters is None else torch.float32, copy=True)
     if dist.is_main():
         with files.whole(folder) as unfinished:
-            if lora is not None and not merge:
-                _save_peft(unfinished, policy, model, weights)
+            if adapters is not None and not merge:
+                lora.save(unfinished, adapters, _peft_base(folder.parent, policy, model), weights)
             else:
-                if lora is not None:
+                if adapters is not None:
                     dtype = torch.float32 if run.merge_dtype == "float32" else dtype
-                    weights = _merge(policy, model, weights, dtype)
+                    weights = lora.merge(policy.model, _base_weights(policy, model), weights, dtype)
                 _save_transformers(unfinished, policy, tokenizer, weights, dtype)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
 
-def _merge(
-    policy: models.PackedModel, model: str, trained: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The base as it is on disk plus what adapters change, added in float32 and rounded once.
-
-    The policy's own copy of the base will not do: it has been rounded to the compute dtype.
-    """
+def _base_weights(policy: models.PackedModel, model: str) -> dict[str, Tensor]:
     if isinstance(policy, models.Scorer):
         names = models.output_names(policy)
-        weights = models.read_scorer(*files.model_folder(model), names, False).state_dict()
-    else:
-        weights = models.read_pretrained(*files.model_folder(model)).state_dict()
-    kept = change = 0.0
-    for name, delta in models.lora_deltas(policy.model, trained):
-        merged = (weights[name].float() + delta).to(dtype)
-        kept += ((merged.float() - weights[name].float()) * delta).sum().item()
-        change += delta.square().sum().item()
-        weights[name] = merged
-    if dtype != torch.float32 and change > 0:
-        lost, kind = 1 - kept / change, str(dtype).removeprefix("torch.")
-        print(
-            f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; --merge_dtype float32 "
-            "keeps it, as a peft folder does",
-            flush=True,
-        )
-    own = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}  # a head of its own
-    return {name: tensor.to(dtype) for name, tensor in (weights | own).items()}
+        return models.read_scorer(*files.model_folder(model), names, False).state_dict()
+    return models.read_pretrained(*files.model_folder(model)).state_dict()
+
+
+def _peft_base(folder: Path, policy: models.PackedModel, model: str) -> str:
+    """The model that peft will put adapters on.
+
+    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written as one,
+    merged, in the dtype that the adapters were trained on.
+    """
+    base, gguf = files.model_folder(model)
+    if gguf or (Path(base) / "adapter_config.json").exists():
+        merged = folder / "base_model"
+        plain = models.read_pretrained(base, gguf)
+        with files.whole(merged) as unfinished:
+            plain.to(policy.compute_dtype).save_pretrained(unfinished)
+        base = str(merged)
+    return base
 
 
 def _save_transformers(
@@ -183,26 +177,3 @@ def _save_transformers(
     generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     shell.generation_config = generation_config
     shell.save_pretrained(folder, state_dict=weights)
-
-
-def _save_peft(folder: Path, policy: models.PackedModel, model: str, weights: dict[str, Tensor]) -> None:
-    """Adapters, and where their base is: a model, by its hub id or absolute path.
-
-    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written as one,
-    merged, in the dtype that the adapters were trained on.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    base, gguf = files.model_folder(model)
-    if gguf or (Path(base) / "adapter_config.json").exists():
-        merged = folder.parent / "base_model"
-        plain = models.read_pretrained(base, gguf)
-        with files.whole(merged) as unfinished:
-            plain.to(policy.compute_dtype).save_pretrained(unfinished)
-        base = str(merged)
-    lora = policy.lora_config
-    lora.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
-    lora.save_pretrained(folder)
-    named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import checkpoint, dist, models, packed, plan
+from common import checkpoint, dist, lora, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
@@ -831,7 +831,7 @@ def test_with_adapters_off_a_policy_is_its_base_exactly(kind: str, dtype: str, t
     assert torch.equal(models.token_logps(policy, row), expected)  # B = 0
     move_adapters(policy)
     assert (models.token_logps(policy, row) - expected).abs().max() > 0.1
-    with models.adapters_off(policy):
+    with lora.adapters_off(policy):
         assert torch.equal(models.token_logps(policy, row), expected)
     assert (models.token_logps(policy, row) - expected).abs().max() > 0.1
     models.token_logps(policy, row).sum().backward()
@@ -851,7 +851,7 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
     ours = {name: t.clone() for name, t in before.items()}
-    for name, delta in models.lora_deltas(policy.model, dict(models.full_weights(policy.model))):
+    for name, delta in lora.deltas(policy.model, dict(models.full_weights(policy.model))):
         ours[name] += delta
     alone = load_file(f"{out}/model/adapter_model.safetensors")
     theirs = PeftModel.from_pretrained(base, f"{out}/model").merge_and_unload().state_dict()
