@@ -128,17 +128,20 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
             else:
                 if adapters is not None:
                     dtype = torch.float32 if run.merge_dtype == "float32" else dtype
-                    weights = lora.merge(policy.model, _base_weights(policy, model), weights, dtype)
+                    base = _base(policy, model)
+                    lora.merge(base, adapters, weights, dtype)
+                    weights = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
                 _save_transformers(unfinished, policy, tokenizer, weights, dtype)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
 
-def _base_weights(policy: models.PackedModel, model: str) -> dict[str, Tensor]:
+def _base(policy: models.PackedModel, model: str) -> nn.Module:
+    """The plain model, as it is on disk, that the policy started from."""
+    folder, gguf = files.model_folder(model)
     if isinstance(policy, models.Scorer):
-        names = models.output_names(policy)
-        return models.read_scorer(*files.model_folder(model), names, False).state_dict()
-    return models.read_pretrained(*files.model_folder(model)).state_dict()
+        return models.read_scorer(folder, gguf, models.output_names(policy), False)
+    return models.read_pretrained(folder, gguf)
 
 
 def _peft_base(folder: Path, policy: models.PackedModel, model: str) -> str:

@@ -167,7 +167,7 @@ def is_xl(pipe: Any) -> bool:
 
 
 def has_adapters(unet: nn.Module) -> bool:
-    return any(hasattr(module, "base_layer") for module in unet.modules())
+    return bool(lora.layers(unet))
 
 
 def add_lora(unet: nn.Module, weights: Weights, seed: int) -> None:
@@ -550,10 +550,10 @@ def export(output_dir: str, pipe: Any, unet: nn.Module, model: str, merge_lora: 
         with files.whole(folder) as unfinished:
             if merge:
                 plain = read_pipeline(model)
-                merged = plain.unet.state_dict() if adapters else weights
-                for name, delta in lora.deltas(unet, weights) if adapters else ():
-                    merged[name] = merged[name].float() + delta
-                plain.unet.load_state_dict(merged)
+                if adapters:
+                    lora.merge(plain.unet, adapters, weights, torch.float32)
+                else:
+                    plain.unet.load_state_dict(weights)
                 plain.save_pretrained(unfinished)
             else:
                 named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}

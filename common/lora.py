@@ -4,7 +4,8 @@ The module of a weight that has adapters is wrapped by peft, and its own weight 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +14,85 @@ from torch import Tensor, nn
 
 from common import dist
 
+# peft reads an adapter so called as one of experts, in families whose older files hold experts one by one. That
+# of a shared expert or a dense layer stands on the parameter instead, whose name ends in .weight
+EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+
 
 def add(model: nn.Module, rank: int, alpha: float, target: str) -> None:
-    """Put peft's adapters into the model's linear layers, in place; only they stay trainable."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """Put peft's adapters into the model's linear layers and experts, in place; only they stay trainable.
 
-    targets = target if target == "all-linear" else target.split(",")
+    Raises:
+        RunError: a name in target is of no layer that takes adapters, or peft would not read one as written.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     is_scorer = hasattr(model, "score")
     model.lora_config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=targets,
+        **targets(model, target),
         exclude_modules=["score"] if is_scorer else None,
         task_type="SEQ_CLS" if is_scorer else "CAUSAL_LM",
     )
-    try:
-        inject_adapter_in_model(model.lora_config, model)
-    except ValueError as error:
-        raise dist.RunError(f"lora_target {target!r}: {str(error).splitlines()[0]}") from error
-    ends = (model.get_input_embeddings(), model.score if is_scorer else model.get_output_embeddings())
+    inject_adapter_in_model(model.lora_config, model)
     if is_scorer:
         model.score.requires_grad_(True)  # a head of its own is trained whole
-    if any(hasattr(end, "base_layer") for end in ends):
-        raise dist.RunError(f"lora_target {target!r}: embeddings and the output head take no adapters")
+        return
+    trained = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    lost = [x for x in set_peft_model_state_dict(model, trained).missing_keys if ".lora_" in x]
+    if lost:
+        kind, name = model.config.model_type, lost[0].partition(".lora_")[0]
+        raise dist.RunError(
+            f"lora_target {target!r}: peft does not read back the adapters of {name} in a {kind} model; name "
+            "other layers, as q_proj,v_proj"
+        )
+
+
+def targets(model: nn.Module, target: str) -> dict[str, Any]:
+    """What peft is told of where adapters go: names of modules, and of parameters that hold many experts."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.score if hasattr(model, "score") else model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    experts = [name for name, p in model.named_parameters() if p.ndim == 3]
+    found, names = [*linear, *experts], target.split(",")
+    if target != "all-linear":
+        for name in names:
+            if not any(f".{x}".endswith(f".{name}") for x in found):
+                known = ", ".join(sorted({x.removesuffix(".weight").rpartition(".")[2] for x in found}))
+                raise dist.RunError(
+                    f"lora_target {target!r}: {name!r} takes no adapters; expected some of {known}"
+                )
+        found = [x for x in found if any(f".{x}".endswith(f".{name}") for name in names)]
+    if not experts:
+        return {"target_modules": target if target == "all-linear" else names}
+    short = {re.sub(r"^.*?\.\d+\.", "", x): x in linear for x in found}  # one name for all layers
+    modules = [x for x, is_linear in short.items() if is_linear and x.rpartition(".")[2] not in EXPERT_NAMES]
+    rest = [f"{x}.weight" if is_linear else x for x, is_linear in short.items() if x not in modules]
+    return {"target_modules": modules, "target_parameters": rest}
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each wrapper; experts have one around another, for each of their parameters."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+
+
+def num_folded(model: nn.Module) -> int:
+    """Weights that peft adds adapters to in each forward, which backward then needs as they were."""
+    return sum(layer.get_param().numel() for _, layer in layers(model) if hasattr(layer, "parameter_name"))
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the block a LoRA policy is its own reference: the base model, exactly."""
-    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
-    for layer in layers:
+    for _, layer in layers(model):
         layer._disable_adapters = True  # enable_adapters() would also flip requires_grad under FSDP's feet
     try:
         yield
     finally:
-        for layer in layers:
+        for _, layer in layers(model):
             layer._disable_adapters = False
-
-
-def deltas(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain model, change of the weight in float32) of each weight that adapters sit on.
-
-    Args:
-        weights: the whole weights of the model, of which only those of adapters are read.
-    """
-    for owner, layer in model.named_modules():
-        if hasattr(layer, "base_layer"):
-            a, b = (weights[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
-            delta = layer.scaling["default"] * (b @ a)
-            yield f"{owner}.weight", delta.T if layer.fan_in_fan_out else delta
 
 
 # ------------------------------------------------------------------------------------------------ on disk
@@ -83,24 +114,32 @@ def read(base: nn.Module, folder: str) -> nn.Module:
     return model
 
 
-def merge(
-    model: nn.Module, base: dict[str, Tensor], trained: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The base as it is on disk plus what adapters change, added in float32 and rounded once.
+@torch.no_grad()
+def merge(model: nn.Module, config: Any, trained: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Fold adapters into the plain float32 model they stand on: added in float32 and rounded once, to dtype.
 
-    The policy's own copy of the base will not do: it has been rounded to the compute dtype.
+    Not into what was trained, whose copy of the base has been rounded to the compute dtype.
 
     Args:
-        model: what was trained.
-        trained: the whole weights of its adapters, and of a head of its own.
+        trained: the whole weights of the adapters, and of a head of its own.
     """
-    weights = dict(base)
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):  # it draws weights, which the trained ones replace
+        inject_adapter_in_model(config, model)
+    unknown = model.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unknown, f"left out: {unknown}"
     kept = change = 0.0
-    for name, delta in deltas(model, trained):
-        merged = (weights[name].float() + delta).to(dtype)
-        kept += ((merged.float() - weights[name].float()) * delta).sum().item()
+    for _, layer in layers(model):
+        weight = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
+        delta = layer.get_delta_weight("default")
+        merged = (weight + delta).to(dtype).float()
+        kept += ((merged - weight) * delta).sum().item()
         change += delta.square().sum().item()
-        weights[name] = merged
+        weight.copy_(merged)
+    for name, layer in layers(model):
+        if not name.endswith(".base_layer"):
+            model.set_submodule(name, layer.get_base_layer())
     if dtype != torch.float32 and change > 0:
         lost, kind = 1 - kept / change, str(dtype).removeprefix("torch.")
         print(
@@ -108,8 +147,6 @@ def merge(
             "keeps it, as a peft folder does",
             flush=True,
         )
-    own = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}  # a head of its own
-    return {name: tensor.to(dtype) for name, tensor in (weights | own).items()}
 
 
 def save(folder: Path, config: Any, base: str, weights: dict[str, Tensor]) -> None:

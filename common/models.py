@@ -426,7 +426,8 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
     )
     room = 2 / 3 * device_memory(device)
     choice = system.activation_checkpointing
-    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total > room)
+    folded = shell.compute_dtype.itemsize * lora.num_folded(shell)
+    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
     whole = shell.compute_dtype.itemsize * (trained + frozen)
     return recompute, need(recompute=recompute).total + whole < room
 
