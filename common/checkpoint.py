@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name and renamed when complete, so a k
 previous one as the newest.
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -122,18 +123,32 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
         if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
             weights[name] = tensor.to("cpu", dtype if adapters is None else torch.float32, copy=True)
     if dist.is_main():
+        generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
         with files.whole(folder) as unfinished:
             if adapters is not None and not merge:
-                lora.save(unfinished, adapters, _peft_base(folder.parent, policy, model), weights)
+                base = _peft_base(folder.parent / "base_model", policy, tokenizer, generation, model)
+                lora.save(unfinished, adapters, base, weights)
+                generation.save_pretrained(unfinished)
             else:
                 if adapters is not None:
                     dtype = torch.float32 if run.merge_dtype == "float32" else dtype
                     base = _base(policy, model)
                     lora.merge(base, adapters, weights, dtype)
                     weights = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
-                _save_transformers(unfinished, policy, tokenizer, weights, dtype)
+                _save_transformers(unfinished, policy, generation, weights, dtype)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
+
+
+def generation_config(policy: models.Policy, tokenizer: Any) -> Any:
+    """The model's own, which also stops at the token trained to end a turn."""
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(policy.generation_config) or GenerationConfig()
+    before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys(x for x in (data.end_token(tokenizer), *before) if x is not None))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    return config
 
 
 def _base(policy: models.PackedModel, model: str) -> nn.Module:
@@ -144,26 +159,34 @@ def _base(policy: models.PackedModel, model: str) -> nn.Module:
     return models.read_pretrained(folder, gguf)
 
 
-def _peft_base(folder: Path, policy: models.PackedModel, model: str) -> str:
-    """The model that peft will put adapters on.
+def _peft_base(folder: Path, policy: models.Policy, tokenizer: Any, generation: Any, model: str) -> str:
+    """The model that peft puts adapters on, and whose end tokens then stand.
 
-    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written as one,
-    merged, in the dtype that the adapters were trained on.
+    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written to folder
+    as one, merged, in the dtype that the adapters were trained on.
     """
     base, gguf = files.model_folder(model)
     if gguf or (Path(base) / "adapter_config.json").exists():
-        merged = folder / "base_model"
-        plain = models.read_pretrained(base, gguf)
-        with files.whole(merged) as unfinished:
-            plain.to(policy.compute_dtype).save_pretrained(unfinished)
-        base = str(merged)
+        plain = _base(policy, model).to(policy.compute_dtype)
+        plain.generation_config = generation
+        with files.whole(folder) as unfinished:
+            plain.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        return str(folder)
+    before, end = getattr(policy.generation_config, "eos_token_id", None), data.end_token(tokenizer)
+    if end not in (before if isinstance(before, list) else [before]):
+        print(
+            f"the model under the adapters stops at {before}, they at {end}: give generate() the "
+            "generation_config of their folder, or export with --merge_lora",
+            flush=True,
+        )
     return base
 
 
 def _save_transformers(
     folder: Path,
     policy: models.PackedModel,
-    tokenizer: Any,
+    generation: Any,
     weights: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
@@ -171,12 +194,7 @@ def _save_transformers(
 
     with torch.device("meta"):
         shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
-    if isinstance(policy, models.Scorer):
-        return shell.save_pretrained(folder, state_dict=weights)
-    generation_config = policy.generation_config or transformers.GenerationConfig()
-    before = generation_config.eos_token_id
-    ends = [data.end_token(tokenizer), *(before if isinstance(before, list) else [before])]
-    ends = list(dict.fromkeys(e for e in ends if e is not None))
-    generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    shell.generation_config = generation_config
-    shell.save_pretrained(folder, state_dict=weights)
+    if generation is not None:
+        shell.generation_config = generation
+    tied = shell.all_tied_weights_keys  # they are on disk under one of their names
+    shell.save_pretrained(folder, state_dict={n: t for n, t in weights.items() if n not in tied})

@@ -5,6 +5,7 @@ The module of a weight that has adapters is wrapped by peft, and its own weight 
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from common import dist
 
-# peft reads an adapter so called as one of experts, in families whose older files hold experts one by one. That
-# of a shared expert or a dense layer stands on the parameter instead, whose name ends in .weight
+# peft takes an adapter so called for one of experts, in families whose older files hold them singly; that of
+# a shared expert or a dense layer stands on the parameter, whose name ends in .weight
 EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -99,17 +100,36 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def base_of(folder: str) -> str:
-    """What the adapters of a peft folder stand on."""
+    """What the adapters of a peft folder stand on; written beside them by a run that has moved, it is there.
+
+    Raises:
+        RunError: it is nowhere.
+    """
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not Path(base).is_absolute() or Path(base).exists():
+        return base
+    beside = Path(folder).resolve().parent / Path(base).name
+    if not beside.exists():
+        raise dist.RunError(f"{folder} holds adapters of {base}, which is not there; put it back")
+    return str(beside)
 
 
 def read(base: nn.Module, folder: str) -> nn.Module:
-    """The plain model `base` with the adapters of a peft folder merged into it."""
+    """The plain model `base` with the adapters of a peft folder merged into it.
+
+    Raises:
+        ValueError: the folder lacks weights of adapters that its config names.
+    """
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    missing = [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
+    if missing:
+        raise ValueError(f"peft does not find all its adapters: {missing[0][:200]}")
     model.dtype_on_disk = base.dtype_on_disk
     return model
 
