@@ -126,7 +126,7 @@ def read(base: nn.Module, folder: str) -> nn.Module:
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+        model = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
     missing = [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
     if missing:
         raise ValueError(f"peft does not find all its adapters: {missing[0][:200]}")
@@ -136,7 +136,7 @@ def read(base: nn.Module, folder: str) -> nn.Module:
 
 @torch.no_grad()
 def merge(model: nn.Module, config: Any, trained: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Fold adapters into the plain float32 model they stand on: added in float32 and rounded once, to dtype.
+    """Fold adapters into the plain model they stand on, in place: a sum in float32, rounded once, to dtype.
 
     Not into what was trained, whose copy of the base has been rounded to the compute dtype.
 
@@ -147,16 +147,18 @@ def merge(model: nn.Module, config: Any, trained: dict[str, Tensor], dtype: torc
 
     with torch.random.fork_rng(devices=[]):  # it draws weights, which the trained ones replace
         inject_adapter_in_model(config, model)
-    unknown = model.load_state_dict(trained, strict=False).unexpected_keys
-    assert not unknown, f"left out: {unknown}"
+    held = dict(model.named_parameters())
+    for name, tensor in trained.items():
+        held[name].data = tensor
     kept = change = 0.0
     for _, layer in layers(model):
         weight = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
+        weight.data = weight.data.float()  # peft gives the change in the dtype that the weight has
         delta = layer.get_delta_weight("default")
-        merged = (weight + delta).to(dtype).float()
-        kept += ((merged - weight) * delta).sum().item()
+        merged = (weight + delta).to(dtype)
+        kept += ((merged.float() - weight) * delta).sum().item()
         change += delta.square().sum().item()
-        weight.copy_(merged)
+        weight.data = merged
     for name, layer in layers(model):
         if not name.endswith(".base_layer"):
             model.set_submodule(name, layer.get_base_layer())

@@ -8,7 +8,6 @@ import shutil
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import checkpoint, dist, lora, models, packed, plan
+from common import checkpoint, data, dist, lora, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
@@ -850,7 +849,7 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     args = options(lora_rank=4, lora_alpha=6.0)
     policy = models.load(folder, dist.init(1), args)
     move_adapters(policy)
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    tokenizer = data.load_tokenizer("toy")
     checkpoint.export(Run(output_dir=out), policy, tokenizer, folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
