@@ -20,7 +20,7 @@ import ppo
 import reward_model
 import sft
 from common import checkpoint, data, dist, generate, lora, models, packed
-from common.args import Run, System
+from common.args import Run, System, flat
 
 
 class Family(NamedTuple):
@@ -207,15 +207,10 @@ def check_scripts(kind: str, folder: Path, few: Path, device: torch.device) -> N
 
     def run(module: Any, name: str, source: str, **options: Any) -> dict[str, float]:
         options |= {"model": str(folder), "dataset": f"{few}/{source}", "output_dir": str(folder / name)}
-        options |= {
-            "batch_size": 4,
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-            "warmup_steps": 0,
-            "num_samples": 0,
-        }
-        settings = {"max_new_tokens": 8} if module is ppo else {"eval_dataset": f"{few}/one_{source}"}
-        module.main(args_of(module.Args, **settings | options))
+        options |= {"eval_dataset": f"{few}/one_{source}", "num_samples": 0, "max_new_tokens": 8}
+        options |= {"batch_size": 4, "max_steps": 1, "learning_rate": 1e-3, "warmup_steps": 0}
+        known = flat(module.Args())
+        module.main(args_of(module.Args, **{x: value for x, value in options.items() if x in known}))
         rows = read_metrics(folder / name)
         assert rows[-1]["step"] == 1 and np.isfinite(rows[-1]["train/grad_norm"])
         return rows[0]
