@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -115,6 +115,8 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     Args:
         model: what the policy started from, on which adapters stand.
     """
+    import transformers
+
     folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
     adapters, weights = policy.lora_config, {}
     # transformers loads a reward model, so that is always merged
@@ -135,7 +137,12 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
                     base = _base(policy, model)
                     lora.merge(base, adapters, weights, dtype)
                     weights = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
-                _save_transformers(unfinished, policy, generation, weights, dtype)
+                with torch.device("meta"):
+                    shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
+                shell.generation_config = generation
+                # of tied weights the file has one
+                held = {x: t for x, t in weights.items() if x not in shell.all_tied_weights_keys}
+                shell.save_pretrained(unfinished, state_dict=held)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
@@ -181,20 +188,3 @@ def _peft_base(folder: Path, policy: models.Policy, tokenizer: Any, generation: 
             flush=True,
         )
     return base
-
-
-def _save_transformers(
-    folder: Path,
-    policy: models.PackedModel,
-    generation: Any,
-    weights: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> None:
-    import transformers
-
-    with torch.device("meta"):
-        shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
-    if generation is not None:
-        shell.generation_config = generation
-    tied = shell.all_tied_weights_keys  # they are on disk under one of their names
-    shell.save_pretrained(folder, state_dict={n: t for n, t in weights.items() if n not in tied})

@@ -59,13 +59,12 @@ def targets(model: nn.Module, target: str) -> dict[str, Any]:
     experts = [name for name, p in model.named_parameters() if p.ndim == 3]
     found, names = [*linear, *experts], target.split(",")
     if target != "all-linear":
-        for name in names:
-            if not any(f".{x}".endswith(f".{name}") for x in found):
-                known = ", ".join(sorted({x.removesuffix(".weight").rpartition(".")[2] for x in found}))
-                raise dist.RunError(
-                    f"lora_target {target!r}: {name!r} takes no adapters; expected some of {known}"
-                )
-        found = [x for x in found if any(f".{x}".endswith(f".{name}") for name in names)]
+        chosen = {name: [x for x in found if f".{x}".endswith(f".{name}")] for name in names}
+        if [] in chosen.values():
+            known = ", ".join(sorted({x.removesuffix(".weight").rpartition(".")[2] for x in found}))
+            unknown = next(name for name in names if not chosen[name])
+            raise dist.RunError(f"lora_target {target!r}: {unknown!r} takes none; expected some of {known}")
+        found = [x for some in chosen.values() for x in some]
     if not experts:
         return {"target_modules": target if target == "all-linear" else names}
     short = {re.sub(r"^.*?\.\d+\.", "", x): x in linear for x in found}  # one name for all layers

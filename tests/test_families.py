@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, args_of, read_metrics
+from test_models import move_adapters
 from torch import nn
 
 import dpo
@@ -311,6 +312,42 @@ def test_a_sample_of_families(
 ) -> None:
     check(kind, tmp_path, little, tokenizer, device)
     check_scripts(kind, tmp_path, little, device)
+
+
+def adapted(folder: str, out: str, dtype: str) -> dict[str, list]:
+    """Run on each rank: what a policy whose experts have adapters says and samples."""
+    device = dist.init(1)
+    system = System(dtype=dtype, activation_checkpointing="on", lora_rank=4)
+    policy, tokenizer = models.load(folder, device, system), data.load_tokenizer(folder)
+    move_adapters(policy)
+    replies = generate.generate(policy, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
+    logps = models.token_logps(policy, packed.make_micro_batch(EXAMPLES, [0, 1, 2], device))
+    checkpoint.export(Run(output_dir=out), policy, tokenizer, folder)
+    (-logps.sum()).backward()
+    norm = models.clip_grad_norm(policy, 0.0).item() / dist.world_size()  # each rank had all of the row
+    return {"logps": logps.tolist(), "norm": [norm], "sampled": [x for r in replies for x in r.logps]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_with_adapters_on_two_ranks(
+    dtype: str, tmp_path: Path, tokenizer: Any, two_ranks: Any
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    save("deepseek_v3", tmp_path / "base", tokenizer)
+    settings = {"folder": str(tmp_path / "base"), "out": str(tmp_path / "run"), "dtype": dtype}
+    one, two = adapted(**settings), two_ranks("test_families:adapted", **settings)
+    limit = 1e-5 if dtype == "float32" else 0.1
+    assert two[0] == two[1]
+    for name in one:
+        torch.testing.assert_close(
+            torch.tensor(two[0][name]), torch.tensor(one[name]), atol=limit, rtol=limit
+        )
+    exported = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    with torch.no_grad():
+        gaps = (alone(exported) - torch.tensor(one["logps"])).abs()
+    assert (gaps.max() if dtype == "float32" else gaps.median()) < limit  # rounding may choose another expert
 
 
 @pytest.mark.release
