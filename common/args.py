@@ -240,10 +240,15 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     """The options as they are kept, after a look at their ranges.
 
     Raises:
-        RunError: a number out of the range of its option.
+        RunError: a number out of the range of its option, or one that another option leaves without effect.
     """
     values = flat(args)
     refuse_numbers(values)
+    given = [x for x in ("merge_lora", "merge_dtype") if values.get(x, "auto") not in (False, "auto")]
+    if given and values["lora_rank"] == 0:
+        raise dist.RunError(f"{given[0]} is {values[given[0]]} and lora_rank 0: no adapters to merge")
+    if given == ["merge_dtype"] and "merge_lora" in values:
+        raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
     return Snapshot(values, fixed_names(args), toy or {})
 
 

@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name and renamed when complete, so a k
 previous one as the newest.
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from common import data, dist, files, models
+from common import data, dist, files, lora, models
 from common.args import Training
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
@@ -114,95 +115,76 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     Args:
         model: what the policy started from, on which adapters stand.
     """
+    import transformers
+
     folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
-    lora, weights = policy.lora_config, {}
+    adapters, weights = policy.lora_config, {}
     # transformers loads a reward model, so that is always merged
     merge = isinstance(policy, models.Scorer) or run.merge_lora
     for name, tensor in models.full_weights(policy.model):
-        if dist.is_main() and (lora is None or ".lora_" in name or name == "score.weight"):
-            weights[name] = tensor.to("cpu", dtype if lora is None else torch.float32, copy=True)
+        if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
+            weights[name] = tensor.to("cpu", dtype if adapters is None else torch.float32, copy=True)
     if dist.is_main():
+        generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
         with files.whole(folder) as unfinished:
-            if lora is not None and not merge:
-                _save_peft(unfinished, policy, model, weights)
+            if adapters is not None and not merge:
+                base = _peft_base(folder.parent / "base_model", policy, tokenizer, generation, model)
+                lora.save(unfinished, adapters, base, weights)
+                generation.save_pretrained(unfinished)
             else:
-                if lora is not None:
+                if adapters is not None:
                     dtype = torch.float32 if run.merge_dtype == "float32" else dtype
-                    weights = _merge(policy, model, weights, dtype)
-                _save_transformers(unfinished, policy, tokenizer, weights, dtype)
+                    base = _base(policy, model)
+                    lora.merge(base, adapters, weights, dtype)
+                    weights = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
+                with torch.device("meta"):
+                    shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
+                shell.generation_config = generation
+                # of tied weights the file has one
+                held = {x: t for x, t in weights.items() if x not in shell.all_tied_weights_keys}
+                shell.save_pretrained(unfinished, state_dict=held)
             tokenizer.save_pretrained(unfinished)
     dist.barrier()
 
 
-def _merge(
-    policy: models.PackedModel, model: str, trained: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The base as it is on disk plus what adapters change, added in float32 and rounded once.
+def generation_config(policy: models.Policy, tokenizer: Any) -> Any:
+    """The model's own, which also stops at the token trained to end a turn."""
+    from transformers import GenerationConfig
 
-    The policy's own copy of the base will not do: it has been rounded to the compute dtype.
-    """
+    config = copy.deepcopy(policy.generation_config) or GenerationConfig()
+    before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys(x for x in (data.end_token(tokenizer), *before) if x is not None))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    return config
+
+
+def _base(policy: models.PackedModel, model: str) -> nn.Module:
+    """The plain model, as it is on disk, that the policy started from."""
+    folder, gguf = files.model_folder(model)
     if isinstance(policy, models.Scorer):
-        names = models.output_names(policy)
-        weights = models.read_scorer(*files.model_folder(model), names, False).state_dict()
-    else:
-        weights = models.read_pretrained(*files.model_folder(model)).state_dict()
-    kept = change = 0.0
-    for name, delta in models.lora_deltas(policy.model, trained):
-        merged = (weights[name].float() + delta).to(dtype)
-        kept += ((merged.float() - weights[name].float()) * delta).sum().item()
-        change += delta.square().sum().item()
-        weights[name] = merged
-    if dtype != torch.float32 and change > 0:
-        lost, kind = 1 - kept / change, str(dtype).removeprefix("torch.")
-        print(
-            f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; --merge_dtype float32 "
-            "keeps it, as a peft folder does",
-            flush=True,
-        )
-    own = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}  # a head of its own
-    return {name: tensor.to(dtype) for name, tensor in (weights | own).items()}
+        return models.read_scorer(folder, gguf, models.output_names(policy), False)
+    return models.read_pretrained(folder, gguf)
 
 
-def _save_transformers(
-    folder: Path,
-    policy: models.PackedModel,
-    tokenizer: Any,
-    weights: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> None:
-    import transformers
+def _peft_base(folder: Path, policy: models.Policy, tokenizer: Any, generation: Any, model: str) -> str:
+    """The model that peft puts adapters on, and whose end tokens then stand.
 
-    with torch.device("meta"):
-        shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
-    if isinstance(policy, models.Scorer):
-        return shell.save_pretrained(folder, state_dict=weights)
-    generation_config = policy.generation_config or transformers.GenerationConfig()
-    before = generation_config.eos_token_id
-    ends = [data.end_token(tokenizer), *(before if isinstance(before, list) else [before])]
-    ends = list(dict.fromkeys(e for e in ends if e is not None))
-    generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    shell.generation_config = generation_config
-    shell.save_pretrained(folder, state_dict=weights)
-
-
-def _save_peft(folder: Path, policy: models.PackedModel, model: str, weights: dict[str, Tensor]) -> None:
-    """Adapters, and where their base is: a model, by its hub id or absolute path.
-
-    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written as one,
-    merged, in the dtype that the adapters were trained on.
+    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written to folder
+    as one, merged, in the dtype that the adapters were trained on.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
     base, gguf = files.model_folder(model)
     if gguf or (Path(base) / "adapter_config.json").exists():
-        merged = folder.parent / "base_model"
-        plain = models.read_pretrained(base, gguf)
-        with files.whole(merged) as unfinished:
-            plain.to(policy.compute_dtype).save_pretrained(unfinished)
-        base = str(merged)
-    lora = policy.lora_config
-    lora.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
-    lora.save_pretrained(folder)
-    named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        plain = _base(policy, model).to(policy.compute_dtype)
+        plain.generation_config = generation
+        with files.whole(folder) as unfinished:
+            plain.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        return str(folder)
+    before, end = getattr(policy.generation_config, "eos_token_id", None), data.end_token(tokenizer)
+    if end not in (before if isinstance(before, list) else [before]):
+        print(
+            f"the model under the adapters stops at {before}, they at {end}: give generate() the "
+            "generation_config of their folder, or export with --merge_lora",
+            flush=True,
+        )
+    return base

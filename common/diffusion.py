@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import data, dist, files, formats, models
+from common import data, dist, files, formats, lora, models
 from common.args import Weights, load_function
 from common.packed import Example
 
@@ -164,7 +164,7 @@ def is_xl(pipe: Any) -> bool:
 
 
 def has_adapters(unet: nn.Module) -> bool:
-    return any(hasattr(module, "base_layer") for module in unet.modules())
+    return bool(lora.layers(unet))
 
 
 def add_lora(unet: nn.Module, weights: Weights, seed: int) -> None:
@@ -537,23 +537,23 @@ def export(output_dir: str, pipe: Any, unet: nn.Module, model: str, merge_lora: 
         model: what the U-Net started from, whose other parts the pipeline takes.
     """
     folder = Path(output_dir) / "model"
-    lora = getattr(unet, "lora_config", None)
-    merge = lora is None or merge_lora
+    adapters = getattr(unet, "lora_config", None)
+    merge = adapters is None or merge_lora
     weights = {}
     for name, tensor in models.full_weights(unet):
-        if dist.is_main() and (lora is None or ".lora_" in name):
+        if dist.is_main() and (adapters is None or ".lora_" in name):
             weights[name] = tensor.to("cpu", torch.float32, copy=True)
     if dist.is_main():
         with files.whole(folder) as unfinished:
             if merge:
                 plain = read_pipeline(model)
-                merged = plain.unet.state_dict() if lora else weights
-                for name, delta in models.lora_deltas(unet, weights) if lora else ():
-                    merged[name] = merged[name].float() + delta
-                plain.unet.load_state_dict(merged)
+                if adapters:
+                    lora.merge(plain.unet, adapters, weights, torch.float32)
+                else:
+                    plain.unet.load_state_dict(weights)
                 plain.save_pretrained(unfinished)
             else:
                 named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
-                settings = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
+                settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapters.to_dict().items()}
                 pipe.save_lora_weights(unfinished, named, unet_lora_adapter_metadata=settings)
     dist.barrier()

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from common import dist, packed
+from common import dist, lora, packed
 from common.args import Inference, Optimization, System
 from common.files import model_folder
 from common.packed import Example, MicroBatch, TokenStats, micro_batches
@@ -206,7 +206,7 @@ def _load(
 
     def with_lora(plain: nn.Module) -> nn.Module:
         if trainable and system.lora_rank > 0:
-            add_lora(plain, system.lora_rank, system.lora_alpha, system.lora_target)
+            lora.add(plain, system.lora_rank, system.lora_alpha, system.lora_target)
         return plain
 
     def read() -> tuple:
@@ -251,12 +251,8 @@ def read_pretrained(
     file = {"gguf_file": gguf} if gguf else {}
     try:
         if (Path(folder) / "adapter_config.json").exists():
-            from peft import PeftConfig, PeftModel
-
-            base = read_pretrained(*model_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path))
-            model = PeftModel.from_pretrained(base, folder).merge_and_unload()
-            model.dtype_on_disk = base.dtype_on_disk
-            return model
+            base = read_pretrained(*model_folder(lora.base_of(folder)))
+            return lora.read(base, folder)
         config = None if gguf else AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized; give the unquantized model")
@@ -340,30 +336,6 @@ def check_packable(model: nn.Module) -> None:
     for reason, found in reasons.items():
         if found:
             raise dist.RunError(f"the model ({config.model_type}) {reason}, which packed rows do not support")
-
-
-def add_lora(model: nn.Module, rank: int, alpha: float, target: str) -> None:
-    """Put peft's adapters into the model's linear layers, in place; only they stay trainable."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    targets = target if target == "all-linear" else target.split(",")
-    is_scorer = hasattr(model, "score")
-    model.lora_config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets,
-        exclude_modules=["score"] if is_scorer else None,
-        task_type="SEQ_CLS" if is_scorer else "CAUSAL_LM",
-    )
-    try:
-        inject_adapter_in_model(model.lora_config, model)
-    except ValueError as error:
-        raise dist.RunError(f"lora_target {target!r}: {str(error).splitlines()[0]}") from error
-    ends = (model.get_input_embeddings(), output_head(model))
-    if is_scorer:
-        model.score.requires_grad_(True)  # a head of its own is trained whole
-    if any(hasattr(end, "base_layer") for end in ends):
-        raise dist.RunError(f"lora_target {target!r}: embeddings and the output head take no adapters")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -454,7 +426,8 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
     )
     room = 2 / 3 * device_memory(device)
     choice = system.activation_checkpointing
-    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total > room)
+    folded = shell.compute_dtype.itemsize * lora.num_folded(shell)
+    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
     whole = shell.compute_dtype.itemsize * (trained + frozen)
     return recompute, need(recompute=recompute).total + whole < room
 
@@ -496,22 +469,9 @@ def fill(shell: PackedModel, full: nn.Module | None, device: torch.device) -> No
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the block a LoRA policy is its own reference: the base model, exactly."""
-    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
-    for layer in layers:
-        layer._disable_adapters = True  # enable_adapters() would also flip requires_grad under FSDP's feet
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-@contextlib.contextmanager
 def reference(policy: nn.Module, ref_policy: nn.Module | None) -> Iterator[Any]:
     """The reference within the block: the frozen copy, or if there is none the policy without adapters."""
-    with contextlib.nullcontext() if ref_policy is not None else adapters_off(policy):
+    with contextlib.nullcontext() if ref_policy is not None else lora.adapters_off(policy):
         yield policy if ref_policy is None else ref_policy
 
 
@@ -528,19 +488,6 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of all weights, one at a time; a collective that all ranks must join."""
     for name, tensor in model.state_dict().items():
         yield name, whole_tensor(tensor)
-
-
-def lora_deltas(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain model, change of the weight in float32) of each weight that adapters sit on.
-
-    Args:
-        weights: the whole weights of the model, of which only those of adapters are read.
-    """
-    for owner, layer in model.named_modules():
-        if hasattr(layer, "base_layer"):
-            a, b = (weights[f"{owner}.lora_{x}.default.weight"].float() for x in "AB")
-            delta = layer.scaling["default"] * (b @ a)
-            yield f"{owner}.weight", delta.T if layer.fan_in_fan_out else delta
 
 
 # ----------------------------------------------------------------------------------------------- optimization

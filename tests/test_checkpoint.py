@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import args_of, make_tiny_model
+from safetensors.torch import load_file
 
 import sft
 from common import checkpoint, data, dist, files, models, packed
@@ -64,26 +65,39 @@ def test_an_export_is_the_trained_policy_in_plain_transformers(
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] == tied
     assert model.generation_config.eos_token_id == data.end_token(tokenizer)
     assert AutoTokenizer.from_pretrained(f"{folder}/model").chat_template == tokenizer.chat_template
+    assert ("lm_head.weight" in load_file(f"{folder}/model/model.safetensors")) != tied
 
 
-def adapted(base: str, device: torch.device, size: float, dtype: str = "float32") -> models.Policy:
-    """A policy whose adapters change it by an amount that grows with size."""
-    system = System(dtype=dtype, lora_rank=4, activation_checkpointing="off")
-    policy = models.load(base, device, system)
+def move(model: models.PackedModel, size: float) -> None:
+    """Change what adapters do, by an amount that grows with size."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
+        for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 noise = torch.randn(parameter.shape) * size
                 getattr(parameter, "_local_tensor", parameter).copy_(noise)
+
+
+def adapted(
+    base: str, device: torch.device, size: float, dtype: str = "float32", rank: int = 4
+) -> models.Policy:
+    """A policy whose adapters change it."""
+    system = System(dtype=dtype, lora_rank=rank, activation_checkpointing="off")
+    policy = models.load(base, device, system)
+    move(policy, size)
     return policy
 
 
+def row_of(tokens: list[int], device: torch.device) -> packed.MicroBatch:
+    ids = np.array(tokens, np.int32)
+    return packed.make_micro_batch(
+        [packed.Example([packed.Tokens(ids, np.arange(len(ids)) > 0)], "")], [0], device
+    )
+
+
 def logps_of(policy: models.Policy, device: torch.device) -> torch.Tensor:
-    ids = np.array(TOKENS, np.int32)
-    example = packed.Example([packed.Tokens(ids, np.arange(len(ids)) > 0)], "")
     with torch.no_grad():
-        return policy(packed.make_micro_batch([example], [0], device)).logps
+        return policy(row_of(TOKENS, device)).logps
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [(0.3, -0.1, 0.1), (1e-4, 0.3, 1.0)])
@@ -111,28 +125,85 @@ def test_a_merge_adds_in_float32_and_says_what_rounding_loses(
             assert least < float(re.search(r"rounding loses (-?\d\.\d+) of their change", out)[1]) < most
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_on_adapters_stand_on_a_model(
-    dtype: str, tmp_path: Path, tokenizer: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second folder loads in peft and transformers, from elsewhere, with what the first one learned."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
+def stops_after(model: Any, end: int, **how: Any) -> int:
+    """How many tokens plain generate writes when the third it can draw is the end token."""
 
-    base = make_tiny_model(tmp_path / "base", tokenizer)
+    def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, end] = 1e4 if ids.shape[1] == 6 else -1e4
+        return scores
+
+    prompt = torch.tensor([TOKENS[:4]])
+    written = model.generate(prompt, max_new_tokens=6, do_sample=False, logits_processor=[force], **how)
+    return written.shape[1] - 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["full", "merged", "adapters", "adapters on adapters"])
+def test_others_load_an_export_from_elsewhere(
+    kind: str, dtype: str, tmp_path: Path, tokenizer: Any, device: torch.device, monkeypatch: Any, capsys: Any
+) -> None:
+    """Logits, stopping, tokenizer and template, of a base with another end token than is trained."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    make_tiny_model(tmp_path / "base", tokenizer, eos_token_id=5)
+    end = data.end_token(tokenizer)
     monkeypatch.chdir(tmp_path)  # paths as users give them, from where they are
-    checkpoint.export(Run(output_dir="first"), adapted("base", device, 0.3, dtype), tokenizer, "base")
-    second = adapted("first", device, 0.2, dtype)
-    checkpoint.export(Run(output_dir="second"), second, tokenizer, "first")
+    policy, model = adapted("base", device, 0.3, dtype, rank=0 if kind == "full" else 4), "base"
+    if kind == "adapters on adapters":
+        checkpoint.export(Run(output_dir="first"), policy, tokenizer, model)
+        policy, model = adapted("first", device, 0.2, dtype), "first"
+    run = Run(output_dir="run", merge_lora=kind == "merged", merge_dtype="auto")
+    checkpoint.export(run, policy, tokenizer, model)
+    said = capsys.readouterr().out
+    ours, limit = logps_of(policy, device), 1e-5 if dtype == "float32" else 0.1
+    untrained = plain_logps(AutoModelForCausalLM.from_pretrained("base"), TOKENS)
+    assert kind == "full" or (untrained - ours).abs().max() > 3 * limit
     monkeypatch.chdir("/")
-    ours, limit = logps_of(second, device), 1e-5 if dtype == "float32" else 0.1
-    untrained = plain_logps(AutoModelForCausalLM.from_pretrained(base), TOKENS)
-    assert (untrained - ours).abs().max() > 3 * limit
-    for loader in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
-        model = loader.from_pretrained(tmp_path / "second" / "model", dtype=getattr(torch, dtype))
-        assert (plain_logps(model, TOKENS) - ours).abs().max() < limit
-    config = json.loads((tmp_path / "second" / "model" / "adapter_config.json").read_text())
-    assert (Path(config["base_model_name_or_path"]) / "model.safetensors").exists()  # vLLM reads this
+    found = tmp_path / "run" / "model"
+    for loader in (AutoModelForCausalLM, *([AutoPeftModelForCausalLM] if "adapters" in kind else [])):
+        plain = loader.from_pretrained(found, dtype=getattr(torch, dtype))
+        assert (plain_logps(plain, TOKENS) - ours).abs().max() < limit
+        if kind == "adapters":  # on a model of others, which goes on
+            assert stops_after(plain, end) == 6 and f"stops at 5, they at {end}" in said
+            assert stops_after(plain, end, generation_config=GenerationConfig.from_pretrained(found)) == 3
+        else:
+            assert stops_after(plain, end) == 3
+    assert AutoTokenizer.from_pretrained(found).chat_template == tokenizer.chat_template
+    (tmp_path / "run").rename(tmp_path / "moved")  # with the base that it wrote, but not with one of others
+    again = models.read_pretrained(*files.model_folder(str(tmp_path / "moved")))
+    assert (plain_logps(again, TOKENS) - ours).abs().max() < limit
+    if kind == "adapters":
+        (tmp_path / "base").rename(tmp_path / "gone")
+        with pytest.raises(dist.RunError, match=r"moved/model holds adapters of .*/base, which is not there"):
+            models.read_pretrained(*files.model_folder(str(tmp_path / "moved")))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_others_load_a_reward_model_from_elsewhere(
+    rank: int, tmp_path: Path, tokenizer: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapters are always merged, its head is its own."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    make_tiny_model(tmp_path / "base", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    system = System(dtype="float32", lora_rank=rank, activation_checkpointing="off")
+    scorer = models.load_scorer("base", device, system, ["good", "short"])
+    move(scorer, 0.3)
+    checkpoint.export(Run(output_dir="run"), scorer, tokenizer, "base")
+    with torch.no_grad():
+        ours = models.rewards(scorer, row_of(TOKENS, device))
+    monkeypatch.chdir("/")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "moved" / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(torch.tensor([TOKENS])).logits, ours, atol=1e-5, rtol=1e-5)
+    assert list(plain.config.id2label.values()) == ["good", "short"]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "moved" / "model").chat_template == tokenizer.chat_template
+    )
 
 
 def test_saving_leaves_an_optimizer_that_has_not_begun_alone(
@@ -188,7 +259,6 @@ def test_lora_exports_a_peft_folder_or_a_merged_model(
 
 
 def test_the_export_keeps_the_dtype_of_the_model_on_disk(few: Path, tmp_path: Path, tiny_model: str) -> None:
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = tmp_path / "bf16"

@@ -96,6 +96,20 @@ def test_a_number_that_would_train_nothing_is_refused(option: str) -> None:
         snapshot(args_of(dpo.Args, **{option: 0}))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"merge_lora": True}, "merge_lora is True and lora_rank 0"),
+        ({"merge_dtype": "float32"}, "merge_dtype is float32 and lora_rank 0"),
+        ({"merge_dtype": "float32", "lora_rank": 4}, "merge_dtype is float32 without --merge_lora"),
+    ],
+)
+def test_merging_what_is_not_there_is_refused(options: dict, said: str) -> None:
+    with pytest.raises(dist.RunError, match=said):
+        snapshot(args_of(dpo.Args, **options))
+    snapshot(args_of(dpo.Args, lora_rank=4, merge_lora=True, merge_dtype="float32"))
+
+
 def test_options_that_json_writes_otherwise_are_no_change() -> None:
     """A tuple in a copy's Args comes back as a list."""
     assert not changes({"sizes": [1, 2]}, {"sizes": (1, 2), "new": 1}, {"sizes", "new"})

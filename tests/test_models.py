@@ -8,7 +8,6 @@ import shutil
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import checkpoint, dist, models, packed, plan
+from common import checkpoint, data, dist, lora, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
@@ -38,6 +37,9 @@ FAMILIES = [
     ("Granite", {"logits_scaling": 3.0}),
     ("Mixtral", {"num_local_experts": 3}),
 ]
+# experts, a shared one and a dense layer, under the names that peft knows of experts only
+DOTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+DOTS |= {"moe_intermediate_size": 16, "head_dim": 8}
 
 
 def options(**changes: Any) -> System:
@@ -49,6 +51,7 @@ def configure(kind: str, **changes: Any) -> Any:
     sizes |= {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
     if kind != "GPT2":
         sizes |= {"intermediate_size": 64, "num_key_value_heads": 2}
+    sizes |= DOTS if kind == "Dots1" else {}
     settings = {**sizes, "initializer_range": 0.3, "tie_word_embeddings": False, **changes}
     return getattr(transformers, f"{kind}Config")(**settings)
 
@@ -818,7 +821,7 @@ def move_adapters(policy: nn.Module) -> None:
                 parameter.add_(noise, alpha=0.3)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mixtral", "Dots1"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_adapters_off_a_policy_is_its_base_exactly(kind: str, dtype: str, tmp_path, device):
     """E16"""
@@ -831,7 +834,7 @@ def test_with_adapters_off_a_policy_is_its_base_exactly(kind: str, dtype: str, t
     assert torch.equal(models.token_logps(policy, row), expected)  # B = 0
     move_adapters(policy)
     assert (models.token_logps(policy, row) - expected).abs().max() > 0.1
-    with models.adapters_off(policy):
+    with lora.adapters_off(policy):
         assert torch.equal(models.token_logps(policy, row), expected)
     assert (models.token_logps(policy, row) - expected).abs().max() > 0.1
     models.token_logps(policy, row).sum().backward()
@@ -846,13 +849,14 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     args = options(lora_rank=4, lora_alpha=6.0)
     policy = models.load(folder, dist.init(1), args)
     move_adapters(policy)
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    tokenizer = data.load_tokenizer("toy")
     checkpoint.export(Run(output_dir=out), policy, tokenizer, folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     before = {name: t.clone() for name, t in base.state_dict().items()}
-    ours = {name: t.clone() for name, t in before.items()}
-    for name, delta in models.lora_deltas(policy.model, dict(models.full_weights(policy.model))):
-        ours[name] += delta
+    plain, weights = models.read_pretrained(folder), dict(models.full_weights(policy.model))
+    adapters = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
+    lora.merge(plain, policy.lora_config, adapters, torch.float32)
+    ours = plain.state_dict()
     alone = load_file(f"{out}/model/adapter_model.safetensors")
     theirs = PeftModel.from_pretrained(base, f"{out}/model").merge_and_unload().state_dict()
     again = models.read_pretrained(f"{out}/model").state_dict()
@@ -864,7 +868,9 @@ def merged(folder: str, out: str) -> list[dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("Llama", 1), ("GPT2", 1), ("Llama", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("Llama", 1), ("GPT2", 1), ("Mixtral", 1), ("Llama", 2), ("Dots1", 2)]
+)
 def test_merged_weights_are_those_peft_makes(kind: str, ranks: int, tmp_path, two_ranks: Any):
     save(tmp_path / "base", kind)
     settings = {"folder": str(tmp_path / "base"), "out": str(tmp_path)}

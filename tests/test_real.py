@@ -71,7 +71,11 @@ def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("lora_rank", [0, 16])
 def test_dpo_on_hh_pairs(gguf: str, few_pairs: str, tmp_path: Path, lora_rank: int) -> None:
-    more = {"lora_rank": lora_rank, "merge_lora": True, "learning_rate": 1e-4 if lora_rank else 2e-6}
+    more = {
+        "lora_rank": lora_rank,
+        "merge_lora": bool(lora_rank),
+        "learning_rate": 1e-4 if lora_rank else 2e-6,
+    }
     dpo.main(
         args_of(dpo.Args, **settings(gguf, "hh_harmless.jsonl.gz", tmp_path), eval_dataset=few_pairs, **more)
     )

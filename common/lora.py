@@ -1,0 +1,181 @@
+"""LoRA: adapters beside the weights of a model, which alone are trained, and what is written of them.
+
+The module of a weight that has adapters is wrapped by peft, and its own weight is then `base_layer`.
+"""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import dist
+
+# peft takes an adapter so called for one of experts, in families whose older files hold them singly; that of
+# a shared expert or a dense layer stands on the parameter, whose name ends in .weight
+EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+
+
+def add(model: nn.Module, rank: int, alpha: float, target: str) -> None:
+    """Put peft's adapters into the model's linear layers and experts, in place; only they stay trainable.
+
+    Raises:
+        RunError: a name in target is of no layer that takes adapters, or peft would not read one as written.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    is_scorer = hasattr(model, "score")
+    model.lora_config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        **targets(model, target),
+        exclude_modules=["score"] if is_scorer else None,
+        task_type="SEQ_CLS" if is_scorer else "CAUSAL_LM",
+    )
+    inject_adapter_in_model(model.lora_config, model)
+    if is_scorer:
+        model.score.requires_grad_(True)  # a head of its own is trained whole
+        return
+    trained = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    lost = [x for x in set_peft_model_state_dict(model, trained).missing_keys if ".lora_" in x]
+    if lost:
+        kind, name = model.config.model_type, lost[0].partition(".lora_")[0]
+        raise dist.RunError(
+            f"lora_target {target!r}: peft does not read back the adapters of {name} in a {kind} model; name "
+            "other layers, as q_proj,v_proj"
+        )
+
+
+def targets(model: nn.Module, target: str) -> dict[str, Any]:
+    """What peft is told of where adapters go: names of modules, and of parameters that hold many experts."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.score if hasattr(model, "score") else model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    experts = [name for name, p in model.named_parameters() if p.ndim == 3]
+    found, names = [*linear, *experts], target.split(",")
+    if target != "all-linear":
+        chosen = {name: [x for x in found if f".{x}".endswith(f".{name}")] for name in names}
+        if [] in chosen.values():
+            known = ", ".join(sorted({x.removesuffix(".weight").rpartition(".")[2] for x in found}))
+            unknown = next(name for name in names if not chosen[name])
+            raise dist.RunError(f"lora_target {target!r}: {unknown!r} takes none; expected some of {known}")
+        found = [x for some in chosen.values() for x in some]
+    if not experts:
+        return {"target_modules": target if target == "all-linear" else names}
+    short = {re.sub(r"^.*?\.\d+\.", "", x): x in linear for x in found}  # one name for all layers
+    modules = [x for x, is_linear in short.items() if is_linear and x.rpartition(".")[2] not in EXPERT_NAMES]
+    rest = [f"{x}.weight" if is_linear else x for x, is_linear in short.items() if x not in modules]
+    return {"target_modules": modules, "target_parameters": rest}
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each wrapper; experts have one around another, for each of their parameters."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+
+
+def num_folded(model: nn.Module) -> int:
+    """Weights that peft adds adapters to in each forward, which backward then needs as they were."""
+    return sum(layer.get_param().numel() for _, layer in layers(model) if hasattr(layer, "parameter_name"))
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block a LoRA policy is its own reference: the base model, exactly."""
+    for _, layer in layers(model):
+        layer._disable_adapters = True  # enable_adapters() would also flip requires_grad under FSDP's feet
+    try:
+        yield
+    finally:
+        for _, layer in layers(model):
+            layer._disable_adapters = False
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def base_of(folder: str) -> str:
+    """What the adapters of a peft folder stand on; written beside them by a run that has moved, it is there.
+
+    Raises:
+        RunError: it is nowhere.
+    """
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not Path(base).is_absolute() or Path(base).exists():
+        return base
+    beside = Path(folder).resolve().parent / Path(base).name
+    if not beside.exists():
+        raise dist.RunError(f"{folder} holds adapters of {base}, which is not there; put it back")
+    return str(beside)
+
+
+def read(base: nn.Module, folder: str) -> nn.Module:
+    """The plain model `base` with the adapters of a peft folder merged into it.
+
+    Raises:
+        ValueError: the folder lacks weights of adapters that its config names.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
+    missing = [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
+    if missing:
+        raise ValueError(f"peft does not find all its adapters: {missing[0][:200]}")
+    model.dtype_on_disk = base.dtype_on_disk
+    return model
+
+
+@torch.no_grad()
+def merge(model: nn.Module, config: Any, trained: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Fold adapters into the plain model they stand on, in place: a sum in float32, rounded once, to dtype.
+
+    Not into what was trained, whose copy of the base has been rounded to the compute dtype.
+
+    Args:
+        trained: the whole weights of the adapters, and of a head of its own.
+    """
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):  # it draws weights, which the trained ones replace
+        inject_adapter_in_model(config, model)
+    held = dict(model.named_parameters())
+    for name, tensor in trained.items():
+        held[name].data = tensor
+    kept = change = 0.0
+    for _, layer in layers(model):
+        weight = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
+        weight.data = weight.data.float()  # peft gives the change in the dtype that the weight has
+        delta = layer.get_delta_weight("default")
+        merged = (weight + delta).to(dtype)
+        kept += ((merged.float() - weight) * delta).sum().item()
+        change += delta.square().sum().item()
+        weight.data = merged
+    for name, layer in layers(model):
+        if not name.endswith(".base_layer"):
+            model.set_submodule(name, layer.get_base_layer())
+    if dtype != torch.float32 and change > 0:
+        lost, kind = 1 - kept / change, str(dtype).removeprefix("torch.")
+        print(
+            f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; --merge_dtype float32 "
+            "keeps it, as a peft folder does",
+            flush=True,
+        )
+
+
+def save(folder: Path, config: Any, base: str, weights: dict[str, Tensor]) -> None:
+    """A folder that peft loads: adapters, and where their base is, by its hub id or absolute path."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
+    config.save_pretrained(folder)
+    named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
