@@ -1,0 +1,184 @@
+"""Plain transformers models from where they are kept: a folder, a hub id, a GGUF file, adapters on any of them.
+
+A weight keeps the dtype it has on disk and, unless transformers has to make it of others, stays in its file
+until it is used: what reads them takes one at a time.
+"""
+
+import contextlib
+import copy
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import dist
+from common.files import model_folder
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """The head of a language model or of a scorer."""
+    return model.score if hasattr(model, "score") else model.get_output_embeddings()
+
+
+def read_pretrained(
+    folder: str, gguf: str | None = None, auto_class: str = "AutoModelForCausalLM"
+) -> nn.Module:
+    """The plain transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged.
+
+    `dtype_on_disk` is the one that most of its numbers have there, which the others may differ from; what is
+    computed on reading is float32: the weights of a GGUF file, merged ones, and buffers that are in no file.
+    """
+    import transformers
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    file = {"gguf_file": gguf} if gguf else {}
+    try:
+        if (Path(folder) / "adapter_config.json").exists():
+            from peft import PeftConfig, PeftModel
+
+            base = read_pretrained(*model_folder(PeftConfig.from_pretrained(folder).base_model_name_or_path))
+            # in float32: rounded to bfloat16 a small change would be lost
+            model = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
+            model.dtype_on_disk = base.dtype_on_disk
+            return model
+        config = None if gguf else AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantized; give the unquantized model")
+        on_disk = {} if gguf else tensors_on_disk(folder)
+        dtype = most_common_dtype(on_disk)
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file
+        )
+        wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are missing or not as config.json says, as {min(wrong)}")
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
+    if gguf:
+        del model.config.quantization_config  # they are plain weights once read
+    model.dtype_on_disk = dtype
+    return model if dtype == torch.float32 else undo_rounding(model, on_disk)
+
+
+def tensors_on_disk(folder: str) -> dict[str, Tensor]:
+    """All tensors in the files of a folder or hub id, by their names there: mapped, not read."""
+    from transformers.modeling_utils import load_state_dict
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+
+    for name in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks
+        files = [find(name)]
+        if files == [None] and (index := find(f"{name}.index.json")):
+            files = [find(part) for part in {*json.loads(Path(index).read_text())["weight_map"].values()}]
+        if files[0]:
+            return {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
+    return {}
+
+
+def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """The floating-point dtype of most of the numbers; float32 without any."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
+    return max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+@torch.no_grad()
+def undo_rounding(model: nn.Module, on_disk: dict[str, Tensor]) -> nn.Module:
+    """Give back, in place, what a model lost that transformers has brought into one dtype below float32.
+
+    That are tensors of a wider dtype on disk, as a router's bias, and buffers that are computed, not read.
+    """
+    held = model.state_dict()
+    for name, tensor in on_disk.items():
+        if torch.promote_types(tensor.dtype, model.dtype_on_disk) == model.dtype_on_disk:
+            continue
+        if name not in held:  # one that transformers renames or makes others of
+            return type(model).from_pretrained(model.name_or_path, dtype=torch.float32)
+        owner, _, own_name = name.rpartition(".")
+        getattr(model.get_submodule(owner), own_name).data = tensor
+    with torch.device("meta"):
+        exact = type(model)(copy.deepcopy(model.config))
+    for name, module in exact.named_modules():
+        for own_name in module._non_persistent_buffers_set:
+            module._buffers[own_name] = torch.empty_like(module._buffers[own_name], device="cpu")
+            exact._init_weights(module)
+            setattr(model.get_submodule(name), own_name, module._buffers[own_name])
+    return model
+
+
+def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
+    """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    file = Path(folder) / "config.json"
+    is_scorer = file.exists() and "ForSequenceClassification" in file.read_text()
+    if not Path(folder).exists():
+        with contextlib.suppress(OSError, ValueError):  # a hub id; read_pretrained says what is wrong
+            is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
+    source = read_pretrained(
+        folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
+    )
+    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
+    names = list(names) or has
+    if not names:
+        raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
+    keep = is_scorer and not zero_head
+    # what transformers calls outputs that nobody named
+    unnamed = len(has) == len(names) and all(name.startswith("LABEL_") for name in has)
+    if keep and not unnamed and not set(names) <= set(has):
+        raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
+    config = copy.deepcopy(source.config)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        width = model.score.in_features
+    except (ValueError, AttributeError) as error:
+        kind = config.model_type
+        raise dist.RunError(
+            f"transformers has no {kind} model with a score head; use another model"
+        ) from error
+    model.score = nn.Linear(width, len(names), bias=False)
+    with torch.no_grad():
+        if zero_head:
+            model.score.weight.zero_()
+        elif keep:
+            rows = range(len(names)) if unnamed else [has.index(name) for name in names]
+            model.score.weight.copy_(source.score.weight[list(rows)])
+        else:  # Stiennon et al. 2020, in their code
+            model.score.weight.normal_(std=(width + 1) ** -0.5)
+    setattr(model, model.base_model_prefix, source.base_model)
+    model.dtype_on_disk = source.dtype_on_disk
+    return model
+
+
+def check_packable(model: nn.Module) -> None:
+    """Refuse an architecture that packed rows would turn into another function than transformers computes."""
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    trunk, head = getattr(model, model.base_model_prefix, None), output_head(model)
+    softcaps = [getattr(config, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
+    reasons = {
+        "is multimodal": config.get_text_config() is not config,
+        "caps its logits": any(softcaps),
+        "has attention sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        f"has layers of type {', '.join(sorted(layers))}": layers,
+        "carries a recurrent state": model._is_stateful,
+        "has attention code of its own": not model._supports_attention_backend,
+        "attends to later tokens": any(getattr(m, "is_causal", True) is False for m in model.modules()),
+        "is more than a trunk and a head": set(model.children()) != {trunk, head},
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise dist.RunError(f"the model ({config.model_type}) {reason}, which packed rows do not support")
