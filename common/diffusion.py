@@ -117,7 +117,7 @@ def modules(pipe: Any) -> dict[str, nn.Module]:
 
 
 def without_numbers(pipe: Any) -> Any:
-    """A copy of a pipeline whose modules have shapes and dtypes only, small enough to be sent to other ranks."""
+    """A copy of a pipeline whose modules have shapes and dtypes only: small enough to send."""
     parts, known = modules(pipe).values(), {}
     for tensor in (t for part in parts for t in (*part.parameters(), *part.buffers())):
         shape = tensor.detach().to("meta")

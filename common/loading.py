@@ -1,4 +1,4 @@
-"""Plain transformers models from where they are kept: a folder, a hub id, a GGUF file, adapters on any of them.
+"""Plain transformers models from where they are kept: a folder, a hub id, a GGUF file, adapters on one.
 
 A weight keeps the dtype it has on disk and, unless transformers has to make it of others, stays in its file
 until it is used: what reads them takes one at a time.
@@ -7,6 +7,7 @@ until it is used: what reads them takes one at a time.
 import contextlib
 import copy
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,13 @@ def read_pretrained(
         raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
+    if dtype != torch.float32:
+        model = undo_rounding(model, on_disk, dtype)
     model.dtype_on_disk = dtype
-    return model if dtype == torch.float32 else undo_rounding(model, on_disk)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # a file that holds two of them outweighs the config
+    return model
 
 
 def tensors_on_disk(folder: str) -> dict[str, Tensor]:
@@ -94,16 +100,17 @@ def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 @torch.no_grad()
-def undo_rounding(model: nn.Module, on_disk: dict[str, Tensor]) -> nn.Module:
-    """Give back, in place, what a model lost that transformers has brought into one dtype below float32.
+def undo_rounding(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Give back what a model lost that transformers has brought into one dtype below float32.
 
     That are tensors of a wider dtype on disk, as a router's bias, and buffers that are computed, not read.
+    Where transformers makes others of such a tensor, all of the model is read in float32.
     """
     held = model.state_dict()
     for name, tensor in on_disk.items():
-        if torch.promote_types(tensor.dtype, model.dtype_on_disk) == model.dtype_on_disk:
+        if torch.promote_types(tensor.dtype, dtype) == dtype:
             continue
-        if name not in held:  # one that transformers renames or makes others of
+        if name not in held:
             return type(model).from_pretrained(model.name_or_path, dtype=torch.float32)
         owner, _, own_name = name.rpartition(".")
         getattr(model.get_submodule(owner), own_name).data = tensor
@@ -161,6 +168,38 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
     setattr(model, model.base_model_prefix, source.base_model)
     model.dtype_on_disk = source.dtype_on_disk
     return model
+
+
+def check_savable(model: nn.Module) -> None:
+    """Find before the training what transformers would refuse to write after it.
+
+    Settings of generation that are in each other's way, as a temperature without do_sample, are left out.
+
+    Raises:
+        RunError: a config that cannot be written again.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy.deepcopy(model.config).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise dist.RunError(f"config.json could not be written again with the export: {reason}") from error
+    found = getattr(model, "generation_config", None)
+    settings, kept, left_out = found.to_diff_dict() if found else {}, GenerationConfig(), []
+    # whether the others have a meaning depends on two of them
+    for name in sorted(settings, key=lambda name: name not in ("do_sample", "num_beams")):
+        before = getattr(kept, name, None)
+        setattr(kept, name, settings[name])
+        try:
+            kept.validate(strict=True)
+        except ValueError:
+            setattr(kept, name, before)
+            left_out.append(f"{name} {settings[name]}")
+    if left_out:
+        model.generation_config = kept
+        print(f"generation_config.json: {', '.join(left_out)} left out, which transformers would not save")
 
 
 def check_packable(model: nn.Module) -> None:

@@ -8,13 +8,11 @@ Shapes: N tokens of a micro-batch, N_targets scored ones, D width, V vocabulary,
 """
 
 import contextlib
-import copy
 import functools
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common import dist, packed
 from common.args import Inference, Optimization, System
 from common.files import model_folder
-from common.loading import check_packable, output_head, read_pretrained, read_scorer
+from common.loading import check_packable, check_savable, output_head, read_pretrained, read_scorer
 from common.packed import Example, MicroBatch, TokenStats, micro_batches
 from common.plan import training_flops, training_memory
 
@@ -214,6 +212,8 @@ def _load(
         with torch.random.fork_rng(devices=[]):  # ranks keep drawing alike
             plain = read_plain()
             check_packable(plain)
+            if trainable:
+                check_savable(plain)
             full.append(with_lora(plain))
         return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk
 

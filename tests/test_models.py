@@ -4,20 +4,26 @@ import importlib
 import inspect
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint, dist, models, packed, plan
 from common.args import Optimization, Run, System
@@ -577,6 +583,105 @@ def test_a_bfloat16_file_is_trained_in_float32_and_remembered(tmp_path, device):
     assert policy.dtype_on_disk == torch.bfloat16
     weights = dict(models.full_weights(policy.model))
     assert all(torch.equal(weights[n], t.float()) for n, t in plain.state_dict().items())
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made within hold at one time, mapped files too; a storage counts once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def most_bytes(folder: str) -> float:
+    """Run on each rank: the most bytes for each number that loading a frozen bfloat16 model holds."""
+    device, args = dist.init(1), options(dtype="bfloat16")
+    # threads would not be counted
+    with mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}), Live() as live:
+        policy = models.load(folder, device, args, trainable=False)
+    return live.most / sum(p.numel() for p in policy.parameters())
+
+
+def test_a_model_is_never_whole_in_float32(tmp_path, two_ranks: Any):
+    """A bfloat16 number takes 2 bytes in a mapped file and 2 in the model or in the file mapped again."""
+    save(tmp_path, num_hidden_layers=12).bfloat16().save_pretrained(tmp_path)
+    first, second = two_ranks("test_models:most_bytes", folder=str(tmp_path))
+    assert 3.9 < most_bytes(str(tmp_path)) < 4.5 and first < 4.5 and second < 1.5
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral", "Gemma3Text"])
+def test_numbers_that_are_wider_on_disk_than_most_keep_all_of_their_bits(kind: str, tmp_path, device):
+    """A router or a norm in float32 among bfloat16, under its own name or one that transformers changes."""
+    config = dict(FAMILIES)[kind]
+    save(tmp_path, kind, **config, hidden_size=40)
+    held = load_file(tmp_path / "model.safetensors")
+    wide = [name for name in held if re.search(r"norm|gate\.weight|experts\.1\.w1", name)]
+    held = {name: t if name in wide else t.bfloat16() for name, t in held.items()}
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    policy = models.load(str(tmp_path), device, options())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = dict(models.full_weights(policy.model)) | dict(policy.model.named_buffers())
+    assert policy.dtype_on_disk == torch.bfloat16 and len(wide) > 3
+    for name, tensor in {**theirs.state_dict(), **dict(theirs.named_buffers())}.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["bin", "sharded bin", "sharded safetensors"])
+def test_files_of_every_kind_are_read_in_their_own_dtype(kind: str, tmp_path):
+    plain = save(tmp_path).half()
+    (tmp_path / "model.safetensors").unlink()
+    state = plain.state_dict()
+    if kind == "sharded safetensors":
+        plain.save_pretrained(tmp_path, max_shard_size="20KB")
+    elif kind == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        places = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+        for file in set(places.values()):
+            torch.save({name: t for name, t in state.items() if places[name] == file}, tmp_path / file)
+        index = {"metadata": {}, "weight_map": places}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    found = models.read_pretrained(str(tmp_path))
+    assert found.dtype_on_disk == torch.float16
+    assert all(torch.equal(t, state[name]) for name, t in found.state_dict().items())
+    assert {t.dtype for t in found.state_dict().values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("where", ["config.json", "the file"])
+def test_a_head_of_its_own_outweighs_a_config_that_ties_it(where: str, tmp_path, device):
+    """Which function is trained and exported is the one that transformers loads."""
+    save(tmp_path, tie_word_embeddings=where == "the file")
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    held = load_file(file)
+    held.setdefault("lm_head.weight", held["model.embed_tokens.weight"].clone() + 1)
+    save_file(held, file, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    policy = models.load(str(tmp_path), device, options())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = plain_stats(theirs, documents())[0]
+    torch.testing.assert_close(models.token_logps(policy, pack(documents())), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(dict(models.full_weights(policy.model))["lm_head.weight"], held["lm_head.weight"])
+    assert policy.config.tie_word_embeddings is False
+
+
+def test_settings_of_generation_that_transformers_would_not_save_are_left_out(tmp_path, device, capsys):
+    save(tmp_path)
+    settings = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "early_stopping": True, "max_length": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, 2]}))
+    kept = models.load(str(tmp_path), device, options()).generation_config
+    assert "early_stopping True, temperature 0.9, top_p 0.6 left out" in capsys.readouterr().out
+    kept.save_pretrained(tmp_path)  # refuses what is not valid
+    assert (kept.eos_token_id, kept.max_length, kept.temperature) == ([1, 2], 9, None)
 
 
 def test_dropout_and_layer_drop_are_off_and_stay_in_the_config(tmp_path, device):
