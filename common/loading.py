@@ -106,7 +106,7 @@ TEXT_MODELS = {
 
 
 def text_model(whole: nn.Module) -> nn.Module:
-    """The language model and head of one that takes pictures too, with their very weights and empty buffers."""
+    """The language model and head of one that takes pictures too, their very weights, and empty buffers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = whole.config.get_text_config().to_dict()

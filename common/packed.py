@@ -277,10 +277,10 @@ def plain_attention(
         sinks: (H,) the score of a place that takes attention and gives nothing.
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (q @ k.mT).to(_wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = soft_cap(scores, cap).masked_fill(~seen, -math.inf)
     if sinks is not None:
-        sink = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], -1)
     return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
