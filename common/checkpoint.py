@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from common import data, dist, files, lora, models
 from common.args import Training
+from common.loading import is_whole
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
 OPTIONS = StateDictOptions(
@@ -173,7 +174,7 @@ def _peft_base(folder: Path, policy: models.Policy, tokenizer: Any, generation: 
     as one, merged, in the dtype that the adapters were trained on.
     """
     base, gguf = files.model_folder(model)
-    if gguf or (Path(base) / "adapter_config.json").exists():
+    if not is_whole(base, gguf):
         plain = _base(policy, model).to(policy.compute_dtype)
         plain.generation_config = generation
         with files.whole(folder) as unfinished:

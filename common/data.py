@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -168,6 +169,13 @@ def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
     """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
     pieces = [tokenizer(s, add_special_tokens=False, verbose=False)["input_ids"] for s in text.split(BREAK)]
     tokens = tuple(token for piece in pieces for token in piece)
+    rows = getattr(config_of(getattr(tokenizer, "name_or_path", "")), "vocab_size", math.inf)
+    if max(tokens, default=0) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(tokens))
+        raise dist.RunError(
+            f"the tokenizer makes {token!r} token {max(tokens)}, but the model embeds {rows} tokens; "
+            "enlarge it with resize_token_embeddings and save it, or leave the token out of the data"
+        )
     bos = tokenizer.bos_token_id
     if (plain or tokenizer.chat_template is None) and tokens[:1] != (bos,) and adds_bos(tokenizer):
         tokens = (bos, *tokens)
@@ -366,17 +374,20 @@ def load_prompts(
 
 
 @functools.cache
-def positions_of(folder: str) -> float:
-    """`packed.position_limit` of the model in a folder or with a hub id; adapters have that of their base."""
+def config_of(folder: str) -> Any:
+    """The text config of the model in a folder or with a hub id; adapters have that of their base.
+
+    One without fields for a GGUF file, or a tokenizer alone.
+    """
     from transformers import AutoConfig
 
     try:
         adapter = Path(folder) / "adapter_config.json"
         if adapter.exists():
             folder = json.loads(adapter.read_text())["base_model_name_or_path"]
-        return packed.position_limit(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError):  # a GGUF file, or a tokenizer alone
-        return math.inf
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return SimpleNamespace()
 
 
 def load(
@@ -400,7 +411,7 @@ def load(
     """
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
-    most = positions_of(getattr(tokenizer, "name_or_path", "")) - (not scored)
+    most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
     if max_length > most:
         if dist.is_main():
             print(f"{kind}: {option} {max_length} is more than the model takes; it is {most} now", flush=True)

@@ -7,6 +7,7 @@ Shapes: B images in a micro-batch, S sampler steps, R rewards; latents (B, C, h,
 """
 
 import contextlib
+import copy
 import csv
 import json
 import re
@@ -72,39 +73,57 @@ def load(
 ) -> tuple[Any, nn.Module]:
     """(pipeline, U-Net): all frozen but the U-Net, or its adapters, which is sharded over all ranks.
 
-    Every rank reads the files itself: a U-Net fits on one card, what training adds to it may not. Only a
-    trainable model gets adapters, drawn from the seed.
+    Only rank 0 reads the weights. Only a trainable model gets adapters, drawn from the seed.
 
     Raises:
         RunError: no such pipeline, or one of another kind.
     """
     if model == "toy":
         files.toy_folder("images")  # ranks wait on its lock, not in a collective
-    first: list[Any] = []  # one rank finds what is wrong, or downloads
-    dist.from_main(lambda: first.append(read_pipeline(model, fuse)))
-    pipe = first[0] if first else read_pipeline(model, fuse)
-    dtype = models.resolve_dtype(weights.dtype, device)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
+    full: list[Any] = []  # rank 0's; the others stay without a copy
+
+    def read() -> Any:
+        pipe = read_pipeline(model, fuse)
+        for part in modules(pipe).values():
             part.requires_grad_(False).eval()
-            if part is not pipe.unet:
-                part.to(device, dtype)
-    unet = pipe.unet
-    if trainable and weights.lora_rank > 0:
-        add_lora(unet, weights, seed)
-    elif trainable:
-        unet.requires_grad_(True)
+        if trainable and weights.lora_rank > 0:
+            add_lora(pipe.unet, weights, seed)
+        elif trainable:
+            pipe.unet.requires_grad_(True)
+        full.append(pipe)
+        return without_numbers(pipe)
+
+    pipe = dist.from_main(read)
+    unet, dtype = pipe.unet, models.resolve_dtype(weights.dtype, device)
+    for name, part in modules(pipe).items():
+        if part is not unet:
+            part.to(dtype).to_empty(device=device)
+            models.fill(part, modules(full[0])[name] if full else None)
     for parameter in unet.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
-    unet.to(device)
     # resharded after each forward, so that a change of the weights in place is seen by the next one
     plan = models.fsdp_plan(unet, dtype, device, weights.sharding) | {"reshard_after_forward": True}
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block, **plan)
     fully_shard(unet, **plan)
     models.sum_gradients(unet)
+    models.fill(unet.to_empty(device=device), full.pop().unet if full else None)
     return pipe, unet
+
+
+def modules(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def without_numbers(pipe: Any) -> Any:
+    """A copy of a pipeline whose modules have shapes and dtypes only: small enough to send."""
+    parts, known = modules(pipe).values(), {}
+    for tensor in (t for part in parts for t in (*part.parameters(), *part.buffers())):
+        shape = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        known[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
+    return copy.deepcopy(pipe, known)
 
 
 def read_pipeline(model: str, fuse: bool = True) -> Any:

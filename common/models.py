@@ -8,13 +8,11 @@ Shapes: N tokens of a micro-batch, N_targets scored ones, D width, V vocabulary,
 """
 
 import contextlib
-import copy
 import functools
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +25,14 @@ from torch.utils.checkpoint import checkpoint
 from common import dist, lora, packed
 from common.args import Inference, Optimization, System
 from common.files import model_folder
+from common.loading import (
+    check_packable,
+    check_savable,
+    empty_scorer,
+    output_head,
+    read_pretrained,
+    read_scorer,
+)
 from common.packed import Example, MicroBatch, TokenStats, micro_batches
 from common.plan import training_flops, training_memory
 
@@ -76,9 +82,12 @@ class Policy(PackedModel):
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype, dtype_on_disk: torch.dtype):
         super().__init__(model, compute_dtype, dtype_on_disk)
         factor, divisor = (getattr(self.config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
+        if self.config.model_type == "hyperclovax":  # multiplies by what Granite divides by
+            divisor = 1 / divisor
         self.logit_scale = factor / divisor  # Cohere's and Granite's logits have one
         self.replica: Any = None  # generate.py's plain copy
         head = packed.ChunkedHead.like(model.get_output_embeddings())
+        head.cap = getattr(self.config, "final_logit_softcapping", None)
         model.set_output_embeddings(head)
         assert model.get_output_embeddings() is head
 
@@ -213,13 +222,15 @@ def _load(
         with torch.random.fork_rng(devices=[]):  # ranks keep drawing alike
             plain = read_plain()
             check_packable(plain)
+            if trainable:
+                check_savable(plain)
             full.append(with_lora(plain))
         return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk
 
     config, generation_config, dtype_on_disk = dist.from_main(read)
-    auto = getattr(transformers, kind.auto_class)
+    make = empty_scorer if kind is Scorer else transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        plain = with_lora(auto.from_config(config, attn_implementation="packed", dtype=torch.float32))
+        plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
         plain.generation_config = generation_config
         shell = kind(plain, dtype, dtype_on_disk)
     if device.type == "cuda" and dtype != torch.float32:
@@ -228,114 +239,10 @@ def _load(
     if not trainable:
         shell.requires_grad_(False)
     shard(shell, device, system)
-    fill(shell, full[0] if full else None, device)
+    shell.to_empty(device=device)
+    plain.tie_weights()  # to_empty makes two of each shared parameter that FSDP does not hold
+    fill(plain, full.pop() if full else None)
     return shell
-
-
-def output_head(model: nn.Module) -> nn.Linear:
-    """The head of a language model or of a scorer."""
-    return model.score if hasattr(model, "score") else model.get_output_embeddings()
-
-
-def read_pretrained(
-    folder: str, gguf: str | None = None, auto_class: str = "AutoModelForCausalLM"
-) -> nn.Module:
-    """The plain float32 transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged."""
-    import transformers
-    from safetensors import SafetensorError
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    file = {"gguf_file": gguf} if gguf else {}
-    try:
-        if (Path(folder) / "adapter_config.json").exists():
-            base = read_pretrained(*model_folder(lora.base_of(folder)))
-            return lora.read(base, folder)
-        config = None if gguf else AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are quantized; give the unquantized model")
-        model, report = getattr(transformers, auto_class).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **file
-        )
-        wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-        if wrong:
-            raise ValueError(f"{len(wrong)} weights are missing or not as config.json says, as {min(wrong)}")
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
-    if gguf:
-        del model.config.quantization_config  # they are plain weights once read
-    model.dtype_on_disk = getattr(config, "dtype", None) or torch.float32
-    return model
-
-
-def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
-    """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    file = Path(folder) / "config.json"
-    is_scorer = file.exists() and "ForSequenceClassification" in file.read_text()
-    if not Path(folder).exists():
-        with contextlib.suppress(OSError, ValueError):  # a hub id; read_pretrained says what is wrong
-            is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
-    source = read_pretrained(
-        folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
-    )
-    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
-    names = list(names) or has
-    if not names:
-        raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
-    keep = is_scorer and not zero_head
-    # what transformers calls outputs that nobody named
-    unnamed = len(has) == len(names) and all(name.startswith("LABEL_") for name in has)
-    if keep and not unnamed and not set(names) <= set(has):
-        raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
-    config = copy.deepcopy(source.config)
-    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        width = model.score.in_features
-    except (ValueError, AttributeError) as error:
-        kind = config.model_type
-        raise dist.RunError(
-            f"transformers has no {kind} model with a score head; use another model"
-        ) from error
-    model.score = nn.Linear(width, len(names), bias=False)
-    with torch.no_grad():
-        if zero_head:
-            model.score.weight.zero_()
-        elif keep:
-            rows = range(len(names)) if unnamed else [has.index(name) for name in names]
-            model.score.weight.copy_(source.score.weight[list(rows)])
-        else:  # Stiennon et al. 2020, in their code
-            model.score.weight.normal_(std=(width + 1) ** -0.5)
-    setattr(model, model.base_model_prefix, source.base_model)
-    model.dtype_on_disk = source.dtype_on_disk
-    return model
-
-
-def check_packable(model: nn.Module) -> None:
-    """Refuse an architecture that packed rows would turn into another function than transformers computes."""
-    config = model.config
-    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    trunk, head = getattr(model, model.base_model_prefix, None), output_head(model)
-    softcaps = [getattr(config, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
-    reasons = {
-        "is multimodal": config.get_text_config() is not config,
-        "caps its logits": any(softcaps),
-        "has attention sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
-        f"has layers of type {', '.join(sorted(layers))}": layers,
-        "carries a recurrent state": model._is_stateful,
-        "has attention code of its own": not model._supports_attention_backend,
-        "attends to later tokens": any(getattr(m, "is_causal", True) is False for m in model.modules()),
-        "is more than a trunk and a head": set(model.children()) != {trunk, head},
-    }
-    for reason, found in reasons.items():
-        if found:
-            raise dist.RunError(f"the model ({config.model_type}) {reason}, which packed rows do not support")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -447,25 +354,26 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def fill(shell: PackedModel, full: nn.Module | None, device: torch.device) -> None:
-    """Copy the weights and buffers rank 0 holds in `full` into the sharded, still empty model of `shell`."""
-    shell.to_empty(device=device)
-    shell.model.tie_weights()  # to_empty makes two of each shared parameter that FSDP does not hold
+@torch.no_grad()
+def fill(module: nn.Module, full: nn.Module | None) -> None:
+    """Copy what rank 0 holds in `full` into a module that is sharded already, a whole tensor at a time."""
 
     def tensors(model: nn.Module) -> dict[str, Tensor]:  # rotary frequencies are in no state dict
-        return {**model.state_dict(), **dict(model.named_buffers())}
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
-    source = tensors(full) if full is not None else {}
-    for name, target in tensors(shell.model).items():  # one whole tensor at a time on the device
+    source, nothing = tensors(full) if full is not None else {}, torch.empty(0)
+    for name, target in tensors(module).items():
         if full is not None:
-            whole = source[name].detach().to(device).to(target.dtype)
+            whole = source[name].detach().to(target.device).to(target.dtype)
         else:
-            whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
         if dist.world_size() > 1:
             torch.distributed.broadcast(whole, src=0)
         if isinstance(target, DTensor):  # every rank cuts its own part out
             whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
         target.copy_(whole)
+        if full is not None:
+            source[name].data = nothing  # what has been read is given back
 
 
 @contextlib.contextmanager

@@ -4,24 +4,31 @@ import importlib
 import inspect
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint, data, dist, lora, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
+CAP, ROPE = {"final_logit_softcapping": 3.0}, {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES = [
     ("Llama", {}),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
@@ -36,6 +43,11 @@ FAMILIES = [
     ("Cohere", {"logit_scale": 0.25}),
     ("Granite", {"logits_scaling": 3.0}),
     ("Mixtral", {"num_local_experts": 3}),
+    ("Gemma2", {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0, **CAP}),
+    ("Gemma3Text", {"head_dim": 8, "sliding_window": 6, **CAP}),
+    ("GptOss", {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "rope_parameters": ROPE}),
+    ("HyperCLOVAX", {"logits_scaling": 0.3}),
+    ("GraniteMoeHybrid", {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4}),
 ]
 # experts, a shared one and a dense layer, under the names that peft knows of experts only
 DOTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -133,6 +145,7 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def test_a_packed_row_says_what_each_sequence_says_alone(kind: str, config: dict, tmp_path, device):
     """E3, through the whole model, its head and its logit scale."""
     plain, examples = save(tmp_path, kind, **config), documents()
+    plain.set_attn_implementation("eager")  # others may leave out caps and sinks
     policy, row = models.load(str(tmp_path), device, options()), pack(documents())
     for temperature in (1.0, 0.7):
         stats = policy(row, temperature)
@@ -209,9 +222,6 @@ def test_a_loss_on_one_sequence_has_no_gradient_in_another(folder: Path, device)
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
     [
-        ("Gemma2", {}, "caps its logits"),
-        ("VaultGemma", {"final_logit_softcapping": None}, "caps its logits"),
-        ("GptOss", {"num_hidden_layers": 2}, "has attention sinks"),
         ("Bart", {}, "has attention code of its own"),
         ("Bloom", {}, "has attention code of its own"),
         ("Roberta", {}, "attends to later tokens"),
@@ -231,22 +241,18 @@ def test_an_architecture_that_packing_would_change_is_refused(kind: str, config:
         models.check_packable(model)
 
 
-def test_masks_soft_caps_and_sinks_are_refused_in_the_attention_too():
+def test_attention_with_a_mask_or_without_boundaries_is_refused():
     q = torch.randn(1, 4, 6, 8)
     cu = torch.tensor([0, 6], dtype=torch.int32)
-    for mask, settings in (
-        (None, {}),
-        (torch.ones(1, 1, 6, 6), {"cu_seq_lens_q": cu}),
-        (None, {"cu_seq_lens_q": cu, "softcap": 30.0}),
-        (None, {"cu_seq_lens_q": cu, "s_aux": torch.zeros(4)}),
-    ):
-        with pytest.raises(dist.RunError, match="packed rows"):
-            packed.packed_attention(nn.Identity(), q, q, q, mask, **settings)
+    with pytest.raises(dist.RunError, match="does its own masking"):
+        packed.packed_attention(nn.Identity(), q, q, q, torch.ones(1, 1, 6, 6), cu_seq_lens_q=cu)
+    with pytest.raises(dist.RunError, match="is not told where sequences begin"):
+        packed.packed_attention(nn.Identity(), q, q, q, None)
 
 
 def test_a_refused_model_stops_the_load(tmp_path, device):
-    save(tmp_path, "Gemma2", head_dim=8)
-    with pytest.raises(dist.RunError, match="gemma2.*caps its logits"):
+    save(tmp_path, "Lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(dist.RunError, match="lfm2.*layers of type conv"):
         models.load(str(tmp_path), device, options())
 
 
@@ -407,6 +413,40 @@ def test_attention_back_ends_equal_a_masked_softmax(
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("cap", "with_sinks"), [(0.7, False), (None, True), (0.7, True)])
+def test_caps_and_sinks_equal_formulas_over_the_whole_row(cap: float | None, with_sinks: bool, window):
+    """Forward and backward in float64: a sink is one more place to look at, with a value of nothing."""
+    torch.manual_seed(0)
+    cu = torch.tensor([0, 5, 6, 23], dtype=torch.int32)
+    shapes = [(1, 4, 23, 8), (1, 2, 23, 8), (1, 2, 23, 8), (4,)]
+    q, k, v, sinks = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    inputs = (q, k, v, sinks) if with_sinks else (q, k, v)
+    ours, _ = packed.packed_attention(
+        nn.Identity(),
+        q,
+        k,
+        v,
+        None,
+        scaling=0.3,
+        sliding_window=window,
+        cu_seq_lens_q=cu,
+        softcap=cap,
+        s_aux=sinks if with_sinks else None,
+    )
+    segment, t = torch.bucketize(torch.arange(23), cu[1:].long(), right=True), torch.arange(23)
+    distance = t[:, None] - t
+    seen = (segment[:, None] == segment) & (distance >= 0) & (distance < (window or 23))
+    scores = 0.3 * torch.einsum("bhik,bhjk->bhij", q, k.repeat_interleave(2, 1))
+    weights = ((cap * (scores / cap).tanh()) if cap else scores).exp() * seen
+    total = weights.sum(-1, keepdim=True) + (sinks.exp()[:, None, None] if with_sinks else 0)
+    theirs = torch.einsum("bhij,bhjk->bihk", weights / total, v.repeat_interleave(2, 1))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    upstream = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_real_kernel_equals_sdpa_on_gpu(window: int | None):
@@ -508,11 +548,12 @@ def test_wrong_heads_are_far_beyond_the_tolerance():
     assert relative(torch.autograd.grad(ours, weight, g)[0], right_dw) < 1e-12
 
 
-def test_the_chunked_head_passes_gradcheck():
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_chunked_head_passes_gradcheck(cap: float | None):
     h, weight, bias, tokens = head_inputs(5, torch.float64)
 
     def both(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return packed._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False)[:2]
+        return packed._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False, cap)[:2]
 
     assert torch.autograd.gradcheck(both, (h, weight, bias), check_undefined_grad=False)
 
@@ -580,6 +621,184 @@ def test_a_bfloat16_file_is_trained_in_float32_and_remembered(tmp_path, device):
     assert policy.dtype_on_disk == torch.bfloat16
     weights = dict(models.full_weights(policy.model))
     assert all(torch.equal(weights[n], t.float()) for n, t in plain.state_dict().items())
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made within hold at one time, mapped files too; a storage counts once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def most_bytes(folder: str) -> float:
+    """Run on each rank: the most bytes for each number that loading a frozen bfloat16 model holds."""
+    device, args = dist.init(1), options(dtype="bfloat16")
+    # threads would not be counted
+    with mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}), Live() as live:
+        policy = models.load(folder, device, args, trainable=False)
+    return live.most / sum(p.numel() for p in policy.parameters())
+
+
+def test_a_model_is_never_whole_in_float32(tmp_path, two_ranks: Any):
+    """A bfloat16 number takes 2 bytes in a mapped file and 2 in the model or in the file mapped again."""
+    save(tmp_path, num_hidden_layers=12).bfloat16().save_pretrained(tmp_path)
+    first, second = two_ranks("test_models:most_bytes", folder=str(tmp_path))
+    assert 3.9 < most_bytes(str(tmp_path)) < 4.5 and first < 4.5 and second < 1.5
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral", "Gemma3Text"])
+def test_numbers_that_are_wider_on_disk_than_most_keep_all_of_their_bits(kind: str, tmp_path, device):
+    """A router or a norm in float32 among bfloat16, under its own name or one that transformers changes."""
+    config = dict(FAMILIES)[kind]
+    save(tmp_path, kind, **config, hidden_size=40)
+    held = load_file(tmp_path / "model.safetensors")
+    wide = [name for name in held if re.search(r"norm|gate\.weight|experts\.1\.w1", name)]
+    held = {name: t if name in wide else t.bfloat16() for name, t in held.items()}
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    policy = models.load(str(tmp_path), device, options())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = dict(models.full_weights(policy.model)) | dict(policy.model.named_buffers())
+    assert policy.dtype_on_disk == torch.bfloat16 and len(wide) > 3
+    for name, tensor in {**theirs.state_dict(), **dict(theirs.named_buffers())}.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["bin", "sharded bin", "sharded safetensors"])
+def test_files_of_every_kind_are_read_in_their_own_dtype(kind: str, tmp_path):
+    plain = save(tmp_path).half()
+    (tmp_path / "model.safetensors").unlink()
+    state = plain.state_dict()
+    if kind == "sharded safetensors":
+        plain.save_pretrained(tmp_path, max_shard_size="20KB")
+    elif kind == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        places = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+        for file in set(places.values()):
+            torch.save({name: t for name, t in state.items() if places[name] == file}, tmp_path / file)
+        index = {"metadata": {}, "weight_map": places}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    found = models.read_pretrained(str(tmp_path))
+    assert found.dtype_on_disk == torch.float16
+    assert all(torch.equal(t, state[name]) for name, t in found.state_dict().items())
+    assert {t.dtype for t in found.state_dict().values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("where", ["config.json", "the file"])
+def test_a_head_of_its_own_outweighs_a_config_that_ties_it(where: str, tmp_path, device):
+    """Which function is trained and exported is the one that transformers loads."""
+    save(tmp_path, tie_word_embeddings=where == "the file")
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    held = load_file(file)
+    held.setdefault("lm_head.weight", held["model.embed_tokens.weight"].clone() + 1)
+    save_file(held, file, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    policy = models.load(str(tmp_path), device, options())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = plain_stats(theirs, documents())[0]
+    torch.testing.assert_close(models.token_logps(policy, pack(documents())), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(dict(models.full_weights(policy.model))["lm_head.weight"], held["lm_head.weight"])
+    assert policy.config.tie_word_embeddings is False
+
+
+def test_settings_of_generation_that_transformers_would_not_save_are_left_out(tmp_path, device, capsys):
+    save(tmp_path)
+    settings = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "early_stopping": True, "max_length": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, 2]}))
+    kept = models.load(str(tmp_path), device, options()).generation_config
+    without = eval(re.search(r"without ({.*})", capsys.readouterr().out)[1])
+    assert without == {"temperature": 0.9, "top_p": 0.6, "early_stopping": True}
+    kept.save_pretrained(tmp_path)  # refuses what is not valid
+    assert (kept.eos_token_id, kept.max_length, kept.temperature) == ([1, 2], 9, None)
+
+
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "vocab_size": V, "max_position_embeddings": 64, "initializer_range": 0.3}
+TEXT |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+EYES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 28, "patch_size": 14, "head_dim": 8}
+QWEN_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+LAYERS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+M_ROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+TOWERS = {
+    "Gemma3": (TEXT | LAYERS, EYES, True, "gemma3_text"),
+    "Gemma4": (TEXT | LAYERS | {"hidden_size_per_layer_input": 0}, EYES, True, "gemma4_text"),
+    "Mistral3": (TEXT | {"model_type": "mistral"}, EYES | {"model_type": "pixtral"}, False, "mistral"),
+    "Llava": (TEXT | {"model_type": "llama"}, EYES | {"model_type": "clip_vision_model"}, False, "llama"),
+    "Qwen2_5_VL": (TEXT | M_ROPE, QWEN_EYES, False, "qwen2"),
+    "Qwen3VL": (
+        TEXT | M_ROPE | {"head_dim": 8},
+        QWEN_EYES | {"deepstack_visual_indexes": [0]},
+        True,
+        "qwen3",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_of_a_multimodal_model_the_text_part_is_trained_and_exported(kind: str, tmp_path, device, capsys):
+    """Without pictures it says what the whole one says, and so does what plain transformers loads after."""
+    text, vision, tied, expected_kind = TOWERS[kind]
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied
+    )
+    torch.manual_seed(0)
+    auto, folder = transformers.AutoModelForImageTextToText, tmp_path / "whole"
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    whole = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    expected = plain_stats(whole, documents())[0]
+    policy = models.load(str(folder), device, options())
+    said = capsys.readouterr().out
+    assert (
+        policy.config.model_type == expected_kind and "vision is left out" in said and said.count("\n") == 1
+    )
+    torch.testing.assert_close(models.token_logps(policy, pack(documents())), expected, atol=1e-5, rtol=1e-5)
+    checkpoint.export(Run(output_dir=str(tmp_path)), policy, NoWords(), str(folder))
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    torch.testing.assert_close(plain_stats(again, documents())[0], expected, atol=1e-5, rtol=1e-5)
+    assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) != tied  # written once
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), [("Granite", {}), ("Cohere2", {"head_dim": 8}), ("Olmoe", {"num_experts": 8})]
+)
+def test_a_value_head_needs_no_class_of_transformers(kind: str, config: dict, tmp_path, device):
+    """A critic is never exported; a reward model is, so that one is refused."""
+    plain = save(tmp_path, kind, **config)
+    scorer = models.load_scorer(str(tmp_path), device, options(), ["value"], zero_head=True)
+    assert scorer.head.weight.count_nonzero() == 0
+    torch.nn.init.normal_(scorer.head.weight)
+    expected = []
+    for example in documents():
+        ids, mask = (torch.from_numpy(x) for x in example.sequences[0])
+        hidden = plain.base_model(input_ids=ids.long()[None])[0][0, :-1]
+        expected.append(hidden[mask[1:]] @ scorer.head.weight[0])
+    found = models.values(scorer, pack(documents()))
+    torch.testing.assert_close(found, torch.cat(expected), atol=2e-5, rtol=1e-5)
+    with pytest.raises(dist.RunError, match="nobody could load a reward model of this kind"):
+        models.load_scorer(str(tmp_path), device, options(), ["reward"])
+
+
+class NoWords:
+    """A tokenizer of which only the end token matters."""
+
+    chat_template, eos_token_id = None, 1
+
+    def save_pretrained(self, folder: Path) -> None:
+        pass
 
 
 def test_dropout_and_layer_drop_are_off_and_stay_in_the_config(tmp_path, device):
@@ -743,7 +962,10 @@ def test_the_limit_of_positions(config: Any, limit: float):
 # ----------------------------------------------------------------------------------------------------- logits
 
 
-@pytest.mark.parametrize(("kind", "config"), [("Llama", {}), ("GPT2", {}), ("Cohere", {"logit_scale": 0.25})])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("Llama", {}), ("GPT2", {}), ("Cohere", {"logit_scale": 0.25}), ("Gemma3Text", {"head_dim": 8, **CAP})],
+)
 def test_logits_of_scored_tokens_are_those_of_transformers(kind: str, config: dict, tmp_path, device):
     plain = save(tmp_path, kind, **config)
     policy, examples = models.load(str(tmp_path), device, options()), documents()

@@ -1,0 +1,273 @@
+"""Plain transformers models from where they are kept: a folder, a hub id, a GGUF file, adapters on one.
+
+A weight keeps the dtype it has on disk and, unless transformers has to make it of others, stays in its file
+until it is used: what reads them takes one at a time.
+"""
+
+import contextlib
+import copy
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import dist, lora
+from common.files import model_folder
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """The head of a language model or of a scorer."""
+    return model.score if hasattr(model, "score") else model.get_output_embeddings()
+
+
+def read_pretrained(
+    folder: str, gguf: str | None = None, auto_class: str = "AutoModelForCausalLM"
+) -> nn.Module:
+    """The plain transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged.
+
+    `dtype_on_disk` is the one that most of its numbers have there, which the others may differ from; what is
+    computed on reading is float32: the weights of a GGUF file, merged ones, and buffers that are in no file.
+    """
+    import transformers
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    file = {"gguf_file": gguf} if gguf else {}
+    try:
+        if (Path(folder) / "adapter_config.json").exists():
+            return lora.read(read_pretrained(*model_folder(lora.base_of(folder))), folder)
+        config = None if gguf else AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantized; give the unquantized model")
+        on_disk = {} if gguf else tensors_on_disk(folder)
+        dtype = most_common_dtype(on_disk)
+        if is_tower := auto_class == "AutoModelForCausalLM" and has_other_parts(config):
+            auto_class = "AutoModelForImageTextToText"
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file
+        )
+        wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are missing or not as config.json says, as {min(wrong)}")
+        model = restore_wide(model, on_disk, dtype)
+        if is_tower:
+            print(f"{folder}: of this {config.model_type} the text model is taken; vision is left out")
+            model = text_model(model)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
+    if gguf:
+        del model.config.quantization_config  # they are plain weights once read
+    if dtype != torch.float32 or is_tower:
+        compute_buffers(model)
+    model.dtype_on_disk = dtype
+    if head := model.get_output_embeddings():  # two matrices in the file outweigh a config that ties them
+        model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    return model
+
+
+def has_other_parts(config: Any) -> bool:
+    """Whether a model takes pictures, say, beside text."""
+    return bool(config) and config.get_text_config() is not config and not config.is_encoder_decoder
+
+
+def is_whole(folder: str, gguf: str | None) -> bool:
+    """Whether transformers and peft load from there what `read_pretrained` reads, not a part or a mixture."""
+    from transformers import AutoConfig
+
+    if gguf or (Path(folder) / "adapter_config.json").exists():
+        return False
+    return not has_other_parts(AutoConfig.from_pretrained(folder))
+
+
+def text_model(whole: nn.Module) -> nn.Module:
+    """The language model and head of one that takes pictures too, their very weights, and empty buffers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = whole.config.get_text_config().to_dict()
+    fields["rope_parameters"].pop("mrope_section", None)
+    # for text Qwen's positions in time, height and width are one: qwen3_vl_moe_text is qwen3_moe
+    kind = re.sub(r"(_5)?_vl(_moe)?_text$", r"\2", fields.pop("model_type"))
+    config = AutoConfig.for_model(kind, **fields | {"tie_word_embeddings": False})  # for now
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.base_model.load_state_dict(whole.get_decoder().state_dict(), assign=True)
+    head = whole.get_output_embeddings()
+    if head.weight is whole.get_input_embeddings().weight:
+        head.weight = model.get_input_embeddings().weight
+    model.set_output_embeddings(head)
+    model.generation_config = whole.generation_config
+    return model
+
+
+def tensors_on_disk(folder: str) -> dict[str, Tensor]:
+    """All tensors in the files of a folder or hub id, by their names there: mapped, not read."""
+    from transformers.modeling_utils import load_state_dict
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+
+    for name in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks
+        files = [find(name)]
+        if files == [None] and (index := find(f"{name}.index.json")):
+            files = [find(part) for part in {*json.loads(Path(index).read_text())["weight_map"].values()}]
+        if files[0]:
+            return {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
+    return {}
+
+
+def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """Of most of the numbers; float32 without any."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
+    return max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+@torch.no_grad()
+def restore_wide(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Give back to tensors that are wider on disk, as a router's bias, what reading them as dtype lost.
+
+    Where transformers makes others of such a tensor, all of the model is read in float32.
+    """
+    held = model.state_dict()
+    for name, tensor in on_disk.items():
+        if torch.promote_types(tensor.dtype, dtype) == dtype:
+            continue
+        if name not in held:
+            return type(model).from_pretrained(model.name_or_path, dtype=torch.float32)
+        owner, _, own_name = name.rpartition(".")
+        getattr(model.get_submodule(owner), own_name).data = tensor
+    return model
+
+
+@torch.no_grad()
+def compute_buffers(model: nn.Module) -> None:
+    """Compute in float32, unrounded, the buffers that are in no file, as rotary frequencies."""
+    with torch.device("meta"):
+        exact = type(model)(copy.deepcopy(model.config))
+    for name, module in exact.named_modules():
+        held = {
+            key: b for key in module._non_persistent_buffers_set if (b := module._buffers[key]) is not None
+        }
+        if not held:
+            continue
+        module._buffers.update({key: torch.empty_like(b, device="cpu") for key, b in held.items()})
+        exact._init_weights(module)
+        model.get_submodule(name)._buffers.update({key: module._buffers[key] for key in held})
+
+
+def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
+    """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
+    from transformers import AutoConfig
+
+    is_scorer = False
+    with contextlib.suppress(OSError, ValueError):  # read_pretrained says what is wrong
+        is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
+    source = read_pretrained(
+        folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
+    )
+    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
+    names = list(names) or has
+    if not names:
+        raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
+    keep = is_scorer and not zero_head
+    # what transformers calls outputs that nobody named
+    unnamed = len(has) == len(names) and all(name.startswith("LABEL_") for name in has)
+    if keep and not unnamed and not set(names) <= set(has):
+        raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
+    config = copy.deepcopy(source.config)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    with torch.device("meta"):
+        model = empty_scorer(config, dtype=torch.float32)
+    if not zero_head and not type(model).__name__.endswith("ForSequenceClassification"):
+        raise dist.RunError(
+            f"transformers has no {config.model_type} model with a score head, so nobody could load a reward "
+            "model of this kind; use another model"
+        )
+    width = model.score.in_features
+    model.score = nn.Linear(width, len(names), bias=False)
+    with torch.no_grad():
+        if zero_head:
+            model.score.weight.zero_()
+        elif keep:
+            rows = range(len(names)) if unnamed else [has.index(name) for name in names]
+            model.score.weight.copy_(source.score.weight[list(rows)])
+        else:  # Stiennon et al. 2020, in their code
+            model.score.weight.normal_(std=(width + 1) ** -0.5)
+    setattr(model, model.base_model_prefix, source.base_model)
+    model.dtype_on_disk = source.dtype_on_disk
+    return model
+
+
+def empty_scorer(config: Any, **settings: Any) -> nn.Module:
+    """A sequence classifier by its config; where transformers has no class of it, one made of its parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    with contextlib.suppress(ValueError):
+        model = AutoModelForSequenceClassification.from_config(config, **settings)
+        if hasattr(model, "score"):
+            return model
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        trunk = type(AutoModelForCausalLM.from_config(config).base_model)
+        bases = (GenericForSequenceClassification, trunk.__mro__[1])
+        scorer = type(trunk.__name__, bases, {"__module__": trunk.__module__})
+        return scorer._from_config(config, **settings)
+    raise dist.RunError(f"transformers has no {config.model_type} model with a score head; use another model")
+
+
+def check_savable(model: nn.Module) -> None:
+    """Find before the training what transformers would refuse to write after it.
+
+    Settings of generation without a meaning, as a temperature where do_sample is false, are left out.
+
+    Raises:
+        RunError: a config that cannot be written again.
+    """
+    found = getattr(model, "generation_config", None)
+    try:
+        if found is not None:
+            found.validate(strict=True)
+    except ValueError as error:
+        without = {name: getattr(found, name) for name in re.findall(r"(?m)^- `(\w+)`", str(error))}
+        print(f"generation_config.json: without {without}, which transformers would not save")
+        for name in without:
+            setattr(found, name, None)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy.deepcopy(model.config).save_pretrained(folder)
+            if found is not None:
+                copy.deepcopy(found).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise dist.RunError(f"transformers could not write the model's config again: {reason}") from error
+
+
+def check_packable(model: nn.Module) -> None:
+    """Refuse an architecture that packed rows would turn into another function than transformers computes."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    layers = kinds - {"full_attention", "sliding_attention"}
+    trunk, head = getattr(model, model.base_model_prefix, None), output_head(model)
+    reasons = {
+        "is multimodal": config.get_text_config() is not config,
+        f"has layers of type {', '.join(sorted(layers))}": layers,
+        "carries a recurrent state": model._is_stateful and (layers or not kinds),
+        "has attention code of its own": not model._supports_attention_backend,
+        "attends to later tokens": any(getattr(m, "is_causal", True) is False for m in model.modules()),
+        "is more than a trunk and a head": set(model.children()) != {trunk, head},
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise dist.RunError(f"the model ({config.model_type}) {reason}, which packed rows do not support")
