@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from harness import ROOT, NoText, documents, llama, random_policy, sft_step
 from torch import Tensor, nn
 
-from common import dist, generate, models, packed
+from common import decode, dist, generate, models, packed
 
 SMALL = {"vocab_size": 2048, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2}
 
@@ -191,12 +191,12 @@ def check_decode(new: int = 64) -> dict[str, Any]:
 @contextmanager
 def eager_decode() -> Iterator[None]:
     """Within the block decode steps are run kernel by kernel, not replayed."""
-    step = generate.Batch.step
-    generate.Batch.step = generate.Batch.forward
+    step = decode.Batch.step
+    decode.Batch.step = decode.Batch.forward
     try:
         yield
     finally:
-        generate.Batch.step = step
+        decode.Batch.step = step
 
 
 def check_sampler(new: int = 64, lora_rank: int = 0) -> dict[str, Any]:
