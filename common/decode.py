@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import lt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,16 +205,6 @@ class Batch:
         self.use_graphs = can_capture(replica)
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.drawn = settings.temperature, settings.top_k, settings.top_p, settings.ends  # part of the graphs
-        self.begin(settings)
-
-    def begin(self, settings: Settings) -> None:
-        """Empty all rows for the replies of a call."""
-        self.settings = settings
-        self.owners: list[Sample | None] = [None] * len(self.last)
-        self.alive.zero_(), self.counts.zero_()
-
-    def num_bytes(self) -> int:
-        return sum(x.nbytes for x in (*self.state, *itertools.chain(*self.cache.layers.values())))
 
     def ids(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor:
         """To the device, in its queue: the host does not wait for what stands before."""
@@ -291,28 +282,24 @@ class Batch:
         self.counts[rows], self.alive[rows] = counts, alive & ~ended
 
     def step(self, width: int) -> None:
-        """`forward` for slots below `width`; on CUDA run once, then captured, then replayed."""
-        if not self.use_graphs:
-            return self.forward(width)
+        """`forward` for slots below `width`; on CUDA recorded the first time, and then replayed."""
         key = (len(self.owners), width)
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return self.warm_up(width)
-        self.graphs[key] = self.graphs[key] or self.capture(width)
-        self.graphs[key].replay()
-
-    def warm_up(self, width: int) -> None:
-        """`forward` where it will be captured, which no first run of a kernel survives."""
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
+        if not self.use_graphs:
             self.forward(width)
-        torch.cuda.current_stream().wait_stream(self.side)
+        elif key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self.graphs[key] = self.capture(width)
 
     def capture(self, width: int) -> Any:
-        """The graph of `forward`, recorded, not run."""
-        pool = next((graph.pool() for graph in self.graphs.values() if graph), None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self.side):
+        """Run `forward` once, which readies its kernels, then record it. -> the graph"""
+        pool = next((graph.pool() for graph in self.graphs.values()), None)
+        graph, side = torch.cuda.CUDAGraph(), self.side
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.forward(width)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             self.forward(width)
         return graph
 
@@ -341,27 +328,25 @@ def can_capture(replica: Any) -> bool:
 
 
 def make_batch(replica: Any, settings: Settings, num_rows: int, num_slots: int) -> Batch:
-    """Rows for a call: those of the call before, with their graphs, if they will do; else new ones.
+    """Empty rows for a call, on CUDA fewer than num_rows if memory is short.
 
-    On CUDA there may be fewer than num_rows, as memory allows.
+    They are those of the call before, with its graphs, if they are enough and it drew alike.
     """
-    batch: Batch | None = replica.batch
-    if batch is not None:
-        _, slots = batch.cache.shape
-        has_room = num_slots <= slots and settings.max_new_tokens < batch.tokens.shape[1]
-        if (
-            has_room
-            and num_rows <= batch.wanted_rows
-            and batch.drawn == (settings.temperature, settings.top_k, settings.top_p, settings.ends)
-        ):
-            batch.begin(settings)
-            return batch
-        batch = replica.batch = None  # its memory is free for the next
-    most = rows_in_memory(replica, num_slots) if replica.device.type == "cuda" else num_rows
-    batch = Batch(replica, settings, min(num_rows, most), num_slots)
-    batch.wanted_rows = num_rows
-    replica.batch = batch if batch.use_graphs else None
-    return batch
+    s, old = settings, replica.batch
+    sizes = (num_rows, num_slots, s.max_new_tokens)
+    if (
+        old is None
+        or old.drawn != (s.temperature, s.top_k, s.top_p, s.ends)
+        or any(map(lt, old.sizes, sizes))
+    ):
+        old = replica.batch = None  # its memory is free for the next
+        most = rows_in_memory(replica, num_slots) if replica.device.type == "cuda" else num_rows
+        old = Batch(replica, settings, min(num_rows, most), num_slots)
+        old.sizes = sizes
+        replica.batch = old if old.use_graphs else None
+    old.settings, old.owners = settings, [None] * len(old.last)
+    old.alive.zero_(), old.counts.zero_()
+    return old
 
 
 def decode(

@@ -169,10 +169,9 @@ def poll_stop() -> bool:
 
 
 def in_step(parts: Iterator) -> Iterator:
-    """Pass on what a rank generates by itself; every few seconds the ranks ask each other whether to stop.
+    """Pass on the parts of what a rank generates by itself; every few seconds all agree on whether to stop.
 
-    A question waits for a part of the others' work, not for the end of it. A rank that is done goes on asking
-    until all are, so that all ask equally often.
+    That waits for a part of the others' work, not for its end: who is done goes on asking until all are.
 
     Raises:
         Stopped: a stop was asked for.

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,11 +183,9 @@ class Replica:
 
     def rest(self, room: float) -> None:
         """Stay in memory, with the graphs of the last batch, if all takes at most `room` bytes."""
-        held = sum(p.nbytes for p in self.model.parameters())
-        held += (
-            self.batch.num_bytes() if self.batch else math.inf
-        )  # without graphs there is no use in staying
-        if held > room:
+        caches = self.batch.cache.layers.values() if self.batch else ()
+        held = sum(x.nbytes for x in itertools.chain(self.model.parameters(), *caches))
+        if held > room or self.batch is None:
             self.sleep()
 
     def sleep(self) -> None:

@@ -256,6 +256,7 @@ class Captured:
 
     def __init__(self, batch, width):
         Captured.made += 1
+        batch.forward(width)
         self.batch, self.width, self.then = batch, width, self.places(batch)
 
     @staticmethod
@@ -280,7 +281,6 @@ def test_a_step_is_captured_once_for_all_calls_while_the_weights_stay(tmp_path, 
     ]
     plain, policy.room = [replies(policy, **call) for call in calls], 0.0
     monkeypatch.setattr(decode, "can_capture", lambda replica: True)
-    monkeypatch.setattr(decode.Batch, "warm_up", decode.Batch.forward)
     monkeypatch.setattr(decode.Batch, "capture", lambda *step: Captured(*step))
     monkeypatch.setattr(decode, "BUCKET", {"cpu": 64})
     monkeypatch.setattr(Captured, "made", 0)
@@ -300,7 +300,6 @@ def test_a_step_is_captured_once_for_all_calls_while_the_weights_stay(tmp_path, 
     assert same(replies(policy, **calls[0]), trained)
     with monkeypatch.context() as patch:
         patch.setattr(decode, "can_capture", lambda replica: True)
-        patch.setattr(decode.Batch, "warm_up", decode.Batch.forward)
         patch.setattr(decode.Batch, "capture", lambda *step: Captured(*step))
         replies(policy, **calls[3])
     assert policy.replica.batch is not batch  # other settings are other graphs
