@@ -8,7 +8,6 @@ An environment takes 6 GB of disk, for these torch come with CUDA; pip or uv mus
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import venv
 from collections.abc import Iterator
@@ -72,8 +71,5 @@ def test_the_core_tests_pass_with(pair: str, folder: Path) -> None:
     assert tuple(versions.split()) == PAIRS[pair]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CORE]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True
-    )
-    print(done.stdout[-4000:], file=sys.stderr)
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path})
+    assert done.returncode == 0
