@@ -224,10 +224,10 @@ def load_tokenizer(path: str, args: Args) -> Any:
     return tokenizer
 
 
-def load_model(path: str, args: Args, device: torch.device) -> chat.Model:
-    """A model to ask for replies and verdicts."""
+def load_model(path: str, args: Args, device: torch.device, keep: Path | None = None) -> chat.Model:
+    """A model to ask for replies, which the folder `keep` keeps, and for verdicts."""
     tokenizer = load_tokenizer(path, args)
-    return chat.Model(path, tokenizer, device, args.system, args.max_new_tokens, args.seed, args.cot)
+    return chat.Model(path, tokenizer, device, args.system, args.max_new_tokens, args.seed, args.cot, keep)
 
 
 def load_judge_model(args: Args, own: chat.Model, device: torch.device) -> chat.Model | chat.Endpoint:
@@ -236,7 +236,7 @@ def load_judge_model(args: Args, own: chat.Model, device: torch.device) -> chat.
         folder = Path(args.run.output_dir) / "answers"
         return chat.Endpoint(args.judge_model, args.server, folder, args.max_new_tokens, args.cot)
     path = args.judge_model or args.model
-    return own if path == own.path else load_model(path, args, device)
+    return own if path == own.path else load_model(path, args, device, own.keep)
 
 
 def stream_of(kind: str, number: int = 0) -> int:
@@ -268,8 +268,10 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
     example is not kept.
     """
     constitution, shots = formats.read_constitution(args.constitution), formats.read_few_shots(args.few_shots)
-    examples = {turn["content"] for turn in shots}
-    helper = load_model(args.helpful_model or args.model, args, device)
+    examples, items = {turn["content"] for turn in shots}, list(enumerate(prompts))
+    speaker, options = args.helpful_model or args.model, (args.num_revisions, args.use_critique)
+    key = (inputs_key(speaker, args), (*options, args.temperature), constitution, shots)
+    helper = load_model(speaker, args, device, files.part_name(path, items, key).with_suffix(".replies"))
     critic = load_judge_model(args, helper, device)
 
     def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
@@ -303,9 +305,7 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
                 current[i] = text if kept else current[i]
         return records
 
-    options = (args.num_revisions, args.use_critique, args.temperature)
-    key = (inputs_key(helper.path, args), options, constitution, shots)
-    files.write_lines(path, list(enumerate(prompts)), key, work)
+    files.write_lines(path, items, key, work, size=len(items))
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -343,14 +343,16 @@ def compare_replies(
     """
     principles = formats.read_comparisons(args.comparisons)
     shots = formats.read_judge_few_shots(args.judge_few_shots)
-    policy = load_model(sl_model, args, device)
+    items, options = list(enumerate(prompts)), (args.temperatures, args.samples_per_prompt)
+    key = (inputs_key(sl_model, args), (*options, args.num_principles, args.cot), principles, shots)
+    policy = load_model(sl_model, args, device, files.part_name(path, items, key).with_suffix(".replies"))
     judge = load_judge_model(args, policy, device)
+    found = candidates(policy, prompts, args)
 
     def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
-        asked = [prompt for _, prompt in chunk]
-        found = candidates(policy, asked, chunk[0][0], args)
         records, questions = [], []
-        for prompt, replies in zip(asked, found, strict=True):
+        for place, prompt in chunk:
+            replies = found[place]
             rng = random_for(args.seed, "comparisons", prompt)
             usable = [reply for reply in replies if reply["ended"] and reply["text"]]
             rng.shuffle(usable)
@@ -373,19 +375,15 @@ def compare_replies(
                 item["p_ab"], item["p_ba"] = own[::2], own[1::2]
         return records
 
-    options = (args.temperatures, args.samples_per_prompt, args.num_principles, args.cot)
-    key = (inputs_key(sl_model, args), options, principles, shots)
-    files.write_lines(path, list(enumerate(prompts)), key, work)
+    files.write_lines(path, items, key, work)
 
 
-def candidates(
-    policy: chat.Model, prompts: list[formats.Messages], first: int, args: Args
-) -> list[list[dict]]:
-    """For each prompt samples_per_prompt replies at each temperature; first: the place of the first one."""
+def candidates(policy: chat.Model, prompts: list[formats.Messages], args: Args) -> list[list[dict]]:
+    """For each prompt samples_per_prompt replies at each temperature."""
     found: list[list[dict]] = [[] for _ in prompts]
     for k, temperature in enumerate(read_temperatures(args)):
         stream = stream_of("candidate", k)
-        replies = policy.replies(prompts, stream, first, temperature, args.samples_per_prompt)
+        replies = policy.replies(prompts, stream, 0, temperature, args.samples_per_prompt)
         for i, reply in enumerate(replies):
             candidate = {"text": reply.text, "temperature": temperature, "ended": reply.ended}
             found[i // args.samples_per_prompt].append(candidate)

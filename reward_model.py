@@ -34,6 +34,7 @@ from common.args import Optimization, System, Training, block, parse, snapshot
 from common.evaluate import agreement
 from common.log import Log
 from common.packed import Example, MicroBatch
+from common.rewards import read_where_trained
 
 SHOWN = ("loss", "accuracy", "margin", "grad_norm")
 
@@ -334,6 +335,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     if args.score:
         tokenizer = data.load_tokenizer(args.model, args.chat_template)
         scorer = models.load_scorer(args.model, device, system, trainable=False)
+        read_where_trained(scorer, tokenizer)
         score_file(scorer, tokenizer, args.score, args, device)
         return
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
@@ -350,6 +352,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     names = list(train_set[0].fields) if args.loss == "regression" else [args.attribute or "reward"]
     scorer = models.load_scorer(args.model, device, system, names)
     scorer.config.reward_mean = scorer.config.reward_std = None  # not those of the model it starts from
+    scorer.config.score_at = "end"  # of the reply, whatever the template writes after it
     groups = models.parameter_groups(scorer, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts = {"policy": (scorer, optimizer)}

@@ -250,21 +250,8 @@ def play(
         return record | origin == record
 
     def work(chunk: list[int]) -> list[dict]:
-        fresh = [examples[i] for i in chunk if i < len(examples)]
-        records, samples = [], []
-        if fresh:
-            samples = generate(
-                policy,
-                tokenizer,
-                [prompt_tokens(example.sequences[0]) for example in fresh],
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                seed=args.seed,
-                step=origin["iteration"],
-                first_index=first + chunk[0],
-            )
-        for example, sample in zip(fresh, samples, strict=True):
+        records = []
+        for example, sample in [(examples[i], samples[i]) for i in chunk if i < len(examples)]:
             real = response_tokens(example.sequences[0])
             texts = {"prompt": example.prompt, "real": decode(tokenizer, real)}
             texts |= {"generated": sample.text, "ended": sample.ended}
@@ -275,8 +262,22 @@ def play(
         logps = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
         return [r | dict(zip(LOGPS, both, strict=True)) for r, both in zip(records, logps, strict=True)]
 
-    if not dist.from_main(is_done):
-        files.write_lines(path, [*range(len(examples) + len(earlier))], origin, work)
+    if dist.from_main(is_done):
+        return
+    items = [*range(len(examples) + len(earlier))]
+    samples = generate(
+        policy,
+        tokenizer,
+        [prompt_tokens(example.sequences[0]) for example in examples],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        step=origin["iteration"],
+        first_index=first,
+        keep=files.part_name(path, items, origin).with_suffix(".replies"),
+    )
+    files.write_lines(path, items, origin, work)
 
 
 def read_pairs(path: Path, examples: list[Example], origin: dict[str, Any]) -> data.Dataset:

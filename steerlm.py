@@ -38,6 +38,7 @@ from common.args import Inference, PipelineRun, block, parse, snapshot, with_fie
 from common.evaluate import agreement, load_judge
 from common.generate import generate
 from common.log import Log
+from common.rewards import read_where_trained
 from common.stages import stage
 
 SHOWN = ("follow/mae", "follow/pearson")
@@ -121,7 +122,9 @@ def load_attribute_model(path: str, args: Args, device: torch.device) -> Scorer:
     """A regression model of the attributes, whose outputs are on the scale of the labels."""
     gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
     model = models.load_scorer(path, device, args.system, trainable=False)
-    return Scorer(model, data.load_tokenizer(path), models.output_names(model))
+    tokenizer = data.load_tokenizer(path)
+    read_where_trained(model, tokenizer)
+    return Scorer(model, tokenizer, models.output_names(model))
 
 
 def load_policy(path: str, args: Args, device: torch.device) -> nn.Module:

@@ -33,6 +33,7 @@ from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
 from common.packed import Example, MicroBatch
+from common.rewards import read_where_trained
 
 SHOWN = ("loss", "ess", "w_max", "grad_norm")
 GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
@@ -276,6 +277,7 @@ def score_groups(
     """Write into the groups log P(a|x,y), log P(y|x) and log Q'(y|a,x), all over the same tokens."""
     scorer = models.load_scorer(args.attribute_model, device, args.system, trainable=False)
     theirs, names = data.load_tokenizer(args.attribute_model), models.output_names(scorer)
+    read_where_trained(scorer, theirs)
     sft_policy = models.load(args.sft_model or args.model, device, args.system, trainable=False)
 
     def encode(using: Any, labelled: bool) -> list[packed.Tokens]:

@@ -23,7 +23,7 @@ import transformers
 import tyro
 from harness import NoText, record
 
-from common import dist, generate, models
+from common import decode, dist, generate, models
 from common.args import System
 
 transformers.logging.disable_progress_bar()
@@ -78,12 +78,12 @@ def main(args: Args) -> None:
     lengths = draw(args.median_length, args.max_length).astype(int)
     prompts = [rng.integers(0, 4096, int(n)).tolist() for n in draw(32, 256)]
 
-    class Batch(generate.Batch):
+    class Batch(decode.Batch):
         def admit(self, samples: list[generate.Sample], rows: list[int]) -> None:
             super().admit(samples, rows)
             self.budgets[self.ids(rows)] = self.ids(lengths[[s.prompt_index for s in samples]])
 
-    generate.Batch = Batch
+    decode.Batch = Batch
 
     def ours() -> None:
         samples = generate.generate(

@@ -85,11 +85,12 @@ class Model:
         max_new_tokens: int,
         seed: int,
         reasons: bool = False,
+        keep: Path | None = None,
     ):
-        """reasons: before it says which option is better."""
+        """reasons: before it says which option is better; keep: a folder for replies, see `generate`."""
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
         self.path, self.tokenizer, self.device, self.system = path, tokenizer, device, system
-        self.max_new_tokens, self.seed, self.reasons = max_new_tokens, seed, reasons
+        self.max_new_tokens, self.seed, self.reasons, self.keep = max_new_tokens, seed, reasons, keep
         self.policy = models.load(path, device, system, trainable=False)
         self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
 
@@ -105,7 +106,7 @@ class Model:
 
         A conversation too long for the model gets an empty one that has not ended.
         """
-        prompts = [data.encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        prompts = dist.parallel_map(lambda turns: data.encode_prompt(self.tokenizer, turns), conversations)
         fits = [len(tokens) < self.limit for tokens in prompts]
         samples = generate(
             self.policy,
@@ -117,6 +118,7 @@ class Model:
             seed=self.seed,
             step=stream,
             first_index=first,
+            keep=self.keep,
         )
         return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
 

@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TWICE_SECONDS = (
     3.0  # torchrun passes on a signal that may have reached its ranks already: that is one request
 )
+LESS_MEMORY = (
+    "lower micro_batch_tokens or max_new_tokens; activation_checkpointing on and lora_rank take less"
+)
+POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
 _stop = {"signal": 0, "time": 0.0, "agreed": False}
 
 
@@ -154,10 +158,36 @@ def stop_requested() -> bool:
     return _stop["agreed"]
 
 
+def is_told_to_stop() -> bool:
+    """Whether this rank itself has received a stop signal; what the ranks agree on is `stop_requested`."""
+    return _stop["signal"] > 0
+
+
 def poll_stop() -> bool:
     """`stop_requested`, asked where no sum is due: a collective."""
     all_sum({})
     return stop_requested()
+
+
+def in_step(parts: Iterator) -> Iterator:
+    """Pass on the parts of what a rank generates by itself; every few seconds all agree on whether to stop.
+
+    That waits for a part of the others' work, not for its end: who is done goes on asking until all are.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
+
+    due, working = time.monotonic() + POLL_SECONDS, 1.0
+    while working:
+        part = next(parts, None)
+        if part is not None:
+            yield part
+        if part is None or time.monotonic() >= due:
+            working = all_sum({"working": float(part is not None)})["working"]
+            due = time.monotonic() + POLL_SECONDS
+            if stop_requested():
+                raise Stopped("stopped while generating; the same command goes on from there")
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -225,11 +255,13 @@ def run(main: Any, args: Any) -> None:
     """Call main(args); a user's mistake ends it with one line instead of a traceback."""
     try:
         main(args)
-    except RunError as error:
-        stopped = isinstance(error, Stopped)
-        if _speaks_first(str(error)):
+    except (RunError, torch.OutOfMemoryError) as error:
+        stopped, message = isinstance(error, Stopped), str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"{message.splitlines()[0].partition('. GPU')[0]}; {LESS_MEMORY}"
+        if _speaks_first(message):
             where = "" if rank() == 0 else f" (rank {rank()})"
-            print(error if stopped else f"error{where}: {error}", file=sys.stderr, flush=True)
+            print(message if stopped else f"error{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(0 if stopped else 1)
 
 

@@ -166,8 +166,16 @@ def cut_torn_line(path: Path) -> int:
     return content.count(b"\n")
 
 
-def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[dict]]) -> None:
-    """Write work(items) as JSON lines, 256 items at a time; not done, the next call goes on where it stopped.
+def part_name(path: Path, items: list, key: Any) -> Path:
+    """Where the lines of `path` stand until all are there; what they are made of has the suffix .replies."""
+    digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
+    return path.with_name(f"{path.name}.{digest}.part")
+
+
+def write_lines(
+    path: Path, items: list, key: Any, work: Callable[[list], list[dict]], size: int | None = None
+) -> None:
+    """Write work(items) as JSON lines, part by part; not done, the next call goes on where it stopped.
 
     Lines go to <path>.<digest>.part, where the digest is of key and items: a call with others begins a file
     of its own and never continues this one. A kill tears at most the last line; it is cut off and its item
@@ -176,14 +184,15 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
     Args:
         key: what the lines depend on besides the items; other items or another key start anew.
         work: a collective; every rank gets the same items and returns as many records.
+        size: items of a part, by default 256 for each rank. Work that generates takes all at once and has
+            `generate` keep its replies: after each part the ranks would wait for the longest one.
 
     Raises:
         Stopped: a stop was asked for; what is done stays.
     """
-    digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
-    unfinished = path.with_name(f"{path.name}.{digest}.part")
-    for start in range(dist.from_main(lambda: cut_torn_line(unfinished)), len(items), 256):
-        records = work(items[start : start + 256])
+    unfinished, size = part_name(path, items, key), size or 256 * dist.world_size()
+    for start in range(dist.from_main(lambda: cut_torn_line(unfinished)), len(items), size):
+        records = work(items[start : start + size])
         if dist.is_main():
             with unfinished.open("a") as file:
                 file.write(as_lines(records))
@@ -193,6 +202,7 @@ def write_lines(path: Path, items: list, key: Any, work: Callable[[list], list[d
             )
     if dist.is_main():
         finish(unfinished, path)
+        remove(unfinished.with_suffix(".replies"))
     dist.barrier()
 
 
@@ -237,21 +247,24 @@ class Journal:
         """The record of each item: the one on file, else make(item), which is then never asked for again.
 
         A rank makes its share, in threads, and waits for the others' records to appear in their files: a slow
-        one holds up no collective. An error is put on file too, so that it ends every rank with the same
-        line.
+        one holds up no collective. An error, or a stop that was asked for, is put on file too, so that it
+        ends every rank with the same line.
 
         Args:
             items: by key, a hexadecimal number; every rank passes the same.
 
         Raises:
             RunError: make has raised it, on any rank.
+            Stopped: a stop was asked for, on any rank.
         """
 
         def attempt(key: str) -> None:
             try:
+                if dist.is_told_to_stop():
+                    raise dist.Stopped(f"{self.folder}: stopped; the same command goes on from what is there")
                 self.add(key, make(items[key]))
             except dist.RunError as error:
-                self.add(key, {"error": str(error)})
+                self.add(key, {"error": str(error), "stopped": isinstance(error, dist.Stopped)})
                 raise
 
         share = [key for key in items if int(key, 16) % dist.world_size() == dist.rank()]
@@ -265,7 +278,7 @@ class Journal:
             found = [self.records[key] for key in items if key in self.records]
             for record in found:
                 if "error" in record:
-                    raise dist.RunError(record["error"])
+                    raise (dist.Stopped if record["stopped"] else dist.RunError)(record["error"])
             if len(found) == len(items):
                 return found
             time.sleep(0.1)

@@ -85,7 +85,7 @@ class Policy(PackedModel):
         if self.config.model_type == "hyperclovax":  # multiplies by what Granite divides by
             divisor = 1 / divisor
         self.logit_scale = factor / divisor  # Cohere's and Granite's logits have one
-        self.replica: Any = None  # generate.py's plain copy
+        self.replica, self.room = None, 0.0  # generate.py's plain copy, bytes it may keep beside training
         head = packed.ChunkedHead.like(model.get_output_embeddings())
         head.cap = getattr(self.config, "final_logit_softcapping", None)
         model.set_output_embeddings(head)
@@ -111,6 +111,7 @@ class Scorer(PackedModel):
     """A linear head of A outputs, in float32, on the hidden states of a language model."""
 
     auto_class = "AutoModelForSequenceClassification"
+    ending: tuple[int, ...] | None = None  # what it reads in place of an end token, set by rewards.py
 
     def forward(self, batch: MicroBatch, positions: Tensor) -> Tensor:
         """Outputs at these positions of the row. (n,) -> (n, A)"""
@@ -140,10 +141,10 @@ def score(
     device: torch.device,
     centred: bool = True,
 ) -> Tensor:
-    """Outputs for every sequence of the examples, in order, on every rank. -> (sequences, A) float32
+    """Outputs for every sequence, in order, on every rank. -> (sequences, A)
 
-    Centred and scaled by the model's config.reward_mean and reward_std, if set, unless centred is False.
-    """
+    centred: by the config's reward_mean and reward_std, if set."""
+    examples = examples if scorer.ending is None else [e.end_with(scorer.ending) for e in examples]
     starts = list(itertools.accumulate((len(e.sequences) for e in examples), initial=0))
     table = torch.zeros(starts[-1], scorer.config.num_labels, device=device)
     for batch in micro_batches(examples, micro_batch_tokens, device):
@@ -152,7 +153,7 @@ def score(
     dist.sum_over_ranks(table)  # each example was scored by one rank
     if centred and getattr(scorer.config, "reward_mean", None) is not None:
         mean, std = (table.new_tensor(getattr(scorer.config, x)) for x in ("reward_mean", "reward_std"))
-        table = (table - mean) / std
+        return (table - mean) / std
     return table
 
 
@@ -335,8 +336,8 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
     choice = system.activation_checkpointing
     folded = shell.compute_dtype.itemsize * lora.num_folded(shell)
     recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
-    whole = shell.compute_dtype.itemsize * (trained + frozen)
-    return recompute, need(recompute=recompute).total + whole < room
+    shell.room = room - need(recompute=recompute).total
+    return recompute, shell.compute_dtype.itemsize * (trained + frozen) < shell.room
 
 
 def device_memory(device: torch.device) -> float:

@@ -55,6 +55,11 @@ class Example:
     def num_targets(self) -> int:
         return sum(int(mask.sum()) for _, mask in self.sequences)
 
+    def end_with(self, ending: tuple[int, ...]) -> "Example":
+        """The sequences with these tokens in place of the last one; none is scored."""
+        ids = [np.append(ids[:-1], np.array(ending, np.int32)) for ids, _ in self.sequences]
+        return Example([Tokens(x, np.zeros(len(x), bool)) for x in ids], self.prompt, self.fields)
+
 
 @dataclass
 class MicroBatch:

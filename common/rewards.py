@@ -40,11 +40,39 @@ def load(spec: str, device: torch.device, system: System) -> list[Reward]:
             rewards.append(Reward(weight, source, load_function(source), None, None))
         else:
             scorer = models.load_scorer(source, device, system, trainable=False)
+            tokenizer = data.load_tokenizer(source)
+            read_where_trained(scorer, tokenizer)
             if scorer.config.num_labels > 1:
                 found = ", ".join(models.output_names(scorer))
                 raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
-            rewards.append(Reward(weight, source, None, scorer, data.load_tokenizer(source)))
+            rewards.append(Reward(weight, source, None, scorer, tokenizer))
     return rewards
+
+
+def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
+    """Let `models.score` read a scorer at the token it was trained on.
+
+    Ours are at the end token of the reply. Others, as TRL's, are where transformers reads what the template
+    renders: at the last token that is not padding, in ChatML the newline after the end token. score_at in the
+    model's config.json, "end" or "last", says which; without it ours are known by their reward_mean.
+    """
+    config, end = scorer.config, data.end_token(tokenizer)
+    is_ours = getattr(config, "reward_mean", None) is not None
+    at = getattr(config, "score_at", None) or ("end" if is_ours else "last")
+    if at not in ("end", "last"):
+        raise formats.wrong("score_at of the reward model", at, "end or last")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = data.tokenize(tokenizer, data.render(tokenizer, turns, False))
+    ending = ids[len(ids) - 1 - ids[::-1].index(end) :] if end in ids else (end,)
+    while ending and ending[-1] == config.pad_token_id:
+        ending = ending[:-1]
+    scorer.ending = None if at == "end" or ending == (end,) else ending
+    if dist.is_main() and scorer.ending is not None:
+        print(
+            f"reward model: read at the last token of the template, {tokenizer.decode(ids[-1:])!r}, as by "
+            'transformers and TRL; "score_at": "end" in its config.json: at the end token',
+            flush=True,
+        )
 
 
 def score_replies(
@@ -76,12 +104,15 @@ def _read(
     reward: Reward, examples: list[Example], replies: list[str], micro_batch_tokens: int, device: torch.device
 ) -> Tensor:
     """A reward model's numbers. -> (replies,)"""
-    num_each, conversations = len(replies) // len(examples), []
-    for i, reply in enumerate(replies):
+    num_each = len(replies) // len(examples)
+
+    def encode(i: int) -> Example:
         prompt = examples[i // num_each].prompt
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        tokens = data.encode_response(reward.tokenizer, prompt, [{"role": "assistant", "content": reply}])
-        conversations.append(Example([tokens], ""))
+        reply = {"role": "assistant", "content": replies[i]}
+        return Example([data.encode_response(reward.tokenizer, prompt, [reply])], "")
+
+    conversations = dist.parallel_map(encode, range(len(replies)))
     return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0]
 
 

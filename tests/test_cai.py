@@ -26,7 +26,7 @@ from torch import nn
 
 import cai
 import reward_model
-from common import chat, checkpoint, data, dist, formats, log
+from common import chat, checkpoint, data, dist, files, formats, log
 from common.args import merge_options
 from toy import language
 
@@ -509,6 +509,7 @@ def small(folder: Path, world: Path, **more: Any) -> cai.Args:
 
 STAGES = ["2_sft", "4_preference_model", "5_ppo"]
 FILES = ["0_prompts/train.jsonl", "1_revisions/revisions.jsonl", "1_revisions/sft.jsonl"]
+NUM_REPLIES = {"1_revisions": 20, "3_pairs": 40}  # of the first call of a stage
 FILES += ["3_pairs/comparisons.jsonl", "3_pairs/pairs.jsonl"]
 
 
@@ -624,15 +625,16 @@ def die(patch: pytest.MonkeyPatch, target: Any, name: str, when: Any) -> None:
     patch.setattr(target, name, mortal)
 
 
-def count_samples(patch: pytest.MonkeyPatch) -> list[int]:
-    honest, counts = chat.generate, []
+def count_samples(patch: pytest.MonkeyPatch) -> list[str]:
+    """Where each reply that is generated is kept."""
+    honest, folders = files.Journal.add, []
 
-    def counting(policy: Any, tokenizer: Any, prompts: list, **more: Any) -> list:
-        counts.append(len(prompts))
-        return honest(policy, tokenizer, prompts, **more)
+    def counting(journal: files.Journal, *record: Any) -> None:
+        folders.append(journal.folder.name)
+        honest(journal, *record)
 
-    patch.setattr(chat, "generate", counting)
-    return counts
+    patch.setattr(files.Journal, "add", counting)
+    return folders
 
 
 def test_a_finished_run_repeats_nothing(whole: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,14 +680,18 @@ def test_a_kill_while_generating_repeats_no_line_and_changes_none(
         rows = read_metrics(folder)[:2]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        die(patch, chat.Model, "replies", lambda self, n: n == 1)
+        die(patch, files.Journal, "add", lambda self, n: n == 8)
         cai.main(small(folder, world))
-    (part,) = (folder / stage).glob("*.part")
-    lines = (whole / name).read_text().splitlines(keepends=True)
-    part.write_text("".join(lines[:10]) + lines[10][:30])  # the kill tore a line
-    counts = count_samples(monkeypatch)
-    cai.main(small(folder, world))
-    assert counts[0] == 10
+    (kept,) = (folder / stage).glob("*.replies")
+    (call,) = kept.iterdir()
+    if stage == "3_pairs":  # as if killed again in the midst of a line
+        lines = (whole / name).read_text().splitlines(keepends=True)
+        kept.with_suffix(".part").write_text("".join(lines[:10]) + lines[10][:30])
+    with monkeypatch.context() as patch:
+        folders = count_samples(patch)
+        cai.main(small(folder, world))
+    assert folders.count(call.name) == NUM_REPLIES[stage] - 7
+    assert not [*(folder / stage).glob("*.replies"), *(folder / stage).glob("*.part")]
     assert_alike(numbers(folder), numbers(whole))
 
 
@@ -699,7 +705,7 @@ def test_a_stop_signal_ends_the_pipeline_after_the_stage_has_saved(
         os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, *rest, **more)
 
-    said = "stopped after 20 records; the same command goes on from there"
+    said = "stopped while generating; the same command goes on from there"
     with monkeypatch.context() as patch, pytest.raises(dist.Stopped, match=said):
         patch.setattr(chat.Model, "replies", interrupted)
         cai.main(small(folder, world))

@@ -200,6 +200,18 @@ def test_a_mistake_is_printed_once_by_whichever_rank_found_it(two_ranks: Any):
     assert found == ["", "error (rank 1): no such disk\n"]
 
 
+def test_too_little_memory_is_a_line_that_names_options(capsys: pytest.CaptureFixture[str]):
+    def main(args: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ..."
+        )
+
+    with pytest.raises(SystemExit):
+        dist.run(main, None)
+    said = "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower micro_batch_tokens or max_new_tokens"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_a_bug_keeps_its_traceback():
     def main(args: Any) -> None:
         raise ZeroDivisionError

@@ -392,6 +392,8 @@ def test_cuts_into_micro_batches_and_ranks_do_not_show(tiny: Path, tmp_path: Pat
     canonical = steps(tiny, tmp_path / "one", **changes)
     assert abs(canonical[-1][2] - canonical[0][2]) > 1e-3
     assert_same(steps(tiny, tmp_path / "micro", micro_batch_size=1, **changes), canonical)
+    assert steps(tiny, tmp_path / "often", save_every=1, **changes) == canonical  # saving changes nothing
+    assert_same_weights(tmp_path / "often" / "model", tmp_path / "one" / "model")
     changes |= {
         "tiny": str(tiny),
         "folder": str(tmp_path / "two"),
@@ -405,9 +407,10 @@ def test_cuts_into_micro_batches_and_ranks_do_not_show(tiny: Path, tmp_path: Pat
 def test_a_run_stopped_on_two_ranks_resumes_on_one(tiny: Path, tmp_path: Path, two_ranks: Any) -> None:
     changes = {**EQUAL, "lora_rank": 0, "ema_decay": 0.5, "num_grad_steps": 2, "reward": str(tiny / "clip")}
     canonical = steps(tiny, tmp_path / "one", **changes)
-    stopped = {**changes, "max_steps": 2, "sharding": "none", "folder": str(tmp_path / "two")}
+    often = {**changes, "save_every": 1}
+    stopped = {**often, "max_steps": 2, "sharding": "none", "folder": str(tmp_path / "two")}
     two_ranks("test_draftp:steps", tiny=str(tiny), **stopped)
-    assert_same(steps(tiny, tmp_path / "two", **changes), canonical)
+    assert_same(steps(tiny, tmp_path / "two", **often), canonical)
     assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model")
 
 

@@ -86,9 +86,15 @@ def script(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def canonical(script: str, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> list:
+def folder(script: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the canonical run."""
+    return str(tmp_path_factory.mktemp(script) / "run")
+
+
+@pytest.fixture(scope="module")
+def canonical(script: str, folder: str, tiny_model: str) -> list:
     """One process, one micro-batch a step."""
-    return run(script, str(tmp_path_factory.mktemp(script) / "run"), model=tiny_model)
+    return run(script, folder, model=tiny_model)
 
 
 def test_the_run_moves_the_weights(script: str, canonical: list) -> None:
@@ -153,6 +159,30 @@ def test_stop_and_resume_on_another_number_of_ranks(
     assert_same(ours, canonical)
 
 
+def assert_saving_changes_nothing(script: str, plain: list, seldom: str, often: str, **settings: Any) -> None:
+    """To the last bit, numbers and weights, against a run that has saved once."""
+    often_saved = {"save_every": 1, "keep_checkpoints": STEPS}
+    assert run(script, often, **settings, **often_saved) == plain
+    found = [sorted(Path(x, "model").glob("*.safetensors")) for x in (seldom, often)]
+    assert found[0] and [x.read_bytes() for x in found[0]] == [x.read_bytes() for x in found[1]]
+    saved = [len([*Path(x, "checkpoints").glob("step_*")]) for x in (seldom, often)]
+    assert saved[0] < saved[1]
+
+
+def test_saving_at_each_step(
+    script: str, canonical: list, folder: str, tiny_model: str, tmp_path: Path
+) -> None:
+    assert_saving_changes_nothing(script, canonical, folder, str(tmp_path / "run"), model=tiny_model)
+
+
+@pytest.mark.parametrize("script", ["ppo"], scope="module")
+def test_saving_while_the_policy_waits_for_its_critic(script: str, tiny_model: str, tmp_path: Path) -> None:
+    """With adapters too: its optimizer has no state yet, and must not be given one."""
+    settings = {"model": tiny_model, "value_warmup_steps": 3, "lora_rank": 4, "lora_alpha": 8.0}
+    plain = run(script, str(tmp_path / "one"), **settings)
+    assert_saving_changes_nothing(script, plain, str(tmp_path / "one"), str(tmp_path / "other"), **settings)
+
+
 @pytest.mark.parametrize("script", ["dpo"], scope="module")
 def test_the_reference_by_copy_or_computed_before(
     script: str, canonical: list, tiny_model: str, tmp_path: Path
@@ -162,8 +192,13 @@ def test_the_reference_by_copy_or_computed_before(
     assert_same(again, canonical)
 
 
-def test_lora_on_two_ranks(script: str, tiny_model: str, tmp_path: Path, two_ranks: Any) -> None:
+def test_lora_on_two_ranks_and_saved_at_each_step(
+    script: str, tiny_model: str, tmp_path: Path, two_ranks: Any
+) -> None:
     settings = {"script": script, "model": tiny_model, "lora_rank": 4, "lora_alpha": 8.0}
     alone = run(folder=str(tmp_path / "one"), **settings)
     ours, _ = two_ranks("test_equivalence:run", folder=str(tmp_path / "two"), **settings)
     assert_same(ours, alone)
+    assert_saving_changes_nothing(
+        plain=alone, seldom=str(tmp_path / "one"), often=str(tmp_path / "saved"), **settings
+    )

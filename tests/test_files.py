@@ -228,6 +228,29 @@ def test_a_journal_makes_what_is_missing_and_tries_again_what_failed(
     assert len(made) == 5
 
 
+def stopped_while_asked(folder: str, rank: int) -> list[str]:
+    """Both ranks ask, one of them is told to stop; runs in tests/worker.py."""
+    dist.init(1)
+    journal = files.Journal(Path(folder))
+
+    def make(item: int) -> dict:
+        if dist.rank() == rank:
+            dist._stop["signal"] = 15
+        return {"item": item}
+
+    try:
+        journal.collect({f"{i:x}": i for i in range(20)}, make, threads=1)
+    except dist.Stopped as stop:
+        dist.init(1)
+        return str(stop), len(files.Journal(Path(folder)).records)
+    return ["not stopped"]
+
+
+def test_a_stop_while_asking_ends_all_ranks_and_keeps_the_answers(tmp_path: Path, two_ranks: Any) -> None:
+    one, other = two_ranks("test_files:stopped_while_asked", folder=str(tmp_path), rank=1)
+    assert one == other and "the same command goes on" in one[0] and 1 <= one[1] <= 11
+
+
 # caches
 
 

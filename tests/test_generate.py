@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import chat, dist, generate, models, packed
+from common import chat, decode, dist, files, generate, models, packed
 from common.args import System
 from toy import language
 
@@ -181,7 +182,7 @@ def test_inversion_finds_the_token_whose_share_of_the_interval_holds_the_number(
     for u in np.linspace(0, 1, 64, endpoint=False):
         for v in np.linspace(0, 1, 64, endpoint=False):
             uniforms = torch.tensor([[0.5, u, v]], dtype=torch.float64)
-            token = generate.invert(weights, uniforms).item()
+            token = decode.invert(weights, uniforms).item()
             found[token] = found.get(token, 0) + 1 / 64**2
     assert found == {1: 0.5, 3: 0.25, 4: 0.125, 5: 0.125}
 
@@ -190,20 +191,18 @@ def test_a_large_vocabulary_does_not_make_tokens_depend_on_rounding():
     torch.manual_seed(0)
     logits, uniforms = torch.randn(300, 50_000) * 3, torch.rand(300, 3, dtype=torch.float64)
     noisy = logits + 2e-6 * torch.randn_like(logits)  # what another batch does to logits in float32
-    changed = (
-        generate.draw(logits, uniforms, 1.0, 0, 1.0)[0] != generate.draw(noisy, uniforms, 1.0, 0, 1.0)[0]
-    )
+    changed = decode.draw(logits, uniforms, 1.0, 0, 1.0)[0] != decode.draw(noisy, uniforms, 1.0, 0, 1.0)[0]
     assert changed.sum() <= 1
 
 
 def test_broken_weights_draw_a_token_of_the_vocabulary():
-    tokens, logps = generate.draw(torch.full((2, 50), math.nan), torch.rand(2, 3).double(), 1.0, 3, 0.9)
+    tokens, logps = decode.draw(torch.full((2, 50), math.nan), torch.rand(2, 3).double(), 1.0, 3, 0.9)
     assert tokens.max() < 50 and logps.isnan().all()
 
 
 def test_top_k_and_top_p_by_hand():
     p = torch.tensor([[0.125, 0.5, 0.25, 0.0625, 0.0625]])
-    kept = lambda k, q: generate.keep_top(p, k, q)[0].tolist()  # noqa: E731
+    kept = lambda k, q: decode.keep_top(p, k, q)[0].tolist()  # noqa: E731
     assert kept(2, 1.0) == [0, 0.5, 0.25, 0, 0]
     assert kept(0, 0.5) == [0, 0.5, 0, 0, 0]  # 0.5 is reached by the first alone
     assert kept(0, 0.51) == [0, 0.5, 0.25, 0, 0]
@@ -211,7 +210,7 @@ def test_top_k_and_top_p_by_hand():
     assert kept(2, 0.6) == [0, 0.5, 0, 0, 0]  # of the two left the first holds 2/3
     assert kept(9, 1.0) == p[0].tolist()
     uniforms = torch.rand(2000, 3, dtype=torch.float64)
-    tokens, logps = generate.draw(p.log().expand(2000, -1), uniforms, 1.0, 2, 1.0)
+    tokens, logps = decode.draw(p.log().expand(2000, -1), uniforms, 1.0, 2, 1.0)
     assert set(tokens.tolist()) == {1, 2}
     torch.testing.assert_close((tokens == 1).double().mean().item(), 2 / 3, atol=0.04, rtol=0)
     torch.testing.assert_close(logps.exp(), p[0][tokens])  # of the whole distribution
@@ -247,16 +246,157 @@ def test_samples_do_not_depend_on_the_batch(policy):
 def test_samples_do_not_depend_on_how_often_the_host_looks(policy, monkeypatch):
     settings = [{"samples_per_prompt": 3, "max_batch": 8}, {"stop": ["2 "]}, {"max_new_tokens": 1}]
     often = [replies(policy, **s) for s in settings]
-    monkeypatch.setitem(generate.STRIDE, "cpu", 8)
-    monkeypatch.setitem(generate.BUCKET, "cpu", 4)
+    monkeypatch.setitem(decode.STRIDE, "cpu", 8)
+    monkeypatch.setitem(decode.BUCKET, "cpu", 4)
     assert all(same(replies(policy, **s), samples) for s, samples in zip(settings, often, strict=True))
 
 
 @pytest.mark.gpu
 def test_graphs_replay_what_eager_steps_do(policy, monkeypatch):
     with_graphs = replies(policy, PROMPTS * 8, max_batch=16, max_new_tokens=40)
-    monkeypatch.setattr(generate.Batch, "step", generate.Batch.forward)
+    monkeypatch.setattr(decode.Batch, "step", decode.Batch.forward)
     assert same(replies(policy, PROMPTS * 8, max_batch=16, max_new_tokens=40), with_graphs)
+
+
+class Captured:
+    """Stands for a CUDA graph on a CPU: the step again, with all that it read where it was then."""
+
+    made = 0
+
+    def __init__(self, batch, width):
+        Captured.made += 1
+        batch.forward(width)
+        self.batch, self.width, self.then = batch, width, self.places(batch)
+
+    @staticmethod
+    def places(batch):
+        read = [*batch.state, batch.ends, *itertools.chain(*batch.cache.layers.values())]
+        return [x.data_ptr() for x in (*read, *batch.replica.model.state_dict().values())]
+
+    def replay(self):
+        assert self.places(self.batch) == self.then and self.batch.replica.awake
+        self.batch.forward(self.width)
+
+
+def test_a_step_is_captured_once_for_all_calls_while_the_weights_stay(tmp_path, device, monkeypatch):
+    """The graphs of a call serve the next, of other sizes and seeds and after training, if memory allows."""
+    save(tmp_path)
+    policy = models.load(str(tmp_path), device, options())
+    calls = [
+        {"samples_per_prompt": 4, "max_batch": 16},
+        {"seed": 2, "max_new_tokens": 12, "samples_per_prompt": 3, "max_batch": 16},
+        {"prompts": PROMPTS[:2]},
+        {"top_k": 5},
+    ]
+    plain, policy.room = [replies(policy, **call) for call in calls], 0.0
+    monkeypatch.setattr(decode, "can_capture", lambda replica: True)
+    monkeypatch.setattr(decode.Batch, "capture", lambda *step: Captured(*step))
+    monkeypatch.setattr(decode, "BUCKET", {"cpu": 64})
+    monkeypatch.setattr(Captured, "made", 0)
+    assert same(replies(policy, **calls[0]), plain[0]) and Captured.made > 2  # 16 rows, 8, ...
+    assert policy.replica.batch is None and not policy.replica.awake  # no room
+    policy.room = 1e9
+    assert same(replies(policy, **calls[0]), plain[0])
+    made, batch = Captured.made, policy.replica.batch
+    for call, expected in zip(calls[:3], plain[:3], strict=True):
+        assert same(replies(policy, **call), expected)
+    assert policy.replica.batch is batch and Captured.made <= made + 1  # a size that no call had before
+    train_a_little(policy, device)
+    with generate.rollout(policy):
+        trained = replies(policy, **calls[0])
+    assert policy.replica.batch is batch and Captured.made <= made + 1 and not same(trained, plain[0])
+    monkeypatch.undo()
+    assert same(replies(policy, **calls[0]), trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "can_capture", lambda replica: True)
+        patch.setattr(decode.Batch, "capture", lambda *step: Captured(*step))
+        replies(policy, **calls[3])
+    assert policy.replica.batch is not batch  # other settings are other graphs
+
+
+def test_graphs_have_an_off_switch(policy, monkeypatch):
+    replica = SimpleNamespace(config=policy.config, model=policy.model, device=torch.device("cuda"))
+    assert decode.can_capture(replica)
+    monkeypatch.setenv("CLEANALIGN_CUDA_GRAPHS", "0")
+    assert not decode.can_capture(replica)
+
+
+def test_replies_that_are_kept_are_not_made_again(policy, tmp_path, monkeypatch):
+    """A kill after 9 of 24 replies tears a line; the rest is made, on another number of ranks as well."""
+    settings = {"samples_per_prompt": 4, "seed": 3}
+    whole, add, made = replies(policy, **settings), files.Journal.add, []
+
+    def dies(journal, *record):
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        made.append(record)
+        add(journal, *record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.Journal, "add", dies)
+        replies(policy, keep=tmp_path, **settings)
+    (file,) = tmp_path.glob("*/rank_0.jsonl")
+    file.write_text(file.read_text() + '{"key": "0 ')
+    file.rename(file.with_name("rank_7.jsonl"))
+    made.clear()
+    monkeypatch.setattr(files.Journal, "add", lambda *record: made.append(record) or add(*record))
+    again = replies(policy, keep=tmp_path, **settings)
+    assert len(made) == 15
+    assert [(s.tokens, s.ended, s.text) for s in again] == [(s.tokens, s.ended, s.text) for s in whole]
+    made.clear()
+    assert replies(policy, keep=tmp_path, **settings) == again and made == []
+    replies(policy, keep=tmp_path, **settings | {"seed": 4})
+    assert len(made) == 24  # another call in the same folder
+
+
+def stopped_on_one_rank(model: str, folder: str, rank: int) -> list[Any]:
+    """Replies of a call in whose midst one of two ranks is told to stop; runs in tests/worker.py."""
+    device = dist.init(1)
+    policy, look, kept = models.load(model, device, options()), decode.Batch.forward, Path(folder)
+    dist.POLL_SECONDS = 0.0
+
+    def forward(self: Any, width: int) -> None:
+        if dist.rank() == rank and any(file.stat().st_size for file in kept.glob(f"*/rank_{rank}.jsonl")):
+            dist._stop["signal"] = 15
+        look(self, width)
+
+    decode.Batch.forward = forward
+    try:
+        replies(policy, PROMPTS * 2, keep=kept, samples_per_prompt=2, max_batch=2)
+        return ["not stopped"]
+    except dist.Stopped as stop:
+        dist.init(1)
+        decode.Batch.forward = look
+        dist.barrier()
+        num_kept = sum(len(path.read_text().splitlines()) for path in kept.glob("*/*.jsonl"))
+        whole = replies(policy, PROMPTS * 2, keep=kept, samples_per_prompt=2)
+        return [str(stop), num_kept, [s.tokens for s in whole]]
+    finally:
+        decode.Batch.forward, dist.POLL_SECONDS = look, 10.0
+
+
+def test_a_rank_that_is_told_to_stop_stops_all_between_replies(tmp_path, two_ranks, device):
+    save(tmp_path)
+    alone = replies(models.load(str(tmp_path), device, options()), PROMPTS * 2, samples_per_prompt=2)
+    where = {"model": str(tmp_path), "folder": str(tmp_path / "kept")}
+    one, other = two_ranks("test_generate:stopped_on_one_rank", **where, rank=1)
+    assert one == other and one[0].startswith("stopped while generating") and 0 < one[1] < 24
+    assert one[2] == [s.tokens for s in alone]
+
+
+def test_the_host_waits_for_the_device_once_a_look_not_once_a_reply(policy, monkeypatch):
+    waits, looks = [], []
+
+    def counted(honest):
+        return lambda tensor, *rest: waits.append(1) or honest(tensor, *rest)
+
+    for name in ("tolist", "cpu", "item", "numpy"):  # on a device each of them waits
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    honest = decode.decode
+    monkeypatch.setattr(generate, "decode", lambda *a: (looks.append(done) or done for done in honest(*a)))
+    monkeypatch.setitem(decode.STRIDE, "cpu", 40)
+    assert len(replies(policy, [[5, 6, 7]] * 60, max_batch=60, max_new_tokens=20)) == 60
+    assert sum(map(len, looks)) == 60 and len(waits) <= 4 * len(looks) < 20
 
 
 def test_each_part_of_the_address_changes_the_samples(policy):
@@ -276,7 +416,7 @@ def test_a_part_of_a_list_gives_the_samples_of_the_whole(policy):
 def test_long_runs_reuse_rows(policy, monkeypatch):
     """Rows are refilled, a prompt is prefilled once for all its samples, and the tail shrinks."""
     prefilled, sizes = [], []
-    prefill, forward = generate.Batch.prefill, generate.Batch.forward
+    prefill, forward = decode.Batch.prefill, decode.Batch.forward
 
     def count_prefill(self, packed, takers):
         prefilled.append(packed.num_segments)
@@ -286,8 +426,8 @@ def test_long_runs_reuse_rows(policy, monkeypatch):
         sizes.append(len(self.owners))
         forward(self, width)
 
-    monkeypatch.setattr(generate.Batch, "prefill", count_prefill)
-    monkeypatch.setattr(generate.Batch, "forward", count_forward)
+    monkeypatch.setattr(decode.Batch, "prefill", count_prefill)
+    monkeypatch.setattr(decode.Batch, "forward", count_forward)
     samples = replies(policy, PROMPTS * 4, max_batch=8)
     assert sum(prefilled) == 24 and len(prefilled) > 3
     assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and sizes[-1] <= 2

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import reward_model
 from common import data, dist, formats, models, packed
+from common.rewards import load as load_rewards
+from common.rewards import score_replies
 
 NAN = math.nan
 RANKED = torch.tensor([[1.0, 2.0, 3.0]])
@@ -363,6 +365,74 @@ def test_plain_transformers_reads_the_same_scores(
     # the trap: padded by the end token, transformers reads one token early
     early = plain_scores(tmp_path / "run", sequences, "right", pad_token_id=data.end_token(tokenizer))
     assert (early - ours).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("pad", ["a token of its own", "the end token"])
+def test_a_model_of_trl_is_read_where_it_was_trained(
+    pad: str,
+    few: Path,
+    tiny_model: str,
+    device: torch.device,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """TRL keeps what the template writes after the end token, in ChatML a newline, and is scored there."""
+    from transformers import AutoModelForSequenceClassification
+    from trl.data_utils import _tokenize
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    theirs = data.load_tokenizer(tiny_model, "chatml")
+    theirs.pad_token = theirs.eos_token if pad == "the end token" else theirs.pad_token
+    torch.manual_seed(0)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    plain.config.pad_token_id = theirs.pad_token_id  # as RewardTrainer does
+    plain.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    records = formats.read_file(few / "pairs" / "test.jsonl")[:8]
+    turns = [{x: r.value["prompt"] + r.value[x] for x in ("chosen", "rejected")} for r in records]
+    pairs = [{f"{x}_ids": _tokenize(theirs, pair[x])["input_ids"] for x in pair} for pair in turns]
+    assert all(ids[-1] != data.end_token(theirs) for pair in pairs for ids in pair.values())
+    batch = DataCollatorForPreference(pad_token_id=theirs.pad_token_id)(pairs)
+    expected = plain(**batch).logits.detach()[:, 0].view(2, -1).T  # chosen, rejected
+
+    def ours() -> torch.Tensor:
+        asked = [packed.Example([], record.value["prompt"]) for record in records for _ in range(2)]
+        replies = [record.value[x][0]["content"] for record in records for x in ("chosen", "rejected")]
+        (reward,) = load_rewards(str(tmp_path), device, reward_model.Args().system)
+        return torch.tensor(score_replies([reward], asked, replies, 0, device)).view(-1, 2)
+
+    torch.testing.assert_close(ours(), expected, atol=1e-5, rtol=1e-5)
+    assert "read at the last token of the template, '\\n'" in capsys.readouterr().out
+    shutil.copy(few / "pairs" / "test.jsonl", tmp_path / "pairs.jsonl")
+    found = score(str(tmp_path), str(tmp_path / "pairs.jsonl"))[:8]
+    found = torch.tensor([[row["chosen_reward"], row["rejected_reward"]] for row in found])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_at": "end"}))
+    assert (ours() - expected).abs().min() > 1e-4  # at the end token it is another model
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_at": "middle"}))
+    with pytest.raises(dist.RunError, match="found middle; expected end or last"):
+        ours()
+
+
+def test_a_model_padded_with_its_end_token_is_read_as_transformers_does(
+    tiny_model: str, device: torch.device, tmp_path: Path
+) -> None:
+    """Without a token after the end, that takes the end token for padding and reads one token early."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = data.load_tokenizer(tiny_model)
+    torch.manual_seed(0)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    plain.config.pad_token_id = data.end_token(tokenizer)
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "What does the cat say?"}]
+    tokens, _ = data.encode_response(tokenizer, turns, [{"role": "assistant", "content": "It says meow."}])
+    expected = plain(torch.tensor(tokens)[None].long()).logits[0].tolist()
+    loaded = load_rewards(str(tmp_path), device, reward_model.Args().system)
+    asked = [packed.Example([], turns)]
+    assert score_replies(loaded, asked, ["It says meow."], 0, device) == pytest.approx(expected, abs=1e-5)
 
 
 def test_lora_leaves_the_adapted_weights_in_the_export(few: Path, tiny_model: str, tmp_path: Path) -> None:

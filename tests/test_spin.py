@@ -14,7 +14,7 @@ from conftest import args_of, means, read_metrics
 
 import dpo
 import spin
-from common import checkpoint, data, dist, formats, generate, models, packed
+from common import checkpoint, data, dist, files, formats, generate, models, packed
 
 # by hand
 
@@ -508,30 +508,35 @@ def test_a_kill_while_sampling_repeats_nothing_and_changes_nothing(
     folder = tmp_path / "run"
     if number:
         run(str(folder), **settings, max_steps=2)  # a whole iteration
-    honest, sampled = generate.generate, []
+    honest, kept = files.Journal.add, []
 
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        samples = honest(*args, **kwargs)
-        sampled.append(len(samples))
-        if len(samples) == 16:  # not those held out
-            raise KeyboardInterrupt
-        return samples
+    def dies(journal: files.Journal, *record: Any) -> None:
+        if journal.folder.parent.name.startswith("generated"):
+            kept.append(record)
+            if len(kept) == 6:
+                raise KeyboardInterrupt
+        honest(journal, *record)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(spin, "generate", dies)
+        patch.setattr(files.Journal, "add", dies)
         run(str(folder), **settings)
     assert (folder / f"held_out_{number}.jsonl").exists()
-    (unfinished,) = folder.glob("generated_*.part")
+    (replies,) = folder.glob("generated_*.replies")
+    with next(replies.glob("*/rank_0.jsonl")).open("a") as file:
+        file.write('{"key": "7 0", "tok')
     # as if it had died after 11 lines and a part of the next
+    unfinished = replies.with_suffix(".part")
     done = (straight[0] / f"generated_{number}.jsonl").read_text().splitlines(keepends=True)
     names = [lines(f, number, "held_out")[0]["opponent"] for f in (straight[0], folder)]
     assert names[0] == names[1]
     unfinished.write_text("".join(done[:11]) + done[11][:30])
-    sampled.clear()
+    kept.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(spin, "generate", lambda *a, **k: sampled.append(len(a[2])) or honest(*a, **k))
+        patch.setattr(files.Journal, "add", lambda *record: kept.append(record) or honest(*record))
         ours = run(str(folder), **settings)
-    assert sampled[0] == 5 and not list(folder.glob("*.part"))
+    again = [journal.folder.parent for journal, *_ in kept]
+    assert again.count(replies) == 11 and not [*folder.glob("*.part"), *folder.glob("*.replies")]
+    assert (folder / f"generated_{number}.jsonl").read_text() == "".join(done)
     assert_same(ours, straight[1])
 
 
@@ -577,7 +582,7 @@ def test_a_stop_while_sampling_ends_in_peace(
     with pytest.raises(SystemExit) as ended:
         dist.run(spin.main, args_of(spin.Args, **RUN, **settings, output_dir=str(tmp_path)))
     assert ended.value.code == 0
-    assert "stopped after 48 records; the same command goes on" in capsys.readouterr().err
+    assert "stopped while generating; the same command goes on from there" in capsys.readouterr().err
 
 
 def test_the_checkpoint_says_which_samples_it_goes_with(straight: tuple[Path, list]) -> None:

@@ -390,6 +390,13 @@ def test_runs_on_a_file_of_groups_do_not_depend_on_ranks_or_micro_batches(
     settings = {**TINY, "model": tiny_model, "dataset": prompts, "groups": groups, "num_epochs": 1}
     alone = run(str(tmp_path / "one"), **settings)
     assert abs(alone[0][0] - alone[-1][0]) > 0.01
+    adapted = run(str(tmp_path / "adapted"), **settings, lora_rank=4)
+    for name, rank, expected in (("one", 0, alone), ("adapted", 4, adapted)):  # saving changes nothing
+        assert (
+            run(str(tmp_path / "often"), **settings, lora_rank=rank, save_every=1, overwrite=True) == expected
+        )
+        saved = [next((tmp_path / x / "model").glob("*.safetensors")) for x in (name, "often")]
+        assert saved[0].read_bytes() == saved[1].read_bytes()
     for limit in (100_000, 150):
         limited = {**settings, "micro_batch_tokens": limit}
         ours, also = two_ranks("test_steerlm2:run", folder=str(tmp_path / f"two_{limit}"), **limited)
