@@ -162,7 +162,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_reply_is_scored_with_its_end_token_and_nothing_else(families: dict, name: str) -> None:
     tokenizer = families[name]
-    tokens, mask = data.encode_chat(tokenizer, CHAT, REPLIES)
+    ((tokens, mask),) = data.encode_chat(tokenizer, CHAT, REPLIES)
     assert scored(tokenizer, (tokens, mask)) == GOLDEN[name]
     assert (tokens[mask] == data.end_token(tokenizer)).sum() == 2 and mask[-1]
 
@@ -170,7 +170,7 @@ def test_every_reply_is_scored_with_its_end_token_and_nothing_else(families: dic
 @pytest.mark.parametrize("name", NAMES)
 def test_there_is_at_most_one_bos(families: dict, name: str) -> None:
     tokenizer = families[name]
-    tokens = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])[0].tolist()
+    tokens = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])[0].ids.tolist()
     rendered = tokenizer.apply_chat_template(CHAT[:2], tokenize=False)
     assert tokenizer.decode(tokens) == rendered.rstrip("\n")
     if name in ("llama2", "llama3", "gemma"):
@@ -179,7 +179,7 @@ def test_there_is_at_most_one_bos(families: dict, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_starts_where_the_scored_response_does(families: dict, name: str) -> None:
-    tokens, mask = data.encode_chat(families[name], CHAT[:2], REPLIES[:2])
+    ((tokens, mask),) = data.encode_chat(families[name], CHAT[:2], REPLIES[:2])
     assert data.encode_prompt(families[name], CHAT[:1]) == tokens[: np.argmax(mask)].tolist()
 
 
@@ -191,8 +191,8 @@ def test_special_tokens_in_a_message_are_text(families: dict, name: str) -> None
         {"role": "user", "content": f"Is {special} so?"},
         {"role": "assistant", "content": f"Yes. {special} No."},
     ]
-    plain = data.encode_chat(tokenizer, CHAT[:2], [False, True])[0].tolist()
-    tokens, mask = data.encode_chat(tokenizer, spoof, [False, True])
+    plain = data.encode_chat(tokenizer, CHAT[:2], [False, True])[0].ids.tolist()
+    ((tokens, mask),) = data.encode_chat(tokenizer, spoof, [False, True])
     for token in tokenizer.added_tokens_decoder:
         assert tokens.tolist().count(token) == plain.count(token)
     if name not in ("llama2", "gemma"):  # whose pieces decode with spaces between
@@ -203,7 +203,7 @@ def test_special_tokens_in_a_message_are_text(families: dict, name: str) -> None
 def test_the_end_token_is_what_follows_a_reply_not_what_opens_it(families: dict) -> None:
     tokenizer = families["thinking"]
     assert tokenizer.decode([data.end_token(tokenizer)]) == "<|im_end|>"
-    sequence = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    (sequence,) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
     assert scored(tokenizer, sequence) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
 
 
@@ -216,21 +216,21 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(families: dict, tmp_p
 def test_a_header_that_merges_with_the_reply_leaves_the_reply_scored() -> None:
     tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES, eos_token="<eos>")
     tokenizer.backend_tokenizer.add_tokens(["assistant: Yes"])  # stands for a merge across the boundary
-    sequence = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    (sequence,) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
     assert scored(tokenizer, sequence) == ["assistant: Yes.\n<eos>"]
 
 
 def test_a_turn_whose_last_token_merges_with_the_next_is_not_taken_for_a_rewrite() -> None:
     tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES.replace("\n", "\n\n"), eos_token="<eos>")
     tokenizer.backend_tokenizer.add_tokens(["\n\nuser: Are"])
-    sequence = data.encode_chat(tokenizer, CHAT, REPLIES)
+    (sequence,) = data.encode_chat(tokenizer, CHAT, REPLIES)
     assert scored(tokenizer, sequence) == [" Yes.", " No.\n\n<eos>"]  # the space of the header merged
 
 
 def test_the_end_token_is_scored_though_it_is_the_padding_token_too(families: dict) -> None:
     tokenizer = families["llama2"]
     assert tokenizer.pad_token_id == data.end_token(tokenizer)
-    tokens, mask = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    ((tokens, mask),) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
     assert mask[-1] and tokens[-1] == tokenizer.pad_token_id
 
 
@@ -910,7 +910,7 @@ def test_a_bad_line_stops_both_ranks_with_the_same_words(two_ranks: Any, tmp_pat
 def test_a_reply_that_opens_a_conversation_is_scored_without_its_header(toy: Path) -> None:
     messages = [{"role": "assistant", "content": "a moo."}, {"role": "user", "content": "Hi."}]
     tokenizer = data.load_tokenizer("toy", "chatml")
-    tokens, mask = data.encode_chat(tokenizer, messages, [True, False])
+    ((tokens, mask),) = data.encode_chat(tokenizer, messages, [True, False])
     assert tokenizer.decode(tokens[mask]) == "a moo." + tokenizer.eos_token
 
 
