@@ -75,6 +75,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
 
     # stages made before, and what a stage does
     attribute_model: str = ""
@@ -174,10 +176,11 @@ def annotate(
     key = (args.attributes, files.fingerprint(attribute_model))  # what labels depend on besides the records
 
     def read(record: formats.Record) -> tuple[list[dict], list[packed.Tokens]]:
-        prompt, response = formats.read_exchange(tokenizer, *record)
-        turns = prompt + response
-        replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
+        with data.encoding(record.where):
+            prompt, response = formats.read_exchange(tokenizer, *record)
+            turns = prompt + response
+            replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
 
     def label(chunk: list[formats.Record]) -> list[dict]:
         conversations = dist.parallel_map(read, chunk)
@@ -459,12 +462,14 @@ def main(args: Args) -> None:
     options = stages.read_all(args.stages, STAGES, RESERVED)
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    shared = dict(seed=args.seed, chat_template=args.chat_template)
+    shared = dict(
+        seed=args.seed, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs
+    )
     begun = {path: options[name] for path, name in stage_folders(args).items()}
     stages.refuse_changed_stages(begun, RESERVED)
     if log.is_finished(num_rounds + 1):
         return
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     check_stages(args, options, tokenizer, device)
     log.start()
 

@@ -85,7 +85,7 @@ def read_records(source: str, split: str, kind: str) -> list[Record] | None:
 
 
 def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record] | None:
-    """The first of the splits `names` that a folder has: of files, a clone of the hub's, or save_to_disk's."""
+    """The first of the splits `names` in a folder: of files, cloned from the hub, or by save_to_disk."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         table = load_table(source, "load_from_disk", str(path))
         tables = table if isinstance(table, dict) else {"train": table}
@@ -286,6 +286,10 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
         kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
     return {"role": ROLES[speaker], "content": text, **kept}
+
+
+def says_something(message: dict) -> bool:
+    return bool(message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content"})
 
 
 def as_messages(value: Any, where: str, role: str = "user") -> Messages:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common import data, dist, formats, models
+from common import data, dist, formats, models, templates
 from common.args import System, load_function
 from common.packed import Example
 
@@ -47,6 +47,18 @@ def load(spec: str, device: torch.device, system: System) -> list[Reward]:
     return rewards
 
 
+def check(rewards: list[Reward], examples: list[Example]) -> None:
+    """End the run now if the template of a reward model does not take one of the prompts."""
+    prompts = [as_messages(example.prompt) for example in examples]
+    for reward in rewards:
+        if reward.tokenizer:
+            templates.check_prompts(reward.tokenizer, prompts, f"reward {reward.name}")
+
+
+def as_messages(prompt: formats.Messages | str) -> formats.Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def score_replies(
     rewards: list[Reward],
     examples: list[Example],
@@ -78,8 +90,7 @@ def _read(
     """A reward model's numbers. -> (replies,)"""
     num_each, conversations = len(replies) // len(examples), []
     for i, reply in enumerate(replies):
-        prompt = examples[i // num_each].prompt
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = as_messages(examples[i // num_each].prompt)
         tokens = data.encode_response(reward.tokenizer, prompt, [{"role": "assistant", "content": reply}])
         conversations.append(Example([tokens], ""))
     return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0]

@@ -17,7 +17,7 @@ from conftest import DATA, ROOT, make_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist, formats, packed
+from common import data, dist, formats, packed, templates
 
 CPU = torch.device("cpu")
 TURNS = ["Is it so?", "Yes.", "Are you sure?", "No."]
@@ -113,7 +113,9 @@ ROLE_LINES = (
 
 def family(name: str) -> Any:
     if name == "chatml":
-        return make_tokenizer("bytes", ["<|im_start|>", "<|im_end|>"], data.CHATML, eos_token="<|im_end|>")
+        return make_tokenizer(
+            "bytes", ["<|im_start|>", "<|im_end|>"], templates.CHATML, eos_token="<|im_end|>"
+        )
     if name == "llama2":
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
         return make_tokenizer("words", ["<s>", "</s>"], LLAMA2, add_bos=True, **tokens)
@@ -207,24 +209,40 @@ def test_the_end_token_is_what_follows_a_reply_not_what_opens_it(families: dict)
     assert scored(tokenizer, sequence) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(families: dict, tmp_path: Path) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_a_reply(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = families["thinking"]
     source = write(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT})
-    with pytest.raises(dist.RunError, match=r"data.jsonl:2: .*rewrites earlier turns.*--chat_template"):
-        load("sft", source, families["thinking"])
+    one, two = load("sft", source, tokenizer)
+    assert "sft: 2 conversations became 4 sequences, one a reply" in capsys.readouterr().out
+    texts = [[scored(tokenizer, s) for s in example.sequences] for example in (one, two)]
+    yes, no = (f"<think>\n\n</think>\n\n{text}<|im_end|>" for text in ("Yes.", "No."))
+    assert texts == [[[yes]], [[yes], [no]]]
+    for tokens, mask in two.sequences:
+        asked = data.encode_prompt(
+            tokenizer, CHAT[: 1 if len(tokens) < 99 and "No." not in tokenizer.decode(tokens) else 3]
+        )
+        assert asked == tokens[~mask].tolist()  # what generation sees
+    (whole, parts), _ = load_both("sft", source, tokenizer, train_on_prompt=True)
+    assert parts.num_targets < 2 * parts.num_tokens - whole.num_tokens  # what both have is scored once
 
 
-def test_a_header_that_merges_with_the_reply_leaves_the_reply_scored() -> None:
+@pytest.mark.parametrize("merged", ["assistant: Yes", ": Yes", " Yes"])
+def test_a_reply_that_merges_with_its_header_is_cut_from_it_as_in_generation(merged: str) -> None:
     tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES, eos_token="<eos>")
-    tokenizer.backend_tokenizer.add_tokens(["assistant: Yes"])  # stands for a merge across the boundary
+    tokenizer.backend_tokenizer.add_tokens([merged])  # stands for a merge across the boundary
     (sequence,) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
-    assert scored(tokenizer, sequence) == ["assistant: Yes.\n<eos>"]
+    assert scored(tokenizer, sequence) == ["Yes.\n<eos>"]
+    assert sequence.ids[~sequence.mask].tolist() == data.encode_prompt(tokenizer, CHAT[:1])
 
 
 def test_a_turn_whose_last_token_merges_with_the_next_is_not_taken_for_a_rewrite() -> None:
-    tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES.replace("\n", "\n\n"), eos_token="<eos>")
-    tokenizer.backend_tokenizer.add_tokens(["\n\nuser: Are"])
-    (sequence,) = data.encode_chat(tokenizer, CHAT, REPLIES)
-    assert scored(tokenizer, sequence) == [" Yes.", " No.\n\n<eos>"]  # the space of the header merged
+    template = ROLE_LINES.replace("\n", "\n\n").replace(": '", ":|'")
+    tokenizer = make_tokenizer("bytes", ["<eos>", "|"], template, eos_token="<eos>")
+    tokenizer.backend_tokenizer.add_tokens(["\n\nuser:"])
+    (sequence,) = data.encode_chat(tokenizer, CHAT, [False, False, False, True])
+    assert scored(tokenizer, sequence) == ["No.\n\n"]
 
 
 def test_the_end_token_is_scored_though_it_is_the_padding_token_too(families: dict) -> None:
@@ -402,7 +420,7 @@ def test_the_sign_of_a_strength_tells_the_side_and_its_size_is_the_margin(
             texts = [scored(families["chatml"], s) for s in example.sequences]
             assert texts == [[f"7{END}"], [f"8{END}"]] and example.prompt == [ASK]
             assert example.fields["margin"] == margin
-        assert f"{name}.jsonl: 1 pairs without a preference dropped" in capsys.readouterr().out
+        assert f"{name}.jsonl: dropped 1 with no preference" in capsys.readouterr().out
 
 
 def test_lines_of_a_pair_with_other_labels_are_refused(families: dict, tmp_path: Path) -> None:
@@ -440,8 +458,8 @@ def test_responses_of_any_record_can_be_scored(families: dict) -> None:
         assert [scored(families["chatml"], s) for s in found] == [[f"{reply}{END}"] for reply in replies]
 
 
-def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
-    families: dict, tmp_path: Path
+def test_pairs_keep_their_numbers_those_alike_are_left_out_and_branching_ones_load(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     numbers = {"chosen_reward": 4, "rejected_reward": 1.5, "margin": None, "label_prob": 0.25}
     records = [
@@ -449,9 +467,9 @@ def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
         {"chosen": [ASK, SEVEN], "rejected": [ASK, SEVEN]},
         {"chosen": [ASK, SEVEN, *CHAT[:2]], "rejected": [ASK, EIGHT]},
     ]
-    first, equal, branching = load("pairs", write(tmp_path, *records), families["chatml"])
+    first, branching = load("pairs", write(tmp_path, *records), families["chatml"])
+    assert "dropped 1 with sides that are alike" in capsys.readouterr().out
     assert first.fields == {"chosen_reward": 4.0, "rejected_reward": 1.5, "margin": 0.0, "label_prob": 0.25}
-    assert equal.prompt == [ASK] and equal.num_targets == 4  # a reply and its end token, twice
     assert scored(families["chatml"], branching.sequences[0]) == [f"7{END}", f"Yes.{END}"]
 
 
@@ -750,11 +768,14 @@ def test_long_examples_are_cut_and_those_left_without_a_target_are_dropped(
     tokens, mask = kept[1].sequences[0]
     assert len(tokens) == len(mask) == 20 and mask[-1]
     assert data.end_token(tokenizer) not in tokens[mask]  # no end of turn is made up
-    assert (
-        f"{source}: 1 cut, 2 dropped with no scored token left, by max_length 20" in capsys.readouterr().out
-    )
-    with pytest.raises(dist.RunError, match="nothing to train on; expected a larger max_length than 3"):
+    out = capsys.readouterr().out
+    assert f"{source}: 1 cut at the end, by max_length 20" in out
+    assert "dropped 1 with no scored token within max_length 20, 1 with no reply to train on" in out
+    with pytest.raises(dist.RunError, match=r"nothing to train on, 3 with .*; expected a larger max_length"):
         load("sft", source, tokenizer, max_length=3)
+    unanswered = write(tmp_path, {"messages": CHAT[:1]}, name="unanswered.jsonl")
+    with pytest.raises(dist.RunError, match="1 with no reply to train on; expected replies to train on"):
+        load("sft", unanswered, tokenizer)
 
 
 def test_a_pair_goes_if_one_side_loses_its_target_and_whole_pairs_are_never_cut(
@@ -766,8 +787,23 @@ def test_a_pair_goes_if_one_side_loses_its_target_and_whole_pairs_are_never_cut(
     late = {"chosen": [ASK, SEVEN], "rejected": [ASK, {**ASK, "content": "a " * 30}, EIGHT]}
     source = write(tmp_path, fits, one_long, no_room, late)
     assert [e.record for e in load("pairs", source, tokenizer, max_length=20)] == [fits, one_long]
-    whole, _ = load_both("pairs", source, tokenizer, max_length=20, whole=True)
+    whole, _ = load_both("pairs", source, tokenizer, max_length=20, cut="drop")
     assert [example.record for example in whole] == [fits]
+
+
+def test_a_pair_keeps_its_end_or_its_start_and_is_left_out_where_nothing_differs(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    same = "the cow eats grass. " * 6
+    source = write(tmp_path, PAIRS[0], {"prompt": "a", "chosen": same + "moo", "rejected": same + "b"})
+    assert len(load("pairs", source, tokenizer, max_length=20)) == 1
+    assert "dropped 1 with sides that are alike within max_length 20" in capsys.readouterr().out
+    _, late = load("pairs", source, tokenizer, max_length=20, cut="start")
+    assert [len(tokens) for tokens, _ in late.sequences] == [20, 20]
+    assert [scored(tokenizer, s)[0][-14:] for s in late.sequences] == [
+        "grass. moo<|end|>"[-14:],
+        "grass. b<|end|>"[-14:],
+    ]
 
 
 def test_the_first_token_is_never_a_target(tokenizer: Any, tmp_path: Path) -> None:
