@@ -208,9 +208,7 @@ def load_pairs(
 
     def encode(value: dict, where: str) -> Example:
         prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
-        if not says_something(chosen[-1]) and not says_something(rejected[-1]) or chosen == rejected:
-            raise LeftOut("chosen and rejected alike")
-        if not says_something(chosen[-1]):
+        if chosen != rejected and not says_something(chosen[-1]):
             raise LeftOut("an empty chosen reply")
         sequences = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
         return Example(sequences, prompt, numbers)

@@ -446,7 +446,8 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
     sides = [first(value, CHOSEN), first(value, REJECTED)]
     if sides[0] is None and sides[1] is not None:  # the chosen one is the reply that ends the conversation
         turns = conversation(tokenizer, value, where) or []
-        sides[0] = turns[-1:] if turns and turns[-1]["role"] == "assistant" else None
+        ends = turns and turns[-1]["role"] == "assistant"
+        sides[0] = turns[-1:] if ends else first(value, RESPONSES)
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
     given = {name: first(value, names) for name, names in PAIR_NAMES.items()}

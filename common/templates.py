@@ -195,6 +195,7 @@ def encoding(where: str = "") -> Iterator[None]:
 def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
     """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
     with encoding():
+        text.encode()  # half of a surrogate pair, which the tokenizer would not name
         pieces = [
             tokenizer(s, add_special_tokens=False, verbose=False)["input_ids"] for s in text.split(BREAK)
         ]
@@ -379,9 +380,8 @@ def refuse_unseen(tokenizer: Any, messages: Messages) -> None:
         for name in names:
             other = {**m, name: "zebra"} if name == "content" else {k: x for k, x in m.items() if k != name}
             if render(tokenizer, upto, False) == render(tokenizer, [*upto[:i], other, *upto[i + 1 :]], False):
-                raise dist.RunError(
-                    f"cannot be encoded: the chat template does not show the {name} of a turn of {m['role']}"
-                )
+                what = name if name == "tools" else f"{name} of a turn of {m['role']}"
+                raise dist.RunError(f"cannot be encoded: the chat template does not show the {what}")
         if m["role"] == "system" and not shows_system(tokenizer):
             raise dist.RunError("cannot be encoded: the chat template does not show a system turn")
 
@@ -426,24 +426,28 @@ def labelled(tokenizer: Any, line: str) -> str:
     return token[1] + line if token else line
 
 
+# how families in wide use begin a rendered conversation
+COMMON = r"(?:<s>|<bos>)?\s*(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\])"
+
+
+@functools.lru_cache(maxsize=4)
+def beginnings(tokenizer: Any) -> re.Pattern:
+    """Matches a text that begins as a chat template begins one."""
+    start = special_tokens(tokenizer).sub("", opening(tokenizer, PROBE[:1])).strip()
+    own = [re.escape(start)] if start[:1] in ("[", "<", "#", "|") else []
+    return re.compile("|".join([COMMON, special_tokens(tokenizer, True).pattern, *own]))
+
+
 def refuse_rendered(tokenizer: Any, value: dict, where: str) -> None:
     """End the run for a text that has been through a chat template: it would go through it twice."""
     if tokenizer.chat_template is None:
         return
-    marks, start = special_tokens(tokenizer, True), opening(tokenizer, PROBE[:1])
-    start = special_tokens(tokenizer).sub("", start).strip()
-    end = tokenizer.decode([end_token(tokenizer)])
+    begins, end = beginnings(tokenizer), tokenizer.decode([end_token(tokenizer)])
     for name in (*PROMPTS[:-1], *RESPONSES, *CHOSEN, *REJECTED):
-        text = value.get(name)
-        text = text.strip() if isinstance(text, str) else ""
-        if (
-            marks.match(text)
-            or text.endswith(end)
-            or (start[:1] in "[<#|" and start and text.startswith(start))
-        ):
-            raise wrong(
-                where, f"{name} {text!r}", "a text without the chat template's own marks, or messages"
-            )
+        text = value[name].strip() if isinstance(value.get(name), str) else ""
+        if begins.match(text) or text.endswith(end):
+            expected = "a text without the chat template's own marks, or messages"
+            raise wrong(where, f"{name} {text!r}", expected)
 
 
 def template_notes(tokenizer: Any) -> Iterator[str]:

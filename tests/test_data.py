@@ -242,7 +242,7 @@ def test_a_turn_whose_last_token_merges_with_the_next_is_not_taken_for_a_rewrite
     tokenizer = make_tokenizer("bytes", ["<eos>", "|"], template, eos_token="<eos>")
     tokenizer.backend_tokenizer.add_tokens(["\n\nuser:"])
     (sequence,) = data.encode_chat(tokenizer, CHAT, [False, False, False, True])
-    assert scored(tokenizer, sequence) == ["No.\n\n"]
+    assert scored(tokenizer, sequence) == ["No.\n\n<eos>"]
 
 
 def test_the_end_token_is_scored_though_it_is_the_padding_token_too(families: dict) -> None:
