@@ -545,6 +545,16 @@ def test_of_a_red_team_attempt_the_first_turn_is_the_prompt(families: dict, tmp_
         assert example.prompt == [{"role": "user", "content": "a"}]
 
 
+def tool_tokenizer() -> Any:
+    """A template that shows tools, calls and thoughts."""
+    template = (
+        "{{ tools if tools }}{{ enable_thinking }}{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+        "{{ m.reasoning_content }}{{ m.content }}{{ m.tool_calls }}{{ '<|im_end|>' }}{% endfor %}"
+        "{{ '<|im_start|>assistant' if add_generation_prompt }}"
+    )
+    return make_tokenizer("bytes", ["<|im_start|>", "<|im_end|>"], template, eos_token="<|im_end|>")
+
+
 def blocks() -> list[tuple[str, str]]:
     return re.findall(r"```jsonl (\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
 
@@ -552,7 +562,10 @@ def blocks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("kind", "text"), blocks())
 def test_the_examples_of_the_docs_page_load(families: dict, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "page.jsonl").write_text(text)
-    found = load(kind, str(tmp_path / "page.jsonl"), families["chatml"])
+    tokenizer = families["chatml"]
+    if kind == "tools":
+        kind, tokenizer = "sft", tool_tokenizer()
+    found = load(kind, str(tmp_path / "page.jsonl"), tokenizer)
     lines = [json.loads(line) for line in text.splitlines()]
     per_line = 0.5 if kind == "pairs" and "text" in lines[0] else 1
     assert len(found) == per_line * len(lines) + sum(len(line.get("instances", [0])) - 1 for line in lines)
@@ -561,6 +574,7 @@ def test_the_examples_of_the_docs_page_load(families: dict, tmp_path: Path, kind
 def test_the_docs_page_has_examples_of_every_kind() -> None:
     assert [kind for kind, _ in blocks()] == [
         "sft",
+        "tools",
         "pairs",
         "pairs",
         "pairs",
@@ -568,6 +582,44 @@ def test_the_docs_page_has_examples_of_every_kind() -> None:
         "prompts",
         "ratings",
     ]
+
+
+def test_turns_say_whether_they_are_trained_and_empty_ones_are_not(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = {"weight": (0, 1), "train": (False, True), "loss": (False, None)}
+    for name, values in flags.items():
+        turns = [{**m, name: values[i // 2]} if i % 2 else m for i, m in enumerate(CHAT)]
+        (example,) = load("sft", write(tmp_path, {"messages": turns}), families["chatml"])
+        assert scored(families["chatml"], example.sequences[0]) == [f"No.{END}"]
+    silent = [{**m, "content": ""} if i == 1 else m for i, m in enumerate(CHAT)]
+    source = write(tmp_path, {"messages": silent}, {"prompt": "a", "response": " "})
+    (example,) = load("sft", source, families["chatml"])
+    assert scored(families["chatml"], example.sequences[0]) == [f"No.{END}"]
+    assert f"{source}: dropped 1 with an empty reply" in capsys.readouterr().out
+
+
+def test_records_tell_their_split_and_a_file_is_read_by_it(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"text": f"a {i}", "split": s} for i, s in enumerate(("train", "validation", "train"))]
+    train, test = load_both("sft", write(tmp_path, *records), tokenizer, eval_dataset="")
+    assert [len(train), len(test)] == [2, 1] and test[0].record["text"] == "a 1"
+
+
+def test_folders_of_the_datasets_library_and_clones_of_the_hub_are_read(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}?", "response": "yes"} for i in range(4)])
+    rows.save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "dict")
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "clone" / "data" / "train-00000-of-00001.parquet")
+    sizes = [
+        [*map(len, load_both("sft", tmp_path / x, tokenizer, eval_dataset=""))]
+        for x in ("disk", "dict", "clone")
+    ]
+    assert sizes == [[3, 1], [4, 1], [3, 1]]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
@@ -637,6 +689,32 @@ BAD = [
         '{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: a"}',
         r":2: found .*end with an assistant turn",
     ),
+    ("sft", '{"prompt": "a", "response": null}', r":2: found the fields prompt, response \(null\); expected"),
+    ("sft", '{"prompt": "a", "response": "b", "label": false}', ":2: found label false, an undesirable"),
+    (
+        "sft",
+        '{"prompt": "a", "response": "b", "images": ["c.png"]}',
+        ":2: found the field images; expected text",
+    ),
+    (
+        "sft",
+        '{"prompt": "a", "response": "b", "weight": 0.5}',
+        ":2: found the field weight; expected a weight",
+    ),
+    ("sft", '{"prompt": "a", "response": "b", "history": [["c"]]}', ":2: found "),
+    ("sft", '{"messages": [{"role": "user", "content": "a", "train": 2}]}', ":2: .*a weight of 0 or 1"),
+    ("sft", '{"messages": "a", "type": "TEXT_TO_VALUE"}', ":2: found type TEXT_TO_VALUE"),
+    (
+        "sft",
+        '{"messages": [{"role": "function_call", "value": "b"}]}',
+        ":2: found tool_calls 'b'; expected JSON",
+    ),
+    (
+        "sft",
+        '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}',
+        ":2: found the fields prompt, responses",
+    ),
+    ("sft", '{"input_ids": [1, 2], "labels": [-100, 3]}', ":2: found labels that are other tokens"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1.0]}', r":2: found .*not all equal"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', r":2: found .*as many ranks"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"]}', r":2: found .*as many ranks"),
@@ -683,6 +761,9 @@ def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> N
     for label in ([4, 4], {"helpfulness": "high"}, 3, {}):
         with pytest.raises(dist.RunError, match="data.jsonl:1: found "):
             load("ratings", write(tmp_path, {**good, "label": label}), tokenizer)
+    for more in ({"label": {"correctnes": 4}}, {"correctness": 1, "correctnes": 4}):
+        with pytest.raises(dist.RunError, match="found the attribute correctnes; expected correctness"):
+            load("ratings", write(tmp_path, {**good, **more}), tokenizer)
     (tmp_path / "bytes.jsonl").write_bytes(GOOD.encode() + b'{"prompt": "\xff"}')
     with pytest.raises(dist.RunError, match=r"bytes.jsonl:2: found no valid JSON \('utf-8' codec"):
         load("sft", str(tmp_path / "bytes.jsonl"), tokenizer)
