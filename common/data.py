@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from common.formats import (
     REJECTED,
     RESPONSES,
     LeftOut,
+    Messages,
     Record,
     as_turns,
     attach_labels,
@@ -41,9 +43,7 @@ from common.formats import (
     read_records,
     read_sources,
     refuse_fields,
-    regroup,
     says_something,
-    trained_turns,
     wrong,
 )
 from common.packed import Example, Tokens
@@ -119,6 +119,55 @@ def batch(
 # -------------------------------------------------------------------------------------------------- data sets
 
 
+def regroup(records: list[Record], kind: str) -> list[Record]:
+    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
+    grouped = []
+    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
+        for one, two in itertools.zip_longest(records[::2], records[1::2]):
+            if (
+                two is None
+                or set(one.value) != set(two.value)
+                or one.value.get("label") != two.value.get("label")
+            ):
+                raise wrong(
+                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
+                )
+            texts, numbers = [one.value["text"], two.value["text"]], {}
+            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
+                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
+                numbers = numbers if strength else {"tie": True}
+            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
+        return grouped
+    for value, where in records:
+        for instance in value.get("instances") or [{}]:
+            if not isinstance(instance, dict):
+                raise wrong(where, f"the instance {instance!r}", "a JSON object")
+            grouped.append(Record({**value, **instance}, where))
+    return grouped
+
+
+def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
+    """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
+
+    What a turn says of itself, as `weight` or `train`, comes first. None for a prompt and its response, of
+    which only the latter is trained.
+    """
+    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
+    whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, CHOSEN) is None)
+    if not whole and first(value, (*RESPONSES, *CHOSEN)) is not None:
+        return None
+    names = chosen or masked or ["assistant"]
+    if isinstance(names, str):
+        names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
+    speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
+    speakers = [""] * (len(turns) - len(speakers)) + speakers
+    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    if masked and not chosen:
+        named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
+    return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
+
+
 MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")  # beside input_ids; 1 is used
 
 
@@ -190,7 +239,7 @@ def load_sft(
             seen = tokens
         return Example(sequences, prompt)
 
-    datasets = load(tokenizer, "sft", encode, dataset, eval_dataset, max_length)
+    datasets = load(tokenizer, "sft", encode, dataset, eval_dataset, max_length, apart=True)
     split = [len(e.sequences) for examples in datasets for e in examples if len(e.sequences) > 1]
     if dist.is_main() and split:
         print(
@@ -210,7 +259,7 @@ def load_pairs(
         prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
         if chosen != rejected and not says_something(chosen[-1]):
             raise LeftOut("an empty chosen reply")
-        sequences = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
+        sequences = [encode_response(tokenizer, prompt, side, True) for side in (chosen, rejected)]
         return Example(sequences, prompt, numbers)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, cut)
@@ -234,7 +283,7 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
         fields = {"ranks": np.array(ranks, np.float32)}
-        return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
+        return Example([encode_response(tokenizer, prompt, side, True) for side in sides], prompt, fields)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, "drop")
 
@@ -252,7 +301,8 @@ def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: in
 
     def encode(value: dict, where: str) -> Example:
         prompt, response = read_exchange(tokenizer, value, where)
-        return Example([encode_response(tokenizer, prompt, response)], prompt, read_label(value, where))
+        sequence = encode_response(tokenizer, prompt, response, True)
+        return Example([sequence], prompt, read_label(value, where))
 
     return fill_fields(load(tokenizer, "ratings", encode, dataset, eval_dataset, max_length, "drop"))
 
@@ -296,6 +346,7 @@ def load(
     max_length: int,
     cut: str = "end",
     scored: bool = True,
+    apart: bool = False,
 ) -> tuple[Dataset, Dataset]:
     """(train, eval): read, encode (the ranks share the work), fit, hold out where there is no test split.
 
@@ -306,6 +357,7 @@ def load(
         cut: what a sequence of more than max_length tokens loses, its "end" or its "start"; "drop" leaves
             the example out.
         scored: False for prompts, in which no token is scored.
+        apart: an example goes on without a sequence that has lost its scored tokens.
     """
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
@@ -321,10 +373,12 @@ def load(
         """(whether it was cut, the example), or why it is left out."""
         try:
             with encoding(record.where):
+                if record.value.get("preference_strength") == 0 or record.value.get("tie"):
+                    raise LeftOut("no preference")
                 refuse_fields(*record)
                 refuse_rendered(tokenizer, *record)
                 example = encode(*record)
-            return fit(example, kind, max_length, cut, option)
+            return fit(example, kind, max_length, cut, option, apart)
         except LeftOut as reason:
             return str(reason)
 
@@ -369,7 +423,9 @@ def load(
     return train, evaluation
 
 
-def fit(example: Example, kind: str, max_length: int, cut: str, option: str) -> tuple[bool, Example]:
+def fit(
+    example: Example, kind: str, max_length: int, cut: str, option: str, apart: bool
+) -> tuple[bool, Example]:
     """(whether it was cut, the example) where no sequence is longer than max_length.
 
     Raises:
@@ -388,7 +444,7 @@ def fit(example: Example, kind: str, max_length: int, cut: str, option: str) -> 
         mask[part][:1] = False
     sequences = [Tokens(tokens[part], mask[part]) for tokens, mask in example.sequences]
     kept = [sequence for sequence in sequences if sequence.mask.any() or not scored]
-    if not kept or (len(kept) < len(sequences) and kind != "sft"):
+    if not kept or (len(kept) < len(sequences) and not apart):
         raise LeftOut(f"no scored token within {limit}" if is_long else "no reply to train on")
     if kind == "pairs" and all(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
         raise LeftOut(f"sides that are alike{f' within {limit}' * is_long}")

@@ -8,7 +8,6 @@ template.
 import codecs
 import difflib
 import gzip
-import itertools
 import json
 import math
 import re
@@ -95,9 +94,7 @@ def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record]
         if found := sorted(f for f in places if re.match(rf"{name}[.-]", f.name)):
             return [record for f in found for record in read_file(f)]
     if "train" in names:
-        raise wrong(
-            f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or its data"
-        )
+        raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or data/")
     return None
 
 
@@ -179,14 +176,11 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "text")
 RESPONSES = ("completion", "response", "output", "answer")
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
-# of a pair: the names a number goes by, and what it is where there is none
-PAIR_NAMES = {
-    "chosen_reward": ("chosen_reward", "score_chosen", "chosen_score", "chosen_rating"),
-    "rejected_reward": ("rejected_reward", "score_rejected", "rejected_score", "rejected_rating"),
-    "margin": ("margin",),
-    "label_prob": ("label_prob",),
-}
+# of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
+ALSO = {
+    f"{side}_reward": (f"score_{side}", f"{side}_score", f"{side}_rating") for side in ("chosen", "rejected")
+}
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # of a message: its thoughts, whether it is trained, and what else a template may read
@@ -195,13 +189,8 @@ TRAINED = ("trained", "weight", "train", "training", "loss")
 KEPT = ("tool_calls", "tool_call_id", "name")
 SHOWN = ("content", "reasoning_content", *KEPT)
 # of a record: what would change its meaning and cannot be followed, with what to do
-REFUSED = dict.fromkeys(
-    ("images", "image", "videos", "video", "audios", "audio"), "text alone: only that is read"
-)
-REFUSED |= {
-    "documents": "the documents in the text of a turn",
-    "kto_tag": "chosen and rejected of each prompt",
-}
+REFUSED = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "text, all that is read")
+REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen and rejected of a prompt"}
 REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
 
 
@@ -221,8 +210,6 @@ def refuse_fields(value: dict, where: str) -> None:
     for name, expected in REFUSED.items():
         if value.get(name) not in (None, "", [], {}, 1):
             raise wrong(where, f"the field {name}", expected)
-    if value.get("preference_strength") == 0 or value.get("tie"):
-        raise LeftOut("no preference")
     if value.get("type") == "TEXT_TO_VALUE":
         raise wrong(where, "type TEXT_TO_VALUE", "VALUE_TO_TEXT, with the label before its reply")
 
@@ -247,10 +234,9 @@ def from_json(value: Any, where: str, name: str, kind: type) -> Any:
 
 def read_functions(value: Any, where: str, name: str) -> list[dict]:
     """Tools, or calls of them, as {type, function: {...}} each; arguments as an object where they are one."""
-    items = from_json(
-        f"[{value}]" if isinstance(value, str) and value.lstrip()[:1] == "{" else value, where, name, list
-    )
-    found = []
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        value = f"[{value}]"
+    items, found = from_json(value, where, name, list), []
     for item in items:
         if not isinstance(item, dict) or "name" not in (item.get("function") or item):
             raise wrong(where, f"{name} {item!r}", "objects with a name, or a function that has one")
@@ -272,10 +258,9 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         kept["tool_calls"], text = text, ""
     if "tool_calls" in kept:
         kept["tool_calls"] = read_functions(kept["tool_calls"], where, "tool_calls")
-    if isinstance(text, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in text
-    ):
-        text = "".join(part["text"] for part in text)
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
+        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     text = "" if text is None and kept.keys() - {"name"} else text
     if speaker not in ROLES or not isinstance(text, str):
         raise wrong(where, f"the message {turn}", f"a content of text, and a role of {', '.join(ROLES)}")
@@ -416,27 +401,6 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
     return prompt, response
 
 
-def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
-    """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
-
-    What a turn says of itself, as `weight` or `train`, comes first. None for a prompt and its response, of
-    which only the latter is trained.
-    """
-    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
-    whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, CHOSEN) is None)
-    if not whole and first(value, (*RESPONSES, *CHOSEN)) is not None:
-        return None
-    names = chosen or masked or ["assistant"]
-    if isinstance(names, str):
-        names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
-    speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
-    speakers = [""] * (len(turns) - len(speakers)) + speakers
-    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
-    if masked and not chosen:
-        named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
-    return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
-
-
 def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages, Messages, dict]:
     """(prompt, chosen, rejected, numbers) of a preference; what two conversations share is the prompt."""
     if value.get("preference_strength") is not None:  # HelpSteer2: negative if the first is better
@@ -450,7 +414,7 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
         sides[0] = turns[-1:] if ends else first(value, RESPONSES)
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
-    given = {name: first(value, names) for name, names in PAIR_NAMES.items()}
+    given = {name: first(value, (name, *ALSO.get(name, ()))) for name in PAIR_FIELDS}
     given = PAIR_FIELDS | {name: x for name, x in given.items() if x is not None}
     numbers = {name: number(x, where, name) for name, x in given.items()}
     if not 0 <= numbers["label_prob"] <= 1:
@@ -535,34 +499,6 @@ def attach_labels(value: dict, turns: Messages, where: str) -> None:
         line = read_line(first(source, ("label", "attributes")), where)
         if line and turn["role"] == "assistant":
             turn["label"] = line
-
-
-def regroup(records: list[Record], kind: str) -> list[Record]:
-    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
-    grouped = []
-    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
-        for one, two in itertools.zip_longest(records[::2], records[1::2]):
-            if (
-                two is None
-                or set(one.value) != set(two.value)
-                or one.value.get("label") != two.value.get("label")
-            ):
-                raise wrong(
-                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
-                )
-            texts, numbers = [one.value["text"], two.value["text"]], {}
-            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
-                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
-                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
-                numbers = numbers if strength else {"tie": True}
-            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
-        return grouped
-    for value, where in records:
-        for instance in value.get("instances") or [{}]:
-            if not isinstance(instance, dict):
-                raise wrong(where, f"the instance {instance!r}", "a JSON object")
-            grouped.append(Record({**value, **instance}, where))
-    return grouped
 
 
 # --------------------------------------------------------------------------------------------- constitutions

@@ -73,21 +73,22 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
 def set_defaults(tokenizer: Any, chat_template_kwargs: str) -> None:
     """Write variables into the chat template, as what they are where nobody sets them."""
     given = from_json(chat_template_kwargs, "chat_template_kwargs", "the option", dict)
-    tokenizer.day = given.pop("strftime_now", DAY)
     refuse_unknown(tokenizer, given)
-    start = "".join(
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
-        for name, value in given.items()
-    )
-    if not tokenizer.chat_template.startswith(start):
-        tokenizer.chat_template = start + tokenizer.chat_template
+    tokenizer.day = given.pop("strftime_now", DAY)
+    own, start = tokenizer.chat_template, ""
+    for name, value in given.items():
+        start += f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+    if isinstance(own, dict):  # several by name, of which the call chooses one
+        tokenizer.chat_template = {name: start + text for name, text in own.items()}
+    elif not own.startswith(start):
+        tokenizer.chat_template = start + own
 
 
 def refuse_unknown(tokenizer: Any, given: dict) -> None:
     """End the run for a variable that the template does not name."""
     for name in given:
-        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
-            raise wrong("chat_template_kwargs", name, "a variable of the chat template, which has no such")
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
+            raise wrong("chat_template_kwargs", name, "a variable that the chat template reads")
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -102,7 +103,7 @@ def special_tokens(tokenizer: Any, marks: bool = False) -> re.Pattern:
     if marks:
         probe = render(tokenizer, PROBE, False)
         ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
-        names = [name for name in names if name in probe or name in ends]
+        names = [name for name in names if (name in probe or name in ends) and "think" not in name]
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
@@ -219,12 +220,17 @@ def end_token(tokenizer: Any) -> int:
     return end
 
 
-def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> list[Tokens]:
+def encode_chat(
+    tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True
+) -> list[Tokens]:
     """Tokens of a conversation and the mask of its trained turns, each up to and including its end token.
 
     One sequence where what generation would start a reply from is a beginning of it for every trained reply.
     A template that rewrites earlier turns gives one for each trained turn, after the turns before it as
     generation would see them.
+
+    Args:
+        lossless: refuse a template that leaves out the thoughts in the content of a trained reply.
 
     Raises:
         RunError: the template does not take the conversation, or loses a part of it.
@@ -234,7 +240,7 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> list
         return [Tokens(np.zeros(0, np.int32), np.zeros(0, bool))]
     refuse_unseen(tokenizer, messages[: spans[-1] + 1])
     whole = encode_whole(tokenizer, messages, spans)
-    return [whole] if whole else [encode_turn(tokenizer, messages[: i + 1]) for i in spans]
+    return [whole] if whole else [encode_turn(tokenizer, messages[: i + 1], lossless) for i in spans]
 
 
 def encode_whole(tokenizer: Any, messages: Messages, spans: list[int]) -> Tokens | None:
@@ -269,11 +275,11 @@ def encode_whole(tokenizer: Any, messages: Messages, spans: list[int]) -> Tokens
     return Tokens(np.array(tokens, np.int32), mask)
 
 
-def encode_turn(tokenizer: Any, messages: Messages) -> Tokens:
+def encode_turn(tokenizer: Any, messages: Messages, lossless: bool) -> Tokens:
     """A conversation of which the last turn is trained, after what generation sees of those before it."""
     before, end = context_of(tokenizer, messages), end_token(tokenizer)
     prompt, tail = tokenize(tokenizer, before), rendered_turn(tokenizer, messages, before)
-    if not keeps_thoughts(tokenizer, messages[-1], tail):
+    if lossless and not keeps_thoughts(tokenizer, messages[-1], tail):
         raise dist.RunError("cannot be encoded: the chat template leaves out the thoughts of a trained reply")
     tokens = tokenize(tokenizer, before + tail)
     if tokens[: len(prompt)] != prompt:  # a token across the boundary, which generation would not see
@@ -322,11 +328,10 @@ def rendered_turn(tokenizer: Any, messages: Messages, before: str) -> str:
         kept = history[history.rfind(content) :] if content in history else ""
         at = full.rfind(kept, 0, start) + len(kept)
         if not content or not kept or at < len(kept):
-            raise dist.RunError(f"cannot be encoded: the chat template changes {what_changes(messages)}")
+            system = ", the system turn too" * (messages[0]["role"] == "system")
+            raise dist.RunError(f"cannot be encoded: the chat template changes earlier turns{system}")
     if not before.startswith(history):
-        raise dist.RunError(
-            "cannot be encoded: the chat template's header for a reply changes what is before it"
-        )
+        raise dist.RunError("cannot be encoded: the header of a reply changes what is before it")
     header = before[len(history) :]
     same = min(common_prefix(header, full[at:]), start - at)
     tail = full[at + same :]
@@ -335,22 +340,12 @@ def rendered_turn(tokenizer: Any, messages: Messages, before: str) -> str:
     return tail.removeprefix(labelled(tokenizer, last.get("label", "")))
 
 
-def what_changes(messages: Messages) -> str:
-    has_system = messages[0]["role"] == "system"
-    return f"earlier turns{', the system turn among them,' * has_system} as the conversation grows"
-
-
 def with_thoughts(tokenizer: Any, content: str, tail: str) -> str:
     """A rendered reply after a header that opens <think>: with its thoughts, or closed at once."""
     thoughts, close, answer = hidden(tokenizer, content, True).rpartition("</think>")
-    if close and thoughts.strip() not in tail:
-        answer_end = tail.find(answer.strip()) + len(answer.strip())
-        return (
-            thoughts.partition("<think>")[2 if "<think>" in thoughts else 0].lstrip("\n")
-            + close
-            + answer
-            + tail[answer_end:]
-        )
+    if close and thoughts.strip() not in tail and answer.strip() in tail:
+        rest = tail[tail.find(answer.strip()) + len(answer.strip()) :]
+        return thoughts.removeprefix("<think>").lstrip("\n") + close + answer + rest
     return tail if close or "</think>" in tail else f"\n</think>\n\n{tail}"
 
 
@@ -386,18 +381,16 @@ def refuse_unseen(tokenizer: Any, messages: Messages) -> None:
             raise dist.RunError("cannot be encoded: the chat template does not show a system turn")
 
 
-def encode_response(tokenizer: Any, prompt: Messages, response: Messages) -> Tokens:
-    """Tokens of both; the mask is on the response's turns of the assistant.
+def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Tokens:
+    """Tokens of both; the mask is on the response's turns of the assistant. lossless: as in `encode_chat`.
 
     Raises:
         RunError: the response has several, and the template rewrites the first of them.
     """
     trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
-    tokens, *others = encode_chat(tokenizer, prompt + response, trained)
+    tokens, *others = encode_chat(tokenizer, prompt + response, trained, lossless)
     if others:
-        raise dist.RunError(
-            "cannot be encoded: the chat template changes earlier turns, and the response has several"
-        )
+        raise dist.RunError("cannot be encoded: the chat template changes a response of several turns")
     return tokens
 
 

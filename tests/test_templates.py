@@ -133,7 +133,7 @@ def plain(content: str = "m.content") -> str:
         (plain("m.content.split('</think>')[-1]"), "leaves out the thoughts of a trained reply"),
         (
             plain("(m.content if loop.last else m.content[::-1])"),
-            "changes earlier turns, the system turn among them",
+            "changes earlier turns, the system turn too",
         ),
         (plain().replace("'assistant:' if", "'!' * 9 if"), None),
     ],
