@@ -42,7 +42,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import chat, data, dist, files, formats, stages
+from common import chat, data, dist, files, formats, stages, templates
 from common.args import Inference, PipelineRun, Sampling, block, parse, snapshot
 from common.chat import assistant, user
 from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
@@ -91,6 +91,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
 
     # stages made before
     revisions: str = ""
@@ -214,9 +216,10 @@ def ask_judge(
 
 def load_tokenizer(path: str, args: Args) -> Any:
     """The tokenizer of a model; args.chat_template is that of the policy, and of models that have none."""
-    tokenizer = data.load_tokenizer(path, args.chat_template if path == args.model else "")
+    given = (args.chat_template, args.chat_template_kwargs)
+    tokenizer = data.load_tokenizer(path, *(given if path == args.model else ()))
     if tokenizer.chat_template is None and args.chat_template:
-        tokenizer = data.load_tokenizer(path, args.chat_template)
+        tokenizer = data.load_tokenizer(path, *given)
     if tokenizer.chat_template is None:
         raise formats.wrong(
             f"model {path}", "no chat template", "one; chatml or a Jinja file as chat_template"
@@ -253,7 +256,13 @@ def inputs_key(speaker: str, args: Args) -> tuple:
     judge: Any = (args.server.judge_url, args.judge_model)
     if not args.server.judge_url:
         judge = files.fingerprint(args.judge_model or args.model)
-    who = (files.fingerprint(speaker), judge, args.system.dtype, args.chat_template)
+    who = (
+        files.fingerprint(speaker),
+        judge,
+        args.system.dtype,
+        args.chat_template,
+        args.chat_template_kwargs,
+    )
     return (*who, args.seed, args.max_new_tokens)
 
 
@@ -472,19 +481,22 @@ def check(args: Args) -> None:
         raise formats.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
 
 
-def check_stages(args: Args, options: dict[str, Any], num_prompts: int) -> None:
+def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Messages]) -> None:
     """Refuse what a later stage would refuse, as far as it can be known before the first begins.
 
     That is a model without a chat template, data that cannot be read, and a batch larger than the data.
     """
-    judge_model = "" if args.server.judge_url else args.judge_model
+    judge_model, num_prompts = "" if args.server.judge_url else args.judge_model, len(prompts)
     speakers = [path for path in (args.model, args.helpful_model, args.sl_model, judge_model) if path]
-    tokenizer, *_ = [load_tokenizer(path, args) for path in speakers]
+    tokenizer, *others = [load_tokenizer(path, args) for path in speakers]
+    for path, other in zip(speakers[1:], others, strict=True):
+        templates.check_prompts(other, prompts, f"model {path}")
     load_judge(args.run.judge, args.dataset)
     if args.rl == "ppo":
         ppo.check(options["ppo"])
         if args.preference_model:
-            data.load_tokenizer(args.preference_model)
+            reader = data.load_tokenizer(args.preference_model)
+            templates.check_prompts(reader, prompts, f"model {args.preference_model}")
 
     def refuse_large_batch(name: str, load: Callable, given: str, num_own: int) -> None:
         """`given` is what the user adds to a stage's data, and is read; num_own comes from stages before."""
@@ -613,7 +625,8 @@ def main(args: Args) -> None:
     options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
-    folder, common = Path(args.run.output_dir), dict(seed=args.seed, chat_template=args.chat_template)
+    folder = Path(args.run.output_dir)
+    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 
@@ -626,7 +639,7 @@ def main(args: Args) -> None:
         held_out["ordinary"] = helpful[1]
     if log.is_finished(2, files.inputs(args.model, tokenizer, prompts, *held_out.values())):
         return
-    check_stages(args, options, len(prompts))
+    check_stages(args, options, prompts)
     log.start(2)
     stages.write_lines(folder / "0_prompts" / "train.jsonl", [{"prompt": prompt} for prompt in prompts])
     stages.write_lines(folder / "0_prompts" / "test.jsonl", [{"prompt": e.prompt} for e in red_team])

@@ -52,8 +52,12 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
     max_length: int = 1024
-    """most tokens of prompt and response; longer ones are cut at the end, and counted"""
+    """most tokens of prompt and response; longer ones are cut, and counted"""
+    cut: Literal["end", "start", "drop"] = "end"
+    """what a response too long for max_length loses; drop leaves the pair out, as are pairs left alike"""
 
     # algorithm
     loss: Literal["dpo", "ipo", "ipo_sum", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo"] = "dpo"
@@ -250,8 +254,10 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
-    train_set, eval_set = data.load_pairs(tokenizer, args.dataset, args.eval_dataset, args.max_length)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    train_set, eval_set = data.load_pairs(
+        tokenizer, args.dataset, args.eval_dataset, args.max_length, args.cut
+    )
     check(args, train_set)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)  # batches are made

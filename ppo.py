@@ -57,6 +57,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
 
     # reward
     reward: str = ""
@@ -498,12 +500,13 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     train_set, eval_set = data.load_prompts(
         tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length
     )
     num_steps, steps_each = count_steps(train_set, args)
     scored_by = rewards.load(args.reward, device, system)
+    rewards.check(scored_by, [*train_set, *eval_set])
     judge = load_judge(run.judge, args.dataset)
     if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return

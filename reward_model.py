@@ -53,6 +53,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
     max_length: int = 2048
     """most tokens of prompt and response; an example with a longer one is dropped, and counted"""
     score: str = ""
@@ -259,7 +261,7 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
         return data.load_ratings(*sources)
     if args.loss in ("kwise", "plackett_luce"):
         return data.load_ranked(*sources)
-    datasets = data.load_pairs(*sources, whole=True)
+    datasets = data.load_pairs(*sources, cut="drop")
     positive = [example.fields["margin"] > 0 for example in datasets[0]]
     if args.loss == "scaled_bt" and not all(positive):
         raise formats.wrong("scaled_bt", "pairs without margin", "a margin above 0, their weight, in each")
@@ -291,7 +293,7 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
         scored = [[next(outputs) for _ in sequences] for sequences in found]
         return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
 
-    key = (files.fingerprint(args.model), args.system.dtype, args.chat_template)
+    key = (files.fingerprint(args.model), args.system.dtype, args.chat_template, args.chat_template_kwargs)
     files.write_lines(target, records, key, work)
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
@@ -333,7 +335,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     device = dist.init(args.seed)
     optimization, system, run = args.optimization, args.system, args.run
     if args.score:
-        tokenizer = data.load_tokenizer(args.model, args.chat_template)
+        tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
         scorer = models.load_scorer(args.model, device, system, trainable=False)
         read_where_trained(scorer, tokenizer)
         score_file(scorer, tokenizer, args.score, args, device)
@@ -341,7 +343,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     train_set, eval_set = load_examples(args, tokenizer)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):

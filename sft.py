@@ -45,6 +45,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
     max_length: int = 2048
     """most tokens of prompt and response; longer ones are cut at the end, and counted"""
     train_on_prompt: bool = False
@@ -86,7 +88,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     train_set, eval_set = data.load_sft(
         tokenizer, args.dataset, args.eval_dataset, args.max_length, args.train_on_prompt
     )

@@ -78,6 +78,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
     max_length: int = 1024
     """tokens of prompt and response; a prompt without room for max_new_tokens more is dropped, and counted"""
 
@@ -171,10 +173,12 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
             value = {**value, "messages": value["real"]}
         prompt, response = formats.read_exchange(tokenizer, value, where)
         formats.attach_labels(value, prompt + response, where)
+        if response and not formats.says_something(response[-1]):
+            raise formats.LeftOut("an empty reply")
         tokens, mask = data.encode_response(tokenizer, prompt, response)
         end = int(mask.argmax()) + args.max_new_tokens if mask.any() else 0
         if end > args.max_length:
-            mask[:] = False  # nothing is scored, so it is dropped and counted
+            raise formats.LeftOut("a prompt and max_new_tokens that are longer than max_length")
         label = response[0].get("label", "") if response else ""
         return Example([(tokens[:end], mask[:end])], prompt, label=label)
 
@@ -403,7 +407,7 @@ def main(args: Args) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     train_set, eval_set = load_demonstrations(args, tokenizer)
     prompts = choose_prompts(train_set, args)
     boundaries = iteration_boundaries(len(prompts), args)

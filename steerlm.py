@@ -76,6 +76,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
 
     # stages made before, and what a stage does
     attribute_model: str = ""
@@ -177,10 +179,11 @@ def annotate(
     key = (args.attributes, files.fingerprint(attribute_model))  # what labels depend on besides the records
 
     def read(record: formats.Record) -> tuple[list[dict], list[packed.Tokens]]:
-        prompt, response = formats.read_exchange(tokenizer, *record)
-        turns = prompt + response
-        replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
+        with data.encoding(record.where):
+            prompt, response = formats.read_exchange(tokenizer, *record)
+            turns = prompt + response
+            replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
 
     def label(chunk: list[formats.Record]) -> list[dict]:
         conversations = dist.parallel_map(read, chunk)
@@ -463,10 +466,10 @@ def main(args: Args) -> None:
     options = stages.read_all(args.stages, STAGES, RESERVED)
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    shared = dict(seed=args.seed, chat_template=args.chat_template)
+    shared = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {path: options[name] for path, name in stage_folders(args).items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     splits = () if args.annotated else ("train", "test")
     records = {split: read_to_annotate(args, split) for split in splits}
     values = [record.value for split in records.values() for record in split]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed
+from common import checkpoint, data, dist, files, formats, models, packed, templates
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
@@ -66,6 +66,8 @@ class Args:
     """seed of the order of data and of samples"""
     chat_template: str = ""
     """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
 
     # algorithm
     attribute_model: str = ""
@@ -256,7 +258,8 @@ def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -
     for reply in formats.as_messages(replies, where):
         if reply["role"] != "assistant":
             raise formats.wrong(where, f"a response from {reply['role']}", "responses from Assistant")
-        sequences.append(data.encode_response(tokenizer, prompt, [{**reply, "label": label}]))
+        with data.encoding(where):
+            sequences.append(data.encode_response(tokenizer, prompt, [{**reply, "label": label}]))
     return sequences
 
 
@@ -352,6 +355,10 @@ def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset
             raise formats.wrong(
                 "dataset", f"the prompt {example.prompt}", "turns of user and assistant in turn"
             )
+        if any(turn.keys() - {"role", "content"} for turn in example.prompt):
+            raise formats.wrong(
+                "dataset", f"the prompt {example.prompt}", "turns of text alone, without tools"
+            )
     return datasets
 
 
@@ -389,7 +396,7 @@ def main(args: Args) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template)
+    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     prompts, eval_set = load_prompts(args, tokenizer)
     num_iterations = 1 if args.groups else run.num_iterations
     num_groups = count_groups(prompts, args)
@@ -403,6 +410,8 @@ def main(args: Args) -> None:
     # models
     policy = models.load(args.model, device, system)
     names = models.output_names(models.load_scorer(args.attribute_model, device, system, trainable=False))
+    reader = data.load_tokenizer(args.attribute_model)
+    templates.check_prompts(reader, [e.prompt for e in prompts], f"attribute_model {args.attribute_model}")
     wanted = [formats.label_line(attributes) for attributes in wanted_sets(args, names)]
     for i, example in enumerate(eval_set):
         example.label = wanted[i % len(wanted)]

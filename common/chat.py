@@ -285,6 +285,8 @@ class Args:
     """toy, a run folder, a Hugging Face folder, a hub id or a .gguf file"""
     system: str = ""
     """system message"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}"""
     attributes: str = ""
     """wanted attributes of a conditioned model, as helpfulness:4,toxicity:0"""
     temperature: float = 1.0
@@ -298,7 +300,7 @@ class Args:
 def main(args: Args) -> None:
     device = dist.init(args.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = data.load_tokenizer(args.model, "", args.chat_template_kwargs)
     policy = models.load(args.model, device, Inference(), trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     label = formats.read_line(args.attributes, "attributes")

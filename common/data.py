@@ -11,30 +11,29 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import tyro
 
 from common import dist, files, packed
-from common.files import model_folder
 from common.formats import (
+    CHOSEN,
     CONVERSATIONS,
+    REJECTED,
     RESPONSES,
+    LeftOut,
     Messages,
     Record,
     as_turns,
     attach_labels,
     common_prefix,
     first,
-    first_line,
     is_transcript,
     number,
     read_exchange,
@@ -43,11 +42,22 @@ from common.formats import (
     read_prompt,
     read_records,
     read_sources,
-    regroup,
-    trained_turns,
+    refuse_fields,
+    says_something,
     wrong,
 )
+from common.loading import config_of
 from common.packed import Example, Tokens
+from common.templates import (
+    encode_chat,
+    encode_prompt,
+    encode_response,
+    encoding,
+    end_token,
+    load_tokenizer,
+    refuse_rendered,
+    template_notes,
+)
 
 
 class Dataset(list):
@@ -107,157 +117,78 @@ def batch(
     return [dataset[dataset.order(seed, p // size)[p % size]] for p in positions]
 
 
-# ------------------------------------------------------------------------------------- tokenizer and template
-
-CHATML = """
-{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-BREAK = "\ufdd0"  # Unicode keeps this out of texts: where `tokenize` cuts
-
-
-def load_tokenizer(model: str, chat_template: str = "") -> Any:
-    """The model's tokenizer; chat_template (a Jinja file, or "chatml") replaces the one it comes with."""
-    from transformers import AutoTokenizer
-
-    folder, gguf = model_folder(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-        if chat_template == "chatml":
-            end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
-            begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
-            tokenizer.chat_template = begin + CHATML.replace("<|im_end|>", end)
-        elif chat_template:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        end_token(tokenizer)  # a template that fails does so here
-    except dist.RunError:
-        raise
-    except Exception as error:  # a template may raise anything
-        template = f"chat_template {chat_template}" if chat_template else "its own chat template"
-        raise dist.RunError(f"the tokenizer of {model} with {template}: {first_line(error)}") from error
-    return tokenizer
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
-@functools.lru_cache(maxsize=2)
-def special_tokens(tokenizer: Any) -> re.Pattern:
-    """Matches the spelling of any special token."""
-    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
-
-
-def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
-    """A conversation under the chat template; for_reply adds the header of the assistant's next turn.
-
-    A special token that a message spells out stays text: a BREAK after its first character hides it. Without
-    a template the turns are plain text and joined as they stand.
-    """
-    labels = [labelled(tokenizer, m.get("label", "")) for m in messages]
-    if tokenizer.chat_template is None:
-        return "".join(label + m["content"] for label, m in zip(labels, messages, strict=True))
-    plain = functools.partial(special_tokens(tokenizer).sub, lambda m: m[0][0] + BREAK + m[0][1:])
-    turns = zip(labels, messages, strict=True)
-    messages = [{"role": m["role"], "content": label + plain(m["content"])} for label, m in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_reply)
-
-
-@functools.lru_cache(maxsize=16)  # chosen and rejected share a prompt
-def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
-    """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
-    pieces = [tokenizer(s, add_special_tokens=False, verbose=False)["input_ids"] for s in text.split(BREAK)]
-    tokens = tuple(token for piece in pieces for token in piece)
-    rows = getattr(config_of(getattr(tokenizer, "name_or_path", "")), "vocab_size", math.inf)
-    if max(tokens, default=0) >= rows:
-        token = tokenizer.convert_ids_to_tokens(max(tokens))
-        raise dist.RunError(
-            f"the tokenizer makes {token!r} token {max(tokens)}, but the model embeds {rows} tokens; "
-            "enlarge it with resize_token_embeddings and save it, or leave the token out of the data"
-        )
-    bos = tokenizer.bos_token_id
-    if (plain or tokenizer.chat_template is None) and tokens[:1] != (bos,) and adds_bos(tokenizer):
-        tokens = (bos, *tokens)
-    return tokens
-
-
-@functools.lru_cache(maxsize=2)
-def end_token(tokenizer: Any) -> int:
-    """The token that ends an assistant turn: trained once per turn, and where generation stops."""
-    end = tokenizer.eos_token_id
-    if tokenizer.chat_template:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}]
-        tail = render(tokenizer, probe, False).rpartition("zebra")[2]
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        end = next((token for token in tokenize(tokenizer, tail) if token in special), end)
-    if end is None:
-        raise dist.RunError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")
-    return end
-
-
-def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Tokens:
-    """Tokens of a conversation and the mask of its trained turns, each up to and including its end token.
-
-    The span of a turn is what rendering it adds to the conversation before it (and to a reply's header), so
-    no markers in the template are needed; a template that rewrites earlier turns is refused.
-    """
-    spans = [i for i, t in enumerate(trained) if t]
-    if not spans:
-        return Tokens(np.zeros(0, np.int32), np.zeros(0, bool))
-    text = render(tokenizer, messages[: spans[-1] + 1], False)
-    tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
-    mask = np.zeros(len(tokens), bool)
-    for i in spans:
-        is_reply = messages[i]["role"] == "assistant"
-        before = render(tokenizer, messages[:i], is_reply) if i else opening(tokenizer, messages[0])
-        before += labelled(tokenizer, messages[i].get("label", ""))  # context, never trained
-        turn = text if i == spans[-1] else render(tokenizer, messages[: i + 1], False)
-        if not (text.startswith(turn) and turn.startswith(before)):
-            raise ValueError("the chat template rewrites earlier turns; set another one with --chat_template")
-        # a token across the boundary belongs to the turn that completes it
-        start = common_prefix(tokenize(tokenizer, before), tokens)
-        stop = common_prefix(tokenize(tokenizer, turn), tokens)
-        if end in tokens[start:stop]:
-            stop = tokens.index(end, start) + 1
-        mask[start:stop] = True
-    tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
-    if is_reply and tokens[-1:] != (end,):  # a rendering without end tokens
-        tokens, mask = (*tokens, end), np.append(mask, True)
-    return Tokens(np.array(tokens, np.int32), mask)
-
-
-def opening(tokenizer: Any, message: dict[str, str]) -> str:
-    """What the template puts before the content of a first turn: what its rendering shares with another."""
-    other = "b" if message["content"].startswith("a") else "a"
-    both = [render(tokenizer, [{**message, "content": text}], False) for text in (message["content"], other)]
-    return os.path.commonprefix(both)
-
-
-def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
-    """Tokens to generate from: messages under the template, a string as plain text; then the label."""
-    plain = isinstance(prompt, str)
-    text = prompt if plain else render(tokenizer, prompt, True)
-    return list(tokenize(tokenizer, text + labelled(tokenizer, label), plain))
-
-
-def labelled(tokenizer: Any, line: str) -> str:
-    """A label line as it stands before a reply: after the template's label_token, where it sets one."""
-    token = re.search(r"set label_token = '(.*?)'", tokenizer.chat_template or "") if line else None
-    return token[1] + line if token else line
-
-
 # -------------------------------------------------------------------------------------------------- data sets
+
+
+def regroup(records: list[Record], kind: str) -> list[Record]:
+    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
+    grouped = []
+    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
+        for one, two in itertools.zip_longest(records[::2], records[1::2]):
+            if (
+                two is None
+                or set(one.value) != set(two.value)
+                or one.value.get("label") != two.value.get("label")
+            ):
+                raise wrong(
+                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
+                )
+            texts, numbers = [one.value["text"], two.value["text"]], {}
+            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
+                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
+                numbers = numbers if strength else {"tie": True}
+            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
+        return grouped
+    for value, where in records:
+        for instance in value.get("instances") or [{}]:
+            if not isinstance(instance, dict):
+                raise wrong(where, f"the instance {instance!r}", "a JSON object")
+            grouped.append(Record({**value, **instance}, where))
+    return grouped
+
+
+def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
+    """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
+
+    What a turn says of itself, as `weight` or `train`, comes first. None for a prompt and its response, of
+    which only the latter is trained.
+    """
+    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
+    whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, CHOSEN) is None)
+    if not whole and first(value, (*RESPONSES, *CHOSEN)) is not None:
+        return None
+    names = chosen or masked or ["assistant"]
+    if isinstance(names, str):
+        names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
+    speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
+    speakers = [""] * (len(turns) - len(speakers)) + speakers
+    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    if masked and not chosen:
+        named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
+    return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
+
+
+MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")  # beside input_ids; 1 is used
 
 
 def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     """Token ids with labels, -100 where not trained; or a text alone, trained as a whole; else None."""
     if "input_ids" in value:
-        tokens, labels = np.asarray(value["input_ids"]), np.asarray(value.get("labels", value["input_ids"]))
-        fits = tokens.dtype.kind == "i" and tokens.shape == labels.shape
+        tokens = np.asarray(value["input_ids"])
+        columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
+        fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
         if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
             raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
-        return Tokens(tokens.astype(np.int32), labels != -100)
+        labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
+        if ((labels != tokens) & (labels != -100)).any():
+            raise wrong(
+                where, "labels that are other tokens than input_ids", "-100 or the same id at each place"
+            )
+        masks = [np.asarray(value[name]) != 0 for name in MASKS if value.get(name) is not None]
+        used = masks[0] if value.get("attention_mask") is not None else np.ones(len(tokens), bool)
+        mask = np.logical_and.reduce([labels != -100, *masks])
+        return Tokens(tokens.astype(np.int32)[used], mask[used])
     text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
     if text_only and not is_transcript(value["text"]):
         tokens = encode_prompt(tokenizer, value["text"])
@@ -266,54 +197,73 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     return None
 
 
-def encode_response(tokenizer: Any, prompt: Messages, response: Messages, trained: Any = None) -> Tokens:
-    """Tokens of both; the mask is on the trained turns of both, by default the response's assistant turns."""
-    replies = [False] * len(prompt) + [m["role"] == "assistant" for m in response]
-    return encode_chat(tokenizer, prompt + response, replies if trained is None else trained)
-
-
 def read_responses(tokenizer: Any, value: dict, where: str) -> list[Tokens]:
     """The responses of a record of any kind, each after its prompt: one, two of a pair, or `responses`."""
-    if value.get("responses") is not None:
-        prompt = read_prompt(tokenizer, value, where)
-        sides = [as_turns(tokenizer, response, where, "assistant") for response in value["responses"]]
-    elif first(value, ("chosen", "chosen_response", "preference_strength")) is not None:
-        prompt, *sides, _ = read_pair(tokenizer, value, where)
-    else:
-        prompt, response = read_exchange(tokenizer, value, where)
-        sides = [response]
-    return [encode_response(tokenizer, prompt, side) for side in sides]
+    with encoding(where):
+        refuse_fields(value, where)
+        if value.get("responses") is not None:
+            prompt = read_prompt(tokenizer, value, where)
+            sides = [as_turns(tokenizer, response, where, "assistant") for response in value["responses"]]
+        elif first(value, (*CHOSEN, *REJECTED, "preference_strength")) is not None:
+            prompt, *sides, _ = read_pair(tokenizer, value, where)
+        else:
+            prompt, response = read_exchange(tokenizer, value, where)
+            sides = [response]
+        return [encode_response(tokenizer, prompt, side) for side in sides]
 
 
 def load_sft(
     tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, train_on_prompt: bool = False
 ) -> tuple[Dataset, Dataset]:
-    """(train, eval) demonstrations: one sequence an example; train_on_prompt scores all of its tokens."""
+    """(train, eval) demonstrations; train_on_prompt scores all tokens.
+
+    An example is one sequence, or one for each trained turn where the template rewrites earlier turns.
+    """
 
     def encode(value: dict, where: str) -> Example:
         sequence = read_tokens(tokenizer, value, where)
         if sequence is not None:
             return Example([sequence], prompt="")
+        if value.get("label") is False:
+            raise wrong(where, "label false, an undesirable response", "demonstrations")
         prompt, response = read_exchange(tokenizer, value, where)
-        trained = trained_turns(value, prompt + response)
-        attach_labels(value, prompt + response, where)
-        tokens, mask = encode_response(tokenizer, prompt, response, trained)
-        return Example([(tokens, mask | train_on_prompt)], prompt)
+        turns, trained = prompt + response, trained_turns(value, prompt + response)
+        attach_labels(value, turns, where)
+        if trained is None:
+            trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
+        if any(trained) and not any(t and says_something(m) for t, m in zip(trained, turns, strict=True)):
+            raise LeftOut("an empty reply")
+        trained = [t and says_something(m) for t, m in zip(trained, turns, strict=True)]
+        sequences, seen = encode_chat(tokenizer, turns, trained), ()
+        for tokens, mask in sequences if train_on_prompt else ():
+            mask[common_prefix(seen, tokens) :] = True  # what several have is scored once
+            seen = tokens
+        return Example(sequences, prompt)
 
-    return load(tokenizer, "sft", encode, dataset, eval_dataset, max_length)
+    datasets = load(tokenizer, "sft", encode, dataset, eval_dataset, max_length, apart=True)
+    split = [len(e.sequences) for examples in datasets for e in examples if len(e.sequences) > 1]
+    if dist.is_main() and split:
+        print(
+            f"sft: {len(split):,} conversations became {sum(split):,} sequences, one a reply: the chat "
+            "template changes earlier turns as a conversation grows",
+            flush=True,
+        )
+    return datasets
 
 
 def load_pairs(
-    tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, whole: bool = False
+    tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, cut: str = "end"
 ) -> tuple[Dataset, Dataset]:
-    """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields. whole: drop what would be cut."""
+    """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields; cut: "end", "start" or "drop"."""
 
     def encode(value: dict, where: str) -> Example:
         prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
-        sequences = [encode_response(tokenizer, prompt, side) for side in (chosen, rejected)]
+        if chosen != rejected and not says_something(chosen[-1]):
+            raise LeftOut("an empty chosen reply")
+        sequences = [encode_response(tokenizer, prompt, side, True) for side in (chosen, rejected)]
         return Example(sequences, prompt, numbers)
 
-    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, whole)
+    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, cut)
 
 
 def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
@@ -334,9 +284,9 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
         fields = {"ranks": np.array(ranks, np.float32)}
-        return Example([encode_response(tokenizer, prompt, side) for side in sides], prompt, fields)
+        return Example([encode_response(tokenizer, prompt, side, True) for side in sides], prompt, fields)
 
-    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, whole=True)
+    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, "drop")
 
 
 def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
@@ -352,9 +302,10 @@ def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: in
 
     def encode(value: dict, where: str) -> Example:
         prompt, response = read_exchange(tokenizer, value, where)
-        return Example([encode_response(tokenizer, prompt, response)], prompt, read_label(value, where))
+        sequence = encode_response(tokenizer, prompt, response, True)
+        return Example([sequence], prompt, read_label(value, where))
 
-    return fill_fields(load(tokenizer, "ratings", encode, dataset, eval_dataset, max_length, whole=True))
+    return fill_fields(load(tokenizer, "ratings", encode, dataset, eval_dataset, max_length, "drop"))
 
 
 def load_prompts(
@@ -370,24 +321,7 @@ def load_prompts(
         tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
         return Example([(tokens, np.zeros(len(tokens), bool))], prompt)
 
-    return load(tokenizer, kind, encode, dataset, eval_dataset, max_prompt_length, whole=True, scored=False)
-
-
-@functools.cache
-def config_of(folder: str) -> Any:
-    """The text config of the model in a folder or with a hub id; adapters have that of their base.
-
-    One without fields for a GGUF file, or a tokenizer alone.
-    """
-    from transformers import AutoConfig
-
-    try:
-        adapter = Path(folder) / "adapter_config.json"
-        if adapter.exists():
-            folder = json.loads(adapter.read_text())["base_model_name_or_path"]
-        return AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError, KeyError):
-        return SimpleNamespace()
+    return load(tokenizer, kind, encode, dataset, eval_dataset, max_prompt_length, "drop", scored=False)
 
 
 def load(
@@ -397,36 +331,43 @@ def load(
     dataset: str,
     eval_dataset: str,
     max_length: int,
-    whole: bool = False,
+    cut: str = "end",
     scored: bool = True,
+    apart: bool = False,
 ) -> tuple[Dataset, Dataset]:
     """(train, eval): read, encode (the ranks share the work), fit, hold out where there is no test split.
 
-    An example with a sequence of more than max_length tokens is cut at the end, and dropped if a sequence is
-    left without a scored token; with `whole` it is always dropped. Both are counted and printed.
+    What is cut and what is left out, and why, is counted and printed.
 
     Args:
         kind: the toy world's folder.
+        cut: what a sequence of more than max_length tokens loses, its "end" or its "start"; "drop" leaves
+            the example out.
         scored: False for prompts, in which no token is scored.
+        apart: an example goes on without a sequence that has lost its scored tokens.
     """
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
+    tell = functools.partial(print, f"{kind}:", flush=True) if dist.is_main() else lambda *_: None
     if max_length > most:
-        if dist.is_main():
-            print(f"{kind}: {option} {max_length} is more than the model takes; it is {most} now", flush=True)
+        tell(f"{option} {max_length} is more than the model takes; it is {most} now")
         max_length = most
+    for note in template_notes(tokenizer):
+        tell(note)
 
-    def attempt(record: Record) -> Example:
+    def attempt(record: Record) -> tuple[bool, Example] | str:
+        """(whether it was cut, the example), or why it is left out."""
         try:
-            example = encode(*record)
-        except dist.RunError:
-            raise
-        except Exception as error:  # a template may raise anything about a conversation it does not like
-            raise dist.RunError(f"{record.where}: cannot be encoded: {first_line(error)}") from error
-        for _, mask in example.sequences:
-            mask[:1] = False  # nothing comes before a first token
-        return example
+            with encoding(record.where):
+                if record.value.get("preference_strength") == 0 or record.value.get("tie"):
+                    raise LeftOut("no preference")
+                refuse_fields(*record)
+                refuse_rendered(tokenizer, *record)
+                example = encode(*record)
+            return fit(example, kind, max_length, cut, option, apart)
+        except LeftOut as reason:
+            return str(reason)
 
     def read(source: str, split: str) -> list[Example] | None:
         records = read_records(source, split, kind)
@@ -435,30 +376,23 @@ def load(
         if not records:
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
         records = regroup(records, kind)
-        untied = [r for r in records if r.value.get("preference_strength") != 0 and not r.value.get("tie")]
-        if dist.is_main() and len(untied) < len(records):
-            print(
-                f"{kind}: {source}: {len(records) - len(untied):,} pairs without a preference dropped",
-                flush=True,
-            )
-        records, kept, num_cut = untied, [], 0
-        for record, example in zip(records, dist.parallel_map(attempt, records), strict=True):
-            example.record = record.value
-            is_long = any(len(tokens) > max_length for tokens, _ in example.sequences)
-            example.sequences = [
-                (tokens[:max_length], mask[:max_length]) for tokens, mask in example.sequences
-            ]
-            is_scored = all(mask.any() for _, mask in example.sequences) or not scored
-            if is_scored and not (whole and is_long):
-                kept.append(example)
-                num_cut += is_long
-        num_dropped = len(records) - len(kept)
-        if dist.is_main() and (num_cut or num_dropped):
-            note = f"{num_cut:,} cut, {num_dropped:,} dropped{'' if whole else ' with no scored token left'}"
-            print(f"{kind}: {source}: {note}, by {option} {max_length}", flush=True)
+        found = dist.parallel_map(attempt, records)
+        for record, item in zip(records, found, strict=True):
+            if not isinstance(item, str):
+                item[1].record = record.value
+        kept = [item for item in found if not isinstance(item, str)]
+        reasons = Counter(reason for reason in found if isinstance(reason, str))
+        whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
+        num_cut = sum(is_cut for is_cut, _ in kept)
+        if num_cut:
+            tell(f"{source}: {num_cut:,} cut at the {cut}, by {option} {max_length}")
+        if whys:
+            tell(f"{source}: dropped {whys}")
         if not kept:
-            raise wrong(f"dataset {source}", "nothing to train on", f"a larger {option} than {max_length}")
-        return kept
+            is_long = any(option in reason for reason in reasons)
+            expected = f"a larger {option} than {max_length}" if is_long else "replies to train on"
+            raise wrong(f"dataset {source}", f"nothing to train on, {whys}", expected)
+        return [example for _, example in kept]
 
     train_parts, eval_parts = [], []
     for source, weight in read_sources(dataset):
@@ -474,6 +408,35 @@ def load(
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
     return train, evaluation
+
+
+def fit(
+    example: Example, kind: str, max_length: int, cut: str, option: str, apart: bool
+) -> tuple[bool, Example]:
+    """(whether it was cut, the example) where no sequence is longer than max_length.
+
+    Raises:
+        LeftOut: it is left without a scored token, or a pair without a difference.
+    """
+    limit, scored = f"{option} {max_length}", option == "max_length"
+    for _, mask in example.sequences:
+        mask[:1] = False  # nothing comes before a first token
+    if scored and not any(mask.any() for _, mask in example.sequences):
+        raise LeftOut("no reply to train on")
+    is_long = any(len(tokens) > max_length for tokens, _ in example.sequences)
+    if is_long and cut == "drop":
+        raise LeftOut(f"more tokens than {limit}")
+    part = slice(None, max_length) if cut == "end" else slice(-max_length, None)
+    for _, mask in example.sequences if is_long else ():
+        mask[part][:1] = False
+    sequences = [Tokens(tokens[part], mask[part]) for tokens, mask in example.sequences]
+    kept = [sequence for sequence in sequences if sequence.mask.any() or not scored]
+    if not kept or (len(kept) < len(sequences) and not apart):
+        raise LeftOut(f"no scored token within {limit}" if is_long else "no reply to train on")
+    if kind == "pairs" and all(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
+        raise LeftOut(f"sides that are alike{f' within {limit}' * is_long}")
+    example.sequences = kept
+    return is_long, example
 
 
 def hold_out(examples: list[Example], source: str) -> tuple[list[Example], list[Example]]:
@@ -510,16 +473,20 @@ class Args:
 
     file: tyro.conf.Positional[str]
     """the data set: toy, a file, a folder or hub/name[:config[:split]]"""
-    kind: Literal["sft", "pairs", "prompts", "ratings"]
-    """what the records are: demonstrations, preferences, prompts, or rated replies"""
+    kind: Literal["sft", "pairs", "ranked", "prompts", "ratings"]
+    """what the records are: demonstrations, preferences, rankings, prompts, or rated replies"""
     model: str = "toy"
     """the model whose tokenizer and template are used: toy, a run folder, a folder, a hub id, a .gguf file"""
     output: str = ""
     """JSON lines to write, one a sequence; without it the first few records are printed"""
     max_length: int = 2048
     """most tokens of a sequence; longer ones are cut or dropped as in training"""
+    max_prompt_length: int = 1024
+    """most tokens of a prompt, with --kind prompts; longer ones are dropped"""
     chat_template: str = ""
     """a Jinja file or "chatml" in place of the model's own chat template"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}"""
 
 
 def describe(examples: list[Example], tokenizer: Any) -> list[dict]:
@@ -547,9 +514,12 @@ def readable(row: dict) -> str:
 
 
 def main(args: Args) -> None:
-    tokenizer = load_tokenizer(args.model, args.chat_template)
-    loaders = {"sft": load_sft, "pairs": load_pairs, "prompts": load_prompts, "ratings": load_ratings}
-    examples, _ = loaders[args.kind](tokenizer, args.file, args.file, args.max_length)  # nothing is held out
+    tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    loaders = {"sft": load_sft, "pairs": load_pairs, "ranked": load_ranked, "ratings": load_ratings}
+    load_kind, limit = loaders.get(args.kind, load_prompts), args.max_length
+    if args.kind == "prompts":
+        limit = args.max_prompt_length
+    examples, _ = load_kind(tokenizer, args.file, args.file, limit)  # nothing is held out
     if not args.output:
         print("\n".join(map(readable, describe(examples[:3], tokenizer))))
         return

@@ -6,8 +6,8 @@ template.
 """
 
 import codecs
+import difflib
 import gzip
-import itertools
 import json
 import math
 import re
@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from common import dist
 from common.files import toy_folder
 
-Messages = list[dict[str, str]]
+# role and content of each turn, and what else a template reads of it; the first turn of a conversation also
+# carries what the record says about all of it, `tools` and `chat_template_kwargs`
+Messages = list[dict[str, Any]]
 
 # ---------------------------------------------------------------------------------------------- reading files
 
@@ -31,8 +33,15 @@ class Record(NamedTuple):
 
 
 def wrong(where: str, found: Any, expected: str) -> dist.RunError:
-    found = f"the fields {', '.join(found)}" if isinstance(found, dict) else str(found)[:80]
+    if isinstance(found, dict):
+        found = "the fields " + ", ".join(k if v is not None else f"{k} (null)" for k, v in found.items())
+    else:
+        found = str(found)[:80]
     return dist.RunError(f"{where}: found {found}; expected {expected}")
+
+
+class LeftOut(Exception):
+    """A record that is counted, by this reason, and not used."""
 
 
 def first_line(error: Exception) -> str:
@@ -52,35 +61,49 @@ def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     return sources
 
 
+SPLITS = {"train": ("train",), "test": ("test", "validation", "val", "eval")}
+
+
 def read_records(source: str, split: str, kind: str) -> list[Record] | None:
-    """The records of one data set's split ("train" or "test"); None if it has no such split."""
-    names = ("train",) if split == "train" else ("test", "validation", "val", "eval")
+    """The records of one data set's split ("train" or "test"); None if it has no such split.
+
+    Where a data set is a single file, a field `split` tells the records of one split from those of others.
+    """
     path = toy_folder() / kind if source == "toy" else Path(source).expanduser()
     if path.is_dir():
-        for name in names:
-            if files := sorted(f for f in path.iterdir() if re.match(rf"{name}[.-]", f.name)):
-                return [record for f in files for record in read_file(f)]
-        if split == "train":
-            raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it")
-        return None
+        return read_folder(path, source, SPLITS[split])
     if path.is_file():
-        return read_file(path) if split == "train" else None
+        records = read_file(path)
+        splits = [next((s for s in SPLITS if value.get("split") in SPLITS[s]), None) for value, _ in records]
+        if not any(splits):
+            return records if split == "train" else None
+        return [r for r, own in zip(records, splits, strict=True) if (own or "train") == split] or None
     if path.suffix in (".jsonl", ".json", ".parquet", ".gz") or not re.match(r"[\w.-]+/[\w.-]+(:|$)", source):
         raise wrong(f"dataset {source}", "no such file", "a file, a folder, or hub/name[:config[:split]]")
-    return read_hub(source, names)
+    return read_hub(source, SPLITS[split])
+
+
+def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record] | None:
+    """The first of the splits `names` in a folder: of files, cloned from the hub, or by save_to_disk."""
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        table = load_table(source, "load_from_disk", str(path))
+        tables = table if isinstance(table, dict) else {"train": table}
+        return next((as_records(tables[name], f"{source} {name}") for name in names if name in tables), None)
+    places = [*path.iterdir(), *(path / "data").glob("*")]
+    for name in names:
+        if found := sorted(f for f in places if re.match(rf"{name}[.-]", f.name)):
+            return [record for f in found for record in read_file(f)]
+    if "train" in names:
+        raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or data/")
+    return None
 
 
 def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
     """The rows of the split that source names, else of the first of `names` that the data set has."""
-    import datasets
-
     name, config, chosen = (*source.split(":", 2), "", "")[:3]
     if chosen and "train" not in names:
         return None
-    try:
-        table = datasets.load_dataset(name, config or None, split=chosen or None)
-    except Exception as error:  # the hub client raises many kinds
-        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
+    table = load_table(source, "load_dataset", name, config or None, split=chosen or None)
     if not chosen:
         split = next((n for n in names if n in table), None)
         if split is None and "train" in names:
@@ -89,7 +112,20 @@ def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
         if split is None:
             return None
         table = table[split]
-    return [Record(value, f"{source} row {i}") for i, value in enumerate(table)]
+    return as_records(table, source)
+
+
+def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return getattr(datasets, how)(*given, **options)
+    except Exception as error:  # the library raises many kinds
+        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
+
+
+def as_records(rows: Iterable[dict], where: str) -> list[Record]:
+    return [Record(value, f"{where} row {i}") for i, value in enumerate(rows)]
 
 
 def read_file(path: Path) -> list[Record]:
@@ -108,7 +144,7 @@ def read_file(path: Path) -> list[Record]:
     except Exception as error:  # torn archives raise many kinds
         raise dist.RunError(f"dataset {path}: cannot be read: {first_line(error)}") from error
     if suffix == ".parquet":
-        records = [Record(value, f"{path} row {i}") for i, value in enumerate(table)]
+        records = as_records(table, str(path))
     elif re.match(
         rb"\s*\[\s*\{" if suffix == ".jsonl" else rb"\s*\[", text
     ):  # one list, as red-team data of HH
@@ -132,13 +168,30 @@ def parse(text: bytes, where: str) -> Any:
 # --------------------------------------------------------------------------------------------- record formats
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
-ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+ROLES |= dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool")
+ROLES |= dict.fromkeys(("function_call", "tool_call"), "assistant")  # the text of these turns is the call
 CONVERSATIONS = ("messages", "conversations")
-PROMPTS = ("prompt", "instruction", "question", "input", "text")
+PROMPTS = ("prompt", "instruction", "question", "query", "input", "text")
 RESPONSES = ("completion", "response", "output", "answer")
+CHOSEN = ("chosen", "chosen_response")
+REJECTED = ("rejected", "rejected_response", "rejected_messages")
+# of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
+ALSO = {
+    f"{side}_reward": (f"score_{side}", f"{side}_score", f"{side}_rating") for side in ("chosen", "rejected")
+}
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+# of a message: its thoughts, whether it is trained, and what else a template may read
+REASONING = ("reasoning_content", "thinking", "reasoning")
+TRAINED = ("trained", "weight", "train", "training", "loss")
+KEPT = ("tool_calls", "tool_call_id", "name")
+SHOWN = ("content", "reasoning_content", *KEPT)
+# of a record: what would change its meaning and cannot be followed, with what to do
+REFUSED = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "text, all that is read")
+REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen and rejected of a prompt"}
+REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
 
 
 def first(value: dict, names: Iterable[str]) -> Any:
@@ -150,6 +203,78 @@ def number(value: Any, where: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise wrong(where, f"{name} {value!r}", "a number")
     return float(value)
+
+
+def refuse_fields(value: dict, where: str) -> None:
+    """End the run if a record says what cannot be followed."""
+    for name, expected in REFUSED.items():
+        if value.get(name) not in (None, "", [], {}, 1):
+            raise wrong(where, f"the field {name}", expected)
+    if value.get("type") == "TEXT_TO_VALUE":
+        raise wrong(where, "type TEXT_TO_VALUE", "VALUE_TO_TEXT, with the label before its reply")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the nulls that a table fills into the fields its other rows have."""
+    if isinstance(value, dict):
+        return {name: without_nulls(x) for name, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
+
+
+def from_json(value: Any, where: str, name: str, kind: type) -> Any:
+    """A list or a dict, or the JSON text of one."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise wrong(where, f"{name} {value!r}", "JSON") from error
+    if not isinstance(found, kind):
+        raise wrong(where, f"{name} {value!r}", "a list" if kind is list else "an object of name: value")
+    return without_nulls(found)
+
+
+def read_functions(value: Any, where: str, name: str) -> list[dict]:
+    """Tools, or calls of them, as {type, function: {...}} each; arguments as an object where they are one."""
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        value = f"[{value}]"
+    items, found = from_json(value, where, name, list), []
+    for item in items:
+        if not isinstance(item, dict) or "name" not in (item.get("function") or item):
+            raise wrong(where, f"{name} {item!r}", "objects with a name, or a function that has one")
+        item = item if "function" in item else {"type": "function", "function": item}
+        function = dict(item["function"])
+        if isinstance(function.get("arguments"), str) and function["arguments"].lstrip()[:1] == "{":
+            function["arguments"] = from_json(function["arguments"], where, "arguments", dict)
+        found.append({**item, "function": function})
+    return found
+
+
+def as_message(turn: dict, where: str) -> dict[str, Any]:
+    """A turn by its role, its content as one text, and beside it what templates read."""
+    speaker, text = str(first(turn, ("role", "from"))).lower(), first(turn, ("content", "value"))
+    kept = {name: turn[name] for name in KEPT if turn.get(name)}
+    if thoughts := first(turn, REASONING):
+        kept["reasoning_content"] = thoughts
+    if speaker in ("function_call", "tool_call"):
+        kept["tool_calls"], text = text, ""
+    if "tool_calls" in kept:
+        kept["tool_calls"] = read_functions(kept["tool_calls"], where, "tool_calls")
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
+        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    text = "" if text is None and kept.keys() - {"name"} else text
+    if speaker not in ROLES or not isinstance(text, str):
+        raise wrong(where, f"the message {turn}", f"a content of text, and a role of {', '.join(ROLES)}")
+    flag = first(turn, TRAINED)
+    if flag not in (None, 0, 1):
+        raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
+    kept |= {} if flag is None else {"trained": bool(flag)}
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
+        kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
+    return {"role": ROLES[speaker], "content": text, **kept}
+
+
+def says_something(message: dict) -> bool:
+    return bool(message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content"})
 
 
 def as_messages(value: Any, where: str, role: str = "user") -> Messages:
@@ -164,13 +289,7 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise wrong(where, repr(value), "a string or a list of role/content messages")
-    messages = []
-    for turn in turns:
-        speaker, text = first(turn, ("role", "from")), first(turn, ("content", "value"))
-        if str(speaker).lower() not in ROLES or not isinstance(text, str):
-            raise wrong(where, f"the message {turn}", f"a content string, and a role of {', '.join(ROLES)}")
-        messages.append({"role": ROLES[speaker.lower()], "content": text})
-    return messages
+    return [as_message(turn, where) for turn in turns]
 
 
 def is_transcript(value: Any) -> bool:
@@ -197,16 +316,39 @@ def split_transcript(text: str, where: str, role: str) -> Messages:
     return messages
 
 
-def as_turns(tokenizer: Any, value: Any, where: str, role: str = "user", system: str = "") -> Messages:
-    """as_messages for this tokenizer; without a chat template only plain text, and that as it stands."""
-    messages = as_messages(value, where, role)
-    if system:
-        messages = as_messages({"role": "system", "content": system}, where) + messages
+def as_turns(tokenizer: Any, value: Any, where: str, role: str = "user", lead: Messages = ()) -> Messages:
+    """as_messages for this tokenizer, after `lead`; without a template only plain text, as it stands."""
+    messages = [*lead, *as_messages(value, where, role)]
     if tokenizer.chat_template is not None:
         return messages
-    if isinstance(value, str) and not is_transcript(value) and not system:
+    if isinstance(value, str) and not is_transcript(value) and not lead:
         return [{"role": role, "content": value}]
     raise wrong(where, "chat messages", "a chat template in the tokenizer; set --chat_template")
+
+
+def lead_of(value: dict, where: str) -> Messages:
+    """The turns before a record's own: its system text, and a history of [question, reply] each."""
+    system, history = first(value, ("system", "system_prompt")), value.get("history") or []
+    lead = as_messages({"role": "system", "content": system}, where) if system else []
+    if not isinstance(history, list):
+        raise wrong(where, f"history {history!r}", "a list of [question, reply]")
+    for item in history:
+        if isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item):
+            item = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), item, strict=True)]
+        lead += as_messages(item, where)
+    return lead
+
+
+def with_context(value: dict, turns: Messages, where: str) -> Messages:
+    """The turns, the first of them with the record's tools and template variables."""
+    own = {}
+    if tools := first(value, ("tools", "functions")):
+        own["tools"] = read_functions(tools, where, "tools")
+    if given := value.get("chat_template_kwargs"):
+        own["chat_template_kwargs"] = from_json(given, where, "chat_template_kwargs", dict)
+    return (
+        [{**turns[0], **own}, *turns[1:]] if turns and (own := {k: v for k, v in own.items() if v}) else turns
+    )
 
 
 def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
@@ -214,7 +356,9 @@ def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
     turns = first(value, CONVERSATIONS)
     if turns is None and is_transcript(value.get("text")):
         turns = value["text"]
-    return None if turns is None else as_turns(tokenizer, turns, where, system=value.get("system") or "")
+    if turns is None:
+        return None
+    return with_context(value, as_turns(tokenizer, turns, where, lead=lead_of(value, where)), where)
 
 
 def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
@@ -222,56 +366,39 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
     if prompt is None and is_transcript(value.get("transcript")):  # a red-team attempt: its first turn
         return as_turns(tokenizer, value["transcript"], where)[:1]
-    if prompt is None and first(value, ("chosen", "chosen_response")) is not None:
+    if prompt is None and first(value, CHOSEN) is not None:
         return read_pair(tokenizer, value, where)[0]
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
     if material and prompt == value.get("instruction"):
         prompt = f"{prompt}\n\n{material}"
-    turns = as_turns(tokenizer, prompt, where, system=value.get("system") or "")
+    turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
         turns = turns[:-1]
     if not turns or turns[-1]["role"] == "assistant":
         raise wrong(where, repr(prompt), "a prompt that ends with a turn of the user")
-    return turns
+    return with_context(value, turns, where)
 
 
 def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages]:
     """A prompt and the turns from the response to it on."""
-    turns = conversation(tokenizer, value, where)
-    if turns is not None:
+    turns, is_pair = conversation(tokenizer, value, where), first(value, CHOSEN) is not None
+    if turns is not None and (turns[-1]["role"] == "assistant" or not is_pair):
         last = max((i for i, m in enumerate(turns) if m["role"] == "assistant"), default=len(turns))
         return turns[:last], turns[last:]
-    if first(value, RESPONSES) is None and first(value, ("chosen", "chosen_response")) is not None:
+    if first(value, RESPONSES) is None and is_pair:
         return read_pair(tokenizer, value, where)[:2]
     if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)
     response = as_turns(tokenizer, first(value, RESPONSES), where, "assistant")
+    if thoughts := first(value, REASONING):
+        response[0] = as_message({**response[0], "reasoning_content": thoughts}, where)
     if tokenizer.chat_template is None and value.get("completion") is None:
         text = response[0]["content"]  # only a completion continues plain text as it stands
         if prompt[-1]["content"][-1:].strip() and text[:1].strip():
             response = [{"role": "assistant", "content": " " + text}]
     return prompt, response
-
-
-def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
-    """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
-
-    None for a prompt and its response, of which only the latter is trained.
-    """
-    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
-    if given is None and first(value, (*RESPONSES, "chosen", "chosen_response")) is not None:
-        return None
-    names = chosen or masked or ["assistant"]
-    if isinstance(names, str):
-        names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
-    speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
-    speakers = [""] * (len(turns) - len(speakers)) + speakers
-    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
-    if masked and not chosen:
-        return [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
-    return named
 
 
 def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages, Messages, dict]:
@@ -280,23 +407,30 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
         strength = number(value["preference_strength"], where, "preference_strength")
         sides = [value.get(f"response_{n}") for n in ((1, 2) if strength < 0 else (2, 1))]
         value = {**value, "chosen": sides[0], "rejected": sides[1], "margin": abs(strength)}
-    sides = [first(value, (name, name + "_response")) for name in ("chosen", "rejected")]
+    sides = [first(value, CHOSEN), first(value, REJECTED)]
+    if sides[0] is None and sides[1] is not None:  # the chosen one is the reply that ends the conversation
+        turns = conversation(tokenizer, value, where) or []
+        ends = turns and turns[-1]["role"] == "assistant"
+        sides[0] = turns[-1:] if ends else first(value, RESPONSES)
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
-    scores = {"chosen_reward": value.get("score_chosen"), "rejected_reward": value.get("score_rejected")}
-    given = {n: x for n in PAIR_FIELDS if (x := first(value, (n,))) is not None}
-    given = {n: x for n, x in scores.items() if x is not None} | given  # UltraFeedback's names
-    numbers = {name: number(x, where, name) for name, x in (PAIR_FIELDS | given).items()}
+    given = {name: first(value, (name, *ALSO.get(name, ()))) for name in PAIR_FIELDS}
+    given = PAIR_FIELDS | {name: x for name, x in given.items() if x is not None}
+    numbers = {name: number(x, where, name) for name, x in given.items()}
     if not 0 <= numbers["label_prob"] <= 1:
         raise wrong(where, f"label_prob {numbers['label_prob']}", "a probability")
-    prompt = [] if first(value, PROMPTS) is None else read_prompt(tokenizer, value, where)
     chosen, rejected = (as_turns(tokenizer, side, where, "assistant") for side in sides)
+    lead = lead_of(value, where)
+    prompt = [] if first(value, PROMPTS + CONVERSATIONS) is None else read_prompt(tokenizer, value, where)
     # a side that does not open with the assistant is a whole conversation, even if the prompt is given too
-    chosen, rejected = (s if s[0]["role"] != "assistant" else prompt + s for s in (chosen, rejected))
+    chosen, rejected = (
+        prompt + s if s[0]["role"] == "assistant" else s if s[0]["role"] == "system" else lead + s
+        for s in (chosen, rejected)
+    )
     shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if not shared or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
         raise wrong(where, value, "a prompt for both, and both to end with an assistant turn")
-    return chosen[:shared], chosen[shared:], rejected[shared:], numbers
+    return with_context(value, chosen[:shared], where), chosen[shared:], rejected[shared:], numbers
 
 
 def common_prefix(a: Any, b: Any) -> int:
@@ -322,6 +456,10 @@ def read_label(value: dict, where: str) -> dict[str, float]:
         label = dict(zip(ATTRIBUTES, label, strict=True))
     if not isinstance(label, dict) or not label:
         raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
+    for name in label.keys() | (value.keys() if label.keys() <= value.keys() else set()):
+        meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
+        if meant and name not in ATTRIBUTES:
+            raise wrong(where, f"the attribute {name}", meant[0])
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
@@ -361,34 +499,6 @@ def attach_labels(value: dict, turns: Messages, where: str) -> None:
         line = read_line(first(source, ("label", "attributes")), where)
         if line and turn["role"] == "assistant":
             turn["label"] = line
-
-
-def regroup(records: list[Record], kind: str) -> list[Record]:
-    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
-    grouped = []
-    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
-        for one, two in itertools.zip_longest(records[::2], records[1::2]):
-            if (
-                two is None
-                or set(one.value) != set(two.value)
-                or one.value.get("label") != two.value.get("label")
-            ):
-                raise wrong(
-                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
-                )
-            texts, numbers = [one.value["text"], two.value["text"]], {}
-            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
-                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
-                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
-                numbers = numbers if strength else {"tie": True}
-            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
-        return grouped
-    for value, where in records:
-        for instance in value.get("instances") or [{}]:
-            if not isinstance(instance, dict):
-                raise wrong(where, f"the instance {instance!r}", "a JSON object")
-            grouped.append(Record({**value, **instance}, where))
-    return grouped
 
 
 # --------------------------------------------------------------------------------------------- constitutions

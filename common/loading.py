@@ -6,12 +6,14 @@ until it is used: what reads them takes one at a time.
 
 import contextlib
 import copy
+import functools
 import json
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -107,6 +109,23 @@ def text_model(whole: nn.Module) -> nn.Module:
     model.set_output_embeddings(head)
     model.generation_config = whole.generation_config
     return model
+
+
+@functools.cache
+def config_of(folder: str) -> Any:
+    """The text config of the model in a folder or with a hub id; adapters have that of their base.
+
+    One without fields for a GGUF file, or a tokenizer alone.
+    """
+    from transformers import AutoConfig
+
+    try:
+        adapter = Path(folder) / "adapter_config.json"
+        if adapter.exists():
+            folder = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return SimpleNamespace()
 
 
 def tensors_on_disk(folder: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common import data, dist, formats, models
+from common import data, dist, formats, models, templates
 from common.args import System, load_function
 from common.packed import Example
 
@@ -56,13 +56,13 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
     renders: at the last token that is not padding, in ChatML the newline after the end token. score_at in the
     model's config.json, "end" or "last", says which; without it ours are known by their reward_mean.
     """
-    config, end = scorer.config, data.end_token(tokenizer)
+    config, end = scorer.config, templates.end_token(tokenizer)
     is_ours = getattr(config, "reward_mean", None) is not None
     at = getattr(config, "score_at", None) or ("end" if is_ours else "last")
     if at not in ("end", "last"):
         raise formats.wrong("score_at of the reward model", at, "end or last")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = data.tokenize(tokenizer, data.render(tokenizer, turns, False))
+    ids = templates.tokenize(tokenizer, templates.render(tokenizer, turns, False))
     ending = ids[len(ids) - 1 - ids[::-1].index(end) :] if end in ids else (end,)
     while ending and ending[-1] == config.pad_token_id:
         ending = ending[:-1]
@@ -73,6 +73,18 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
             'transformers and TRL; "score_at": "end" in its config.json: at the end token',
             flush=True,
         )
+
+
+def check(rewards: list[Reward], examples: list[Example]) -> None:
+    """End the run now if the template of a reward model does not take one of the prompts."""
+    prompts = [as_messages(example.prompt) for example in examples]
+    for reward in rewards:
+        if reward.tokenizer:
+            templates.check_prompts(reward.tokenizer, prompts, f"reward {reward.name}")
+
+
+def as_messages(prompt: formats.Messages | str) -> formats.Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def score_replies(
@@ -107,9 +119,10 @@ def _read(
     num_each = len(replies) // len(examples)
 
     def encode(i: int) -> Example:
-        prompt = examples[i // num_each].prompt
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        reply = {"role": "assistant", "content": replies[i]}
+        prompt, reply = (
+            as_messages(examples[i // num_each].prompt),
+            {"role": "assistant", "content": replies[i]},
+        )
         return Example([data.encode_response(reward.tokenizer, prompt, [reply])], "")
 
     conversations = dist.parallel_map(encode, range(len(replies)))

@@ -17,7 +17,7 @@ from conftest import DATA, ROOT, make_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist, formats, packed
+from common import data, dist, formats, packed, templates
 
 CPU = torch.device("cpu")
 TURNS = ["Is it so?", "Yes.", "Are you sure?", "No."]
@@ -113,7 +113,9 @@ ROLE_LINES = (
 
 def family(name: str) -> Any:
     if name == "chatml":
-        return make_tokenizer("bytes", ["<|im_start|>", "<|im_end|>"], data.CHATML, eos_token="<|im_end|>")
+        return make_tokenizer(
+            "bytes", ["<|im_start|>", "<|im_end|>"], templates.CHATML, eos_token="<|im_end|>"
+        )
     if name == "llama2":
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
         return make_tokenizer("words", ["<s>", "</s>"], LLAMA2, add_bos=True, **tokens)
@@ -162,7 +164,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_reply_is_scored_with_its_end_token_and_nothing_else(families: dict, name: str) -> None:
     tokenizer = families[name]
-    tokens, mask = data.encode_chat(tokenizer, CHAT, REPLIES)
+    ((tokens, mask),) = data.encode_chat(tokenizer, CHAT, REPLIES)
     assert scored(tokenizer, (tokens, mask)) == GOLDEN[name]
     assert (tokens[mask] == data.end_token(tokenizer)).sum() == 2 and mask[-1]
 
@@ -170,7 +172,7 @@ def test_every_reply_is_scored_with_its_end_token_and_nothing_else(families: dic
 @pytest.mark.parametrize("name", NAMES)
 def test_there_is_at_most_one_bos(families: dict, name: str) -> None:
     tokenizer = families[name]
-    tokens = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])[0].tolist()
+    tokens = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])[0].ids.tolist()
     rendered = tokenizer.apply_chat_template(CHAT[:2], tokenize=False)
     assert tokenizer.decode(tokens) == rendered.rstrip("\n")
     if name in ("llama2", "llama3", "gemma"):
@@ -179,7 +181,7 @@ def test_there_is_at_most_one_bos(families: dict, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_starts_where_the_scored_response_does(families: dict, name: str) -> None:
-    tokens, mask = data.encode_chat(families[name], CHAT[:2], REPLIES[:2])
+    ((tokens, mask),) = data.encode_chat(families[name], CHAT[:2], REPLIES[:2])
     assert data.encode_prompt(families[name], CHAT[:1]) == tokens[: np.argmax(mask)].tolist()
 
 
@@ -191,8 +193,8 @@ def test_special_tokens_in_a_message_are_text(families: dict, name: str) -> None
         {"role": "user", "content": f"Is {special} so?"},
         {"role": "assistant", "content": f"Yes. {special} No."},
     ]
-    plain = data.encode_chat(tokenizer, CHAT[:2], [False, True])[0].tolist()
-    tokens, mask = data.encode_chat(tokenizer, spoof, [False, True])
+    plain = data.encode_chat(tokenizer, CHAT[:2], [False, True])[0].ids.tolist()
+    ((tokens, mask),) = data.encode_chat(tokenizer, spoof, [False, True])
     for token in tokenizer.added_tokens_decoder:
         assert tokens.tolist().count(token) == plain.count(token)
     if name not in ("llama2", "gemma"):  # whose pieces decode with spaces between
@@ -203,34 +205,50 @@ def test_special_tokens_in_a_message_are_text(families: dict, name: str) -> None
 def test_the_end_token_is_what_follows_a_reply_not_what_opens_it(families: dict) -> None:
     tokenizer = families["thinking"]
     assert tokenizer.decode([data.end_token(tokenizer)]) == "<|im_end|>"
-    sequence = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    (sequence,) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
     assert scored(tokenizer, sequence) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(families: dict, tmp_path: Path) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_a_reply(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = families["thinking"]
     source = write(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT})
-    with pytest.raises(dist.RunError, match=r"data.jsonl:2: .*rewrites earlier turns.*--chat_template"):
-        load("sft", source, families["thinking"])
+    one, two = load("sft", source, tokenizer)
+    assert "sft: 2 conversations became 4 sequences, one a reply" in capsys.readouterr().out
+    texts = [[scored(tokenizer, s) for s in example.sequences] for example in (one, two)]
+    yes, no = (f"<think>\n\n</think>\n\n{text}<|im_end|>" for text in ("Yes.", "No."))
+    assert texts == [[[yes]], [[yes], [no]]]
+    for tokens, mask in two.sequences:
+        asked = data.encode_prompt(
+            tokenizer, CHAT[: 1 if len(tokens) < 99 and "No." not in tokenizer.decode(tokens) else 3]
+        )
+        assert asked == tokens[~mask].tolist()  # what generation sees
+    (whole, parts), _ = load_both("sft", source, tokenizer, train_on_prompt=True)
+    assert parts.num_targets < 2 * parts.num_tokens - whole.num_tokens  # what both have is scored once
 
 
-def test_a_header_that_merges_with_the_reply_leaves_the_reply_scored() -> None:
+@pytest.mark.parametrize("merged", ["assistant: Yes", ": Yes", " Yes"])
+def test_a_reply_that_merges_with_its_header_is_cut_from_it_as_in_generation(merged: str) -> None:
     tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES, eos_token="<eos>")
-    tokenizer.backend_tokenizer.add_tokens(["assistant: Yes"])  # stands for a merge across the boundary
-    sequence = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
-    assert scored(tokenizer, sequence) == ["assistant: Yes.\n<eos>"]
+    tokenizer.backend_tokenizer.add_tokens([merged])  # stands for a merge across the boundary
+    (sequence,) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    assert scored(tokenizer, sequence) == ["Yes.\n<eos>"]
+    assert sequence.ids[~sequence.mask].tolist() == data.encode_prompt(tokenizer, CHAT[:1])
 
 
 def test_a_turn_whose_last_token_merges_with_the_next_is_not_taken_for_a_rewrite() -> None:
-    tokenizer = make_tokenizer("bytes", ["<eos>"], ROLE_LINES.replace("\n", "\n\n"), eos_token="<eos>")
-    tokenizer.backend_tokenizer.add_tokens(["\n\nuser: Are"])
-    sequence = data.encode_chat(tokenizer, CHAT, REPLIES)
-    assert scored(tokenizer, sequence) == [" Yes.", " No.\n\n<eos>"]  # the space of the header merged
+    template = ROLE_LINES.replace("\n", "\n\n").replace(": '", ":|'")
+    tokenizer = make_tokenizer("bytes", ["<eos>", "|"], template, eos_token="<eos>")
+    tokenizer.backend_tokenizer.add_tokens(["\n\nuser:"])
+    (sequence,) = data.encode_chat(tokenizer, CHAT, [False, False, False, True])
+    assert scored(tokenizer, sequence) == ["No.\n\n<eos>"]
 
 
 def test_the_end_token_is_scored_though_it_is_the_padding_token_too(families: dict) -> None:
     tokenizer = families["llama2"]
     assert tokenizer.pad_token_id == data.end_token(tokenizer)
-    tokens, mask = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
+    ((tokens, mask),) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
     assert mask[-1] and tokens[-1] == tokenizer.pad_token_id
 
 
@@ -402,7 +420,7 @@ def test_the_sign_of_a_strength_tells_the_side_and_its_size_is_the_margin(
             texts = [scored(families["chatml"], s) for s in example.sequences]
             assert texts == [[f"7{END}"], [f"8{END}"]] and example.prompt == [ASK]
             assert example.fields["margin"] == margin
-        assert f"{name}.jsonl: 1 pairs without a preference dropped" in capsys.readouterr().out
+        assert f"{name}.jsonl: dropped 1 with no preference" in capsys.readouterr().out
 
 
 def test_lines_of_a_pair_with_other_labels_are_refused(families: dict, tmp_path: Path) -> None:
@@ -440,8 +458,8 @@ def test_responses_of_any_record_can_be_scored(families: dict) -> None:
         assert [scored(families["chatml"], s) for s in found] == [[f"{reply}{END}"] for reply in replies]
 
 
-def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
-    families: dict, tmp_path: Path
+def test_pairs_keep_their_numbers_those_alike_are_left_out_and_branching_ones_load(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     numbers = {"chosen_reward": 4, "rejected_reward": 1.5, "margin": None, "label_prob": 0.25}
     records = [
@@ -449,9 +467,9 @@ def test_pairs_keep_their_numbers_and_equal_or_branching_conversations_load(
         {"chosen": [ASK, SEVEN], "rejected": [ASK, SEVEN]},
         {"chosen": [ASK, SEVEN, *CHAT[:2]], "rejected": [ASK, EIGHT]},
     ]
-    first, equal, branching = load("pairs", write(tmp_path, *records), families["chatml"])
+    first, branching = load("pairs", write(tmp_path, *records), families["chatml"])
+    assert "dropped 1 with sides that are alike" in capsys.readouterr().out
     assert first.fields == {"chosen_reward": 4.0, "rejected_reward": 1.5, "margin": 0.0, "label_prob": 0.25}
-    assert equal.prompt == [ASK] and equal.num_targets == 4  # a reply and its end token, twice
     assert scored(families["chatml"], branching.sequences[0]) == [f"7{END}", f"Yes.{END}"]
 
 
@@ -527,6 +545,16 @@ def test_of_a_red_team_attempt_the_first_turn_is_the_prompt(families: dict, tmp_
         assert example.prompt == [{"role": "user", "content": "a"}]
 
 
+def tool_tokenizer() -> Any:
+    """A template that shows tools, calls and thoughts."""
+    template = (
+        "{{ tools if tools }}{{ enable_thinking }}{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+        "{{ m.reasoning_content }}{{ m.content }}{{ m.tool_calls }}{{ '<|im_end|>' }}{% endfor %}"
+        "{{ '<|im_start|>assistant' if add_generation_prompt }}"
+    )
+    return make_tokenizer("bytes", ["<|im_start|>", "<|im_end|>"], template, eos_token="<|im_end|>")
+
+
 def blocks() -> list[tuple[str, str]]:
     return re.findall(r"```jsonl (\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
 
@@ -534,7 +562,10 @@ def blocks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("kind", "text"), blocks())
 def test_the_examples_of_the_docs_page_load(families: dict, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "page.jsonl").write_text(text)
-    found = load(kind, str(tmp_path / "page.jsonl"), families["chatml"])
+    tokenizer = families["chatml"]
+    if kind == "tools":
+        kind, tokenizer = "sft", tool_tokenizer()
+    found = load(kind, str(tmp_path / "page.jsonl"), tokenizer)
     lines = [json.loads(line) for line in text.splitlines()]
     per_line = 0.5 if kind == "pairs" and "text" in lines[0] else 1
     assert len(found) == per_line * len(lines) + sum(len(line.get("instances", [0])) - 1 for line in lines)
@@ -543,6 +574,7 @@ def test_the_examples_of_the_docs_page_load(families: dict, tmp_path: Path, kind
 def test_the_docs_page_has_examples_of_every_kind() -> None:
     assert [kind for kind, _ in blocks()] == [
         "sft",
+        "tools",
         "pairs",
         "pairs",
         "pairs",
@@ -550,6 +582,44 @@ def test_the_docs_page_has_examples_of_every_kind() -> None:
         "prompts",
         "ratings",
     ]
+
+
+def test_turns_say_whether_they_are_trained_and_empty_ones_are_not(
+    families: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = {"weight": (0, 1), "train": (False, True), "loss": (False, None)}
+    for name, values in flags.items():
+        turns = [{**m, name: values[i // 2]} if i % 2 else m for i, m in enumerate(CHAT)]
+        (example,) = load("sft", write(tmp_path, {"messages": turns}), families["chatml"])
+        assert scored(families["chatml"], example.sequences[0]) == [f"No.{END}"]
+    silent = [{**m, "content": ""} if i == 1 else m for i, m in enumerate(CHAT)]
+    source = write(tmp_path, {"messages": silent}, {"prompt": "a", "response": " "})
+    (example,) = load("sft", source, families["chatml"])
+    assert scored(families["chatml"], example.sequences[0]) == [f"No.{END}"]
+    assert f"{source}: dropped 1 with an empty reply" in capsys.readouterr().out
+
+
+def test_records_tell_their_split_and_a_file_is_read_by_it(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"text": f"a {i}", "split": s} for i, s in enumerate(("train", "validation", "train"))]
+    train, test = load_both("sft", write(tmp_path, *records), tokenizer, eval_dataset="")
+    assert [len(train), len(test)] == [2, 1] and test[0].record["text"] == "a 1"
+
+
+def test_folders_of_the_datasets_library_and_clones_of_the_hub_are_read(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}?", "response": "yes"} for i in range(4)])
+    rows.save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "dict")
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "clone" / "data" / "train-00000-of-00001.parquet")
+    sizes = [
+        [*map(len, load_both("sft", tmp_path / x, tokenizer, eval_dataset=""))]
+        for x in ("disk", "dict", "clone")
+    ]
+    assert sizes == [[3, 1], [4, 1], [3, 1]]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
@@ -619,6 +689,32 @@ BAD = [
         '{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: a"}',
         r":2: found .*end with an assistant turn",
     ),
+    ("sft", '{"prompt": "a", "response": null}', r":2: found the fields prompt, response \(null\); expected"),
+    ("sft", '{"prompt": "a", "response": "b", "label": false}', ":2: found label false, an undesirable"),
+    (
+        "sft",
+        '{"prompt": "a", "response": "b", "images": ["c.png"]}',
+        ":2: found the field images; expected text",
+    ),
+    (
+        "sft",
+        '{"prompt": "a", "response": "b", "weight": 0.5}',
+        ":2: found the field weight; expected a weight",
+    ),
+    ("sft", '{"prompt": "a", "response": "b", "history": [["c"]]}', ":2: found "),
+    ("sft", '{"messages": [{"role": "user", "content": "a", "train": 2}]}', ":2: .*a weight of 0 or 1"),
+    ("sft", '{"messages": "a", "type": "TEXT_TO_VALUE"}', ":2: found type TEXT_TO_VALUE"),
+    (
+        "sft",
+        '{"messages": [{"role": "function_call", "value": "b"}]}',
+        ":2: found tool_calls 'b'; expected JSON",
+    ),
+    (
+        "sft",
+        '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}',
+        ":2: found the fields prompt, responses",
+    ),
+    ("sft", '{"input_ids": [1, 2], "labels": [-100, 3]}', ":2: found labels that are other tokens"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1.0]}', r":2: found .*not all equal"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', r":2: found .*as many ranks"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"]}', r":2: found .*as many ranks"),
@@ -665,6 +761,9 @@ def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> N
     for label in ([4, 4], {"helpfulness": "high"}, 3, {}):
         with pytest.raises(dist.RunError, match="data.jsonl:1: found "):
             load("ratings", write(tmp_path, {**good, "label": label}), tokenizer)
+    for more in ({"label": {"correctnes": 4}}, {"correctness": 1, "correctnes": 4}):
+        with pytest.raises(dist.RunError, match="found the attribute correctnes; expected correctness"):
+            load("ratings", write(tmp_path, {**good, **more}), tokenizer)
     (tmp_path / "bytes.jsonl").write_bytes(GOOD.encode() + b'{"prompt": "\xff"}')
     with pytest.raises(dist.RunError, match=r"bytes.jsonl:2: found no valid JSON \('utf-8' codec"):
         load("sft", str(tmp_path / "bytes.jsonl"), tokenizer)
@@ -750,11 +849,14 @@ def test_long_examples_are_cut_and_those_left_without_a_target_are_dropped(
     tokens, mask = kept[1].sequences[0]
     assert len(tokens) == len(mask) == 20 and mask[-1]
     assert data.end_token(tokenizer) not in tokens[mask]  # no end of turn is made up
-    assert (
-        f"{source}: 1 cut, 2 dropped with no scored token left, by max_length 20" in capsys.readouterr().out
-    )
-    with pytest.raises(dist.RunError, match="nothing to train on; expected a larger max_length than 3"):
+    out = capsys.readouterr().out
+    assert f"{source}: 1 cut at the end, by max_length 20" in out
+    assert "dropped 1 with no scored token within max_length 20, 1 with no reply to train on" in out
+    with pytest.raises(dist.RunError, match=r"nothing to train on, 3 with .*; expected a larger max_length"):
         load("sft", source, tokenizer, max_length=3)
+    unanswered = write(tmp_path, {"messages": CHAT[:1]}, name="unanswered.jsonl")
+    with pytest.raises(dist.RunError, match="1 with no reply to train on; expected replies to train on"):
+        load("sft", unanswered, tokenizer)
 
 
 def test_a_pair_goes_if_one_side_loses_its_target_and_whole_pairs_are_never_cut(
@@ -766,8 +868,23 @@ def test_a_pair_goes_if_one_side_loses_its_target_and_whole_pairs_are_never_cut(
     late = {"chosen": [ASK, SEVEN], "rejected": [ASK, {**ASK, "content": "a " * 30}, EIGHT]}
     source = write(tmp_path, fits, one_long, no_room, late)
     assert [e.record for e in load("pairs", source, tokenizer, max_length=20)] == [fits, one_long]
-    whole, _ = load_both("pairs", source, tokenizer, max_length=20, whole=True)
+    whole, _ = load_both("pairs", source, tokenizer, max_length=20, cut="drop")
     assert [example.record for example in whole] == [fits]
+
+
+def test_a_pair_keeps_its_end_or_its_start_and_is_left_out_where_nothing_differs(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    same = "the cow eats grass. " * 6
+    source = write(tmp_path, PAIRS[0], {"prompt": "a", "chosen": same + "moo", "rejected": same + "b"})
+    assert len(load("pairs", source, tokenizer, max_length=20)) == 1
+    assert "dropped 1 with sides that are alike within max_length 20" in capsys.readouterr().out
+    _, late = load("pairs", source, tokenizer, max_length=20, cut="start")
+    assert [len(tokens) for tokens, _ in late.sequences] == [20, 20]
+    assert [scored(tokenizer, s)[0][-14:] for s in late.sequences] == [
+        "grass. moo<|end|>"[-14:],
+        "grass. b<|end|>"[-14:],
+    ]
 
 
 def test_the_first_token_is_never_a_target(tokenizer: Any, tmp_path: Path) -> None:
@@ -910,7 +1027,7 @@ def test_a_bad_line_stops_both_ranks_with_the_same_words(two_ranks: Any, tmp_pat
 def test_a_reply_that_opens_a_conversation_is_scored_without_its_header(toy: Path) -> None:
     messages = [{"role": "assistant", "content": "a moo."}, {"role": "user", "content": "Hi."}]
     tokenizer = data.load_tokenizer("toy", "chatml")
-    tokens, mask = data.encode_chat(tokenizer, messages, [True, False])
+    ((tokens, mask),) = data.encode_chat(tokenizer, messages, [True, False])
     assert tokenizer.decode(tokens[mask]) == "a moo." + tokenizer.eos_token
 
 

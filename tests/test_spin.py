@@ -188,7 +188,7 @@ def test_a_prompt_without_room_is_dropped_and_a_long_reply_cut_and_both_are_coun
     assert real[0].count(end) == 1 and real[0][-1] == end
     assert len(real[1]) == 5 and end not in real[1]
     printed = capsys.readouterr().out
-    assert "1 dropped with no scored token left" in printed
+    assert "dropped 1 with a prompt and max_new_tokens that are longer than max_length" in printed
     assert "1 responses to train on cut, by max_new_tokens 5" in printed
 
 

@@ -14,7 +14,7 @@ from conftest import args_of, read_metrics
 
 import sft
 import steerlm
-from common import checkpoint, data, dist, formats, log, packed
+from common import checkpoint, data, dist, formats, log, packed, templates
 from common.args import with_fields
 
 NAMES = ["helpfulness", "verbosity", "toxicity"]
@@ -144,7 +144,7 @@ def test_plain_transformers_asks_with_the_same_tokens(which: str, request: pytes
     ask = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
     theirs = tokenizer.apply_chat_template([ASK], attributes="verbosity:1", **ask)
     assert tokenizer(theirs, add_special_tokens=False)["input_ids"] == ours
-    assert tokenizer.apply_chat_template([ASK], **ask) == data.render(tokenizer, [ASK], True)
+    assert tokenizer.apply_chat_template([ASK], **ask) == templates.render(tokenizer, [ASK], True)
 
 
 def test_a_label_in_the_text_of_a_user_stays_text(nemo_tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dpo
 import steerlm2
-from common import data, dist, formats, models, packed
+from common import data, dist, formats, models, packed, templates
 from common.generate import Sample
 
 LOG_W = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)  # w' = (1, 2, 5) / 8
@@ -193,7 +193,7 @@ def test_with_and_without_label_the_same_tokens_are_scored(tokenizer: Any) -> No
     end, group = data.end_token(tokenizer), a_group("four of them", "2")
     both = [steerlm2.read_group(tokenizer, group, "here", labelled) for labelled in (True, False)]
     for reply, labelled, plain in zip(("four of them", "2"), *both, strict=True):
-        expected = [*data.tokenize(tokenizer, reply), end]  # so no token of the label
+        expected = [*templates.tokenize(tokenizer, reply), end]  # so no token of the label
         for tokens, mask in (labelled, plain):
             assert tokens[mask].tolist() == expected and mask[-len(expected) :].all()
         context = labelled[0][~labelled[1]].tolist()

@@ -1,0 +1,467 @@
+"""Templates: a conversation under a tokenizer's chat template -> tokens, and the mask of what is trained.
+
+A reply is trained after exactly what generation would start it from. What a template cannot show, or changes
+so that this cannot be, ends the run with one line. No markers in the template are needed: what a turn is
+follows from renderings of the conversation with and without it.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import dist
+from common.files import model_folder
+from common.formats import (
+    CHOSEN,
+    PROMPTS,
+    REJECTED,
+    RESPONSES,
+    SHOWN,
+    LeftOut,
+    Messages,
+    common_prefix,
+    first_line,
+    from_json,
+    wrong,
+)
+from common.loading import config_of
+from common.packed import Tokens
+
+CHATML = """
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+BREAK = "\ufdd0"  # Unicode keeps this out of texts: where `tokenize` cuts
+DAY = "2026-01-01"  # what a template that writes the date is told, so that tokens are the same on every day
+
+
+def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: str = "") -> Any:
+    """The model's tokenizer; chat_template (a Jinja file, or "chatml") replaces the one it comes with.
+
+    Args:
+        chat_template_kwargs: a JSON object of variables of the template. They become its defaults, so that
+            training, generation and the export all have them. strftime_now is the day, as 2026-01-31.
+    """
+    from transformers import AutoTokenizer
+
+    folder, gguf = model_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        if chat_template == "chatml":
+            end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
+            begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+            tokenizer.chat_template = begin + CHATML.replace("<|im_end|>", end)
+        elif chat_template:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        if chat_template_kwargs:
+            set_defaults(tokenizer, chat_template_kwargs)
+        end_token(tokenizer)  # a template that fails does so here
+    except Exception as error:  # a template may raise anything
+        if isinstance(error, dist.RunError) and "cannot be encoded" not in str(error):
+            raise
+        template = f"chat_template {chat_template}" if chat_template else "its own chat template"
+        raise dist.RunError(f"the tokenizer of {model} with {template}: {first_line(error)}") from error
+    return tokenizer
+
+
+def set_defaults(tokenizer: Any, chat_template_kwargs: str) -> None:
+    """Write variables into the chat template, as what they are where nobody sets them."""
+    given = from_json(chat_template_kwargs, "chat_template_kwargs", "the option", dict)
+    refuse_unknown(tokenizer, given)
+    tokenizer.day = given.pop("strftime_now", DAY)
+    own, start = tokenizer.chat_template, ""
+    for name, value in given.items():
+        start += f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+    if isinstance(own, dict):  # several by name, of which the call chooses one
+        tokenizer.chat_template = {name: start + text for name, text in own.items()}
+    elif not own.startswith(start):
+        tokenizer.chat_template = start + own
+
+
+def refuse_unknown(tokenizer: Any, given: dict) -> None:
+    """End the run for a variable that the template does not name."""
+    for name in given:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
+            raise wrong("chat_template_kwargs", name, "a variable that the chat template reads")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: Any, marks: bool = False) -> re.Pattern:
+    """Matches the spelling of any special token; with `marks` of those alone that mark the turns."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if marks:
+        probe = render(tokenizer, PROBE, False)
+        ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+        names = [name for name in names if (name in probe or name in ends) and "think" not in name]
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}]
+
+
+def hidden(tokenizer: Any, value: Any, is_own: bool = False) -> Any:
+    """Texts in which a special token that is spelled out stays text: a BREAK after its first character.
+
+    is_own: of the assistant, whose marks for channels, thoughts and calls are special tokens; those that
+        begin and end turns are text.
+    """
+    if isinstance(value, dict):
+        return {name: hidden(tokenizer, x, is_own) for name, x in value.items()}
+    if isinstance(value, list):
+        return [hidden(tokenizer, x, is_own) for x in value]
+    if not isinstance(value, str) or not special_tokens(tokenizer).search(value):
+        return value
+    return special_tokens(tokenizer, is_own).sub(lambda m: m[0][0] + BREAK + m[0][1:], value)
+
+
+@functools.lru_cache(maxsize=4)
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the template shows a content only as a list of parts, as those of models that see do."""
+    for content in ("zebra", [{"type": "text", "text": "zebra"}]):
+        with contextlib.suppress(Exception):  # a template may raise anything
+            asked = [{"role": "user", "content": content}]
+            if "zebra" in tokenizer.apply_chat_template(asked, tokenize=False):
+                return not isinstance(content, str)
+    return False
+
+
+def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
+    """A conversation under the chat template; for_reply adds the header of the assistant's next turn.
+
+    A special token that a message spells out stays text. Without a template the turns are plain text and
+    joined as they stand.
+
+    Raises:
+        RunError: the template, or the tokenizer, does not take the conversation.
+    """
+    labels = [labelled(tokenizer, m.get("label", "")) for m in messages]
+    if tokenizer.chat_template is None:
+        return "".join(label + m["content"] for label, m in zip(labels, messages, strict=True))
+    turns, first_turn = [], messages[0] if messages else {}
+    for m, label in zip(messages, labels, strict=True):
+        turn = {name: hidden(tokenizer, m[name], m["role"] == "assistant") for name in SHOWN if name in m}
+        text = label + turn["content"]
+        turn |= {
+            "role": m["role"],
+            "content": [{"type": "text", "text": text}] if takes_parts(tokenizer) else text,
+        }
+        turn |= {"thinking": turn["reasoning_content"]} if "reasoning_content" in turn else {}  # of gpt-oss
+        turns.append(turn)
+    tools, given = hidden(tokenizer, first_turn.get("tools")), first_turn.get("chat_template_kwargs", {})
+    with encoding():
+        template = tokenizer.get_chat_template(tools=tools)
+        if "strftime_now(" in template:
+            given = {**given, "chat_template": dated(template, getattr(tokenizer, "day", DAY))}
+        return tokenizer.apply_chat_template(
+            turns, tools=tools, tokenize=False, add_generation_prompt=for_reply, **given
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def dated(template: str, day: str) -> str:
+    """A template in which each call of strftime_now is what it gives on that day."""
+    calls = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    date = datetime.date.fromisoformat(day)
+    return re.sub(calls, lambda m: m[1] + date.strftime(m[2]) + m[1], template)
+
+
+@contextlib.contextmanager
+def encoding(where: str = "") -> Iterator[None]:
+    """What a template or tokenizer raises about a conversation becomes one line, after `where`."""
+    try:
+        yield
+    except LeftOut:
+        raise
+    except dist.RunError as error:
+        if not where or str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+    except Exception as error:  # a template may raise anything
+        place = f"{where}: " if where else ""
+        raise dist.RunError(f"{place}cannot be encoded: {first_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=16)  # chosen and rejected share a prompt
+def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
+    """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
+    with encoding():
+        text.encode()  # half of a surrogate pair, which the tokenizer would not name
+        pieces = [
+            tokenizer(s, add_special_tokens=False, verbose=False)["input_ids"] for s in text.split(BREAK)
+        ]
+    tokens = tuple(token for piece in pieces for token in piece)
+    rows = getattr(config_of(getattr(tokenizer, "name_or_path", "")), "vocab_size", math.inf)
+    if max(tokens, default=0) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(tokens))
+        raise dist.RunError(
+            f"the tokenizer makes {token!r} token {max(tokens)}, but the model embeds {rows} tokens; "
+            "enlarge it with resize_token_embeddings and save it, or leave the token out of the data"
+        )
+    bos = tokenizer.bos_token_id
+    if (plain or tokenizer.chat_template is None) and tokens[:1] != (bos,) and adds_bos(tokenizer):
+        tokens = (bos, *tokens)
+    return tokens
+
+
+@functools.lru_cache(maxsize=2)
+def end_token(tokenizer: Any) -> int:
+    """The token that ends an assistant turn: trained once per turn, and where generation stops."""
+    end = tokenizer.eos_token_id
+    if tokenizer.chat_template:
+        tail = render(tokenizer, PROBE, False).rpartition("zebra")[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        end = next((token for token in tokenize(tokenizer, tail) if token in special), end)
+    if end is None:
+        raise dist.RunError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")
+    return end
+
+
+def encode_chat(
+    tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True
+) -> list[Tokens]:
+    """Tokens of a conversation and the mask of its trained turns, each up to and including its end token.
+
+    One sequence where what generation would start a reply from is a beginning of it for every trained reply.
+    A template that rewrites earlier turns gives one for each trained turn, after the turns before it as
+    generation would see them.
+
+    Args:
+        lossless: refuse a template that leaves out the thoughts in the content of a trained reply.
+
+    Raises:
+        RunError: the template does not take the conversation, or loses a part of it.
+    """
+    spans = [i for i, t in enumerate(trained) if t]
+    if not spans:
+        return [Tokens(np.zeros(0, np.int32), np.zeros(0, bool))]
+    refuse_unseen(tokenizer, messages[: spans[-1] + 1])
+    whole = encode_whole(tokenizer, messages, spans)
+    return [whole] if whole else [encode_turn(tokenizer, messages[: i + 1], lossless) for i in spans]
+
+
+def encode_whole(tokenizer: Any, messages: Messages, spans: list[int]) -> Tokens | None:
+    """One sequence for all trained turns; None if what comes later changes a turn, or the header of a reply.
+
+    The span of a turn is what rendering it adds to the conversation before it (and to a reply's header), so
+    no markers in the template are needed.
+    """
+    text = render(tokenizer, messages[: spans[-1] + 1], False)
+    tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
+    mask = np.zeros(len(tokens), bool)
+    for i in spans:
+        is_reply = messages[i]["role"] == "assistant"
+        before, turn = context_of(tokenizer, messages[: i + 1]), text
+        if i < spans[-1]:
+            turn = render(tokenizer, messages[: i + 1], False)
+        prompt = tokenize(tokenizer, before)
+        # a token across the boundary belongs to the turn that completes it
+        start, stop = common_prefix(prompt, tokens), common_prefix(tokenize(tokenizer, turn), tokens)
+        is_cut = start < len(prompt) and is_reply and i > 0
+        has_end = end in tokens[start:stop]
+        if is_cut or not (text.startswith(before) and turn.startswith(before)):
+            return None
+        if not (text.startswith(turn) or has_end) or not keeps_thoughts(tokenizer, messages[i], text):
+            return None
+        if has_end:
+            stop = tokens.index(end, start) + 1
+        mask[start:stop] = True
+    tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
+    if is_reply and tokens[-1:] != (end,):  # a rendering without end tokens
+        tokens, mask = (*tokens, end), np.append(mask, True)
+    return Tokens(np.array(tokens, np.int32), mask)
+
+
+def encode_turn(tokenizer: Any, messages: Messages, lossless: bool) -> Tokens:
+    """A conversation of which the last turn is trained, after what generation sees of those before it."""
+    before, end = context_of(tokenizer, messages), end_token(tokenizer)
+    prompt, tail = tokenize(tokenizer, before), rendered_turn(tokenizer, messages, before)
+    if lossless and not keeps_thoughts(tokenizer, messages[-1], tail):
+        raise dist.RunError("cannot be encoded: the chat template leaves out the thoughts of a trained reply")
+    tokens = tokenize(tokenizer, before + tail)
+    if tokens[: len(prompt)] != prompt:  # a token across the boundary, which generation would not see
+        tokens = tokenize(tokenizer, before + BREAK + tail)
+    if end in tokens[len(prompt) :]:
+        tokens = tokens[: tokens.index(end, len(prompt)) + 1]
+    elif messages[-1]["role"] == "assistant":
+        tokens = (*tokens, end)
+    return Tokens(np.array(tokens, np.int32), np.arange(len(tokens)) >= len(prompt))
+
+
+def context_of(tokenizer: Any, messages: Messages) -> str:
+    """What is rendered before the last turn, a reply's header and label included."""
+    *before, last = messages
+    text = render(tokenizer, before, last["role"] == "assistant") if before else opening(tokenizer, messages)
+    return text + labelled(tokenizer, last.get("label", ""))
+
+
+def opening(tokenizer: Any, messages: Messages) -> str:
+    """What the template puts before the content of the last turn: what its rendering shares with another."""
+    *before, last = messages
+    other = "b" if last["content"].startswith("a") else "a"
+    both = [
+        render(tokenizer, [*before, {**last, "content": text}], False) for text in (last["content"], other)
+    ]
+    return os.path.commonprefix(both)
+
+
+def rendered_turn(tokenizer: Any, messages: Messages, before: str) -> str:
+    """What follows `before` in the rendering of the last turn.
+
+    Where the template changes the turns before a reply, or the header of the reply, once the reply is there,
+    it is found by the content of the turn before it, and by what the two headers share.
+
+    Raises:
+        RunError: it cannot be found; says what the template changes.
+    """
+    full = render(tokenizer, messages, False)
+    if full.startswith(before):
+        return full[len(before) :]
+    *context, last = messages
+    start, history = len(opening(tokenizer, messages)), render(tokenizer, context, False)
+    at = len(history)
+    if not full.startswith(history):
+        content = hidden(tokenizer, context[-1]["content"].strip()) if context else ""
+        kept = history[history.rfind(content) :] if content in history else ""
+        at = full.rfind(kept, 0, start) + len(kept)
+        if not content or not kept or at < len(kept):
+            system = ", the system turn too" * (messages[0]["role"] == "system")
+            raise dist.RunError(f"cannot be encoded: the chat template changes earlier turns{system}")
+    if not before.startswith(history):
+        raise dist.RunError("cannot be encoded: the header of a reply changes what is before it")
+    header = before[len(history) :]
+    same = min(common_prefix(header, full[at:]), start - at)
+    tail = full[at + same :]
+    if "<think>" in header[same:]:
+        tail = with_thoughts(tokenizer, last["content"], tail)
+    return tail.removeprefix(labelled(tokenizer, last.get("label", "")))
+
+
+def with_thoughts(tokenizer: Any, content: str, tail: str) -> str:
+    """A rendered reply after a header that opens <think>: with its thoughts, or closed at once."""
+    thoughts, close, answer = hidden(tokenizer, content, True).rpartition("</think>")
+    if close and thoughts.strip() not in tail and answer.strip() in tail:
+        rest = tail[tail.find(answer.strip()) + len(answer.strip()) :]
+        return thoughts.removeprefix("<think>").lstrip("\n") + close + answer + rest
+    return tail if close or "</think>" in tail else f"\n</think>\n\n{tail}"
+
+
+def keeps_thoughts(tokenizer: Any, message: dict, text: str) -> bool:
+    """Whether the thoughts that a reply's content holds are in its rendering."""
+    thoughts, close, _ = hidden(tokenizer, message["content"], True).rpartition("</think>")
+    return not close or message["role"] != "assistant" or thoughts.rpartition("<think>")[2].strip() in text
+
+
+@functools.lru_cache(maxsize=4)
+def shows_system(tokenizer: Any) -> bool:
+    texts = [render(tokenizer, [{"role": "system", "content": x}, *PROBE[:1]], True) for x in ("b", "zebra")]
+    return texts[0] != texts[1]
+
+
+def refuse_unseen(tokenizer: Any, messages: Messages) -> None:
+    """End the run if the template shows nothing of something that a message says."""
+    if tokenizer.chat_template is None:
+        return
+    refuse_unknown(tokenizer, messages[0].get("chat_template_kwargs", {}))
+    ask = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    for i, m in enumerate(messages):
+        names = {"tools", "tool_calls", "reasoning_content"} & m.keys()
+        if m["content"] and (m["role"] == "tool" or names):
+            names.add("content")
+        upto = messages[: max(i + 1, ask)]
+        for name in names:
+            other = {**m, name: "zebra"} if name == "content" else {k: x for k, x in m.items() if k != name}
+            if render(tokenizer, upto, False) == render(tokenizer, [*upto[:i], other, *upto[i + 1 :]], False):
+                what = name if name == "tools" else f"{name} of a turn of {m['role']}"
+                raise dist.RunError(f"cannot be encoded: the chat template does not show the {what}")
+        if m["role"] == "system" and not shows_system(tokenizer):
+            raise dist.RunError("cannot be encoded: the chat template does not show a system turn")
+
+
+def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Tokens:
+    """Tokens of both; the mask is on the response's turns of the assistant. lossless: as in `encode_chat`.
+
+    Raises:
+        RunError: the response has several, and the template rewrites the first of them.
+    """
+    trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
+    tokens, *others = encode_chat(tokenizer, prompt + response, trained, lossless)
+    if others:
+        raise dist.RunError("cannot be encoded: the chat template changes a response of several turns")
+    return tokens
+
+
+def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
+    """Tokens to generate from: messages under the template, a string as plain text; then the label."""
+    plain = isinstance(prompt, str)
+    if not plain:
+        refuse_unseen(tokenizer, prompt)
+    text = prompt if plain else render(tokenizer, prompt, True)
+    return list(tokenize(tokenizer, text + labelled(tokenizer, label), plain))
+
+
+def check_prompts(tokenizer: Any, prompts: list[Messages], what: str) -> None:
+    """End the run now if the chat template does not take a reply after one of the prompts."""
+
+    def check(prompt: Messages) -> None:
+        with encoding(f"{what}: after the prompt {str(prompt)[:80]}"):
+            encode_response(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
+
+    dist.parallel_map(check, prompts)
+
+
+def labelled(tokenizer: Any, line: str) -> str:
+    """A label line as it stands before a reply: after the template's label_token, where it sets one."""
+    token = re.search(r"set label_token = '(.*?)'", tokenizer.chat_template or "") if line else None
+    return token[1] + line if token else line
+
+
+# how families in wide use begin a rendered conversation
+COMMON = r"(?:<s>|<bos>)?\s*(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\])"
+
+
+@functools.lru_cache(maxsize=4)
+def beginnings(tokenizer: Any) -> re.Pattern:
+    """Matches a text that begins as a chat template begins one."""
+    start = special_tokens(tokenizer).sub("", opening(tokenizer, PROBE[:1])).strip()
+    own = [re.escape(start)] if start[:1] in ("[", "<", "#", "|") else []
+    return re.compile("|".join([COMMON, special_tokens(tokenizer, True).pattern, *own]))
+
+
+def refuse_rendered(tokenizer: Any, value: dict, where: str) -> None:
+    """End the run for a text that has been through a chat template: it would go through it twice."""
+    if tokenizer.chat_template is None:
+        return
+    begins, end = beginnings(tokenizer), tokenizer.decode([end_token(tokenizer)])
+    for name in (*PROMPTS[:-1], *RESPONSES, *CHOSEN, *REJECTED):
+        text = value[name].strip() if isinstance(value.get(name), str) else ""
+        if begins.match(text) or text.endswith(end):
+            expected = "a text without the chat template's own marks, or messages"
+            raise wrong(where, f"{name} {text!r}", expected)
+
+
+def template_notes(tokenizer: Any) -> Iterator[str]:
+    """What to know about a template before it is trained with."""
+    if "strftime_now(" in str(tokenizer.chat_template):
+        day = getattr(tokenizer, "day", DAY)
+        yield f"the chat template writes the date, always {day}; strftime_now in chat_template_kwargs sets it"
+    if tokenizer.chat_template is not None:
+        asked, full = render(tokenizer, PROBE[:1], True), render(tokenizer, PROBE, False)
+        extra = asked[common_prefix(asked, full) :]
+        if extra:
+            yield (
+                f"the chat template ends the header of a reply with {extra!r}, but leaves it out of replies; "
+                "they are trained after that header, as they are generated"
+            )

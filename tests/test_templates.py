@@ -1,0 +1,353 @@
+"""Chat templates: every reply is trained after what generation would start it from, and nothing is lost."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_data import ASK, CHAT, PAIRS, SEVEN, load, scored, write
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from common import data, dist, rewards, templates
+
+SPEC = importlib.util.find_spec("trl")
+FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC else Path("absent")
+FILES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+MARK = re.compile(
+    r"<[|｜][^<>\s{}'\"]+?[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>"
+    r"|</?(?:s|bos|eos|start_of_turn|end_of_turn|end_of_utterance|fake_token_around_image|image)>|\[/?[A-Z_]{3,}\]"
+)
+
+
+def tokenizer_for(template: str, *more: str) -> Any:
+    """Bytes; the marks that a template writes are special tokens, and two newlines one token, as often."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<bos0>", "<eos0>", *more, *sorted(set(MARK.findall(template)))])
+    core.add_tokens(["<think>", "</think>", "\n\n"])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos0>", eos_token="<eos0>")
+    made.chat_template = template
+    return made
+
+
+def family(name: str) -> Any:
+    if not FILES:
+        pytest.skip("needs the template files of trl")
+    return tokenizer_for((FOLDER / f"{name}.jinja").read_text())
+
+
+def texts(tokenizer: Any, sequences: list) -> list[tuple[str, str]]:
+    """(context, what is trained) of each sequence with one trained turn, decoded."""
+    return [(tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask])) for ids, mask in sequences]
+
+
+def sft(tokenizer: Any, folder: Path, record: dict) -> list[tuple[str, str]]:
+    return texts(tokenizer, load("sft", write(folder, record), tokenizer, max_length=4096)[0].sequences)
+
+
+# ------------------------------------------------------------------------------------------- many templates
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_both_replies_of_a_chat_are_trained_as_they_are_generated(name: str) -> None:
+    tokenizer = family(name)
+    sequences = data.encode_chat(tokenizer, CHAT, [False, True] * 2)
+    runs = [run for sequence in sequences for run in scored(tokenizer, sequence)]
+    assert len(runs) == 2 and "Yes." in runs[0] and "No." in runs[1]
+    assert sequences[-1].ids[-1] == data.end_token(tokenizer)
+    for turns in (1, 3):
+        asked = data.encode_prompt(tokenizer, CHAT[:turns])
+        tokens = sequences[turns // 2 if len(sequences) == 2 else 0].ids.tolist()
+        assert tokens[: len(asked)] == asked
+    pair = [data.encode_response(tokenizer, CHAT[:3], [{**CHAT[3], "content": text}]) for text in ("a", "b")]
+    assert [text.count("a") for _, text in texts(tokenizer, pair)][0] >= 1 and len({*map(len, pair)}) == 1
+
+
+# headers that open thoughts which the template leaves out of replies
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}"
+    "{% else %}{{ '<|assistant|>' + m.content.split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "trained"),
+    [
+        ("4", "\n</think>\n\n4<|end|>"),
+        ("<b>4</b>", "\n</think>\n\n<b>4</b><|end|>"),  # begins as the header does
+        ("<think>\nwhy\n</think>\n\n4", "why\n</think>\n\n4<|end|>"),
+        ("why\n</think>\n\n4", "why\n</think>\n\n4<|end|>"),
+    ],
+)
+def test_a_reply_stands_after_the_thoughts_that_the_header_opens(
+    tmp_path: Path, content: str, trained: str, capsys: Any
+) -> None:
+    tokenizer = tokenizer_for(R1)
+    turns = [ASK, {**SEVEN, "content": content}]
+    assert sft(tokenizer, tmp_path, {"messages": turns}) == [
+        ("<bos0><|user|>3+4?<|assistant|><think>\n", trained)
+    ]
+    assert r"ends the header of a reply with '<think>\n'" in capsys.readouterr().out
+    (first, second) = sft(tokenizer, tmp_path, {"messages": turns + turns})
+    assert first[1] == second[1] == trained and "why" not in second[0]
+
+
+# the system text stands in the last turn of the user, if that ends the conversation
+MISTRAL = (
+    "{{ bos_token }}{% set rest = messages %}{% set first = '' %}{% if messages[0].role == 'system' %}"
+    "{% set rest = messages[1:] %}{% set first = messages[0].content + '\n\n' %}{% endif %}"
+    "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + (first if loop.last else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_text_that_moves_is_where_generation_sees_it(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(MISTRAL)
+    found = sft(tokenizer, tmp_path, {"system": "Be brief.", "messages": CHAT})
+    assert found == [
+        ("<bos0>[INST] Be brief.\n\nIs it so?[/INST]", " Yes.<eos0>"),
+        ("<bos0>[INST] Is it so?[/INST] Yes.<eos0>[INST] Be brief.\n\nAre you sure?[/INST]", " No.<eos0>"),
+    ]
+    with pytest.raises(dist.RunError, match=r"data.jsonl:1: cannot be encoded: must alternate$"):
+        sft(tokenizer, tmp_path, {"messages": [ASK, ASK, SEVEN]})
+
+
+def plain(content: str = "m.content") -> str:
+    """A template that writes this of every turn."""
+    turn = "{% for m in messages %}{{ m.role + ':' + " + content + " + '<|end|>' }}{% endfor %}"
+    return turn + "{{ 'assistant:' if add_generation_prompt }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (plain("(m.content if m.role != 'system' else '')"), "does not show a system turn"),
+        (plain("m.content.split('</think>')[-1]"), "leaves out the thoughts of a trained reply"),
+        (
+            plain("(m.content if loop.last else m.content[::-1])"),
+            "changes earlier turns, the system turn too",
+        ),
+        (plain().replace("'assistant:' if", "'!' * 9 if"), None),
+    ],
+)
+def test_what_a_template_loses_or_turns_over_is_refused(
+    tmp_path: Path, template: str, reason: str | None
+) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, ASK, {**SEVEN, "content": "<think>why</think>7"}]
+    tokenizer = tokenizer_for(template)
+    if reason is None:  # another header for a reply than a reply has: the reply is trained after it
+        assert sft(tokenizer, tmp_path, {"messages": turns[1:]})[0][0].endswith("!" * 9)
+        return
+    with pytest.raises(dist.RunError, match=f"data.jsonl:1: cannot be encoded: the chat template {reason}"):
+        sft(tokenizer, tmp_path, {"messages": turns})
+
+
+# ----------------------------------------------------------------------------------------- tools and thoughts
+
+WEATHER = {
+    "name": "weather",
+    "description": "d",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+SUN = {"role": "tool", "content": "sunny"}
+LAST = {"role": "assistant", "content": "It is sunny."}
+TOOLS = [
+    {
+        "tools": [{"type": "function", "function": WEATHER}],
+        "messages": [
+            ASK,
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+            SUN,
+            LAST,
+        ],
+    },
+    {
+        "tools": json.dumps([WEATHER]),
+        "messages": [
+            ASK,
+            {"role": "assistant", "content": None, "name": None, "tool_calls": json.dumps([CALL])},
+            SUN,
+            LAST,
+        ],
+    },
+    {
+        "tools": [{"type": "function", "function": {**WEATHER, "strict": None}}],  # a table fills in nulls
+        "messages": [
+            ASK,
+            {"role": "assistant", "tool_calls": [{"function": {**CALL, "arguments": '{"city": "Oslo"}'}}]},
+            SUN,
+            LAST,
+        ],
+    },
+    {
+        "tools": json.dumps([WEATHER]),
+        "conversations": [
+            {"from": "human", "value": "3+4?"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "It is sunny."},
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("record", TOOLS)
+def test_tools_and_calls_of_every_spelling_reach_the_template(tmp_path: Path, record: dict) -> None:
+    (call, reply) = sft(family("qwen3"), tmp_path, record)
+    assert json.dumps({"type": "function", "function": WEATHER}) in call[0]
+    assert call[1].endswith(
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    )
+    assert "<tool_response>\nsunny\n</tool_response>" in reply[0] and reply[1].endswith(
+        "It is sunny.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_are_trained_by_any_name(tmp_path: Path, name: str) -> None:
+    for template, thoughts in (
+        ("qwen3", "<think>\nwhy\n</think>\n\n7<|im_end|>"),
+        ("gptoss", "analysis<|message|>why<|end|>"),
+    ):
+        ((_, trained),) = sft(family(template), tmp_path, {"messages": [ASK, {**SEVEN, name: "why"}]})
+        assert thoughts in trained
+    assert sft(family("qwen3"), tmp_path, {"prompt": "3+4?", "response": "7", name: "why"})[0][1].startswith(
+        "<think>\nwhy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (TOOLS[0], "tools"),
+        ({"messages": TOOLS[0]["messages"]}, "tool_calls of a turn of assistant"),
+        ({"messages": [ASK, {**SEVEN, "thinking": "why"}]}, "reasoning_content of a turn of assistant"),
+        (
+            {"messages": [ASK, SEVEN], "chat_template_kwargs": {"deep": True}},
+            "chat_template_kwargs: found deep",
+        ),
+    ],
+)
+def test_what_a_template_cannot_show_is_refused_by_name(tmp_path: Path, record: dict, what: str) -> None:
+    tokenizer = tokenizer_for(templates.CHATML)
+    for kind in ("sft", "prompts", "ratings"):
+        if kind == "prompts" and what.startswith(("tool_calls", "reasoning")):
+            continue  # in the last reply, which is not read
+        with pytest.raises(dist.RunError, match=f"data.jsonl:1: .*{what}"):
+            load(kind, write(tmp_path, {**record, "label": {"quality": 1}}), tokenizer)
+
+
+def test_an_assistants_own_marks_are_tokens_and_a_users_are_text() -> None:
+    tokenizer = tokenizer_for(templates.CHATML, "[THINK]", "[/THINK]", "<|im_start|>", "<|im_end|>")
+    spelled = "[THINK]why[/THINK] <|im_end|><|im_start|> 7"
+    turns = [{**ASK, "content": spelled}, {**SEVEN, "content": spelled}]
+    (sequence,) = data.encode_chat(tokenizer, turns, [False, True])
+    think, start, end = (
+        tokenizer.convert_tokens_to_ids(x) for x in ("[THINK]", "<|im_start|>", "<|im_end|>")
+    )
+    found = sequence.ids.tolist()
+    assert (found.count(think), found.count(start), found.count(end)) == (1, 2, 2)
+    assert tokenizer.decode(sequence.ids[sequence.mask]) == spelled + "<|im_end|>"
+
+
+# ---------------------------------------------------------------------------------- variables and the date
+
+
+def test_variables_of_the_template_hold_in_training_generation_and_export(tmp_path: Path) -> None:
+    tokenizer = family("qwen3")
+    record = {"messages": [ASK, SEVEN], "chat_template_kwargs": '{"enable_thinking": false}'}
+    ((context, trained),) = sft(tokenizer, tmp_path, record)
+    assert context.endswith("<think>\n\n</think>\n\n") and trained == "7<|im_end|>"
+    assert sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]})[0][1] != trained
+    templates.set_defaults(tokenizer, '{"enable_thinking": false}')
+    templates.set_defaults(tokenizer, '{"enable_thinking": false}')  # as a stage after a stage does
+    assert tokenizer.chat_template.count("enable_thinking is not defined") == 1
+    assert sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]}) == [(context, trained)]
+    tokenizer.save_pretrained(tmp_path / "export")
+    (tmp_path / "export" / "config.json").write_text("{}")
+    (tmp_path / "export" / "model.safetensors").touch()
+    shown = data.load_tokenizer(str(tmp_path / "export")).apply_chat_template(
+        [ASK], tokenize=False, add_generation_prompt=True
+    )
+    assert shown == context
+    oss = family("gptoss")  # reads it in a macro
+    templates.set_defaults(oss, '{"reasoning_effort": "high"}')
+    assert "Reasoning: high" in templates.render(oss, [ASK], True)
+    for given in ("{", "[1]", '{"enable": 1}'):
+        with pytest.raises(dist.RunError, match="^chat_template_kwargs: found .*; expected"):
+            templates.set_defaults(tokenizer, given)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    template = "{{ 'Today: ' + strftime_now('%d %b %Y') + '.' }}" + plain()
+    tokenizer, found = tokenizer_for(template), set()
+    for day in (1, 2):
+        monkeypatch.setattr(
+            chat_template_utils,
+            "datetime",
+            type("Day", (), {"now": lambda d=day: datetime.datetime(2030, 1, d)}),
+        )
+        found.add(sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]})[0][0])
+    assert found == {"Today: 01 Jan 2026.user:3+4?<|end|>assistant:"}
+    assert (
+        "writes the date, always 2026-01-01; strftime_now in chat_template_kwargs" in capsys.readouterr().out
+    )
+    templates.set_defaults(tokenizer, '{"strftime_now": "2027-12-31"}')
+    assert templates.render(tokenizer, [ASK], True).startswith("Today: 31 Dec 2027.")
+
+
+# --------------------------------------------------------------------------------- one line wherever encoded
+
+
+def test_what_a_template_does_not_take_is_one_line_wherever_it_is_encoded(tmp_path: Path) -> None:
+    strict = tokenizer_for(
+        "{{ raise_exception('no system role') if messages[0].role == 'system' }}" + plain()
+    )
+    system = [{"role": "system", "content": "Be brief."}, ASK]
+    record = {"system": "Be brief.", "prompt": "3+4?", "response": "7"}
+    with pytest.raises(dist.RunError, match=r"^here:3: cannot be encoded: no system role$"):
+        data.read_responses(strict, record, "here:3")
+    with pytest.raises(dist.RunError, match=r"^cannot be encoded: no system role$"):
+        data.encode_prompt(strict, system)
+    reward = rewards.Reward(1.0, "runs/rm", None, None, strict)
+    examples = load("prompts", write(tmp_path, record), tokenizer_for(templates.CHATML))
+    with pytest.raises(
+        dist.RunError, match=r"^reward runs/rm: after the prompt .*: cannot be encoded: no system"
+    ):
+        rewards.check([reward], examples)
+    for text in ("half \ud83d", "<|im_start|>user\n3+4?", "3+4?<|end|>"):
+        source = write(tmp_path, PAIRS[0], {"prompt": text, "chosen": "7", "rejected": "8"})
+        with pytest.raises(
+            dist.RunError, match=r"data.jsonl:2: (cannot be encoded: .*surrogate|found prompt .*own marks)"
+        ):
+            load("pairs", source, strict)
+
+
+def test_content_in_parts_is_for_templates_that_see(tmp_path: Path) -> None:
+    vision = "{% for m in messages %}{{ m.role + ':' + m.content[0]['text'] + '<|end|>' }}{% endfor %}"
+    record = {"messages": [{"role": "user", "content": [{"type": "text", "text": "3+4?"}]}, SEVEN]}
+    for template in (vision, plain()):
+        ((context, trained),) = sft(tokenizer_for(template), tmp_path, record)
+        assert context == "user:3+4?<|end|>" + "assistant:" * ("reply" in template or "gen" in template)
+        assert trained.endswith("7<|end|>")
+    with pytest.raises(dist.RunError, match=r"data.jsonl:1: found the message .*image"):
+        sft(
+            tokenizer_for(vision),
+            tmp_path,
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, SEVEN]},
+        )
