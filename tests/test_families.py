@@ -29,7 +29,6 @@ class Family(NamedTuple):
 
     settings: dict[str, Any] = {}
     refused: str = ""  # said on loading
-    no_score: bool = False  # transformers has no sequence classifier of it: no reward_model, no value model
     no_adapters: str = ""  # said of lora_target all-linear
     known_as: str = ""
 
@@ -85,7 +84,7 @@ FAMILIES = {
     "seed_oss": Family(known_as="Seed-OSS"),
     "arcee": Family(known_as="AFM-4.5B"),
     "afmoe": Family(known_as="Trinity"),
-    "minicpm3": Family(known_as="MiniCPM3"),
+    "minicpm3": Family({"num_key_value_heads": 4, "head_dim": 24}, known_as="MiniCPM3"),
     "minimax_m2": Family(known_as="MiniMax-M2"),
     "hunyuan_v1_dense": Family(known_as="Hunyuan dense"),
     "hunyuan_v1_moe": Family(known_as="Hunyuan-A13B"),
@@ -97,19 +96,19 @@ FAMILIES = {
     "deepseek_v2": Family(LATENT, known_as="DeepSeek-V2"),
     "deepseek_v3": Family(LATENT, known_as="DeepSeek-V3, R1, Kimi K2"),
     "dots1": Family(known_as="dots.llm1"),
-    "ernie4_5": Family(no_score=True, known_as="ERNIE 4.5 0.3B"),
-    "ernie4_5_moe": Family(no_score=True, known_as="ERNIE 4.5"),
+    "ernie4_5": Family(known_as="ERNIE 4.5 0.3B"),
+    "ernie4_5_moe": Family(known_as="ERNIE 4.5"),
     "mellum": Family(),
     "solar_open": Family(known_as="Solar Open"),
-    "granite": Family(no_score=True, known_as="Granite 3"),
-    "granitemoe": Family(no_score=True, known_as="Granite 3 MoE"),
-    "granitemoeshared": Family(no_score=True),
+    "granite": Family(known_as="Granite 3"),
+    "granitemoe": Family(known_as="Granite 3 MoE"),
+    "granitemoeshared": Family(),
     "granitemoehybrid": Family({"layer_types": ["attention"] * 2}, refused="carries a recurrent state"),
-    "cohere": Family(no_score=True, known_as="Command R, Aya"),
-    "cohere2": Family(no_score=True, known_as="Command R7B"),
-    "cohere2_moe": Family(no_score=True),
-    "apertus": Family(no_score=True, known_as="Apertus"),
-    "hy_v3": Family(no_score=True),
+    "cohere": Family(known_as="Command R, Aya"),
+    "cohere2": Family(known_as="Command R7B"),
+    "cohere2_moe": Family(),
+    "apertus": Family(known_as="Apertus"),
+    "hy_v3": Family(),
     "laguna": Family(no_adapters="peft does not read back the adapters"),
     "gpt_oss": Family(refused="has attention sinks", known_as="gpt-oss"),
     "mamba": Family(refused="carries a recurrent state", known_as="Mamba"),
@@ -123,12 +122,19 @@ QUICK = ["gemma3_text", "mixtral"]
 SAMPLE = ["llama", "gpt2", "phi3", "olmo2", "deepseek_v3", "granite"]
 
 
+def has_score(kind: str) -> bool:
+    """Whether transformers has a sequence classifier of the family, which reward and value models are."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
 def table() -> str:
     """The rows of docs/models.md."""
     lines = ["| type in config.json | known as | answer |", "|---|---|---|"]
     for kind, family in sorted(FAMILIES.items()):
         said = [f'refused: "{family.refused}"'] if family.refused else ["right"]
-        said += ["transformers has no reward or value model of it"] if family.no_score else []
+        said += [] if family.refused or has_score(kind) else ["no reward or value model"]
         said += ["LoRA: name layers in `--lora_target`"] if family.no_adapters else []
         lines.append(f"| `{kind}` | {family.known_as} | {'; '.join(said)} |")
     return "\n".join(lines) + "\n"
@@ -207,6 +213,7 @@ def check_scripts(kind: str, folder: Path, few: Path, device: torch.device) -> N
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     def run(module: Any, name: str, source: str, **options: Any) -> dict[str, float]:
+        assert options.keys() <= flat(module.Args()).keys()
         options |= {"model": str(folder), "dataset": f"{few}/{source}", "output_dir": str(folder / name)}
         options |= {"eval_dataset": f"{few}/one_{source}", "num_samples": 0, "max_new_tokens": 8}
         options |= {"batch_size": 4, "max_steps": 1, "learning_rate": 1e-3, "warmup_steps": 0}
@@ -219,12 +226,16 @@ def check_scripts(kind: str, folder: Path, few: Path, device: torch.device) -> N
     row = packed.make_micro_batch(EXAMPLES, [0, 1, 2], device)
     run(sft, "sft", "sft")
     assert abs(run(dpo, "dpo", "pairs")["eval/loss"] - np.log(2)) < 1e-5
-    trained = models.token_logps(load(folder / "sft", device), row).detach()
+    policy = load(folder, device)
+    optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0))
+    checkpoint.resume(str(folder / "sft"), {"policy": (policy, optimizer)})
+    trained = models.token_logps(policy, row).detach()
     exported = AutoModelForCausalLM.from_pretrained(folder / "sft" / "model", dtype=torch.float32)
     with torch.no_grad():
         close(alone(exported), trained)
-    small = {"rollout_size": 4, "reward": "test_families:length"}
-    if FAMILIES[kind].no_score:
+    small = {"reward": "test_families:length", "rollout_size": 4}
+    run(ppo, "rloo", "sft", **small | {"rollout_size": 2, "samples_per_prompt": 2, "advantage": "rloo"})
+    if not has_score(kind):
         with pytest.raises(dist.RunError, match="with a score head"):
             run(reward_model, "reward_model", "pairs")
         return
