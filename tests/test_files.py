@@ -178,6 +178,19 @@ def test_no_items_make_an_empty_file(tmp_path: Path, device: torch.device) -> No
     assert (tmp_path / "lines.jsonl").read_text() == ""
 
 
+def parts(folder: str, **size: int) -> list[int]:
+    """How many lines are made at a time; called on each rank."""
+    sizes: list[int] = []
+    path = Path(folder) / f"lines{len(size)}.jsonl"
+    files.write_lines(path, [*range(700)], "", lambda x: sizes.append(len(x)) or [{}] * len(x), **size)
+    return sizes
+
+
+def test_parts_grow_with_the_ranks_or_are_of_the_size_asked_for(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks("test_files:parts", folder=str(tmp_path)) == [[512, 188]] * 2
+    assert two_ranks("test_files:parts", folder=str(tmp_path), size=700) == [[700]] * 2
+
+
 def test_a_stop_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
@@ -228,7 +241,7 @@ def test_a_journal_makes_what_is_missing_and_tries_again_what_failed(
     assert len(made) == 5
 
 
-def stopped_while_asked(folder: str, rank: int) -> list[str]:
+def stopped_while_asked(folder: str, rank: int) -> tuple:
     """Both ranks ask, one of them is told to stop; runs in tests/worker.py."""
     dist.init(1)
     journal = files.Journal(Path(folder))
@@ -242,13 +255,14 @@ def stopped_while_asked(folder: str, rank: int) -> list[str]:
         journal.collect({f"{i:x}": i for i in range(20)}, make, threads=1)
     except dist.Stopped as stop:
         dist.init(1)
+        dist.barrier()  # until both have ended
         return str(stop), len(files.Journal(Path(folder)).records)
-    return ["not stopped"]
+    return ("not stopped",)
 
 
 def test_a_stop_while_asking_ends_all_ranks_and_keeps_the_answers(tmp_path: Path, two_ranks: Any) -> None:
     one, other = two_ranks("test_files:stopped_while_asked", folder=str(tmp_path), rank=1)
-    assert one == other and "the same command goes on" in one[0] and 1 <= one[1] <= 11
+    assert one == other and "the same command goes on" in one[0] and 1 <= one[1] < 20
 
 
 # caches
