@@ -402,8 +402,9 @@ def check_stages(args: Args, options: dict[str, Any], tokenizer: Any, device: to
         num = load_annotated(with_fields(options["sft"], dataset=args.annotated), tokenizer)[0].epoch_size
     else:
         records = read_to_annotate(args, "train")
-        for record in (*records, *read_to_annotate(args, "test")):
-            formats.read_exchange(tokenizer, *record)
+        reader = data.load_tokenizer(args.attribute_model) if args.attribute_model else tokenizer
+        both = [*records, *read_to_annotate(args, "test")]
+        dist.parallel_map(lambda record: data.read_responses(reader, *record), both)
         num = len(records)
     if not args.conditioned_model:
         stages.refuse_large_batch("sft", options["sft"], num)
