@@ -406,8 +406,9 @@ def check_stages(
     if args.annotated:
         num = load_annotated(with_fields(options["sft"], dataset=args.annotated), tokenizer)[0].epoch_size
     else:
-        for record in (record for split in records.values() for record in split):
-            formats.read_exchange(tokenizer, *record)
+        reader = data.load_tokenizer(args.attribute_model) if args.attribute_model else tokenizer
+        both = [record for split in records.values() for record in split]
+        dist.parallel_map(lambda record: data.read_responses(reader, *record), both)
         num = len(records["train"])
     if not args.conditioned_model:
         stages.refuse_large_batch("sft", options["sft"], num)

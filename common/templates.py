@@ -88,7 +88,7 @@ def set_defaults(tokenizer: Any, chat_template_kwargs: str) -> None:
 
 def refuse_unknown(tokenizer: Any, given: dict) -> None:
     """End the run for a variable that the template does not name."""
-    for name in given:
+    for name in (name for name, value in given.items() if value not in ("", [], {})):
         if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
             raise wrong("chat_template_kwargs", name, "a variable that the chat template reads")
 
