@@ -226,7 +226,6 @@ def loss_and_metrics(
 
 
 RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
-REWARDS, SCORES = ("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected")
 
 
 def check(args: Args, pairs: data.Dataset) -> None:
@@ -236,9 +235,13 @@ def check(args: Args, pairs: data.Dataset) -> None:
     refuse_ignored(args, TOY, f"loss {args.loss}", used)
     if not 0 <= args.label_smoothing < 0.5:
         raise formats.wrong("label_smoothing", args.label_smoothing, "0 to less than 0.5, a coin flip")
-    for pair in pairs if args.loss in RPO else ():
-        if not pair.record.keys() >= set(REWARDS) and not pair.record.keys() >= set(SCORES):
-            raise formats.wrong(f"loss {args.loss}", "a pair without rewards", " and ".join(REWARDS))
+    names = {formats.reward_names(pair.record) for pair in pairs} if args.loss in RPO else set()
+    if "" in names:
+        raise formats.wrong(
+            f"loss {args.loss}", "a pair without rewards", "chosen_reward and rejected_reward"
+        )
+    if names and dist.is_main():
+        print(f"loss {args.loss}: its chosen_reward and rejected_reward are {', '.join(names)}", flush=True)
 
 
 # SimPO's own, section 4 of its paper: gamma is half of beta

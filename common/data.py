@@ -377,22 +377,7 @@ def load(
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
         records = regroup(records, kind)
         found = dist.parallel_map(attempt, records)
-        for record, item in zip(records, found, strict=True):
-            if not isinstance(item, str):
-                item[1].record = record.value
-        kept = [item for item in found if not isinstance(item, str)]
-        reasons = Counter(reason for reason in found if isinstance(reason, str))
-        whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
-        num_cut = sum(is_cut for is_cut, _ in kept)
-        if num_cut:
-            tell(f"{source}: {num_cut:,} cut at the {cut}, by {option} {max_length}")
-        if whys:
-            tell(f"{source}: dropped {whys}")
-        if not kept:
-            is_long = any(option in reason for reason in reasons)
-            expected = f"a larger {option} than {max_length}" if is_long else "replies to train on"
-            raise wrong(f"dataset {source}", f"nothing to train on, {whys}", expected)
-        return [example for _, example in kept]
+        return keep(source, records, found, option, max_length, cut, tell)
 
     train_parts, eval_parts = [], []
     for source, weight in read_sources(dataset):
@@ -408,6 +393,34 @@ def load(
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
     return train, evaluation
+
+
+def keep(
+    source: str, records: list[Record], found: list, option: str, max_length: int, cut: str, tell: Callable
+) -> list[Example]:
+    """The examples that were made of the records of a source; tells how many were cut or dropped, and why.
+
+    Args:
+        found: of each record (whether it was cut, the example), or why it is left out.
+
+    Raises:
+        RunError: all are left out.
+    """
+    reasons = Counter(item for item in found if isinstance(item, str))
+    kept = [(*item, r) for r, item in zip(records, found, strict=True) if not isinstance(item, str)]
+    for _, example, record in kept:
+        example.record = record.value
+    whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
+    num_cut = sum(is_cut for is_cut, _, _ in kept)
+    if num_cut:
+        tell(f"{source}: {num_cut:,} cut at the {cut}, by {option} {max_length}")
+    if whys:
+        tell(f"{source}: dropped {whys}")
+    if not kept:
+        is_long = any(option in reason for reason in reasons)
+        expected = f"a larger {option} than {max_length}" if is_long else "replies to train on"
+        raise wrong(f"dataset {source}", f"nothing to train on, {whys}", expected)
+    return [example for _, example, _ in kept]
 
 
 def fit(

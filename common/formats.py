@@ -433,6 +433,14 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
     return with_context(value, chosen[:shared], where), chosen[shared:], rejected[shared:], numbers
 
 
+def reward_names(value: dict) -> str:
+    """The fields that have the rewards of a preference; "" without."""
+    found = [
+        next((n for n in (name, *others) if value.get(n) is not None), "") for name, others in ALSO.items()
+    ]
+    return " and ".join(found) if all(found) else ""
+
+
 def common_prefix(a: Any, b: Any) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -224,3 +224,11 @@ def rollout(policy: models.Policy) -> Iterator[Replica]:
         if outermost:
             policy.replica.in_use = False
             policy.replica.rest(policy.room)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    from common import chat  # which holds the conversation, and imports this file
+
+    dist.run(chat.main, tyro.cli(chat.Args, use_underscores=True))
