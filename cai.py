@@ -633,11 +633,9 @@ def main(args: Args) -> None:
     options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
-    folder, common = (
-        Path(args.run.output_dir),
-        dict(
-            seed=args.seed, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs
-        ),
+    folder = Path(args.run.output_dir)
+    common = dict(
+        seed=args.seed, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs
     )
     stages.refuse_changed_stages({folder / FOLDERS[name]: own for name, own in options.items()}, RESERVED)
     if log.is_finished(2):
