@@ -1069,6 +1069,16 @@ def test_a_few_are_printed_under_another_template_and_fitted_to_a_length(tmp_pat
         show(source, "sft", output=str(tmp_path / "absent" / "shown.jsonl"))
 
 
+def test_rankings_and_prompts_are_shown_by_their_own_limits(tmp_path: Path, capsys: Any) -> None:
+    source = write(tmp_path, {"prompt": "3+4?", "responses": ["7", "8"], "ranks": [1, 2]})
+    for kind in ("ranked", "prompts"):
+        show(source, kind, max_length=10**6 if kind == "prompts" else 64)
+        printed = capsys.readouterr().out
+        assert ("sequence 1" in printed) == (kind == "ranked") and "more than the model takes" not in printed
+    with pytest.raises(dist.RunError, match="more tokens than max_prompt_length 2; expected a larger max_p"):
+        show(source, "prompts", max_prompt_length=2)
+
+
 def test_the_command_refuses_with_one_line_and_writes_nothing(tmp_path: Path) -> None:
     source = write(tmp_path, {"a": 1})
     command = [sys.executable, "-m", "common.data", source, "--kind", "sft", "--output", f"{tmp_path}/shown"]
