@@ -29,6 +29,7 @@ class Family(NamedTuple):
 
     settings: dict[str, Any] = {}
     refused: str = ""  # said on loading
+    wrong: str = ""  # known to be wrong today
     no_adapters: str = ""  # said of lora_target all-linear
     known_as: str = ""
 
@@ -110,8 +111,11 @@ FAMILIES = {
     "apertus": Family(known_as="Apertus"),
     "hy_v3": Family(),
     "laguna": Family(no_adapters="peft does not read back the adapters"),
+    "opt": Family({"ffn_dim": 96, "word_embed_proj_dim": 64}, wrong="generation crashes", known_as="OPT"),
+    "hyperclovax": Family({"logits_scaling": 0.5}, wrong="its logits are divided by their scale"),
+    "nanochat": Family({"final_logit_softcapping": 15.0}, refused="caps its logits", known_as="nanochat"),
     "gpt_oss": Family(refused="has attention sinks", known_as="gpt-oss"),
-    "mamba": Family(refused="carries a recurrent state", known_as="Mamba"),
+    "mamba": Family(refused="has layers of type linear_attention", known_as="Mamba"),
     "bloom": Family(refused="has attention code of its own", known_as="BLOOM"),
     "falcon": Family(refused="has attention code of its own", known_as="Falcon"),
     "qwen3_next": Family(refused="has layers of type linear_attention", known_as="Qwen3-Next"),
@@ -133,7 +137,7 @@ def table() -> str:
     """The rows of docs/models.md."""
     lines = ["| type in config.json | known as | answer |", "|---|---|---|"]
     for kind, family in sorted(FAMILIES.items()):
-        said = [f'refused: "{family.refused}"'] if family.refused else ["right"]
+        said = [f'refused: "{family.refused}"' if family.refused else family.wrong or "right"]
         said += [] if family.refused or has_score(kind) else ["no reward or value model"]
         said += ["LoRA: name layers in `--lora_target`"] if family.no_adapters else []
         lines.append(f"| `{kind}` | {family.known_as} | {'; '.join(said)} |")
@@ -145,7 +149,8 @@ def save(kind: str, folder: Path, tokenizer: Any) -> nn.Module:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     known = CONFIG_MAPPING[kind]()
-    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    fixed = {name for name, value in vars(type(known)).items() if isinstance(value, property)}
+    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name) and name not in fixed}
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**{**sizes, **FAMILIES[kind].settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -362,7 +367,13 @@ def test_experts_with_adapters_on_two_ranks(
 
 
 @pytest.mark.release
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=family.wrong) if family.wrong else ())
+        for kind, family in FAMILIES.items()
+    ],
+)
 def test_all_families(kind: str, tmp_path: Path, little: Path, tokenizer: Any, device: torch.device) -> None:
     check(kind, tmp_path, little, tokenizer, device)
     if not FAMILIES[kind].refused:
