@@ -25,9 +25,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TWICE_SECONDS = (
     3.0  # torchrun passes on a signal that may have reached its ranks already: that is one request
 )
-LESS_MEMORY = (
-    "lower micro_batch_tokens or max_new_tokens; activation_checkpointing on and lora_rank take less"
-)
+LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
 POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
 _stop = {"signal": 0, "time": 0.0, "agreed": False}
 

@@ -68,11 +68,10 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
         ending = ending[:-1]
     scorer.ending = None if at == "end" or ending == (end,) else ending
     if dist.is_main() and scorer.ending is not None:
-        print(
-            f"reward model: read at the last token of the template, {tokenizer.decode(ids[-1:])!r}, as by "
-            'transformers and TRL; "score_at": "end" in its config.json: at the end token',
-            flush=True,
+        where = (
+            "reward model: read as by transformers and TRL, at the template's last token that is not padding"
         )
+        print(f'{where}; with "score_at": "end" in its config.json, at the end token', flush=True)
 
 
 def check(rewards: list[Reward], examples: list[Example]) -> None:

@@ -402,7 +402,7 @@ def test_a_model_of_trl_is_read_where_it_was_trained(
         return torch.tensor(score_replies([reward], asked, replies, 0, device)).view(-1, 2)
 
     torch.testing.assert_close(ours(), expected, atol=1e-5, rtol=1e-5)
-    assert "read at the last token of the template, '\\n'" in capsys.readouterr().out
+    assert "read as by transformers and TRL, at the template's last token" in capsys.readouterr().out
     shutil.copy(few / "pairs" / "test.jsonl", tmp_path / "pairs.jsonl")
     found = score(str(tmp_path), str(tmp_path / "pairs.jsonl"))[:8]
     found = torch.tensor([[row["chosen_reward"], row["rejected_reward"]] for row in found])
