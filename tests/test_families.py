@@ -270,6 +270,11 @@ def check_adapters(folder: Path, device: torch.device) -> None:
 
     tokenizer, policy = data.load_tokenizer(str(folder)), load(folder, device, lora_rank=4)
     row = packed.make_micro_batch(EXAMPLES, [0, 1, 2], device)
+    wrapped = {name.replace(".base_layer", "") for name, _ in lora.layers(policy.model)}
+    plain = models.read_pretrained(str(folder))
+    linear = {name for name, module in plain.named_modules() if type(module) is nn.Linear}
+    experts = {name.rpartition(".")[0] for name, p in plain.named_parameters() if p.ndim == 3}
+    assert linear | experts <= wrapped | {"lm_head", "embed_out"}
     with torch.no_grad():
         base = models.token_logps(policy, row)
         for name, parameter in policy.named_parameters():
