@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from common import dist
 
-# peft takes an adapter so called for one of experts, in families whose older files hold them singly; that of
-# a shared expert or a dense layer stands on the parameter, whose name ends in .weight
+# peft moves adapters of modules so called to the experts, in families whose older files hold these singly; a
+# shared expert and a dense layer keep theirs where they are named by the parameter, as gate_proj.weight
 EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 

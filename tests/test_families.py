@@ -46,7 +46,10 @@ SIZES |= dict(shared_expert_intermediate_size=32, kv_lora_rank=16, q_lora_rank=3
 SIZES |= dict(qk_nope_head_dim=16, v_head_dim=16)
 LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # attention through a latent: all heads have keys
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-NO_CAPS = dict.fromkeys(CAPS)
+TOWERS = {"vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}}
+TOWERS["vision_config"] |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+TOWERS["text_config"] = {x: y for x, y in SIZES.items() if "expert" not in x and "lora" not in x}
+TOWERS |= {"mm_tokens_per_image": 4}
 
 FAMILIES = {
     "llama": Family(known_as="Llama 2, 3, 3.1, 3.2; SmolLM2; Yi"),
@@ -120,7 +123,7 @@ FAMILIES = {
     "falcon": Family(refused="has attention code of its own", known_as="Falcon"),
     "qwen3_next": Family(refused="has layers of type linear_attention", known_as="Qwen3-Next"),
     "llama4_text": Family(refused="has layers of type chunked_attention", known_as="Llama 4"),
-    "gemma3": Family(refused="is multimodal", known_as="Gemma 3 4B, 12B, 27B"),
+    "gemma3": Family(TOWERS, refused="is multimodal", known_as="Gemma 3 4B, 12B, 27B"),
 }
 QUICK = ["gemma3_text", "mixtral"]
 SAMPLE = ["llama", "gpt2", "phi3", "olmo2", "deepseek_v3", "granite"]
@@ -199,7 +202,8 @@ def check_function(folder: Path, plain: nn.Module, device: torch.device) -> None
     close(ours, theirs)
     (-ours.sum()).backward()
     (-theirs.sum()).backward()
-    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    expected = {name.replace(".language_model.", "."): grad for name, grad in grads.items()}
     for name, parameter in policy.model.named_parameters():
         assert (parameter.grad is None) == (name not in expected), name
         if name in expected:
@@ -266,6 +270,11 @@ def check_adapters(folder: Path, device: torch.device) -> None:
 
     tokenizer, policy = data.load_tokenizer(str(folder)), load(folder, device, lora_rank=4)
     row = packed.make_micro_batch(EXAMPLES, [0, 1, 2], device)
+    wrapped = {name.replace(".base_layer", "") for name, _ in lora.layers(policy.model)}
+    plain = models.read_pretrained(str(folder))
+    linear = {name for name, module in plain.named_modules() if type(module) is nn.Linear}
+    experts = {name.rpartition(".")[0] for name, p in plain.named_parameters() if p.ndim == 3}
+    assert linear | experts <= wrapped | {"lm_head", "embed_out"}
     with torch.no_grad():
         base = models.token_logps(policy, row)
         for name, parameter in policy.named_parameters():
