@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from common import data, dist, files, models
 from common.args import Training
+from common.loading import is_whole
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
 OPTIONS = StateDictOptions(
@@ -174,6 +175,10 @@ def _save_transformers(
 
     with torch.device("meta"):
         shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
+    again = (
+        dict(shell.named_parameters(remove_duplicate=False)).keys() - dict(shell.named_parameters()).keys()
+    )
+    weights = {name: tensor for name, tensor in weights.items() if name not in again}  # tied: written once
     if isinstance(policy, models.Scorer):
         return shell.save_pretrained(folder, state_dict=weights)
     generation_config = policy.generation_config or transformers.GenerationConfig()
@@ -195,7 +200,7 @@ def _save_peft(folder: Path, policy: models.PackedModel, model: str, weights: di
 
     folder.mkdir(parents=True)
     base, gguf = files.model_folder(model)
-    if gguf or (Path(base) / "adapter_config.json").exists():
+    if not is_whole(base, gguf):
         merged = folder.parent / "base_model"
         plain = models.read_pretrained(base, gguf)
         with files.whole(merged) as unfinished:

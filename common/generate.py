@@ -226,7 +226,7 @@ class Replica:
         if self.device.type == "cuda" and policy.compute_dtype != torch.float32:
             packed.fuse_norms(self.model)
         self.trunk = getattr(self.model, self.model.base_model_prefix)
-        self.logit_scale = policy.logit_scale
+        self.logit_scale, self.cap = policy.logit_scale, policy.head.cap
         buffers = dict(policy.model.named_buffers())
         for name, buffer in self.model.named_buffers():  # rotary frequencies are in no state dict
             buffer.copy_(buffers[name])
@@ -266,7 +266,7 @@ class Replica:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) float32 of hidden states (n, D)."""
         head = self.model.get_output_embeddings()
-        return packed.float32_logits(hidden, head.weight, head.bias) * self.logit_scale
+        return packed.float32_logits(hidden, head.weight, head.bias, cap=self.cap) * self.logit_scale
 
 
 @contextlib.contextmanager
@@ -316,6 +316,9 @@ def rollout_attention(
         slots = torch.arange(key.shape[2], device=key.device)
         length = (attention_mask == 0).sum(-1, keepdim=True)
         attention_mask = attention_mask.masked_fill(slots < length - sliding_window, -math.inf)
+    if extra := packed.extras(kwargs):
+        out = packed.plain_attention(query, key, value, attention_mask == 0, scaling, **extra)
+        return out.transpose(1, 2), None
     n, heads, _, width = query.shape
     query = query.view(n, key.shape[1], -1, width)  # heads that share a key head become its query positions
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
@@ -348,6 +351,9 @@ class Cache:
             return key, value
         keys, values = (kept[: len(self.rows), :, : self.width] for kept in self.layers[layer])
         return keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0  # asked for by models that could count positions themselves, but are told them
 
     def move(self, source: Tensor, target: Tensor) -> None:
         for kept in (x for layer in self.layers.values() for x in layer):

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,23 +55,73 @@ def read_pretrained(
             raise ValueError("its weights are quantized; give the unquantized model")
         on_disk = {} if gguf else tensors_on_disk(folder)
         dtype = most_common_dtype(on_disk)
+        if is_tower := auto_class == "AutoModelForCausalLM" and has_other_parts(config):
+            auto_class = "AutoModelForImageTextToText"
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file
         )
         wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         if wrong:
             raise ValueError(f"{len(wrong)} weights are missing or not as config.json says, as {min(wrong)}")
+        model = restore_wide(model, on_disk, dtype)
+        if is_tower:
+            print(f"{folder}: of this {config.model_type} the text model is taken; vision is left out")
+            model = text_model(model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
-    if dtype != torch.float32:
-        model = undo_rounding(model, on_disk, dtype)
+    if dtype != torch.float32 or is_tower:
+        compute_buffers(model)
     model.dtype_on_disk = dtype
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = False  # a file that holds two of them outweighs the config
+    if (
+        head := model.get_output_embeddings()
+    ):  # a file that holds two matrices outweighs a config that ties them
+        model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    return model
+
+
+def has_other_parts(config: Any) -> bool:
+    """Whether a model takes pictures, say, beside text."""
+    return bool(config) and config.get_text_config() is not config and not config.is_encoder_decoder
+
+
+def is_whole(folder: str, gguf: str | None) -> bool:
+    """Whether transformers and peft load from there what `read_pretrained` reads, not a part or a mixture."""
+    from transformers import AutoConfig
+
+    if gguf or (Path(folder) / "adapter_config.json").exists():
+        return False
+    return not has_other_parts(AutoConfig.from_pretrained(folder))
+
+
+# with tokens of text alone, Qwen's positions in time, height and width are one: that of the text model
+TEXT_MODELS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+
+
+def text_model(whole: nn.Module) -> nn.Module:
+    """The language model and head of one that takes pictures too, their very weights, and empty buffers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = whole.config.get_text_config().to_dict()
+    kind = fields.pop("model_type")
+    fields["rope_parameters"].pop("mrope_section", None)
+    config = AutoConfig.for_model(TEXT_MODELS.get(kind, kind), **fields)
+    config.tie_word_embeddings = False  # for now: they are put in one by one
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.base_model.load_state_dict(whole.get_decoder().state_dict(), assign=True)
+    head = whole.get_output_embeddings()
+    if head.weight is whole.get_input_embeddings().weight:
+        head.weight = model.get_input_embeddings().weight
+    model.set_output_embeddings(head)
+    model.generation_config = whole.generation_config
     return model
 
 
@@ -100,10 +151,9 @@ def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 @torch.no_grad()
-def undo_rounding(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """Give back what a model lost that transformers has brought into one dtype below float32.
+def restore_wide(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Give back to tensors that are wider on disk, as a router's bias, what reading them as dtype lost.
 
-    That are tensors of a wider dtype on disk, as a router's bias, and buffers that are computed, not read.
     Where transformers makes others of such a tensor, all of the model is read in float32.
     """
     held = model.state_dict()
@@ -114,6 +164,12 @@ def undo_rounding(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dty
             return type(model).from_pretrained(model.name_or_path, dtype=torch.float32)
         owner, _, own_name = name.rpartition(".")
         getattr(model.get_submodule(owner), own_name).data = tensor
+    return model
+
+
+@torch.no_grad()
+def compute_buffers(model: nn.Module) -> None:
+    """Compute in float32, unrounded, the buffers that are in no file, as rotary frequencies."""
     with torch.device("meta"):
         exact = type(model)(copy.deepcopy(model.config))
     for name, module in exact.named_modules():
@@ -121,12 +177,11 @@ def undo_rounding(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dty
             module._buffers[own_name] = torch.empty_like(module._buffers[own_name], device="cpu")
             exact._init_weights(module)
             setattr(model.get_submodule(name), own_name, module._buffers[own_name])
-    return model
 
 
 def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
     """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     file = Path(folder) / "config.json"
     is_scorer = file.exists() and "ForSequenceClassification" in file.read_text()
@@ -147,15 +202,13 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
     config = copy.deepcopy(source.config)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        width = model.score.in_features
-    except (ValueError, AttributeError) as error:
-        kind = config.model_type
+    with torch.device("meta"):
+        model = empty_scorer(config, dtype=torch.float32)
+    if not zero_head and not type(model).__module__.startswith("transformers."):
         raise dist.RunError(
-            f"transformers has no {kind} model with a score head; use another model"
-        ) from error
+            f"transformers could not load a reward model of the kind {config.model_type} again"
+        )
+    width = model.score.in_features
     model.score = nn.Linear(width, len(names), bias=False)
     with torch.no_grad():
         if zero_head:
@@ -168,6 +221,22 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
     setattr(model, model.base_model_prefix, source.base_model)
     model.dtype_on_disk = source.dtype_on_disk
     return model
+
+
+def empty_scorer(config: Any, **settings: Any) -> nn.Module:
+    """A sequence classifier by its config; where transformers has no class of it, one made of its parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    with contextlib.suppress(ValueError):
+        model = AutoModelForSequenceClassification.from_config(config, **settings)
+        if hasattr(model, "score"):
+            return model
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        trunk = type(AutoModelForCausalLM.from_config(config).base_model)
+        scorer = type(trunk.__name__, (GenericForSequenceClassification, trunk.__mro__[1]), {})
+        return scorer._from_config(config, **settings)
+    raise dist.RunError(f"transformers has no {config.model_type} model with a score head; use another model")
 
 
 def check_savable(model: nn.Module) -> None:
@@ -205,15 +274,13 @@ def check_savable(model: nn.Module) -> None:
 def check_packable(model: nn.Module) -> None:
     """Refuse an architecture that packed rows would turn into another function than transformers computes."""
     config = model.config
-    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    layers = kinds - {"full_attention", "sliding_attention"}
     trunk, head = getattr(model, model.base_model_prefix, None), output_head(model)
-    softcaps = [getattr(config, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
     reasons = {
         "is multimodal": config.get_text_config() is not config,
-        "caps its logits": any(softcaps),
-        "has attention sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
         f"has layers of type {', '.join(sorted(layers))}": layers,
-        "carries a recurrent state": model._is_stateful,
+        "carries a recurrent state": model._is_stateful and (layers or not kinds),
         "has attention code of its own": not model._supports_attention_backend,
         "attends to later tokens": any(getattr(m, "is_causal", True) is False for m in model.modules()),
         "is more than a trunk and a head": set(model.children()) != {trunk, head},

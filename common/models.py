@@ -25,7 +25,14 @@ from torch.utils.checkpoint import checkpoint
 from common import dist, packed
 from common.args import Inference, Optimization, System
 from common.files import model_folder
-from common.loading import check_packable, check_savable, output_head, read_pretrained, read_scorer
+from common.loading import (
+    check_packable,
+    check_savable,
+    empty_scorer,
+    output_head,
+    read_pretrained,
+    read_scorer,
+)
 from common.packed import Example, MicroBatch, TokenStats, micro_batches
 from common.plan import training_flops, training_memory
 
@@ -75,9 +82,12 @@ class Policy(PackedModel):
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype, dtype_on_disk: torch.dtype):
         super().__init__(model, compute_dtype, dtype_on_disk)
         factor, divisor = (getattr(self.config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
+        if self.config.model_type == "hyperclovax":  # multiplies by what Granite divides by
+            divisor = 1 / divisor
         self.logit_scale = factor / divisor  # Cohere's and Granite's logits have one
         self.replica: Any = None  # generate.py's plain copy
         head = packed.ChunkedHead.like(model.get_output_embeddings())
+        head.cap = getattr(self.config, "final_logit_softcapping", None)
         model.set_output_embeddings(head)
         assert model.get_output_embeddings() is head
 
@@ -218,9 +228,9 @@ def _load(
         return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk
 
     config, generation_config, dtype_on_disk = dist.from_main(read)
-    auto = getattr(transformers, kind.auto_class)
+    make = empty_scorer if kind is Scorer else transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        plain = with_lora(auto.from_config(config, attn_implementation="packed", dtype=torch.float32))
+        plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
         plain.generation_config = generation_config
         shell = kind(plain, dtype, dtype_on_disk)
     if device.type == "cuda" and dtype != torch.float32:

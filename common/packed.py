@@ -205,13 +205,17 @@ def packed_attention(
         (1, N, H, K), and None for the attention weights.
 
     Raises:
-        RunError: the model asks for something else than plain causal attention over a packed row.
+        RunError: the model asks for something else than causal attention over a packed row.
     """
-    if cu_seq_lens_q is None or attention_mask is not None:
+    if attention_mask is not None:
         raise dist.RunError(f"{type(module).__name__} does its own masking, so it cannot take packed rows")
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise dist.RunError(f"{type(module).__name__} caps its logits or has sinks; packed rows take neither")
-    if _flash_kernel is not None and query.dtype != torch.float32:
+    if cu_seq_lens_q is None:
+        raise dist.RunError(
+            f"{type(module).__name__} is not told where the sequences of a packed row begin: the layer "
+            "around it does not pass on what it is called with"
+        )
+    extra = extras(kwargs)
+    if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
         width = max(query.shape[-1], value.shape[-1])
         width = -(-width // 8) * 8  # the kernels want one width for all, a multiple of 8
         q, k, v = (_widen(x[0].transpose(0, 1), width) for x in (query, key, value))  # (N, H, K)
@@ -221,10 +225,15 @@ def packed_attention(
         return out[None, ..., : value.shape[-1]], None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
-    out = [
-        F.scaled_dot_product_attention(q, k, v, **_causal(q, sliding_window), scale=scaling, enable_gqa=True)
-        for q, k, v in parts
-    ]
+    if extra:
+        out = [plain_attention(q, k, v, _seen(q, sliding_window), scaling, **extra) for q, k, v in parts]
+    else:
+        out = [
+            F.scaled_dot_product_attention(
+                q, k, v, **_causal(q, sliding_window), scale=scaling, enable_gqa=True
+            )
+            for q, k, v in parts
+        ]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
@@ -236,8 +245,49 @@ def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
     length = q.shape[2]
     if window is None or length <= window:
         return {"is_causal": True}
-    t = torch.arange(length, device=q.device)
-    return {"attn_mask": (t[:, None] >= t) & (t[:, None] - t < window)}
+    return {"attn_mask": _seen(q, window)}
+
+
+def _seen(q: Tensor, window: int | None) -> Tensor:
+    """(n, n), True where a token may look."""
+    t = torch.arange(q.shape[2], device=q.device)
+    distance = t[:, None] - t
+    return (distance >= 0) & (distance < (window or len(t)))
+
+
+def extras(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What attention is asked for and the kernels lack: a cap on scores (Gemma 2), sinks (gpt-oss)."""
+    cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    return {"cap": cap, "sinks": sinks} if cap or sinks is not None else {}
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float | None,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention as formulas, which holds n x S scores a head. (B, H, n, K), (B, H_kv, S, K) -> (B, H, n, K)
+
+    Args:
+        seen: True where a query may look, broadcast to (B, H, n, S).
+        sinks: (H,) the score of a place that takes attention and gives nothing.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT).to(_wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = soft_cap(scores, cap).masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Between -cap and cap, as Gemma 2 keeps its scores and logits; without a cap x itself."""
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 # FlashAttention over packed sequences, found once when a model is loaded onto a GPU: an import inside the
@@ -320,19 +370,20 @@ class ChunkedHead(nn.Linear):
         """With the very weight of `head`, which may be tied to an embedding."""
         ours = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         ours.weight, ours.bias = head.weight, head.bias
-        ours.compiled = False
+        ours.compiled, ours.cap = False, None
         return ours
 
     def forward(self, h: Tensor, tokens: Tensor | None = None, scale: float = 1.0) -> TokenStats | Tensor:
         """What (n, D) hidden states say of the (n,) tokens that come next; without tokens the logits (n, V).
 
-        Logits are float32 and multiplied by scale, in both cases with gradient.
+        Logits are float32, capped at self.cap and multiplied by scale, in both cases with gradient.
         """
         if tokens is None:
-            return _Logits.apply(h, self.weight, self.bias) * scale
+            return soft_cap(_Logits.apply(h, self.weight, self.bias), self.cap) * scale
         # a buffer is of 16 MiB at most, 1 GiB on GPU, whatever the vocabulary
         most = min(2048, 2**28 // len(self.weight)) if h.is_cuda else min(256, 2**22 // len(self.weight))
-        return TokenStats(*_TokenStats.apply(h, self.weight, self.bias, tokens, scale, most, self.compiled))
+        numbers = (scale, most, self.compiled, self.cap)
+        return TokenStats(*_TokenStats.apply(h, self.weight, self.bias, tokens, *numbers))
 
 
 class _TokenStats(torch.autograd.Function):
@@ -342,6 +393,7 @@ class _TokenStats(torch.autograd.Function):
     of bfloat16 add up to float32 logits and dW: rounded to bfloat16, logits are .02 nats a token off.
     z = h W^T + b, lp = z_y - logsumexp z, H = -sum_v p_v log p_v;
     dz = g_lp (onehot(y) - p) - g_H p (log p + H), dh = dz W, dW = sum dz^T h.
+    Capped logits c tanh(z / c) have the slope 1 - tanh(z / c)^2, which dz is multiplied by.
     """
 
     @staticmethod
@@ -354,16 +406,17 @@ class _TokenStats(torch.autograd.Function):
         scale: float,
         chunk: int,
         compiled: bool,
+        cap: float | None = None,
     ):
         ctx.save_for_backward(h, weight, bias, y)
-        ctx.scale, ctx.chunk, ctx.compiled = scale, chunk, compiled
+        ctx.scale, ctx.chunk, ctx.compiled, ctx.cap = scale, chunk, compiled, cap
         h, weight, bias = _operands(h, weight, bias)
         columns = [h.new_empty(len(y), dtype=_wide(h)) for _ in TokenStats._fields]
         buffers = _chunk_buffers(h, weight, chunk, count=1 if compiled else 2)
         for start in range(0, len(y), chunk):
             part = slice(start, start + chunk)
             z, *spare = buffers[:, : len(y[part])]
-            float32_logits(h[part], weight, bias, out=z)
+            float32_logits(h[part], weight, bias, out=z, cap=cap)
             found = (
                 _fused(_statistics)(z, y[part], scale) if compiled else _describe(z, *spare, y[part], scale)
             )
@@ -388,13 +441,15 @@ class _TokenStats(torch.autograd.Function):
         for start in range(0, len(y), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             z, *spare = buffers[:, : len(y[part])]
-            float32_logits(h[part], weight, bias, out=z)
+            float32_logits(h[part], weight, bias, out=z, cap=ctx.cap)
+            slope = 1 - (z / ctx.cap).square() if ctx.cap else None
             given = (
                 y[part],
                 ctx.scale,
                 *(None if g is None else g[part, None] for g in (g_logps, g_entropy)),
             )
             dz = _fused(_gradient)(z, *given, h.dtype) if ctx.compiled else _differentiate(z, *spare, *given)
+            dz = dz if slope is None else dz * slope
             low = dz.to(h.dtype)
             torch.mm(low, weight, out=dh[part])
             if dw is not None:
@@ -402,7 +457,7 @@ class _TokenStats(torch.autograd.Function):
             if db is not None:
                 db += dz.sum(0)
         dh, dw, db = (None if d is None else d.to(dtype) for d in (dh, dw, db))
-        return dh, dw, db, None, None, None, None
+        return dh, dw, db, None, None, None, None, None
 
 
 def _describe(z: Tensor, p: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -479,7 +534,9 @@ def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None or x.is_cuda else x.to(_wide(x)) for x in tensors)
 
 
-def float32_logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def float32_logits(
+    h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None, cap: float | None = None
+) -> Tensor:
     """h W^T + b with float32 sums that are never rounded to h's precision. (n, D), (V, D), (V,) -> (n, V)"""
     if h.dtype == _wide(h):
         out = torch.mm(h, weight.T, out=out)
@@ -487,7 +544,8 @@ def float32_logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor |
         out = torch.mm(h, weight.T, out_dtype=torch.float32, out=out)
     else:
         out = torch.mm(h.float(), weight.float().T, out=out)
-    return out if bias is None else out.add_(bias)
+    out = out if bias is None else out.add_(bias)
+    return out.div_(cap).tanh_().mul_(cap) if cap else out
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from common import checkpoint, dist, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
+CAP, ROPE = {"final_logit_softcapping": 3.0}, {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES = [
     ("Llama", {}),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
@@ -43,6 +44,11 @@ FAMILIES = [
     ("Cohere", {"logit_scale": 0.25}),
     ("Granite", {"logits_scaling": 3.0}),
     ("Mixtral", {"num_local_experts": 3}),
+    ("Gemma2", {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0, **CAP}),
+    ("Gemma3Text", {"head_dim": 8, "sliding_window": 6, **CAP}),
+    ("GptOss", {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "rope_parameters": ROPE}),
+    ("HyperCLOVAX", {"logits_scaling": 0.3}),
+    ("GraniteMoeHybrid", {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4}),
 ]
 
 
@@ -136,6 +142,7 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def test_a_packed_row_says_what_each_sequence_says_alone(kind: str, config: dict, tmp_path, device):
     """E3, through the whole model, its head and its logit scale."""
     plain, examples = save(tmp_path, kind, **config), documents()
+    plain.set_attn_implementation("eager")  # others may leave out caps and sinks
     policy, row = models.load(str(tmp_path), device, options()), pack(documents())
     for temperature in (1.0, 0.7):
         stats = policy(row, temperature)
@@ -212,9 +219,6 @@ def test_a_loss_on_one_sequence_has_no_gradient_in_another(folder: Path, device)
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
     [
-        ("Gemma2", {}, "caps its logits"),
-        ("VaultGemma", {"final_logit_softcapping": None}, "caps its logits"),
-        ("GptOss", {"num_hidden_layers": 2}, "has attention sinks"),
         ("Bart", {}, "has attention code of its own"),
         ("Bloom", {}, "has attention code of its own"),
         ("Roberta", {}, "attends to later tokens"),
@@ -234,22 +238,18 @@ def test_an_architecture_that_packing_would_change_is_refused(kind: str, config:
         models.check_packable(model)
 
 
-def test_masks_soft_caps_and_sinks_are_refused_in_the_attention_too():
+def test_attention_with_a_mask_or_without_boundaries_is_refused():
     q = torch.randn(1, 4, 6, 8)
     cu = torch.tensor([0, 6], dtype=torch.int32)
-    for mask, settings in (
-        (None, {}),
-        (torch.ones(1, 1, 6, 6), {"cu_seq_lens_q": cu}),
-        (None, {"cu_seq_lens_q": cu, "softcap": 30.0}),
-        (None, {"cu_seq_lens_q": cu, "s_aux": torch.zeros(4)}),
-    ):
-        with pytest.raises(dist.RunError, match="packed rows"):
-            packed.packed_attention(nn.Identity(), q, q, q, mask, **settings)
+    with pytest.raises(dist.RunError, match="does its own masking"):
+        packed.packed_attention(nn.Identity(), q, q, q, torch.ones(1, 1, 6, 6), cu_seq_lens_q=cu)
+    with pytest.raises(dist.RunError, match="is not told where"):
+        packed.packed_attention(nn.Identity(), q, q, q, None)
 
 
 def test_a_refused_model_stops_the_load(tmp_path, device):
-    save(tmp_path, "Gemma2", head_dim=8)
-    with pytest.raises(dist.RunError, match="gemma2.*caps its logits"):
+    save(tmp_path, "Lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(dist.RunError, match="lfm2.*layers of type conv"):
         models.load(str(tmp_path), device, options())
 
 
@@ -410,6 +410,40 @@ def test_attention_back_ends_equal_a_masked_softmax(
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("cap", "with_sinks"), [(0.7, False), (None, True), (0.7, True)])
+def test_caps_and_sinks_equal_formulas_over_the_whole_row(cap: float | None, with_sinks: bool, window):
+    """Forward and backward in float64: a sink is one more place to look at, with a value of nothing."""
+    torch.manual_seed(0)
+    cu = torch.tensor([0, 5, 6, 23], dtype=torch.int32)
+    shapes = [(1, 4, 23, 8), (1, 2, 23, 8), (1, 2, 23, 8), (4,)]
+    q, k, v, sinks = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    inputs = (q, k, v, sinks) if with_sinks else (q, k, v)
+    ours, _ = packed.packed_attention(
+        nn.Identity(),
+        q,
+        k,
+        v,
+        None,
+        scaling=0.3,
+        sliding_window=window,
+        cu_seq_lens_q=cu,
+        softcap=cap,
+        s_aux=sinks if with_sinks else None,
+    )
+    segment, t = torch.bucketize(torch.arange(23), cu[1:].long(), right=True), torch.arange(23)
+    distance = t[:, None] - t
+    seen = (segment[:, None] == segment) & (distance >= 0) & (distance < (window or 23))
+    scores = 0.3 * torch.einsum("bhik,bhjk->bhij", q, k.repeat_interleave(2, 1))
+    weights = ((cap * (scores / cap).tanh()) if cap else scores).exp() * seen
+    total = weights.sum(-1, keepdim=True) + (sinks.exp()[:, None, None] if with_sinks else 0)
+    theirs = torch.einsum("bhij,bhjk->bihk", weights / total, v.repeat_interleave(2, 1))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    upstream = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_real_kernel_equals_sdpa_on_gpu(window: int | None):
@@ -511,11 +545,12 @@ def test_wrong_heads_are_far_beyond_the_tolerance():
     assert relative(torch.autograd.grad(ours, weight, g)[0], right_dw) < 1e-12
 
 
-def test_the_chunked_head_passes_gradcheck():
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_chunked_head_passes_gradcheck(cap: float | None):
     h, weight, bias, tokens = head_inputs(5, torch.float64)
 
     def both(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return packed._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False)[:2]
+        return packed._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False, cap)[:2]
 
     assert torch.autograd.gradcheck(both, (h, weight, bias), check_undefined_grad=False)
 
@@ -845,7 +880,10 @@ def test_the_limit_of_positions(config: Any, limit: float):
 # ----------------------------------------------------------------------------------------------------- logits
 
 
-@pytest.mark.parametrize(("kind", "config"), [("Llama", {}), ("GPT2", {}), ("Cohere", {"logit_scale": 0.25})])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("Llama", {}), ("GPT2", {}), ("Cohere", {"logit_scale": 0.25}), ("Gemma3Text", {"head_dim": 8, **CAP})],
+)
 def test_logits_of_scored_tokens_are_those_of_transformers(kind: str, config: dict, tmp_path, device):
     plain = save(tmp_path, kind, **config)
     policy, examples = models.load(str(tmp_path), device, options()), documents()
