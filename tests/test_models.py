@@ -719,6 +719,64 @@ def test_settings_of_generation_that_transformers_would_not_save_are_left_out(tm
     assert (kept.eos_token_id, kept.max_length, kept.temperature) == ([1, 2], 9, None)
 
 
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "vocab_size": V, "max_position_embeddings": 64, "initializer_range": 0.3}
+TEXT |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+EYES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 28, "patch_size": 14, "head_dim": 8}
+QWEN_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+LAYERS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+M_ROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+TOWERS = {
+    "Gemma3": (TEXT | LAYERS, EYES, True, "gemma3_text"),
+    "Gemma4": (TEXT | LAYERS | {"hidden_size_per_layer_input": 0}, EYES, True, "gemma4_text"),
+    "Mistral3": (TEXT | {"model_type": "mistral"}, EYES | {"model_type": "pixtral"}, False, "mistral"),
+    "Llava": (TEXT | {"model_type": "llama"}, EYES | {"model_type": "clip_vision_model"}, False, "llama"),
+    "Qwen2_5_VL": (TEXT | M_ROPE, QWEN_EYES, False, "qwen2"),
+    "Qwen3VL": (
+        TEXT | M_ROPE | {"head_dim": 8},
+        QWEN_EYES | {"deepstack_visual_indexes": [0]},
+        True,
+        "qwen3",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_of_a_multimodal_model_the_text_part_is_trained_and_exported(kind: str, tmp_path, device, capsys):
+    """Without pictures it says what the whole one says, and so does what plain transformers loads after."""
+    text, vision, tied, expected_kind = TOWERS[kind]
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied
+    )
+    torch.manual_seed(0)
+    auto, folder = transformers.AutoModelForImageTextToText, tmp_path / "whole"
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    whole = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    expected = plain_stats(whole, documents())[0]
+    policy = models.load(str(folder), device, options())
+    said = capsys.readouterr().out
+    assert (
+        policy.config.model_type == expected_kind and "vision is left out" in said and said.count("\n") == 1
+    )
+    torch.testing.assert_close(models.token_logps(policy, pack(documents())), expected, atol=1e-5, rtol=1e-5)
+    checkpoint.export(Run(output_dir=str(tmp_path)), policy, NoWords(), str(folder))
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    torch.testing.assert_close(plain_stats(again, documents())[0], expected, atol=1e-5, rtol=1e-5)
+    assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) != tied  # written once
+
+
+class NoWords:
+    """A tokenizer of which only the end token matters."""
+
+    chat_template, eos_token_id = None, 1
+
+    def save_pretrained(self, folder: Path) -> None:
+        pass
+
+
 def test_dropout_and_layer_drop_are_off_and_stay_in_the_config(tmp_path, device):
     examples = documents()
     for kind, config in (
