@@ -204,7 +204,7 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     with torch.device("meta"):
         model = empty_scorer(config, dtype=torch.float32)
-    if not zero_head and not type(model).__module__.startswith("transformers."):
+    if not zero_head and not type(model).__name__.endswith("ForSequenceClassification"):
         raise dist.RunError(
             f"transformers could not load a reward model of the kind {config.model_type} again"
         )
@@ -234,7 +234,11 @@ def empty_scorer(config: Any, **settings: Any) -> nn.Module:
             return model
     with contextlib.suppress(ValueError, AttributeError, TypeError):
         trunk = type(AutoModelForCausalLM.from_config(config).base_model)
-        scorer = type(trunk.__name__, (GenericForSequenceClassification, trunk.__mro__[1]), {})
+        scorer = type(
+            trunk.__name__,
+            (GenericForSequenceClassification, trunk.__mro__[1]),
+            {"__module__": trunk.__module__},
+        )
         return scorer._from_config(config, **settings)
     raise dist.RunError(f"transformers has no {config.model_type} model with a score head; use another model")
 
