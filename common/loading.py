@@ -206,7 +206,8 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         model = empty_scorer(config, dtype=torch.float32)
     if not zero_head and not type(model).__name__.endswith("ForSequenceClassification"):
         raise dist.RunError(
-            f"transformers could not load a reward model of the kind {config.model_type} again"
+            f"transformers has no {config.model_type} model with a score head, so nobody could load a reward "
+            "model of this kind; use another model"
         )
     width = model.score.in_features
     model.score = nn.Linear(width, len(names), bias=False)

@@ -768,6 +768,26 @@ def test_of_a_multimodal_model_the_text_part_is_trained_and_exported(kind: str, 
     assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) != tied  # written once
 
 
+@pytest.mark.parametrize(
+    ("kind", "config"), [("Granite", {}), ("Cohere2", {"head_dim": 8}), ("Olmoe", {"num_experts": 8})]
+)
+def test_a_value_head_needs_no_class_of_transformers(kind: str, config: dict, tmp_path, device):
+    """A critic is never exported; a reward model is, so that one is refused."""
+    plain = save(tmp_path, kind, **config)
+    scorer = models.load_scorer(str(tmp_path), device, options(), ["value"], zero_head=True)
+    assert scorer.head.weight.count_nonzero() == 0
+    torch.nn.init.normal_(scorer.head.weight)
+    expected = []
+    for example in documents():
+        ids, mask = (torch.from_numpy(x) for x in example.sequences[0])
+        hidden = plain.base_model(input_ids=ids.long()[None])[0][0, :-1]
+        expected.append(hidden[mask[1:]] @ scorer.head.weight[0])
+    found = models.values(scorer, pack(documents()))
+    torch.testing.assert_close(found, torch.cat(expected), atol=2e-5, rtol=1e-5)
+    with pytest.raises(dist.RunError, match="nobody could load a reward model of this kind"):
+        models.load_scorer(str(tmp_path), device, options(), ["reward"])
+
+
 class NoWords:
     """A tokenizer of which only the end token matters."""
 
