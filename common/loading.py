@@ -7,6 +7,7 @@ until it is used: what reads them takes one at a time.
 import contextlib
 import copy
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -75,9 +76,7 @@ def read_pretrained(
     if dtype != torch.float32 or is_tower:
         compute_buffers(model)
     model.dtype_on_disk = dtype
-    if (
-        head := model.get_output_embeddings()
-    ):  # a file that holds two matrices outweighs a config that ties them
+    if head := model.get_output_embeddings():  # two matrices in the file outweigh a config that ties them
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return model
 
@@ -96,24 +95,15 @@ def is_whole(folder: str, gguf: str | None) -> bool:
     return not has_other_parts(AutoConfig.from_pretrained(folder))
 
 
-# with tokens of text alone, Qwen's positions in time, height and width are one: that of the text model
-TEXT_MODELS = {
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
-}
-
-
 def text_model(whole: nn.Module) -> nn.Module:
     """The language model and head of one that takes pictures too, their very weights, and empty buffers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = whole.config.get_text_config().to_dict()
-    kind = fields.pop("model_type")
     fields["rope_parameters"].pop("mrope_section", None)
-    config = AutoConfig.for_model(TEXT_MODELS.get(kind, kind), **fields)
-    config.tie_word_embeddings = False  # for now: they are put in one by one
+    # for text Qwen's positions in time, height and width are one: qwen3_vl_moe_text is qwen3_moe
+    kind = re.sub(r"(_5)?_vl(_moe)?_text$", r"\2", fields.pop("model_type"))
+    config = AutoConfig.for_model(kind, **fields | {"tie_word_embeddings": False})  # for now
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.base_model.load_state_dict(whole.get_decoder().state_dict(), assign=True)
@@ -143,7 +133,7 @@ def tensors_on_disk(folder: str) -> dict[str, Tensor]:
 
 
 def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """The floating-point dtype of most of the numbers; float32 without any."""
+    """Of most of the numbers; float32 without any."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         counts[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
@@ -173,21 +163,23 @@ def compute_buffers(model: nn.Module) -> None:
     with torch.device("meta"):
         exact = type(model)(copy.deepcopy(model.config))
     for name, module in exact.named_modules():
-        for own_name in module._non_persistent_buffers_set:
-            module._buffers[own_name] = torch.empty_like(module._buffers[own_name], device="cpu")
-            exact._init_weights(module)
-            setattr(model.get_submodule(name), own_name, module._buffers[own_name])
+        held = {
+            key: b for key in module._non_persistent_buffers_set if (b := module._buffers[key]) is not None
+        }
+        if not held:
+            continue
+        module._buffers.update({key: torch.empty_like(b, device="cpu") for key, b in held.items()})
+        exact._init_weights(module)
+        model.get_submodule(name)._buffers.update({key: module._buffers[key] for key in held})
 
 
 def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
     """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
     from transformers import AutoConfig
 
-    file = Path(folder) / "config.json"
-    is_scorer = file.exists() and "ForSequenceClassification" in file.read_text()
-    if not Path(folder).exists():
-        with contextlib.suppress(OSError, ValueError):  # a hub id; read_pretrained says what is wrong
-            is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
+    is_scorer = False
+    with contextlib.suppress(OSError, ValueError):  # read_pretrained says what is wrong
+        is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
     source = read_pretrained(
         folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
     )
@@ -235,11 +227,8 @@ def empty_scorer(config: Any, **settings: Any) -> nn.Module:
             return model
     with contextlib.suppress(ValueError, AttributeError, TypeError):
         trunk = type(AutoModelForCausalLM.from_config(config).base_model)
-        scorer = type(
-            trunk.__name__,
-            (GenericForSequenceClassification, trunk.__mro__[1]),
-            {"__module__": trunk.__module__},
-        )
+        bases = (GenericForSequenceClassification, trunk.__mro__[1])
+        scorer = type(trunk.__name__, bases, {"__module__": trunk.__module__})
         return scorer._from_config(config, **settings)
     raise dist.RunError(f"transformers has no {config.model_type} model with a score head; use another model")
 
@@ -247,33 +236,28 @@ def empty_scorer(config: Any, **settings: Any) -> nn.Module:
 def check_savable(model: nn.Module) -> None:
     """Find before the training what transformers would refuse to write after it.
 
-    Settings of generation that are in each other's way, as a temperature without do_sample, are left out.
+    Settings of generation without a meaning, as a temperature where do_sample is false, are left out.
 
     Raises:
         RunError: a config that cannot be written again.
     """
-    from transformers import GenerationConfig
-
+    found = getattr(model, "generation_config", None)
+    try:
+        if found is not None:
+            found.validate(strict=True)
+    except ValueError as error:
+        without = {name: getattr(found, name) for name in re.findall(r"(?m)^- `(\w+)`", str(error))}
+        print(f"generation_config.json: without {without}, which transformers would not save")
+        for name in without:
+            setattr(found, name, None)
     try:
         with tempfile.TemporaryDirectory() as folder:
             copy.deepcopy(model.config).save_pretrained(folder)
+            if found is not None:
+                copy.deepcopy(found).save_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise dist.RunError(f"config.json could not be written again with the export: {reason}") from error
-    found = getattr(model, "generation_config", None)
-    settings, kept, left_out = found.to_diff_dict() if found else {}, GenerationConfig(), []
-    # whether the others have a meaning depends on two of them
-    for name in sorted(settings, key=lambda name: name not in ("do_sample", "num_beams")):
-        before = getattr(kept, name, None)
-        setattr(kept, name, settings[name])
-        try:
-            kept.validate(strict=True)
-        except ValueError:
-            setattr(kept, name, before)
-            left_out.append(f"{name} {settings[name]}")
-    if left_out:
-        model.generation_config = kept
-        print(f"generation_config.json: {', '.join(left_out)} left out, which transformers would not save")
+        raise dist.RunError(f"transformers could not write the model's config again: {reason}") from error
 
 
 def check_packable(model: nn.Module) -> None:

@@ -207,13 +207,9 @@ def packed_attention(
     Raises:
         RunError: the model asks for something else than causal attention over a packed row.
     """
-    if attention_mask is not None:
-        raise dist.RunError(f"{type(module).__name__} does its own masking, so it cannot take packed rows")
-    if cu_seq_lens_q is None:
-        raise dist.RunError(
-            f"{type(module).__name__} is not told where the sequences of a packed row begin: the layer "
-            "around it does not pass on what it is called with"
-        )
+    if attention_mask is not None or cu_seq_lens_q is None:
+        why = "does its own masking" if cu_seq_lens_q is not None else "is not told where sequences begin"
+        raise dist.RunError(f"{type(module).__name__} {why}, so the model cannot take packed rows")
     extra = extras(kwargs)
     if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
         width = max(query.shape[-1], value.shape[-1])
@@ -225,16 +221,14 @@ def packed_attention(
         return out[None, ..., : value.shape[-1]], None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
-    if extra:
-        out = [plain_attention(q, k, v, _seen(q, sliding_window), scaling, **extra) for q, k, v in parts]
-    else:
-        out = [
-            F.scaled_dot_product_attention(
-                q, k, v, **_causal(q, sliding_window), scale=scaling, enable_gqa=True
-            )
-            for q, k, v in parts
-        ]
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if extra:
+            return plain_attention(q, k, v, _seen(q, sliding_window), scaling, **extra)
+        how = {**_causal(q, sliding_window), "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+    return torch.cat([attend(*part) for part in parts], 2).transpose(1, 2).contiguous(), None
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
@@ -251,8 +245,7 @@ def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
 def _seen(q: Tensor, window: int | None) -> Tensor:
     """(n, n), True where a token may look."""
     t = torch.arange(q.shape[2], device=q.device)
-    distance = t[:, None] - t
-    return (distance >= 0) & (distance < (window or len(t)))
+    return (t[:, None] >= t) & (t[:, None] - t < (window or len(t)))
 
 
 def extras(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -262,19 +255,13 @@ def extras(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    scale: float | None,
-    cap: float | None,
-    sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, cap: float | None, sinks: Any
 ) -> Tensor:
     """Attention as formulas, which holds n x S scores a head. (B, H, n, K), (B, H_kv, S, K) -> (B, H, n, K)
 
     Args:
         seen: True where a query may look, broadcast to (B, H, n, S).
-        sinks: (H,) the score of a place that takes attention and gives nothing.
+        sinks: (H,) the score of a place that takes attention and gives nothing; or None.
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT).to(_wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
