@@ -215,7 +215,12 @@ def _load(
 
     def with_lora(plain: nn.Module) -> nn.Module:
         if trainable and system.lora_rank > 0:
+            held = {p: p.data for p in plain.parameters()}
+            for p in held:  # peft draws adapters in the dtype of what they stand on, here float32 always
+                p.data = p.new_empty((), dtype=torch.float32).expand(p.shape)
             add_lora(plain, system.lora_rank, system.lora_alpha, system.lora_target)
+            for p, data in held.items():
+                p.data = data
         return plain
 
     def read() -> tuple:

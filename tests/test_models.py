@@ -1061,6 +1061,17 @@ def test_with_adapters_off_a_policy_is_its_base_exactly(kind: str, dtype: str, t
     assert grads and all(".lora_" in name and g.abs().max() > 0 for name, g in grads.items())
 
 
+def test_adapters_are_drawn_alike_whatever_the_dtype_on_disk(tmp_path, device):
+    plain = save(tmp_path / "float32")
+    plain.bfloat16().save_pretrained(tmp_path / "bfloat16")
+    drawn = []
+    for name in ("float32", "bfloat16"):
+        dist.init(1)
+        policy = models.load(str(tmp_path / name), device, options(lora_rank=4))
+        drawn.append({name: p for name, p in policy.named_parameters() if ".lora_A." in name})
+    assert drawn[0] and all(torch.equal(p, drawn[1][name]) for name, p in drawn[0].items())
+
+
 def merged(folder: str, out: str) -> list[dict[str, Any]]:
     """Run on each rank: export an adapted policy; how far our merged weights are from those peft makes."""
     from peft import PeftModel
