@@ -190,10 +190,25 @@ def end_token(tokenizer: Any) -> int:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}]
         tail = render(tokenizer, probe, False).rpartition("zebra")[2]
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        end = next((token for token in tokenize(tokenizer, tail) if token in special), end)
+        ends = [token for token in tokenize(tokenizer, tail) if token in special]
+        if not ends:  # GLM's turns end where the next begins, with a token that its generation stops at
+            tail = render(tokenizer, [*probe, probe[0]], False).partition("zebra")[2]
+            ends = [token for token in tokenize(tokenizer, tail) if token in generation_ends(tokenizer)]
+        end = next(iter(ends), end)
     if end is None:
         raise dist.RunError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")
     return end
+
+
+def generation_ends(tokenizer: Any) -> list[int]:
+    """End tokens in the generation_config of the folder or hub id that the tokenizer came from."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    except (OSError, ValueError):
+        return []
+    return ends if isinstance(ends, list) else [ends]
 
 
 def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Tokens:
@@ -220,6 +235,8 @@ def encode_chat(tokenizer: Any, messages: Messages, trained: list[bool]) -> Toke
         stop = common_prefix(tokenize(tokenizer, turn), tokens)
         if end in tokens[start:stop]:
             stop = tokens.index(end, start) + 1
+        elif tokens[stop : stop + 1] == (end,):  # the next turn begins with it
+            stop += 1
         mask[start:stop] = True
     tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
     if is_reply and tokens[-1:] != (end,):  # a rendering without end tokens

@@ -972,3 +972,26 @@ def test_a_limit_beyond_the_models_positions_is_lowered_and_said(tmp_path: Path,
     prompts, _ = data.load_prompts(own, "toy", "toy", 1024)
     assert "max_prompt_length 1024 is more than the model takes; it is 39 now" in capsys.readouterr().out
     assert max(example.num_tokens for example in prompts) <= 39
+
+
+def test_a_turn_that_ends_where_the_next_begins_is_trained_to_end(tmp_path: Path) -> None:
+    """GLM's template writes no end: its generation stops at the header of the user's next turn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens(["<|endoftext|>", "<|user|>", "<|assistant|>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    made.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    made.save_pretrained(tmp_path)
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    for ends, expected in (([256, 257], "b<|user|>b<|user|>"), (256, "bb<|endoftext|>")):
+        GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        tokens, mask = data.encode_chat(tokenizer, talk, [False, True] * 2)
+        assert "".join(tokenizer.convert_ids_to_tokens(tokens[mask].tolist())) == expected
