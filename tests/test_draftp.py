@@ -5,6 +5,7 @@ import math
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import DATA, args_of, read_metrics
 from torch import Tensor
 
 import draftp
-from common import diffusion, dist
+from common import diffusion, dist, models
 
 BRIEF = {
     "reward": "brightness",
@@ -400,6 +401,32 @@ def test_cuts_into_micro_batches_and_ranks_do_not_show(tiny: Path, tmp_path: Pat
     ours, also = two_ranks("test_draftp:steps", **changes)
     assert ours == also
     assert_same(ours, canonical)
+
+
+def loaded(model: str, lora_rank: int) -> dict[str, Any]:
+    """Run on each rank: how often it read the pipeline, and whether all that it holds is what files say."""
+    plain = diffusion.read_pipeline(model)
+    device, options = dist.init(1), args_of(draftp.Args, lora_rank=lora_rank).system
+    with mock.patch.object(diffusion, "read_pipeline", wraps=diffusion.read_pipeline) as read:
+        pipe, unet = diffusion.load(model, device, options, seed=1)
+    equal = []
+    for name, part in diffusion.modules(plain).items():
+        found = dict(models.full_weights(getattr(pipe, name)))
+        found = {n.replace(".base_layer.", "."): t for n, t in found.items() if ".lora_" not in n}
+        found |= dict(getattr(pipe, name).named_buffers())
+        expected = part.state_dict() | dict(part.named_buffers())
+        equal += [expected.keys() == found.keys(), *(torch.equal(found[n], t) for n, t in expected.items())]
+    adapters = [t.sum().item() for n, t in models.full_weights(unet) if ".lora_A." in n]
+    return {"reads": read.call_count, "equal": all(equal), "adapters": adapters}
+
+
+@pytest.mark.parametrize(("kind", "lora_rank"), [("sd", 2), ("xl", 0)])
+def test_only_one_rank_reads_a_pipeline_and_all_have_it(
+    kind: str, lora_rank: int, tiny: Path, two_ranks: Any
+) -> None:
+    first, second = two_ranks("test_draftp:loaded", model=str(tiny / kind), lora_rank=lora_rank)
+    assert (first["reads"], second["reads"]) == (1, 0) and first["equal"] and second["equal"]
+    assert first["adapters"] == second["adapters"] and bool(first["adapters"]) == bool(lora_rank)
 
 
 def test_a_run_stopped_on_two_ranks_resumes_on_one(tiny: Path, tmp_path: Path, two_ranks: Any) -> None:
