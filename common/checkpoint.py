@@ -175,10 +175,6 @@ def _save_transformers(
 
     with torch.device("meta"):
         shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
-    again = (
-        dict(shell.named_parameters(remove_duplicate=False)).keys() - dict(shell.named_parameters()).keys()
-    )
-    weights = {name: tensor for name, tensor in weights.items() if name not in again}  # tied: written once
     if isinstance(policy, models.Scorer):
         return shell.save_pretrained(folder, state_dict=weights)
     generation_config = policy.generation_config or transformers.GenerationConfig()
