@@ -406,7 +406,9 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
         with contextlib.nullcontext() if "--help" in words else contextlib.redirect_stderr(said):
             return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
     except SystemExit:
-        _, *parts = re.split(r"\n\W*[-\u2500]{9,}\W*\n", said.getvalue())  # rules of the box that tyro prints
+        # tyro prints a box of parts between rules; its title stands in the upper edge, or is a part of its own
+        box = re.sub(r"^\s*\u256d.*\n", "title\n---------\n", said.getvalue())
+        _, *parts = re.split(r"\n\W*[-\u2500]{9,}\W*\n", box)
         if not parts:
             raise  # help was asked for
         reason = " ".join(parts[0].replace("\u2502", " ").split())
