@@ -787,7 +787,7 @@ def test_prompts_over_max_prompt_length_are_dropped_and_counted(
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     more = {"dataset": str(tmp_path), "max_prompt_length": 30, "rollout_size": 3, "batch_size": 3}
     run(tmp_path / "run", **more)
-    assert "0 cut, 1 dropped, by max_prompt_length 30" in capsys.readouterr().out
+    assert "dropped 1 with more tokens than max_prompt_length 30" in capsys.readouterr().out
 
 
 # stop and resume
