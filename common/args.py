@@ -406,7 +406,7 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
         with contextlib.nullcontext() if "--help" in words else contextlib.redirect_stderr(said):
             return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
     except SystemExit:
-        # tyro prints a box of parts between rules; its title stands in the upper edge, or is a part of its own
+        # tyro prints a box of parts between rules; its title stands in the upper edge, or is the first part
         box = re.sub(r"^\s*\u256d.*\n", "title\n---------\n", said.getvalue())
         _, *parts = re.split(r"\n\W*[-\u2500]{9,}\W*\n", box)
         if not parts:

@@ -139,7 +139,7 @@ def test_the_checks_pass_on_a_cpu(check: dict[str, Any]) -> None:
 def test_a_check_notices_logits_that_were_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = packed.float32_logits
 
-    def rounded(h: Any, weight: Any, bias: Any, out: Any = None) -> torch.Tensor:
+    def rounded(h: Any, weight: Any, bias: Any, out: Any = None, cap: Any = None) -> torch.Tensor:
         logits = whole(h, weight, bias).bfloat16().float()
         return logits if out is None else out.copy_(logits)
 

@@ -278,7 +278,7 @@ def test_a_checkpoint_of_another_shape_is_refused(
     args = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**args, "model": str(wide)}))
     with pytest.raises(dist.RunError, match=r"is \[.*\] there and \[.*\] in this model.*--overwrite"):
-        train(str(folder), str(few), model=str(wide), max_steps=5)
+        train(str(folder), str(few), model=str(wide), max_steps=5, accept_changes=True)
 
 
 def test_only_the_newest_checkpoints_are_kept(few: Path, tmp_path: Path, tiny_model: str) -> None:

@@ -62,7 +62,7 @@ FAMILIES = {
     "ministral3": Family(),
     "mixtral": Family(known_as="Mixtral 8x7B, 8x22B"),
     "gemma": Family(known_as="Gemma"),
-    "gemma2": Family(CAPS, refused="caps its logits", known_as="Gemma 2"),
+    "gemma2": Family(CAPS, known_as="Gemma 2"),
     "gemma3_text": Family(
         {"layer_types": ["sliding_attention", "full_attention"]}, known_as="Gemma 3 270M, 1B"
     ),
@@ -107,23 +107,23 @@ FAMILIES = {
     "granite": Family(known_as="Granite 3"),
     "granitemoe": Family(known_as="Granite 3 MoE"),
     "granitemoeshared": Family(),
-    "granitemoehybrid": Family({"layer_types": ["attention"] * 2}, refused="carries a recurrent state"),
+    "granitemoehybrid": Family({"layer_types": ["attention"] * 2}),
     "cohere": Family(known_as="Command R, Aya"),
     "cohere2": Family(known_as="Command R7B"),
     "cohere2_moe": Family(),
     "apertus": Family(known_as="Apertus"),
     "hy_v3": Family(),
     "laguna": Family(no_adapters="peft does not read back the adapters"),
-    "opt": Family({"ffn_dim": 96, "word_embed_proj_dim": 64}, wrong="generation crashes", known_as="OPT"),
-    "hyperclovax": Family({"logits_scaling": 0.5}, wrong="its logits are divided by their scale"),
-    "nanochat": Family({"final_logit_softcapping": 15.0}, refused="caps its logits", known_as="nanochat"),
-    "gpt_oss": Family(refused="has attention sinks", known_as="gpt-oss"),
+    "opt": Family({"ffn_dim": 96, "word_embed_proj_dim": 64}, known_as="OPT"),
+    "hyperclovax": Family({"logits_scaling": 0.5}),
+    "nanochat": Family({"final_logit_softcapping": 15.0}, known_as="nanochat"),
+    "gpt_oss": Family(known_as="gpt-oss"),
     "mamba": Family(refused="has layers of type linear_attention", known_as="Mamba"),
     "bloom": Family(refused="has attention code of its own", known_as="BLOOM"),
     "falcon": Family(refused="has attention code of its own", known_as="Falcon"),
     "qwen3_next": Family(refused="has layers of type linear_attention", known_as="Qwen3-Next"),
     "llama4_text": Family(refused="has layers of type chunked_attention", known_as="Llama 4"),
-    "gemma3": Family(TOWERS, refused="is multimodal", known_as="Gemma 3 4B, 12B, 27B"),
+    "gemma3": Family(TOWERS, known_as="Gemma 3 4B, 12B, 27B"),
 }
 QUICK = ["gemma3_text", "mixtral"]
 SAMPLE = ["llama", "gpt2", "phi3", "olmo2", "deepseek_v3", "granite"]
@@ -141,7 +141,7 @@ def table() -> str:
     lines = ["| type in config.json | known as | answer |", "|---|---|---|"]
     for kind, family in sorted(FAMILIES.items()):
         said = [f'refused: "{family.refused}"' if family.refused else family.wrong or "right"]
-        said += [] if family.refused or has_score(kind) else ["no reward or value model"]
+        said += [] if family.refused or has_score(kind) else ["no reward model"]
         said += ["LoRA: name layers in `--lora_target`"] if family.no_adapters else []
         lines.append(f"| `{kind}` | {family.known_as} | {'; '.join(said)} |")
     return "\n".join(lines) + "\n"
