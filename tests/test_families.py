@@ -130,7 +130,7 @@ SAMPLE = ["llama", "gpt2", "phi3", "olmo2", "deepseek_v3", "granite"]
 
 
 def has_score(kind: str) -> bool:
-    """Whether transformers has a sequence classifier of the family, which reward and value models are."""
+    """Whether transformers has a sequence classifier of the family, which a reward model is."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     return kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -244,11 +244,11 @@ def check_scripts(kind: str, folder: Path, few: Path, device: torch.device) -> N
         close(alone(exported), trained)
     small = {"reward": "test_families:length", "rollout_size": 4}
     run(ppo, "rloo", "sft", **small | {"rollout_size": 2, "samples_per_prompt": 2, "advantage": "rloo"})
+    run(ppo, "ppo", "sft", **small)
     if not has_score(kind):
         with pytest.raises(dist.RunError, match="with a score head"):
             run(reward_model, "reward_model", "pairs")
         return
-    run(ppo, "ppo", "sft", **small)
     run(reward_model, "reward_model", "pairs")
     scorer = models.load_scorer(
         str(folder / "reward_model"), device, System(dtype="float32", activation_checkpointing="off")
