@@ -236,12 +236,11 @@ def check(args: Args, pairs: data.Dataset) -> None:
     if not 0 <= args.label_smoothing < 0.5:
         raise formats.wrong("label_smoothing", args.label_smoothing, "0 to less than 0.5, a coin flip")
     names = {formats.reward_names(pair.record) for pair in pairs} if args.loss in RPO else set()
+    ours = "chosen_reward and rejected_reward"
     if "" in names:
-        raise formats.wrong(
-            f"loss {args.loss}", "a pair without rewards", "chosen_reward and rejected_reward"
-        )
-    if names and dist.is_main():
-        print(f"loss {args.loss}: its chosen_reward and rejected_reward are {', '.join(names)}", flush=True)
+        raise formats.wrong(f"loss {args.loss}", "a pair without rewards", ours)
+    if names - {ours} and dist.is_main():
+        print(f"loss {args.loss}: {', '.join(names - {ours})} are its {ours}", flush=True)
 
 
 # SimPO's own, section 4 of its paper: gamma is half of beta
@@ -258,9 +257,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    train_set, eval_set = data.load_pairs(
-        tokenizer, args.dataset, args.eval_dataset, args.max_length, args.cut
-    )
+    sources = (args.dataset, args.eval_dataset, args.max_length, args.cut)
+    train_set, eval_set = data.load_pairs(tokenizer, *sources)
     check(args, train_set)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)  # batches are made

@@ -457,8 +457,9 @@ def check(args: Args) -> None:
         raise formats.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
     of_values = ("gae_lambda", "whiten_advantages", "whiten_rewards", "clip_range_value")
     of_values += ("value_learning_rate", "value_warmup_steps")
-    used = dict.fromkeys(of_values, args.advantage == "gae")
-    refuse_ignored(args, TOY, f"advantage {args.advantage}", used)
+    refuse_ignored(
+        args, TOY, f"advantage {args.advantage}", dict.fromkeys(of_values, args.advantage == "gae")
+    )
     if args.kl_target > 0 and args.kl_coef <= 0:
         raise formats.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
@@ -501,9 +502,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    train_set, eval_set = data.load_prompts(
-        tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length
-    )
+    sources = (args.dataset, args.eval_dataset, args.max_prompt_length)
+    train_set, eval_set = data.load_prompts(tokenizer, *sources)
     num_steps, steps_each = count_steps(train_set, args)
     scored_by = rewards.load(args.reward, device, system)
     rewards.check(scored_by, [*train_set, *eval_set])
@@ -533,9 +533,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
-        answers = answer(
-            policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge, score
-        )
+        how = (run.num_samples, sampling, args.seed, step, judge, score)
+        answers = answer(policy, tokenizer, eval_set, *how)
         log.samples(step, [a.row() for a in answers])
         return answer_metrics(answers)
 

@@ -107,12 +107,9 @@ def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
     if not chosen:
         split = next((n for n in names if n in table), None)
         if split is None and "train" in names:
-            hint = f"the name of one, {name}:{config}:{[*table][0]}"
-            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", hint)
-        if split is None:
-            return None
-        table = table[split]
-    return as_records(table, source)
+            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", f"{name}:{config}:SPLIT")
+        table = table[split] if split else None
+    return None if table is None else as_records(table, source)
 
 
 def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
@@ -145,9 +142,7 @@ def read_file(path: Path) -> list[Record]:
         raise dist.RunError(f"dataset {path}: cannot be read: {first_line(error)}") from error
     if suffix == ".parquet":
         records = as_records(table, str(path))
-    elif re.match(
-        rb"\s*\[\s*\{" if suffix == ".jsonl" else rb"\s*\[", text
-    ):  # one list, as red-team data of HH
+    elif re.match(rb"\s*\[\s*\{" if suffix == ".jsonl" else rb"\s*\[", text):  # as red-team data of HH
         records = [Record(value, f"{path} item {i}") for i, value in enumerate(parse(text, str(path)))]
     else:  # cut at line feeds only: JSON strings may hold other line separators
         lines = [(line, f"{path}:{n}") for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
@@ -178,9 +173,7 @@ CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 # of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
-ALSO = {
-    f"{side}_reward": (f"score_{side}", f"{side}_score", f"{side}_rating") for side in ("chosen", "rejected")
-}
+ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # of a message: its thoughts, whether it is trained, and what else a template may read
@@ -473,9 +466,8 @@ def read_label(value: dict, where: str) -> dict[str, float]:
 
 def label_line(attributes: dict[str, float]) -> str:
     """The line before a conditioned reply: name:value of each attribute that is known, joined by commas."""
-    return (
-        ",".join(f"{name}:{value:.0f}" for name, value in attributes.items() if not math.isnan(value)) + "\n"
-    )
+    known = {name: value for name, value in attributes.items() if not math.isnan(value)}
+    return ",".join(f"{name}:{value:.0f}" for name, value in known.items()) + "\n"
 
 
 def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -> str:
