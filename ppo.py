@@ -457,9 +457,8 @@ def check(args: Args) -> None:
         raise formats.wrong("temperature", args.temperature, "more than 0: greedy sampling cannot learn")
     of_values = ("gae_lambda", "whiten_advantages", "whiten_rewards", "clip_range_value")
     of_values += ("value_learning_rate", "value_warmup_steps")
-    refuse_ignored(
-        args, TOY, f"advantage {args.advantage}", dict.fromkeys(of_values, args.advantage == "gae")
-    )
+    used = dict.fromkeys(of_values, args.advantage == "gae")
+    refuse_ignored(args, TOY, f"advantage {args.advantage}", used)
     if args.kl_target > 0 and args.kl_coef <= 0:
         raise formats.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
@@ -532,8 +531,14 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
 
     def evaluate(step: int) -> dict[str, float]:
-        sampling = Sampling(args.max_new_tokens, args.temperature)
-        how = (run.num_samples, sampling, args.seed, step, judge, score)
+        how = (
+            run.num_samples,
+            Sampling(args.max_new_tokens, args.temperature),
+            args.seed,
+            step,
+            judge,
+            score,
+        )
         answers = answer(policy, tokenizer, eval_set, *how)
         log.samples(step, [a.row() for a in answers])
         return answer_metrics(answers)
