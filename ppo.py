@@ -467,8 +467,7 @@ def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.
     """From the first reward model that reads the policy's tokens, else from the policy; its head is zero."""
     vocabulary = tokenizer.get_vocab()
     alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
-    start = alike[0] if alike else args.model
-    return models.load_scorer(start, device, args.system, ["value"], zero_head=True)
+    return models.load_scorer((*alike, args.model)[0], device, args.system, ["value"], zero_head=True)
 
 
 def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
@@ -531,14 +530,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
 
     def evaluate(step: int) -> dict[str, float]:
-        how = (
-            run.num_samples,
-            Sampling(args.max_new_tokens, args.temperature),
-            args.seed,
-            step,
-            judge,
-            score,
-        )
+        sampling = Sampling(args.max_new_tokens, args.temperature)
+        how = (run.num_samples, sampling, args.seed, step, judge, score)
         answers = answer(policy, tokenizer, eval_set, *how)
         log.samples(step, [a.row() for a in answers])
         return answer_metrics(answers)
