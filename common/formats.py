@@ -107,7 +107,8 @@ def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
     if not chosen:
         split = next((n for n in names if n in table), None)
         if split is None and "train" in names:
-            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", f"{name}:{config}:SPLIT")
+            example = ":".join((name, config, *table)[:3])
+            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", example)
         table = table[split] if split else None
     return None if table is None else as_records(table, source)
 

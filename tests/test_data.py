@@ -1120,5 +1120,5 @@ def test_a_turn_that_ends_where_the_next_begins_is_trained_to_end(tmp_path: Path
     for ends, expected in (([256, 257], "b<|user|>b<|user|>"), (256, "bb<|endoftext|>")):
         GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-        tokens, mask = data.encode_chat(tokenizer, talk, [False, True] * 2)
+        [(tokens, mask)] = data.encode_chat(tokenizer, talk, [False, True] * 2)
         assert "".join(tokenizer.convert_ids_to_tokens(tokens[mask].tolist())) == expected

@@ -39,8 +39,8 @@ class Scripted:
 
     bias, gap = 0.0, 1.0
 
-    def __init__(self, path: str, args: cai.Args, device: torch.device):
-        self.path, self.args = path, args
+    def __init__(self, path: str, args: cai.Args, device: torch.device, keep: Path | None = None):
+        self.path, self.args, self.keep = path, args, keep
 
     def replies(self, talks: list, step: int, first: int, temperature: float, n: int = 1) -> list:
         found = []

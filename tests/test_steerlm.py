@@ -108,7 +108,8 @@ def nemo_tokenizer(tiny_model: str, tmp_path: Path) -> Any:
     """A tokenizer with NeMo-Aligner's template and its special tokens."""
     tokenizer = data.load_tokenizer(tiny_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(3)]})
-    shutil.copy(Path(tiny_model) / "config.json", tmp_path)
+    config = json.loads((Path(tiny_model) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer)}))
     shutil.copy(Path(tiny_model) / "model.safetensors", tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "extra_id.jinja").write_text(EXTRA_ID)
@@ -428,8 +429,8 @@ def test_an_unknown_attribute_ends_the_run_before_work_starts(ratings: Path, tmp
         ({"dataset": "{bad}"}, "bad.jsonl:2"),
         ({"reward_model": "--batch_size 42"}, "reward_model: --batch_size: found 42; expected at most 41"),
         ({"sft": "--batch_size 42"}, "sft: --batch_size: found 42; expected at most 41"),
-        ({"sft": "--max_step 2"}, "sft: --max_step is no option of it"),
-        ({"reward_model": "--loss bt"}, "reward_model.loss is set by the pipeline"),
+        ({"sft": "--max_step 2"}, "sft: Unrecognized options: --max_step, 2; perhaps you meant --max_steps"),
+        ({"reward_model": "--loss bt"}, "reward_model: --loss is set by the pipeline"),
         ({"judge": "nowhere:at_all"}, "package.module:function"),
     ],
 )
