@@ -450,8 +450,7 @@ def read_label(value: dict, where: str) -> dict[str, float]:
         label = {name: value[name] for name in ATTRIBUTES if name in value}
     if isinstance(label, str):
         try:
-            items = [item.split(":") for item in label.split(",")]
-            label = {name.strip(): float(score) for name, score in items}
+            label = {name.strip(): float(x) for name, x in (item.split(":") for item in label.split(","))}
         except ValueError as error:
             raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
     if isinstance(label, list) and len(label) == len(ATTRIBUTES):
