@@ -267,6 +267,8 @@ def check_tests(select: str = "gpu", files: str = "tests") -> dict[str, Any]:
         "-m",
         "pytest",
         *files.split(),
+        "-o",
+        "addopts=",  # one after the other: they share the card
         "-m",
         select,
         "-q",
