@@ -42,7 +42,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import chat, data, dist, files, formats, stages, templates
+from common import chat, constitutions, data, dist, files, formats, stages, templates
 from common.args import Inference, PipelineRun, Sampling, block, parse, snapshot
 from common.chat import assistant, user
 from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
@@ -190,7 +190,7 @@ def with_shots(shots: formats.Messages, conversation: formats.Messages) -> forma
 
 def clean(text: str, name: str) -> str:
     """A critique or revision without its cue, repeated, and without turns that the model made up after it."""
-    return formats.MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
+    return constitutions.MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
 
 
 def comparison(prompt: formats.Messages, principle: str, first: str, second: str) -> str:
@@ -276,7 +276,10 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
     it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
     example is not kept.
     """
-    constitution, shots = formats.read_constitution(args.constitution), formats.read_few_shots(args.few_shots)
+    constitution, shots = (
+        constitutions.read_constitution(args.constitution),
+        constitutions.read_few_shots(args.few_shots),
+    )
     examples, items = {turn["content"] for turn in shots}, list(enumerate(prompts))
     speaker, options = args.helpful_model or args.model, (args.num_revisions, args.use_critique)
     key = (inputs_key(speaker, args), (*options, args.temperature), constitution, shots)
@@ -350,8 +353,8 @@ def compare_replies(
 
     p_ab and p_ba have one number for each principle drawn. A reply that was cut off is not compared.
     """
-    principles = formats.read_comparisons(args.comparisons)
-    shots = formats.read_judge_few_shots(args.judge_few_shots)
+    principles = constitutions.read_comparisons(args.comparisons)
+    shots = constitutions.read_judge_few_shots(args.judge_few_shots)
     items, options = list(enumerate(prompts)), (args.temperatures, args.samples_per_prompt)
     key = (inputs_key(sl_model, args), (*options, args.num_principles, args.cot), principles, shots)
     policy = load_model(sl_model, args, device, files.part_name(path, items, key).with_suffix(".replies"))
@@ -473,10 +476,10 @@ def check(args: Args) -> None:
         raise dist.RunError("judge_url needs judge_model, the name of a model there")
     if args.samples_per_prompt * len(read_temperatures(args)) < 2:
         raise formats.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
-    formats.read_constitution(args.constitution)
-    formats.read_few_shots(args.few_shots)
-    formats.read_judge_few_shots(args.judge_few_shots)
-    num = len(formats.read_comparisons(args.comparisons))
+    constitutions.read_constitution(args.constitution)
+    constitutions.read_few_shots(args.few_shots)
+    constitutions.read_judge_few_shots(args.judge_few_shots)
+    num = len(constitutions.read_comparisons(args.comparisons))
     if not 1 <= args.num_principles <= num:
         raise formats.wrong("num_principles", args.num_principles, f"1 to {num}, the principles there are")
 

@@ -98,7 +98,7 @@ class System(Weights, Inference):
     """How the model fits the machine: memory and speed, and with dtype and LoRA the numbers too."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in backward; auto: for models of a billion parameters or more"""
+    """recompute activations in backward; auto: where they would not fit into memory"""
 
 
 @dataclass
@@ -244,6 +244,10 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     """
     values = flat(args)
     refuse_numbers(values)
+    defaults = flat(type(args)())
+    for name in ("lora_alpha", "lora_target"):
+        if values.get("lora_rank") == 0 and values[name] != defaults[name]:
+            raise dist.RunError(f"{name} is {values[name]} and lora_rank 0: there are no adapters")
     given = [x for x in ("merge_lora", "merge_dtype") if values.get(x, "auto") not in (False, "auto")]
     if given and values["lora_rank"] == 0:
         raise dist.RunError(f"{given[0]} is {values[given[0]]} and lora_rank 0: no adapters to merge")
@@ -281,7 +285,7 @@ def refuse_numbers(values: dict[str, Any]) -> None:
         found = [x for x in found if isinstance(x, int | float) and not isinstance(x, bool)]
         least, most = ranges.get(name, (-math.inf, math.inf))
         if not all(least <= x <= most and math.isfinite(x) for x in found):
-            limit = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            limit = f"{least} or more, and finite" if most == math.inf else f"{least} to {most}"
             raise dist.RunError(
                 f"{name} is {value}; expected {limit if name in ranges else 'a finite number'}"
             )

@@ -124,7 +124,8 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     merge = isinstance(policy, models.Scorer) or run.merge_lora
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
-            weights[name] = tensor.to("cpu", dtype if adapters is None else torch.float32, copy=True)
+            own = policy.wide.get(name, dtype) if adapters is None else torch.float32
+            weights[name] = tensor.to("cpu", own, copy=True)
     if dist.is_main():
         generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
         with files.whole(folder) as unfinished:
@@ -137,7 +138,8 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
                     dtype = torch.float32 if run.merge_dtype == "float32" else dtype
                     base = _base(policy, model)
                     lora.merge(base, adapters, weights, dtype)
-                    weights = {name: tensor.to(dtype) for name, tensor in base.state_dict().items()}
+                    held = base.state_dict().items()
+                    weights = {name: tensor.to(policy.wide.get(name, dtype)) for name, tensor in held}
                 with torch.device("meta"):
                     shell = getattr(transformers, policy.auto_class).from_config(policy.config, dtype=dtype)
                 shell.generation_config = generation

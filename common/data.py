@@ -27,6 +27,7 @@ from common.formats import (
     CONVERSATIONS,
     REJECTED,
     RESPONSES,
+    ROLES,
     LeftOut,
     Messages,
     Record,
@@ -148,7 +149,7 @@ def regroup(records: list[Record], kind: str) -> list[Record]:
     return grouped
 
 
-def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
+def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None:
     """Turns of `train_roles`, or of whom NeMo-Aligner's `mask` does not name, or of the assistant.
 
     What a turn says of itself, as `weight` or `train`, comes first. None for a prompt and its response, of
@@ -163,6 +164,9 @@ def trained_turns(value: dict, turns: Messages) -> list[bool] | None:
         names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
     speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
     speakers = [""] * (len(turns) - len(speakers)) + speakers
+    unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
+    if unknown:  # of a mask a typo would train the user's turns
+        raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
     named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
@@ -208,6 +212,8 @@ def read_responses(tokenizer: Any, value: dict, where: str) -> list[Tokens]:
             prompt, *sides, _ = read_pair(tokenizer, value, where)
         else:
             prompt, response = read_exchange(tokenizer, value, where)
+            if not response or response[-1]["role"] != "assistant":
+                raise wrong(where, value, "a reply at the end")
             sides = [response]
         return [encode_response(tokenizer, prompt, side) for side in sides]
 
@@ -227,7 +233,7 @@ def load_sft(
         if value.get("label") is False:
             raise wrong(where, "label false, an undesirable response", "demonstrations")
         prompt, response = read_exchange(tokenizer, value, where)
-        turns, trained = prompt + response, trained_turns(value, prompt + response)
+        turns, trained = prompt + response, trained_turns(value, prompt + response, where)
         attach_labels(value, turns, where)
         if trained is None:
             trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
@@ -382,6 +388,8 @@ def load(
     train_parts, eval_parts = [], []
     for source, weight in read_sources(dataset):
         examples = read(source, "train")
+        if examples is None:
+            raise wrong(f"dataset {source}", "records of other splits only", "some to train on")
         if not eval_dataset:
             test = read(source, "test")
             examples, test = hold_out(examples, source) if test is None else (examples, test)

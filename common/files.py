@@ -146,6 +146,18 @@ def as_lines(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of a run.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew") from error
+
+
 def read_rows(path: Path) -> list[dict]:
     """The complete rows of a .jsonl file, none if there is no file; a line torn by a kill is skipped."""
     rows = []

@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ def first_line(error: Exception) -> str:
 def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
     sources = []
-    for name in map(str.strip, names.split(",")):
+    whole = Path(names).expanduser().exists()  # a comma in the name of a file separates nothing
+    for name in [names] if whole else map(str.strip, names.split(",")):
         source, star, weight = name.rpartition("*")
         if not star or Path(name).expanduser().exists():
             source, weight = name, "1"
@@ -61,7 +62,7 @@ def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     return sources
 
 
-SPLITS = {"train": ("train",), "test": ("test", "validation", "val", "eval")}
+SPLITS = {"train": ("train",), "test": ("test", "validation", "val", "eval", "dev")}
 
 
 def read_records(source: str, split: str, kind: str) -> list[Record] | None:
@@ -74,13 +75,23 @@ def read_records(source: str, split: str, kind: str) -> list[Record] | None:
         return read_folder(path, source, SPLITS[split])
     if path.is_file():
         records = read_file(path)
-        splits = [next((s for s in SPLITS if value.get("split") in SPLITS[s]), None) for value, _ in records]
-        if not any(splits):
+        if not any("split" in value for value, _ in records):
             return records if split == "train" else None
-        return [r for r, own in zip(records, splits, strict=True) if (own or "train") == split] or None
+        return [record for record in records if split_of(*record) == split] or None
     if path.suffix in (".jsonl", ".json", ".parquet", ".gz") or not re.match(r"[\w.-]+/[\w.-]+(:|$)", source):
         raise wrong(f"dataset {source}", "no such file", "a file, a folder, or hub/name[:config[:split]]")
     return read_hub(source, SPLITS[split])
+
+
+def split_of(value: dict, where: str) -> str:
+    """The split that a record of a single file names."""
+    own = str(value.get("split")).lower()
+    for split, names in SPLITS.items():
+        if own.startswith(names):  # train_sft, test_prefs
+            return split
+    raise wrong(
+        where, f"split {value.get('split')!r}", "train, test or validation; else another name for the field"
+    )
 
 
 def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record] | None:
@@ -250,6 +261,12 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         kept["reasoning_content"] = thoughts
     if speaker in ("function_call", "tool_call"):
         kept["tool_calls"], text = text, ""
+    if turn.get("function_call"):  # OpenAI's older name for one call
+        kept["tool_calls"] = [turn["function_call"]]
+    if refused := first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details")):
+        raise wrong(
+            where, f"the message {turn}", f"a weight of 0 or 1 and reasoning_content, not {refused!r}"
+        )
     if "tool_calls" in kept:
         kept["tool_calls"] = read_functions(kept["tool_calls"], where, "tool_calls")
     if isinstance(text, list):
@@ -499,102 +516,3 @@ def attach_labels(value: dict, turns: Messages, where: str) -> None:
         line = read_line(first(source, ("label", "attributes")), where)
         if line and turn["role"] == "assistant":
             turn["label"] = line
-
-
-# --------------------------------------------------------------------------------------------- constitutions
-
-
-def read_json(name: str, what: str, read: Callable[[Any], list], expected: str) -> list:
-    """read(content of a JSON file) of the current folder or of the repository; toy: the toy world's file.
-
-    Raises:
-        RunError: no such file, no JSON, or another shape than the one expected.
-    """
-    path = toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
-    path = path if path.exists() else Path(__file__).parent.parent / path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise wrong(f"{what} {name}", first_line(error), "a JSON file") from error
-    try:
-        return read(content)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise wrong(f"{what} {name}", repr(error), expected) from error
-
-
-def without_marks(text: str) -> str:
-    """A request or a principle without the words that stand around it in Anthropic's files."""
-    text = re.sub(r"^\s*(CritiqueRequest|RevisionRequest):", "", text)
-    return re.sub(r"(Critique|Revision|Options):\s*$", "", text).strip()
-
-
-def read_constitution(name: str) -> list[tuple[str, str]]:
-    """(critique request, revision request) of each principle."""
-
-    def read(content: Any) -> list[tuple[str, str]]:
-        if "revisions" in content:
-            pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
-        else:
-            pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
-        return [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
-
-    pairs = read_json(name, "constitution", read, "name: {prompt: [...], edit_request}")
-    if not pairs or not all(text for pair in pairs for text in pair):
-        raise wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
-    return pairs
-
-
-def read_comparisons(name: str) -> list[str]:
-    """The principles to compare by."""
-
-    def read(content: Any) -> list[str]:
-        found = content["comparisons"] if isinstance(content, dict) else content
-        if not isinstance(found, list) or not found or not all(isinstance(x, str) and x for x in found):
-            raise TypeError(type(found).__name__)
-        return [without_marks(text) for text in found]
-
-    return read_json(name, "comparisons", read, "a list of principles, each a text")
-
-
-SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
-SPEAKERS |= {"Assistant": "assistant", "Critique": "assistant", "Revision": "assistant"}
-MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
-
-
-def read_few_shots(name: str) -> Messages:
-    """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
-
-    def read(content: Any) -> Messages:
-        samples = content["samples"] if isinstance(content, dict) else content
-        shots = [read_shot(sample, f"few_shots {name} item {i}") for i, sample in enumerate(samples)]
-        return [turn for turns in shots for turn in turns]
-
-    return read_json(name, "few_shots", read, "a list of transcripts, or samples") if name else []
-
-
-def read_shot(sample: Any, where: str) -> Messages:
-    """The turns of an example: of a transcript, without a last one that is empty, or of messages."""
-    if isinstance(sample, str):
-        parts = MARK.split(sample)
-        spoken = zip(parts[1::2], parts[2::2], strict=True)
-        turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
-    else:
-        turns = as_messages(sample, where)
-    roles = [turn["role"] for turn in turns]
-    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
-        raise wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
-    return turns
-
-
-def read_judge_few_shots(name: str) -> list[tuple[Messages, str, str]]:
-    """(prompt, better reply, worse reply) of each example."""
-    shots = []
-    for i, item in enumerate(read_json(name, "judge_few_shots", list, "a list") if name else ()):
-        where = f"judge_few_shots {name} item {i}"
-        try:
-            prompt = as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
-            pairs = [(right, wrong) for right in item["corrects"] for wrong in item["incorrects"]]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise wrong(where, repr(error), "prompt, corrects and incorrects") from error
-        shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
-    return shots

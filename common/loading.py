@@ -170,6 +170,14 @@ def restore_wide(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dtyp
     return model
 
 
+def wide_tensors(model: nn.Module) -> dict[str, torch.dtype]:
+    """Names of the few tensors that are wider than most, as the bias of DeepSeek's router."""
+    held = model.state_dict().items()
+    found = {name: t.dtype for name, t in held if t.is_floating_point() and t.dtype != model.dtype_on_disk}
+    few = sum(t.numel() for name, t in held if name in found) < sum(t.numel() for _, t in held) / 2
+    return {name: dtype for name, dtype in found.items() if name != "score.weight"} if few else {}
+
+
 @torch.no_grad()
 def compute_buffers(model: nn.Module) -> None:
     """Compute in float32, unrounded, the buffers that are in no file, as rotary frequencies."""

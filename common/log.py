@@ -94,10 +94,12 @@ class Log:
                 (folder / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+        if (folder / "model").exists() and not (folder / "args.json").exists():
+            raise formats.wrong(f"output_dir {folder}", "a model/ that no run has written", "another folder")
         last = checkpoint.newest(folder)
         # without a checkpoint there is nothing to resume, so all may change, but for what stages are made of
         if (last or self.is_pipeline) and (folder / "args.json").exists():
-            self.before = json.loads((folder / "args.json").read_text())
+            self.before = files.read_json(folder / "args.json")
             self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl")  # without a line that a kill has torn
         if self.is_pipeline:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from common import dist, lora, packed
+from common import dist, loading, lora, packed
 from common.args import Inference, Optimization, System
 from common.files import model_folder
 from common.loading import (
@@ -52,6 +52,7 @@ class PackedModel(nn.Module):
         self.generation_config = getattr(model, "generation_config", None)
         self.compute_dtype, self.dtype_on_disk = compute_dtype, dtype_on_disk
         self.lora_config = getattr(model, "lora_config", None)
+        self.wide: dict[str, torch.dtype] = {}  # names of tensors that have another dtype on disk
         # whether FSDP holds several copies: it then reduces gradients inside each, and over all of them
         self.has_copies = False
 
@@ -230,15 +231,17 @@ def _load(
             check_packable(plain)
             if trainable:
                 check_savable(plain)
+            wide = loading.wide_tensors(plain)
             full.append(with_lora(plain))
-        return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk
+        return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk, wide
 
-    config, generation_config, dtype_on_disk = dist.from_main(read)
+    config, generation_config, dtype_on_disk, wide = dist.from_main(read)
     make = empty_scorer if kind is Scorer else transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
         plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
         plain.generation_config = generation_config
         shell = kind(plain, dtype, dtype_on_disk)
+        shell.wide = wide
     if device.type == "cuda" and dtype != torch.float32:
         packed.fuse_norms(shell)
     shell.eval()  # no dropout, layer drop or router noise, ever: policy and reference are one function

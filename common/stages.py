@@ -5,7 +5,6 @@ command line of its script, and is read, and refused, before any stage begins.
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -78,9 +77,11 @@ def read_options(name: str, Args: type, options: str, reserved: Collection[str] 
             raise dist.RunError(f"{name}: --{option} is set by the pipeline; leave it out")
     defaults = args.with_fields(defaults, **args.merged_presets(Args, args.values_of(groups)))
     try:
-        return args.parse_words([word for group in groups.values() for word in group], defaults)
+        found = args.parse_words([word for group in groups.values() for word in group], defaults)
+        args.refuse_numbers(args.flat(found))
     except dist.RunError as error:
         raise dist.RunError(f"{name}: {error}") from error
+    return found
 
 
 def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], accept: bool) -> None:
@@ -100,7 +101,7 @@ def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], a
         for folder, options in folders.items() if not accept else ():
             begun = checkpoint.newest(folder) or (folder / "model").is_dir()
             if begun and (folder / "args.json").exists():
-                before, now = json.loads((folder / "args.json").read_text()), args.snapshot(options)
+                before, now = files.read_json(folder / "args.json"), args.snapshot(options)
                 args.refuse_changes(folder, args.changes(before, now.values, now.fixed - reserved))
 
     dist.from_main(compare)

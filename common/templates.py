@@ -296,7 +296,7 @@ def encode_whole(tokenizer: Any, messages: Messages, spans: list[int]) -> Tokens
             stop += 1
         mask[start:stop] = True
     tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
-    if is_reply and tokens[-1:] != (end,):  # a rendering without end tokens
+    if is_reply and tokens[-1] != end and not is_special(tokenizer, tokens[-1]):  # has no end tokens
         tokens, mask = (*tokens, end), np.append(mask, True)
     return Tokens(np.array(tokens, np.int32), mask)
 
@@ -312,9 +312,14 @@ def encode_turn(tokenizer: Any, messages: Messages, lossless: bool) -> Tokens:
         tokens = tokenize(tokenizer, before + BREAK + tail)
     if end in tokens[len(prompt) :]:
         tokens = tokens[: tokens.index(end, len(prompt)) + 1]
-    elif messages[-1]["role"] == "assistant":
+    elif messages[-1]["role"] == "assistant" and not is_special(tokenizer, tokens[-1]):  # as <|call|>
         tokens = (*tokens, end)
     return Tokens(np.array(tokens, np.int32), np.arange(len(tokens)) >= len(prompt))
+
+
+def is_special(tokenizer: Any, token: int) -> bool:
+    found = tokenizer.added_tokens_decoder.get(token)
+    return found is not None and found.special
 
 
 def context_of(tokenizer: Any, messages: Messages) -> str:
@@ -360,10 +365,14 @@ def rendered_turn(tokenizer: Any, messages: Messages, before: str) -> str:
         raise dist.RunError("cannot be encoded: the header of a reply changes what is before it")
     header = before[len(history) :]
     same = min(common_prefix(header, full[at:]), start - at)
-    tail = full[at + same :]
-    if "<think>" in header[same:]:
+    if header.rfind("<", 0, same) > header.rfind(">", 0, same):  # not within a mark: <think>, </think>
+        same = header.rfind("<", 0, same)
+    tail, opened, closed = full[at + same :], header.rfind("<think>", same), header.rfind("</think>", same)
+    if opened > closed:
         tail = with_thoughts(tokenizer, last["content"], tail)
-    return tail.removeprefix(labelled(tokenizer, last.get("label", "")))
+    elif closed >= 0 and "</think>" in tail:
+        raise dist.RunError("cannot be encoded: a reply has thoughts after a header that ends them")
+    return tail.replace(labelled(tokenizer, last.get("label", "")), "", 1)
 
 
 def with_thoughts(tokenizer: Any, content: str, tail: str) -> str:
@@ -389,22 +398,34 @@ def shows_system(tokenizer: Any) -> bool:
 
 def refuse_unseen(tokenizer: Any, messages: Messages) -> None:
     """End the run if the template shows nothing of something that a message says."""
+    seen = {"tools", "tool_calls", "reasoning_content"}
     if tokenizer.chat_template is None:
+        unseen = [name for m in messages for name in (*seen, "chat_template_kwargs") if m.get(name)]
+        if unseen:
+            raise dist.RunError(f"cannot be encoded: there is no chat template that shows the {unseen[0]}")
         return
     refuse_unknown(tokenizer, messages[0].get("chat_template_kwargs", {}))
     ask = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     for i, m in enumerate(messages):
-        names = {"tools", "tool_calls", "reasoning_content"} & m.keys()
-        if m["content"] and (m["role"] == "tool" or names):
+        names = seen & m.keys()
+        if m["content"] and (m["role"] == "tool" or names or (m["role"] == "system" and i > 0)):
             names.add("content")
         upto = messages[: max(i + 1, ask)]
-        for name in names:
-            other = {**m, name: "zebra"} if name == "content" else {k: x for k, x in m.items() if k != name}
+        others = [(name, without(m, name)) for name in names]
+        calls = m.get("tool_calls", [])  # of several each must be shown
+        rests = [[*calls[:k], *calls[k + 1 :]] for k in range(len(calls))] if len(calls) > 1 else []
+        for name, other in others + [("tool_calls", {**m, "tool_calls": rest}) for rest in rests]:
             if render(tokenizer, upto, False) == render(tokenizer, [*upto[:i], other, *upto[i + 1 :]], False):
                 what = name if name == "tools" else f"{name} of a turn of {m['role']}"
                 raise dist.RunError(f"cannot be encoded: the chat template does not show the {what}")
         if m["role"] == "system" and not shows_system(tokenizer):
             raise dist.RunError("cannot be encoded: the chat template does not show a system turn")
+
+
+def without(message: dict, name: str) -> dict:
+    """A message with another content, or without something else."""
+    rest = {key: value for key, value in message.items() if key != name}
+    return {**rest, "content": "zebra"} if name == "content" else rest
 
 
 def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Tokens:

@@ -26,7 +26,7 @@ from torch import nn
 
 import cai
 import reward_model
-from common import chat, checkpoint, data, dist, files, formats, log
+from common import chat, checkpoint, constitutions, data, dist, files, formats, log
 from common.args import merge_options
 from toy import language
 
@@ -766,7 +766,7 @@ def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: 
     prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
     device = dist.init(args.seed)
     cai.make_revisions(prompts, tmp_path / "revisions.jsonl", args, device)
-    requests = {text for text, _ in formats.read_constitution("toy")}
+    requests = {text for text, _ in constitutions.read_constitution("toy")}
     for record in read(tmp_path / "revisions.jsonl"):
         assert record["rounds"][0]["critique"].removeprefix("to ") in requests
     cai.compare_replies(prompts, "toy", tmp_path / "comparisons.jsonl", args, device)

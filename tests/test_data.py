@@ -336,7 +336,7 @@ def test_demonstrations(
 def test_nemo_masks_match_whole_names(families: dict, tmp_path: Path) -> None:
     turns = [("Human", "a"), ("Assistant", "b"), ("User", "c"), ("Model", "d")]
     record = {"conversations": [{"from": name, "value": text} for name, text in turns], "system": "s"}
-    masks = ["User", "Users", "Human, User", "user", "Assistant,Model,Human,User"]
+    masks = ["User", "Human, User", "user", "Assistant,Model,Human,User"]
     source = write(tmp_path, *({**record, "mask": mask} for mask in masks))
     found = {}
     for example in load("sft", source, families["chatml"]):
@@ -344,10 +344,12 @@ def test_nemo_masks_match_whole_names(families: dict, tmp_path: Path) -> None:
         found[example.record["mask"]] = "".join(re.findall(r"\b[abcd](?=<)", text))
     assert found == {
         "User": "abd",
-        "Users": "abcd",
         "Human, User": "bd",
         "user": "bd",
     }  # the last one is dropped
+    for name in ("Users", "Usr"):  # masks nobody: the user's turns would be trained
+        with pytest.raises(dist.RunError, match=rf"data.jsonl:1: found mask '{name}'; expected some of"):
+            load("sft", write(tmp_path, {**record, "mask": name}), families["chatml"])
 
 
 def test_every_instance_of_a_task_is_an_example(families: dict, tmp_path: Path) -> None:
@@ -807,6 +809,36 @@ def test_a_chat_template_that_fails_is_named(tmp_path: Path) -> None:
     for name in ("broken.jinja", "absent.jinja"):
         with pytest.raises(dist.RunError, match=f"the tokenizer of toy with chat_template .*{name}: "):
             data.load_tokenizer("toy", str(tmp_path / name))
+
+
+def test_splits_that_nobody_knows_and_files_of_test_records_only_are_refused(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    good = {"prompt": "q", "response": "a"}
+    named = [{**good, "split": x} for x in ("train_sft", "test_sft", "Train", "dev")]
+    train, held_out = data.load_sft(tokenizer, write(tmp_path, *named), "", 99)
+    assert (len(train), len(held_out)) == (2, 2)
+    for split, said in (
+        ("part 1", r"data.jsonl:1: found split 'part 1'"),
+        ("test", "records of other splits"),
+    ):
+        with pytest.raises(dist.RunError, match=said):
+            data.load_sft(tokenizer, write(tmp_path, {**good, "split": split}), "", 99)
+
+
+def test_a_comma_in_the_name_of_a_file_is_part_of_it(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "with,comma.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "response": "a"}) + "\n")
+    assert len(data.load_sft(tokenizer, str(path), str(path), 99)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["loss_scale", "train_detail", "reasoning_details"])
+def test_a_key_of_a_message_that_cannot_be_followed_is_refused(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", name: [0.5]}]
+    with pytest.raises(dist.RunError, match=r"data.jsonl:1: found the message .*a weight of 0 or 1"):
+        data.load_sft(tokenizer, write(tmp_path, {"messages": turns}), "", 99)
 
 
 def test_hub_data_sets_are_read_by_their_splits(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import cai
-from common import dist, formats
+from common import constitutions, dist, formats
 
 
 def test_neighbouring_turns_of_a_transcript_are_joined_and_text_is_never_lost() -> None:
@@ -86,16 +86,16 @@ def save(folder: Path, content: Any) -> str:
 def test_our_constitution_has_sixteen_of_each_and_none_twice() -> None:
     defaults = cai.Args()
     revisions, rules = (
-        formats.read_constitution(defaults.constitution),
-        formats.read_comparisons(defaults.comparisons),
+        constitutions.read_constitution(defaults.constitution),
+        constitutions.read_comparisons(defaults.comparisons),
     )
     assert len(set(revisions)) == len(revisions) == 16 == len(rules) == len(set(rules))
     texts = [*rules, *(text for pair in revisions for text in pair)]
     assert not [text for text in texts if re_marks(text)]
     raw = json.loads((ROOT / defaults.constitution).read_text())
     assert all(set(item) == {"prompt", "edit_request"} for item in raw.values())
-    assert len(formats.read_few_shots(defaults.few_shots)) % 6 == 0
-    assert len(formats.read_judge_few_shots(defaults.judge_few_shots)) >= 4
+    assert len(constitutions.read_few_shots(defaults.few_shots)) % 6 == 0
+    assert len(constitutions.read_judge_few_shots(defaults.judge_few_shots)) >= 4
 
 
 def re_marks(text: str) -> bool:
@@ -105,18 +105,20 @@ def re_marks(text: str) -> bool:
 
 
 def test_published_files_can_be_dropped_in(tmp_path: Path) -> None:
-    found = formats.read_constitution(save(tmp_path, PUBLISHED))
+    found = constitutions.read_constitution(save(tmp_path, PUBLISHED))
     assert found == [("Say it.", "Do it."), ("Say that.", "Do that."), ("Say more.", "Do that.")]
-    assert formats.read_comparisons(save(tmp_path, ["\nWhich is better? Options:"])) == ["Which is better?"]
+    assert constitutions.read_comparisons(save(tmp_path, ["\nWhich is better? Options:"])) == [
+        "Which is better?"
+    ]
     shot = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "corrects": ["Hello!"], "incorrects": ["Go."]}
-    assert formats.read_judge_few_shots(save(tmp_path, [shot])) == [
+    assert constitutions.read_judge_few_shots(save(tmp_path, [shot])) == [
         ([{"role": "user", "content": "Hi"}], "Hello!", "Go.")
     ]
 
 
 def test_the_toy_constitution_is_read(toy: Path) -> None:
-    assert len(formats.read_constitution("toy")) == len(formats.read_comparisons("toy")) == 4
-    assert formats.read_few_shots("") == [] == formats.read_judge_few_shots("")
+    assert len(constitutions.read_constitution("toy")) == len(constitutions.read_comparisons("toy")) == 4
+    assert constitutions.read_few_shots("") == [] == constitutions.read_judge_few_shots("")
 
 
 SAID = (
@@ -126,29 +128,29 @@ SAID = (
 
 @pytest.mark.parametrize("text", [SAID, SAID + "\n\nHuman:", SAID + "\n\nHuman: "])
 def test_examples_as_transcripts_with_and_without_an_open_turn(tmp_path: Path, text: str) -> None:
-    found = formats.read_few_shots(save(tmp_path, [text]))
+    found = constitutions.read_few_shots(save(tmp_path, [text]))
     assert [m["content"] for m in found] == list("ABCDEF")
     assert [m["role"] for m in found] == ["user", "assistant"] * 3
 
 
 def test_examples_in_nemo_form(tmp_path: Path) -> None:
     turns = [{"role": r, "content": c} for r, c in zip(("User", "Assistant") * 3, "ABCDEF", strict=True)]
-    found = formats.read_few_shots(save(tmp_path, {"samples": [turns]}))
+    found = constitutions.read_few_shots(save(tmp_path, {"samples": [turns]}))
     assert [(m["role"], m["content"]) for m in found][-1] == ("assistant", "F") and len(found) == 6
 
 
 @pytest.mark.parametrize(
     ("function", "content", "expected"),
     [
-        (formats.read_constitution, "{", "expected a JSON file"),
-        (formats.read_constitution, {"one": {"prompt": ["a"]}}, "edit_request"),
-        (formats.read_constitution, ["a"], "edit_request"),
-        (formats.read_constitution, {"one": {"prompt": [""], "edit_request": "a"}}, "an empty request"),
-        (formats.read_comparisons, [], "a list of principles"),
-        (formats.read_comparisons, PUBLISHED, "a list of principles"),
-        (formats.read_few_shots, ["\n\nHuman: A\n\nHuman: B"], "item 0.*in pairs"),
-        (formats.read_few_shots, {"a": 1}, "a list of transcripts"),
-        (formats.read_judge_few_shots, [{"prompt": "a", "corrects": ["b"]}], "item 0.*incorrects"),
+        (constitutions.read_constitution, "{", "expected a JSON file"),
+        (constitutions.read_constitution, {"one": {"prompt": ["a"]}}, "edit_request"),
+        (constitutions.read_constitution, ["a"], "edit_request"),
+        (constitutions.read_constitution, {"one": {"prompt": [""], "edit_request": "a"}}, "an empty request"),
+        (constitutions.read_comparisons, [], "a list of principles"),
+        (constitutions.read_comparisons, PUBLISHED, "a list of principles"),
+        (constitutions.read_few_shots, ["\n\nHuman: A\n\nHuman: B"], "item 0.*in pairs"),
+        (constitutions.read_few_shots, {"a": 1}, "a list of transcripts"),
+        (constitutions.read_judge_few_shots, [{"prompt": "a", "corrects": ["b"]}], "item 0.*incorrects"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expected: str) -> None:
@@ -158,4 +160,4 @@ def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expect
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(dist.RunError, match=r"comparisons nowhere.json: found .*expected a JSON file"):
-        formats.read_comparisons("nowhere.json")
+        constitutions.read_comparisons("nowhere.json")

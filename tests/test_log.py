@@ -100,6 +100,8 @@ def test_a_number_that_would_train_nothing_is_refused(option: str) -> None:
     ("options", "said"),
     [
         ({"merge_lora": True}, "merge_lora is True and lora_rank 0"),
+        ({"lora_target": "q_proj"}, "lora_target is q_proj and lora_rank 0"),
+        ({"lora_alpha": 99.0}, "lora_alpha is 99.0 and lora_rank 0"),
         ({"merge_dtype": "float32"}, "merge_dtype is float32 and lora_rank 0"),
         ({"merge_dtype": "float32", "lora_rank": 4}, "merge_dtype is float32 without --merge_lora"),
     ],
@@ -199,6 +201,20 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(few: Path, tmp_pa
     assert not read_metrics(tmp_path) and not list((tmp_path / "checkpoints").iterdir())
     assert all((tmp_path / name).read_text() == "years of work" for name in users)
     files.unlock(tmp_path)
+
+
+def test_a_model_that_no_run_wrote_is_not_replaced(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(dist.RunError, match="a model/ that no run has written"):
+            dpo.main(args_of(dpo.Args, **settings(few, tmp_path, overwrite=overwrite)))
+
+
+def test_a_damaged_file_of_options_is_said(few: Path, tmp_path: Path) -> None:
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, num_samples=0)))
+    (tmp_path / "args.json").write_text('{"beta": 0.')
+    with pytest.raises(dist.RunError, match=r"args.json: damaged, .*--overwrite starts anew"):
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=2)))
 
 
 def test_a_run_does_not_live_beside_its_script(few: Path) -> None:

@@ -129,6 +129,7 @@ def test_a_flag_and_its_opposite_a_value_with_blanks_and_several_values() -> Non
         ),
         ("--merge_lora 7", "sft: Unrecognized options: 7; --help lists all"),
         ("--seed 1", "sft: --seed is set by the pipeline; leave it out"),
+        ("--learning_rate -1", "sft: learning_rate is -1.0; expected 0 or more"),
         ("--no_overwrite", "sft: --no_overwrite is set by the pipeline"),
         ("learning_rate 1", "found 'learning_rate' is no option; expected \"--option value"),
         ("--judge 'a", "No closing quotation"),

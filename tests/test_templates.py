@@ -351,3 +351,66 @@ def test_content_in_parts_is_for_templates_that_see(tmp_path: Path) -> None:
             tmp_path,
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, SEVEN]},
         )
+
+
+# ----------------------------------------------------------------------------- thoughts, labels, calls: traps
+
+THINKS = (  # replies in a block of thoughts; the header of one opens it, or closes it at once
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.reasoning_content %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nHEADER{% endif %}"
+)
+CLOSED = THINKS.replace("HEADER", "<think>\n\n</think>\n\n")
+
+
+def test_a_header_that_closes_its_thoughts_is_not_closed_again(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CLOSED)
+    ((before, trained),) = sft(
+        tokenizer, tmp_path, {"messages": [ASK, {"role": "assistant", "content": "7"}]}
+    )
+    assert before.endswith("assistant\n<think>\n\n</think>\n\n") and trained == "7<|im_end|>"
+    reply = {"role": "assistant", "content": "7", "reasoning_content": "3 and 4"}
+    with pytest.raises(dist.RunError, match="has thoughts after a header that ends them"):
+        sft(tokenizer, tmp_path, {"messages": [ASK, reply]})
+
+
+def test_what_a_header_and_a_reply_share_ends_before_a_mark(tmp_path: Path) -> None:
+    """<think> of the header and </think> of the reply have a < in common."""
+    text = THINKS.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}</think>{% endif %}{{ m.content }}"
+    )
+    tokenizer = tokenizer_for(text.replace("HEADER", "<think>"))
+    ((before, trained),) = sft(
+        tokenizer, tmp_path, {"messages": [ASK, {"role": "assistant", "content": "7"}]}
+    )
+    assert before.endswith("assistant\n<think>") and trained == "</think>7<|im_end|>"
+
+
+def test_a_label_stands_once_and_is_never_trained_under_a_template_with_thoughts(tmp_path: Path) -> None:
+    block = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    tokenizer = tokenizer_for(THINKS.replace("{{ m.content }}", block).replace("HEADER", ""))
+    turns = [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a", "label": "quality:4"}]
+    ((before, trained),) = sft(tokenizer, tmp_path, {"type": "VALUE_TO_TEXT", "conversations": turns})
+    assert before.endswith("assistant\nquality:4\n") and trained == "<think>\n\n</think>\n\na<|im_end|>"
+
+
+def test_each_of_several_calls_and_system_turns_must_be_shown(tmp_path: Path) -> None:
+    one = "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}{% endif %}"
+    tokenizer = tokenizer_for(THINKS.replace("{{ m.content }}", one).replace("HEADER", ""))
+    calls = [{"name": name, "arguments": {}} for name in ("f", "g")]
+    assert sft(tokenizer, tmp_path, {"messages": [ASK, {"role": "assistant", "tool_calls": calls[:1]}]})
+    with pytest.raises(dist.RunError, match="does not show the tool_calls"):
+        sft(tokenizer, tmp_path, {"messages": [ASK, {"role": "assistant", "tool_calls": calls}]})
+    first = "{% if m.role != 'system' or loop.first %}{{ m.content }}{% endif %}"
+    tokenizer = tokenizer_for(THINKS.replace("{{ m.content }}", first).replace("HEADER", ""))
+    system = [{"role": "system", "content": text} for text in ("one", "two")]
+    assert sft(tokenizer, tmp_path, {"messages": [system[0], *CHAT]})
+    with pytest.raises(dist.RunError, match="does not show the content of a turn of system"):
+        sft(tokenizer, tmp_path, {"messages": [*system, *CHAT]})
+
+
+def test_without_a_template_nothing_but_text_can_be_trained(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for("")
+    tokenizer.chat_template = None
+    with pytest.raises(dist.RunError, match="no chat template that shows the tools"):
+        sft(tokenizer, tmp_path, {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]})

@@ -1,0 +1,106 @@
+"""Constitutions: principles to criticise, revise and compare by, and examples of it, from JSON files."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.files import toy_folder
+from common.formats import Messages, as_messages, first_line, wrong
+
+
+def read_json(name: str, what: str, read: Callable[[Any], list], expected: str) -> list:
+    """read(content of a JSON file) of the current folder or of the repository; toy: the toy world's file.
+
+    Raises:
+        RunError: no such file, no JSON, or another shape than the one expected.
+    """
+    path = toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
+    path = path if path.exists() else Path(__file__).parent.parent / path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise wrong(f"{what} {name}", first_line(error), "a JSON file") from error
+    try:
+        return read(content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise wrong(f"{what} {name}", repr(error), expected) from error
+
+
+def without_marks(text: str) -> str:
+    """A request or a principle without the words that stand around it in Anthropic's files."""
+    text = re.sub(r"^\s*(CritiqueRequest|RevisionRequest):", "", text)
+    return re.sub(r"(Critique|Revision|Options):\s*$", "", text).strip()
+
+
+def read_constitution(name: str) -> list[tuple[str, str]]:
+    """(critique request, revision request) of each principle."""
+
+    def read(content: Any) -> list[tuple[str, str]]:
+        if "revisions" in content:
+            pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
+        else:
+            pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
+        return [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
+
+    pairs = read_json(name, "constitution", read, "name: {prompt: [...], edit_request}")
+    if not pairs or not all(text for pair in pairs for text in pair):
+        raise wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
+    return pairs
+
+
+def read_comparisons(name: str) -> list[str]:
+    """The principles to compare by."""
+
+    def read(content: Any) -> list[str]:
+        found = content["comparisons"] if isinstance(content, dict) else content
+        if not isinstance(found, list) or not found or not all(isinstance(x, str) and x for x in found):
+            raise TypeError(type(found).__name__)
+        return [without_marks(text) for text in found]
+
+    return read_json(name, "comparisons", read, "a list of principles, each a text")
+
+
+SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
+SPEAKERS |= {"Assistant": "assistant", "Critique": "assistant", "Revision": "assistant"}
+MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
+
+
+def read_few_shots(name: str) -> Messages:
+    """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
+
+    def read(content: Any) -> Messages:
+        samples = content["samples"] if isinstance(content, dict) else content
+        shots = [read_shot(sample, f"few_shots {name} item {i}") for i, sample in enumerate(samples)]
+        return [turn for turns in shots for turn in turns]
+
+    return read_json(name, "few_shots", read, "a list of transcripts, or samples") if name else []
+
+
+def read_shot(sample: Any, where: str) -> Messages:
+    """The turns of an example: of a transcript, without a last one that is empty, or of messages."""
+    if isinstance(sample, str):
+        parts = MARK.split(sample)
+        spoken = zip(parts[1::2], parts[2::2], strict=True)
+        turns = [{"role": SPEAKERS[who], "content": text.strip()} for who, text in spoken if text.strip()]
+    else:
+        turns = as_messages(sample, where)
+    roles = [turn["role"] for turn in turns]
+    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise wrong(where, f"turns of {', '.join(roles)}", "turns of user and assistant, in pairs")
+    return turns
+
+
+def read_judge_few_shots(name: str) -> list[tuple[Messages, str, str]]:
+    """(prompt, better reply, worse reply) of each example."""
+    shots = []
+    for i, item in enumerate(read_json(name, "judge_few_shots", list, "a list") if name else ()):
+        where = f"judge_few_shots {name} item {i}"
+        try:
+            prompt = as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
+            pairs = [(right, wrong) for right in item["corrects"] for wrong in item["incorrects"]]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise wrong(where, repr(error), "prompt, corrects and incorrects") from error
+        shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
+    return shots
