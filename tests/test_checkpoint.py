@@ -285,3 +285,18 @@ def test_only_the_newest_checkpoints_are_kept(few: Path, tmp_path: Path, tiny_mo
     train(str(tmp_path), str(few), model=tiny_model, save_every=1, keep_checkpoints=2)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000004"]
+
+
+def test_a_tensor_that_is_wider_on_disk_stays_so_in_the_export(
+    few: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """As the bias of DeepSeek's router, which in bfloat16 would choose other experts."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny_model(tmp_path / "model", tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    held = {name: t if name == "model.norm.weight" else t.bfloat16() for name, t in weights.items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    train(str(tmp_path / "run"), str(few), model=str(folder))
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in held.items()}
