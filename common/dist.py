@@ -55,10 +55,10 @@ def init(seed: int) -> torch.device:
             **store,
         )
         atexit.register(_leave)
-        for number in STOP_SIGNALS:
-            signal.signal(number, _on_signal)
         if not alone:
             _stop_with_parent()
+    for number in STOP_SIGNALS:  # again, if somebody else has taken them since
+        signal.signal(number, _on_signal)
     if _stop["agreed"]:  # what an earlier run of this process ended for; a signal nobody has seen yet stays
         _stop.update(signal=0, time=0.0, agreed=False)
     random.seed(seed)
