@@ -49,9 +49,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(tiny: Path, name: str = "sd", **changes: Any) -> draftp.Args:
-    return args_of(
-        draftp.Args, **{**BRIEF, "model": str(tiny / name), "dataset": str(tiny / "prompts"), **changes}
-    )
+    options = {**BRIEF, "model": str(tiny / name), "dataset": str(tiny / "prompts"), **changes}
+    if options["lora_rank"] == 0:
+        del options["lora_alpha"]
+    return args_of(draftp.Args, **options)
 
 
 def prepare(args: draftp.Args, device: torch.device) -> draftp.Sampler:
