@@ -276,10 +276,8 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
     it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
     example is not kept.
     """
-    constitution, shots = (
-        constitutions.read_constitution(args.constitution),
-        constitutions.read_few_shots(args.few_shots),
-    )
+    constitution = constitutions.read_constitution(args.constitution)
+    shots = constitutions.read_few_shots(args.few_shots)
     examples, items = {turn["content"] for turn in shots}, list(enumerate(prompts))
     speaker, options = args.helpful_model or args.model, (args.num_revisions, args.use_critique)
     key = (inputs_key(speaker, args), (*options, args.temperature), constitution, shots)

@@ -258,12 +258,9 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
 
 # (least, most) value of options by their names; one that is not here can be any finite number
 RANGES = {
-    (
-        0,
-        math.inf,
-    ): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps num_samples "
-    "value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target sft_coef "
-    "center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
+    (0, math.inf): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps "
+    "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
+    "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
     "num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries",
     (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
     "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "

@@ -17,16 +17,10 @@ from common import checkpoint, dist, files, formats
 from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 # what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
-WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "*.png", "wandb", "wandb_id", "checkpoints")
-WRITTEN += (
-    "model",
-    "model.*tmp",
-    "base_model",
-    "[0-9]_*",
-    "*_[0-9]*.jsonl*",
-    "images/step_*.png",
-    "annealed",
-)
+WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
+WRITTEN += ("checkpoints", "model", "model.*tmp", "base_model", "images/step_*.png", "annealed")
+WRITTEN += tuple(f"{name}_[0-9]*.jsonl*" for name in ("generated", "held_out", "groups"))
+STAGES = "[0-5]_*/"  # folders of a pipeline
 
 
 class Log:
@@ -88,7 +82,8 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             files.lock(folder)  # before anything is deleted: another run may be writing there
             if self.run.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
-                for path in [p for name in (*WRITTEN, Path(self.script).name) for p in folder.glob(name)]:
+                names = (*WRITTEN, Path(self.script).name, *([STAGES] if self.is_pipeline else []))
+                for path in [path for name in names for path in folder.glob(name)]:
                     files.remove(path)
             if not self.is_pipeline:
                 (folder / "checkpoints").mkdir(exist_ok=True)

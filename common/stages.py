@@ -38,8 +38,8 @@ def stage(
             print(f"\nstage {folder.name}", flush=True)
         given = read_options(folder.name, Args, options)
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
-        overrides |= {"output_dir": str(folder), "accept_changes": pipeline.run.accept_changes}
-        main(args.with_fields(given, **overrides), pipeline)
+        own = {"output_dir": str(folder), "accept_changes": pipeline.run.accept_changes}
+        main(args.with_fields(given, **overrides | own), pipeline)
         gc.collect()
         dist.poll_stop()  # a signal that came after the last step of the stage
     if dist.stop_requested():

@@ -184,7 +184,9 @@ def test_a_changed_field_is_named(finished: Path, few: Path) -> None:
 def test_overwrite_removes_what_the_run_wrote_and_nothing_else(few: Path, tmp_path: Path) -> None:
     users = (
         "thesis.txt",
-        "data.jsonl",
+        "data_1.jsonl",
+        "photo.png",
+        "1_data/notes",
         "other_run/metrics.jsonl",
         "answers/rank_0.jsonl",
     )  # answers were paid for
