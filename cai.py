@@ -597,6 +597,28 @@ def evaluate(
     log(step, 2, metrics)
 
 
+def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
+    """The stages for --plan and --check, with the data that the user gives them and the first model."""
+    pairs, own = stages.mixed(args.pairs, args.helpful_pairs), args.stages
+    prompts = args.dataset if args.preference_model or args.run.plan else ""  # PPO needs a reward
+    reward = args.preference_model or args.model
+    own_data = {"sft": args.helpful_demonstrations, "reward_model": pairs, "ppo": prompts, "dpo": pairs}
+    skipped = ("ppo", "reward_model") if args.rl == "dpo" else ("dpo",)
+    scripts = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
+    return [
+        (
+            name,
+            script.main,
+            script.Args,
+            dict(model=args.model, dataset=own_data[name], **shared)
+            | ({"reward": reward} if name == "ppo" else {}),
+            getattr(own, name),
+        )
+        for name, script in scripts.items()
+        if name not in skipped
+    ]
+
+
 TOY = dict(
     helpful_demonstrations="toy",
     helpful_pairs="toy",
@@ -625,9 +647,10 @@ def main(args: Args) -> None:
     check(args)
     options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
+    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
+    stages.before(args.run, stages_before(args, common))
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
     folder = Path(args.run.output_dir)
-    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 

@@ -16,6 +16,7 @@ tokens in all; N_targets of them are response tokens, the ones that are scored.
 Metrics, results and departures from the papers: docs/dpo.md
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
 from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
@@ -243,6 +244,18 @@ def check(args: Args, pairs: data.Dataset) -> None:
         print(f"loss {args.loss}: {', '.join(names - {ours})} are its {ours}", flush=True)
 
 
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy, and where they are."""
+    needs_copy = args.system.lora_rank == 0 and not args.precompute_ref and args.loss != "simpo"
+    return {"reference": args.model} if needs_copy else {}
+
+
+def at_start(args: Args) -> dict[str, float]:
+    """Metrics whose value is known while the policy is the reference."""
+    known = {} if args.loss == "simpo" else {"rewards/margins": 0.0}
+    return known | ({"loss": math.log(2)} if args.loss in ("dpo", "robust") and not args.sft_coef else {})
+
+
 # SimPO's own, section 4 of its paper: gamma is half of beta
 Args.presets = {"loss": {"simpo": dict(beta=2.0, simpo_gamma=1.0, sft_coef=0.0)}}
 TOY = dict(beta=0.3, sft_coef=0.2, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40)
@@ -252,6 +265,7 @@ TOY |= dict(eval_every=20, num_samples=200)
 def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args, beside, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
@@ -269,10 +283,13 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # models
     policy = models.load(args.model, device, system)
-    frozen_copy = system.lora_rank == 0 and not args.precompute_ref and args.loss != "simpo"
-    ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
+    ref_policy = models.load(args.model, device, system, trainable=False) if beside(args) else None
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    loss = functools.partial(loss_and_metrics, policy, ref_policy, args=args)
+    certificate.run(
+        run, certificate.of_training(run, policy, tokenizer, train_set, loss, args.model, at_start(args))
+    )
     if args.precompute_ref:  # before resume() changes the policy, for what this run will see
         batches = (data.batch(train_set, step, *how) for step in range(1, num_steps + 1))
         reached = [example for batch in batches for example in batch]

@@ -21,9 +21,10 @@ tools or users said. A micro-batch packs some of them; N_targets of its tokens a
 Metrics, results and departures from the papers: docs/ppo.md
 """
 
+import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed, rewards
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, rewards
 from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import Sample, generate, to_example
@@ -470,6 +471,37 @@ def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.
     return models.load_scorer((*alike, args.model)[0], device, args.system, ["value"], zero_head=True)
 
 
+def checks(
+    policy: models.Policy,
+    ref_policy: models.Policy | None,
+    value_model: models.Scorer | None,
+    tokenizer: Any,
+    train_set: data.Dataset,
+    score: Callable,
+    args: Args,
+    device: torch.device,
+) -> Iterator[certificate.Line]:
+    """What --check tries, on a rollout of short responses."""
+    prompts, short = certificate.few(train_set), replace(args, max_new_tokens=min(16, args.max_new_tokens))
+    examples, scores, _ = sample_and_score(policy, tokenizer, prompts, score, 0, short)
+    how = (policy, ref_policy, value_model, args.kl_coef, {}, short)
+    rollout, metrics = make_rollout(examples, scores.to(device), *how)
+    kl, num = metrics["objective/kl"]
+    yield certificate.near("KL of a response to the reference", float(kl) / num, 0.0, 1e-3)
+    loss = functools.partial(loss_and_metrics, policy, batch=rollout, args=short)
+    yield from certificate.of_data(tokenizer, train_set)
+    yield from certificate.of_loss(loss, rollout.examples, device, {"val/ratio": 1.0})
+    yield from certificate.of_model(args.run, policy, tokenizer, train_set, args.model)
+
+
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy, and where they are."""
+    found = {"reference": args.model} if args.kl_coef > 0 and args.system.lora_rank == 0 else {}
+    sources = [name for name, _ in formats.read_sources(args.reward or "-:", "reward")]
+    found |= {f"reward {name}": name for name in sources if ":" not in name}
+    return found | ({"value": args.model} if args.advantage == "gae" else {})
+
+
 def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
     """Whether a rollout ends with this step, and in it the run or a multiple of `every` steps."""
     return step % steps_each == 0 and (step == num_steps or step // every > (step - steps_each) // every)
@@ -495,6 +527,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    plan.show(args, beside)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
@@ -512,8 +545,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # models
     policy = models.load(args.model, device, system)
-    frozen_copy = args.kl_coef > 0 and system.lora_rank == 0
-    ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
+    has_copy = "reference" in beside(args)
+    ref_policy = models.load(args.model, device, system, trainable=False) if has_copy else None
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts, value_model = {"policy": (policy, optimizer)}, None
@@ -522,12 +555,14 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         groups = models.parameter_groups(value_model, optimization.weight_decay)
         value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         parts["value"] = (value_model, value_optimizer)
-    resumed = checkpoint.resume(run.output_dir, parts)
-    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
     def score(examples: list[Example], replies: list[str]) -> list[float]:
         return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
+
+    certificate.run(run, checks(policy, ref_policy, value_model, tokenizer, train_set, score, args, device))
+    resumed = checkpoint.resume(run.output_dir, parts)
+    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
+    kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)

@@ -56,7 +56,7 @@ class Log:
         self.inputs: dict[str, str] = {}
         self.accepted: list[str] = []  # changes
         self.folder = Path(run.output_dir)
-        self.rows: list[dict] = dist.from_main(self._open)
+        self.rows: list[dict] = [] if run.check else dist.from_main(self._open)
         values = options.values
         if dist.is_main() and values["model"] == "toy" and options.toy and not pipeline:
             # the user's options of a stage have changed the toy's, which are one string with them
@@ -129,6 +129,8 @@ class Log:
         Raises:
             RunError: the run was made from something else, or by other code.
         """
+        if self.run.check:
+            return False
         last = max(self.steps, default=0)
 
         def compare() -> bool:
@@ -158,7 +160,7 @@ class Log:
         Args:
             optimization: None for a pipeline, whose stages have their own.
         """
-        if not dist.is_main():
+        if not dist.is_main() or self.run.check:
             return
         if any(self.steps):
             print(f"resuming {self.folder} from step {max(self.steps)}", flush=True)
