@@ -156,10 +156,8 @@ def main() -> None:
         if small and shape == "300M":
             continue
         found = in_process(__file__, "case", {"script": script, "shape": "tiny" if small else shape}, 1)
-        ratio = found["planned_mib"] / found["measured_mib"]
-        print(
-            f"{name:<12} planned {found['planned_mib']:6.0f} MiB  measured {found['measured_mib']:6.0f}  {ratio:.2f}"
-        )
+        planned, measured = found["planned_mib"], found["measured_mib"]
+        print(f"{name:<12} planned {planned:6.0f} MiB  measured {measured:6.0f}  {planned / measured:.2f}")
         if not small:
             record("plan", name, found)
     return None

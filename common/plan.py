@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
@@ -345,6 +346,10 @@ def traced(forward: Callable, model: nn.Module) -> tuple[float, float]:
     """(bytes that backward needs besides the weights, FLOPs) of a forward on tensors without numbers."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **how: Any) -> torch.Tensor:
+        # without a device torch would take the formulas, which keep all scores
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=how.get("scale"))[0]
+
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -354,7 +359,11 @@ def traced(forward: Callable, model: nn.Module) -> tuple[float, float]:
             kept[place] = tensor  # alive, so that no other takes its place
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), FlopCounterMode(display=False) as flops:
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", attend),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        FlopCounterMode(display=False) as flops,
+    ):
         out = forward()
     del out
     return float(sum(t.untyped_storage().nbytes() for t in kept.values())), float(flops.get_total_flops())
