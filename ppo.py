@@ -400,16 +400,10 @@ def sample_and_score(
 ) -> tuple[list[Example], Tensor, dict[str, float]]:
     """Responses of a rollout, their scores (R,), and the seconds that both took; alike on every rank."""
     start = time.perf_counter()
-    samples = generate(
-        policy,
-        tokenizer,
-        [tokens for prompt in prompts for tokens, _ in prompt.sequences],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        samples_per_prompt=args.samples_per_prompt,
-        seed=args.seed,
-        step=number,
-    )
+    tokens = [tokens for prompt in prompts for tokens, _ in prompt.sequences]
+    how = {"samples_per_prompt": args.samples_per_prompt, "seed": args.seed, "step": number}
+    how |= {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    samples = generate(policy, tokenizer, tokens, **how)
     sampled = time.perf_counter()
     scores = score(prompts, [sample.text for sample in samples])
     times = {"train/time/rollout": sampled - start, "train/time/scoring": time.perf_counter() - sampled}
@@ -469,29 +463,6 @@ def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.
     vocabulary = tokenizer.get_vocab()
     alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
     return models.load_scorer((*alike, args.model)[0], device, args.system, ["value"], zero_head=True)
-
-
-def checks(
-    policy: models.Policy,
-    ref_policy: models.Policy | None,
-    value_model: models.Scorer | None,
-    tokenizer: Any,
-    train_set: data.Dataset,
-    score: Callable,
-    args: Args,
-    device: torch.device,
-) -> Iterator[certificate.Line]:
-    """What --check tries, on a rollout of short responses."""
-    prompts, short = certificate.few(train_set), replace(args, max_new_tokens=min(16, args.max_new_tokens))
-    examples, scores, _ = sample_and_score(policy, tokenizer, prompts, score, 0, short)
-    how = (policy, ref_policy, value_model, args.kl_coef, {}, short)
-    rollout, metrics = make_rollout(examples, scores.to(device), *how)
-    kl, num = metrics["objective/kl"]
-    yield certificate.near("KL of a response to the reference", float(kl) / num, 0.0, 1e-3)
-    loss = functools.partial(loss_and_metrics, policy, batch=rollout, args=short)
-    yield from certificate.of_data(tokenizer, train_set)
-    yield from certificate.of_loss(loss, rollout.examples, device, {"val/ratio": 1.0})
-    yield from certificate.of_model(args.run, policy, tokenizer, train_set, args.model)
 
 
 def beside(args: Args) -> dict[str, str]:
@@ -559,7 +530,23 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     def score(examples: list[Example], replies: list[str]) -> list[float]:
         return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
 
-    certificate.run(run, checks(policy, ref_policy, value_model, tokenizer, train_set, score, args, device))
+    def checks() -> Iterator[certificate.Line]:
+        """What --check tries, on a rollout of short responses."""
+        short, prompts = (
+            replace(args, max_new_tokens=min(16, args.max_new_tokens)),
+            certificate.few(train_set),
+        )
+        examples, scores, _ = sample_and_score(policy, tokenizer, prompts, score, 0, short)
+        held = (policy, ref_policy, value_model, args.kl_coef, {}, short)
+        rollout, metrics = make_rollout(examples, scores.to(device), *held)
+        kl = float(metrics["objective/kl"][0]) / len(examples)
+        yield certificate.near("KL of a response to the reference", kl, 0.0, 1e-2)
+        loss = functools.partial(loss_and_metrics, policy, batch=rollout, args=short)
+        yield from certificate.of_data(tokenizer, train_set)
+        yield from certificate.of_loss(loss, rollout.examples, device, {"val/ratio": 1.0})
+        yield from certificate.of_model(run, policy, tokenizer, train_set, args.model)
+
+    certificate.run(run, checks())
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
     kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})

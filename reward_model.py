@@ -360,7 +360,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     groups = models.parameter_groups(scorer, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     loss = functools.partial(loss_and_metrics, scorer, args=args)
-    certificate.run(run, certificate.of_training(run, scorer, tokenizer, train_set, loss, args.model))
+    certificate.training(args, scorer, tokenizer, train_set, loss)
     parts = {"policy": (scorer, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

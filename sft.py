@@ -104,8 +104,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     policy = models.load(args.model, device, system)
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    loss = functools.partial(loss_and_metrics, policy)
-    certificate.run(run, certificate.of_training(run, policy, tokenizer, train_set, loss, args.model))
+    certificate.training(args, policy, tokenizer, train_set, functools.partial(loss_and_metrics, policy))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
@@ -147,11 +146,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics |= {
-            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics["train/epoch"] = step * optimization.batch_size / train_set.epoch_size
+        metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
         if step % run.eval_every == 0 or step == num_steps:

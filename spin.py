@@ -407,17 +407,8 @@ def checks(
     yield from certificate.of_model(args.run, policy, tokenizer, train_set, args.model)
 
 
-TOY = dict(
-    beta=1.0,
-    num_iterations=3,
-    num_epochs=1,
-    num_prompts=1024,
-    learning_rate=5e-4,
-    warmup_steps=2,
-    batch_size=64,
-    max_new_tokens=48,
-    num_samples=200,
-)
+TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=1024, learning_rate=5e-4, warmup_steps=2)
+TOY |= dict(batch_size=64, max_new_tokens=48, num_samples=200)
 
 
 def main(args: Args) -> None:

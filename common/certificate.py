@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import checkpoint, data, dist, files, loading, models, packed
 from common.args import Training
@@ -61,14 +61,16 @@ def run(run: Any, lines: Iterator[Line]) -> None:
 
 
 def show(found: list[Line]) -> None:
+    """What is to be read, then a table of what has a bound."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     shown = Table("", "what", "found", "bound")
     for line in found:
-        value = f"{line.value:.4g}" if isinstance(line.value, float) else str(line.value)
-        shown.add_row("ok" if line.holds else "FAILS", line.name, Text(value), line.bound)
+        if isinstance(line.value, str):
+            print(f"{line.name}: {line.value}", flush=True)
+        else:
+            shown.add_row("ok" if line.holds else "FAILS", line.name, f"{line.value:.4g}", line.bound)
     Console().print(shown)
 
 
@@ -142,23 +144,6 @@ def of_pairs(dataset: data.Dataset) -> Iterator[Line]:
 
 
 # ------------------------------------------------------------------------------------------ models and losses
-
-
-def of_training(
-    run: Training,
-    model: models.PackedModel,
-    tokenizer: Any,
-    dataset: data.Dataset,
-    loss: Callable,
-    source: str,
-    expected: Mapping[str, float] | None = None,
-) -> Iterator[Line]:
-    """All lines of a script that learns from examples; arguments as in `of_loss` and `of_model`."""
-    yield from of_data(tokenizer, dataset)
-    if "label_prob" in dataset[0].fields:
-        yield from of_pairs(dataset)
-    yield from of_loss(loss, few(dataset), next(model.parameters()).device, expected)
-    yield from of_model(run, model, tokenizer, dataset, source)
 
 
 Loss = Callable[[MicroBatch], tuple[Tensor, Mapping[str, tuple]]]
@@ -261,3 +246,44 @@ def export_gap(
     with files.beside(run.output_dir) as folder:
         checkpoint.export(replace(run, output_dir=folder), model, tokenizer, source)
         return dist.from_main(lambda: read(f"{folder}/model"))
+
+
+def slope_over_norm(loss: Callable[[], Tensor], model: nn.Module, share: float) -> float:
+    """Slope of a loss along its gradient by finite differences, over the gradient's norm: 1 if it is right.
+
+    Args:
+        loss: alike on every rank, so that the gradients that FSDP adds up are so many times one.
+        share: of the loss, by which it is changed: more than its rounding, less than its curvature matters.
+    """
+    value = loss()
+    value.backward()
+    norm = models.clip_grad_norm(model, 0).item()
+    moved = [p for p in model.parameters() if p.grad is not None]
+    size, found = share * abs(value.item()) / norm, []
+    with torch.no_grad():
+        for move in (size, -2 * size, size):
+            for parameter in moved:
+                parameter.add_(parameter.grad, alpha=move / norm)
+            found.append(loss().item())
+    model.zero_grad()
+    return (found[0] - found[1]) / (2 * size) * dist.world_size() / norm
+
+
+def training(
+    args: Any,
+    model: models.PackedModel,
+    tokenizer: Any,
+    dataset: data.Dataset,
+    loss: Loss,
+    expected: Mapping[str, float] | None = None,
+) -> None:
+    """`run` with all lines of a script that learns from examples; see `of_loss` for what it is told."""
+
+    def lines() -> Iterator[Line]:
+        yield from of_data(tokenizer, dataset)
+        if "label_prob" in dataset[0].fields:
+            yield from of_pairs(dataset)
+        yield from of_loss(loss, few(dataset), next(model.parameters()).device, expected)
+        yield from of_model(args.run, model, tokenizer, dataset, args.model)
+
+    run(args.run, lines())
