@@ -29,7 +29,10 @@ def pair(prompt: str, chosen: str, rejected: str, tokenizer: Any, **fields: floa
 
 @pytest.fixture
 def pairs(tokenizer: Any) -> data.Dataset:
-    texts = [("What does the bee say?", "buzz.", "Happy to help."), ("Hi.", "Hello. Have fun!", "meat.")]
+    texts = [
+        ("What does the bee say?", "buzz.", "Happy to help. Have fun!"),
+        ("Hi.", "Hello. Have fun!", "meat."),
+    ]
     texts += [("What does the owl eat?", "The owl eats mice.", "mice.")]
     return data.Dataset([([pair(*text, tokenizer) for text in texts], 1.0)])
 
@@ -153,7 +156,7 @@ def test_a_gradient_that_is_not_the_slope_is_found(device: torch.device) -> None
     assert certificate.slope_over_norm(half, model, 2e-3) == pytest.approx(2, abs=0.02)
 
 
-# ----------------------------------------------------------------------------------------------- whole scripts
+# ---------------------------------------------------------------------------------------- whole scripts
 
 
 def options_of(few: Path, model: str, folder: Path) -> dict[str, Any]:
