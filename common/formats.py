@@ -52,6 +52,8 @@ def first_line(error: Exception) -> str:
 
 def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
+    if not names:
+        raise dist.RunError(f"{what} is not set; with a model of your own say which, or --{what} toy")
     sources = []
     whole = Path(names).expanduser().exists()  # a comma in the name of a file separates nothing
     for name in [names] if whole else map(str.strip, names.split(",")):

@@ -58,6 +58,12 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
     folder, gguf = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    except Exception as error:  # it has code of its own
+        problem = "its tokenizer cannot be read"
+        if not Path(folder).exists():
+            problem = "no such folder; as a hub id it could not be reached"
+        raise dist.RunError(f"model {model}: {problem}: {first_line(error)}") from error
+    try:
         if chat_template == "chatml":
             end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
             begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""

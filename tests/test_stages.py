@@ -98,7 +98,7 @@ def test_the_toys_options_are_those_of_the_toy_and_a_real_model_has_the_defaults
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert parsed(monkeypatch).stages.sft == TOY["sft"] and parsed(monkeypatch).seed == 3
-    assert parsed(monkeypatch, "--model=other") == args_of(Args, model="other")
+    assert parsed(monkeypatch, "--model=other", "--dataset=toy") == args_of(Args, model="other")
     assert parsed(monkeypatch, "--model=other", "--sft.beta=1").stages.sft == "--num_samples 0 --beta=1"
 
 
