@@ -241,9 +241,8 @@ def number(value: Any, where: str, name: str) -> float:
 @functools.lru_cache(maxsize=4096)
 def meant(name: str, known: tuple[str, ...]) -> list[str]:
     """The names that this one is a slip of: `choosen`. prompt_id and answers are names of the user's own."""
-    if name in known:
-        return []
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, 2, 0.83)
+    own = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
     near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
     return [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
 
@@ -251,7 +250,7 @@ def meant(name: str, known: tuple[str, ...]) -> list[str]:
 def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
     """End the run for a name that is nearly one of `known`, which the record does not have."""
     for name, found in value.items():
-        near = [x for x in meant(str(name), known) if value.get(x) is None]
+        near = [x for x in meant(name, known) if value.get(x) is None] if name not in known else []
         if near and found is not None and (name + "s" not in LISTS or isinstance(found, list | dict)):
             raise wrong(where, f"the field {name}", f"{' or '.join(near)}; else another name for it")
 
@@ -325,16 +324,14 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     text = "" if text is None and kept.keys() - {"name"} else text
     if speaker not in ROLES:
-        raise wrong(where, f"the role {speaker} of the message {turn}", f"a role of {', '.join(ROLES)}")
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
     if not isinstance(text, str):
         content = first(turn, ("content", "value"))
         raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
     channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
     if channels and "reasoning_content" in kept:
-        raise wrong(
-            where, f"reasoning_content beside the content {text!r}", "one of them to have the thoughts"
-        )
-    text, kept = channels.pop("content", text), kept | channels
+        raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
+    text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = first(turn, TRAINED)
     if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
@@ -345,23 +342,16 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
 
 
 def read_channels(text: str, where: str) -> dict[str, str]:
-    """The content, and thoughts, of a reply in the channels of gpt-oss's raw format; {} without channels.
-
-    Raises:
-        RunError: a call, or another channel than analysis and final.
-    """
+    """Content and thoughts of a reply in gpt-oss's raw format; {} without channels, others are refused."""
     pieces = re.split(r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>", text)
     if len(pieces) == 1:
         return {}
     names = [name.strip() for name in pieces[1::2]]
-    said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", text) for text in pieces[2::2]]
-    is_plain = not pieces[0].strip() and "<|" not in "".join(said)
-    if not is_plain or names not in (["final"], ["analysis", "final"]):
+    said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", piece) for piece in pieces[2::2]]
+    if pieces[0].strip() or "<|" in "".join(said) or names not in (["final"], ["analysis", "final"]):
         expected = "an analysis, then a final channel; or reasoning_content, content and tool_calls"
         raise wrong(where, f"the channels {', '.join(names)} in a content", expected)
-    parts = dict(zip(names, said, strict=True))
-    thoughts = {"reasoning_content": parts["analysis"]} if parts.get("analysis") else {}
-    return {"content": parts["final"], **thoughts}
+    return dict(zip(("content", "reasoning_content"), reversed(said), strict=False))
 
 
 def says_something(message: dict) -> bool:
@@ -379,8 +369,7 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
         return [as_message({"role": role, "content": value.strip()}, where)]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
-        bad = next((repr(turn) for turn in turns if not isinstance(turn, dict)), repr(value))
-        raise wrong(where, bad, "a string or a list of role/content messages")
+        raise wrong(where, repr(value), "a string or a list of role/content messages")
     return [as_message(turn, where) for turn in turns]
 
 
@@ -445,10 +434,9 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
 
 def given_turns(value: dict, where: str) -> Any:
     """What a record has as `messages` or `conversations`, a list or a transcript; None without."""
-    name = next((name for name in CONVERSATIONS if value.get(name) is not None), "")
-    turns = value.get(name)
-    if name and not isinstance(turns, list) and not is_transcript(turns):
-        raise wrong(where, f"{name} {turns!r}", "a list of role/content messages")
+    turns = first(value, CONVERSATIONS)
+    if turns is not None and not isinstance(turns, list) and not is_transcript(turns):
+        raise wrong(where, f"messages {turns!r}", "a list of role/content messages")
     return turns
 
 

@@ -401,10 +401,8 @@ A_MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"  # <think>, <|end|>, [/THINK]
 
 @functools.lru_cache(maxsize=4)
 def thought_marks(tokenizer: Any) -> tuple[str, str]:
-    """The mark that opens thoughts, and the text that ends them, as <think> and \\n</think>\\n\\n.
-
-    They are what the template writes around a reply's reasoning_content; else, of a template that takes none,
-    what the header of a reply opens and the template or the vocabulary can close.
+    """The mark that opens thoughts, and the text that ends them: what the template writes around a reply's
+    reasoning_content; if it takes none, what a reply's header opens and template or vocabulary can close.
 
     Raises:
         RunError: the header opens a mark that nothing closes.
