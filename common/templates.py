@@ -410,8 +410,9 @@ def thought_marks(tokenizer: Any) -> tuple[str, str]:
     reply = {"role": "assistant", "content": "yak", "reasoning_content": "zebra"}
     with contextlib.suppress(dist.RunError):  # it may refuse what it does not know
         before, shown, after = render(tokenizer, [PROBE[0], reply], False).partition("zebra")
-        opened, closed = re.search(rf"({A_MARK})\s*$", before), re.match(rf"\s*({A_MARK})\s*", after)
-        if shown and opened and closed:
+        opened = re.search(rf"({A_MARK})\s*(\w+\s*)?$", before)  # Gemma 4: <|channel>thought
+        closed = re.match(rf"\s*({A_MARK})\s*", after) if shown else None
+        if opened and closed and not (opened[2] and special_tokens(tokenizer, True).fullmatch(opened[1])):
             return opened[1], closed[0]
     asked, full = render(tokenizer, PROBE[:1], True), render(tokenizer, PROBE, False)
     extra = re.findall(A_MARK, asked[common_prefix(asked, full) :])
@@ -468,10 +469,8 @@ def refuse_changed(tokenizer: Any, messages: Messages, text: str) -> None:
         said = pieces(tokenizer, m)[-1] if m["role"] in ("user", "assistant") else ""
         at = text.find(said, at)
         if at < 0:
-            lost = f"{m['role']}: {said[:60]!r}"
-            raise dist.RunError(
-                f"cannot be encoded: the chat template changes or leaves out a text of {lost}"
-            )
+            reason = "the chat template changes or leaves out a text of"
+            raise dist.RunError(f"cannot be encoded: {reason} {m['role']}: {said[:60]!r}")
         at += len(said)
 
 

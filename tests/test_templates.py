@@ -456,6 +456,15 @@ def test_how_thoughts_end_is_seen_in_a_rendering_that_has_some(tmp_path: Path) -
     assert before.endswith("assistant:<musing>") and trained == "<done>7<|end|>"
 
 
+def test_thoughts_in_a_content_that_a_template_takes_out_are_missed(tmp_path: Path) -> None:
+    turns = [ASK, {**SEVEN, "content": "<|channel>thought\nwhy\n<channel|>7"}]
+    with pytest.raises(dist.RunError, match="leaves out the thoughts of a trained reply"):
+        sft(family("gemma4_v5"), tmp_path, {"messages": turns})
+    later = [*turns, ASK, SEVEN]  # of an earlier reply they may go
+    later[1] = {**later[1], "weight": 0}
+    assert sft(family("gemma4_v5"), tmp_path, {"messages": later})[0][1].startswith("7")
+
+
 def test_a_header_that_opens_what_nothing_closes_is_refused(tmp_path: Path) -> None:
     tokenizer = tokenizer_for(plain().replace("'assistant:' if", "'assistant:<ponder>' if"))
     with pytest.raises(dist.RunError, match="header of a reply opens <ponder>, which replies leave out"):
