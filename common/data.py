@@ -143,9 +143,9 @@ def regroup(records: list[Record], kind: str) -> list[Record]:
             grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
         return grouped
     for value, where in records:
-        instances = value.get("instances") or [{}]
-        for instance in instances if isinstance(instances, list) else [instances]:
-            if not isinstance(instance, dict) or instance is instances:
+        given = value.get("instances") or [{}]
+        for instance in given if isinstance(given, list) else [str(given)]:
+            if not isinstance(instance, dict):
                 raise wrong(where, f"the instance {instance!r}", "a JSON object")
             grouped.append(Record({**value, **instance}, where))
     return grouped
@@ -175,9 +175,7 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
     lead = len(lead_of(value, where))  # a history is context, as it is before a prompt
-    named = [
-        n and (i >= lead or m["role"] == "system") for i, (n, m) in enumerate(zip(named, turns, strict=True))
-    ]
+    named = [n and (i >= lead or turns[i]["role"] == "system") for i, n in enumerate(named)]
     return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
 
 
@@ -191,11 +189,7 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
             raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
         tokens = np.asarray(value["input_ids"])
         columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
-        fits = (
-            tokens.dtype.kind == "i"
-            and len(tokens)
-            and all(tokens.shape == column.shape for column in columns)
-        )
+        fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
         if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
             raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
         labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
@@ -218,9 +212,7 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
 def read_responses(tokenizer: Any, value: dict, where: str, max_length: float = math.inf) -> list[Tokens]:
     """The responses of a record of any kind, each after its prompt: one, two of a pair, or `responses`.
 
-    Raises:
-        RunError: one is longer than max_length, or than the tokenizer's model takes; a cut would remove the
-            token that is scored.
+    None is cut, which would remove the token that is scored: a longer one ends the run.
     """
     most = min(max_length, packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))))
     with encoding(where):

@@ -751,7 +751,7 @@ BAD = [
     ("sft", '{"input_ids": [1, [2]]}', r":2: found input_ids \[1, \[2\]\]; expected a list of token ids"),
     ("sft", '{"input_ids": []}', ":2: found other input_ids"),
     ("sft", '{"text": 5}', ":2: found text 5; expected a text"),
-    ("sft", '{"instruction": "a", "instances": 5}', ":2: found the instance 5; expected a JSON object"),
+    ("sft", '{"instruction": "a", "instances": 5}', ":2: found the instance '5'; expected a JSON object"),
     (
         "sft",
         GOOD[:-2] + ', "system_message": "e"}',
