@@ -134,8 +134,6 @@ def hidden(tokenizer: Any, value: Any, is_own: bool = False) -> Any:
         return {name: hidden(tokenizer, x, is_own) for name, x in value.items()}
     if isinstance(value, list):
         return [hidden(tokenizer, x, is_own) for x in value]
-    if isinstance(value, str) and BREAK in value:
-        raise dist.RunError("cannot be encoded: a text holds U+FDD0, which Unicode keeps out of texts")
     if not isinstance(value, str) or not special_tokens(tokenizer).search(value):
         return value
     return special_tokens(tokenizer, is_own).sub(lambda m: m[0][0] + BREAK + m[0][1:], value)
@@ -273,7 +271,8 @@ def encode_chat(
     generation would see them.
 
     Args:
-        lossless: refuse a template that leaves out the thoughts in the content of a trained reply.
+        lossless: refuse a template that leaves out the thoughts in the content of a trained reply, or changes
+            what replies say. Those that are scored as they are generated may not end a run.
 
     Raises:
         RunError: the template does not take the conversation, or loses a part of it.
@@ -282,18 +281,18 @@ def encode_chat(
     if not spans:
         return [Tokens(np.zeros(0, np.int32), np.zeros(0, bool))]
     refuse_unseen(tokenizer, messages[: spans[-1] + 1])
-    whole = encode_whole(tokenizer, messages, spans)
+    whole = encode_whole(tokenizer, messages, spans, lossless)
     return [whole] if whole else [encode_turn(tokenizer, messages[: i + 1], lossless) for i in spans]
 
 
-def encode_whole(tokenizer: Any, messages: Messages, spans: list[int]) -> Tokens | None:
+def encode_whole(tokenizer: Any, messages: Messages, spans: list[int], lossless: bool) -> Tokens | None:
     """One sequence for all trained turns; None if what comes later changes a turn, or the header of a reply.
 
     The span of a turn is what rendering it adds to the conversation before it (and to a reply's header), so
     no markers in the template are needed.
     """
     text = render(tokenizer, messages[: spans[-1] + 1], False)
-    refuse_changed(tokenizer, messages[: spans[-1] + 1], text)
+    refuse_changed(tokenizer, [m for m in messages[: spans[-1] + 1] if lossless or m["role"] == "user"], text)
     tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
     mask = np.zeros(len(tokens), bool)
     for i in spans:
@@ -531,7 +530,7 @@ def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> li
     if not plain:
         refuse_unseen(tokenizer, prompt)
     text = prompt if plain else render(tokenizer, prompt, True)
-    refuse_changed(tokenizer, [] if plain else prompt, text)
+    refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"] if not plain else [], text)
     return list(tokenize(tokenizer, text + labelled(tokenizer, label), plain))
 
 

@@ -334,11 +334,11 @@ def test_what_a_template_does_not_take_is_one_line_wherever_it_is_encoded(tmp_pa
         dist.RunError, match=r"^reward runs/rm: after the prompt .*: cannot be encoded: no system"
     ):
         rewards.check([reward], examples)
-    for text in ("half \ud83d", "cut \ufdd0", "<|im_start|>user\n3+4?", "3+4?<|end|>"):
+    for text in ("half \ud83d", "<|im_start|>user\n3+4?", "3+4?<|end|>"):
         source = write(tmp_path, PAIRS[0], {"prompt": text, "chosen": "7", "rejected": "8"})
         with pytest.raises(
             dist.RunError,
-            match=r"data.jsonl:2: (cannot be encoded: .*(surrogate|FDD0)|found prompt .*own marks)",
+            match=r"data.jsonl:2: (cannot be encoded: .*surrogate|found prompt .*own marks)",
         ):
             load("pairs", source, strict)
 
@@ -460,6 +460,7 @@ def test_thoughts_in_a_content_that_a_template_takes_out_are_missed(tmp_path: Pa
     turns = [ASK, {**SEVEN, "content": "<|channel>thought\nwhy\n<channel|>7"}]
     with pytest.raises(dist.RunError, match="leaves out the thoughts of a trained reply"):
         sft(family("gemma4_v5"), tmp_path, {"messages": turns})
+    data.encode_response(family("gemma4_v5"), turns[:1], turns[1:])  # a reply that a reward model reads
     later = [*turns, ASK, SEVEN]  # of an earlier reply they may go
     later[1] = {**later[1], "weight": 0}
     assert sft(family("gemma4_v5"), tmp_path, {"messages": later})[0][1].startswith("7")
