@@ -370,7 +370,8 @@ def fill(module: nn.Module, full: nn.Module | None) -> None:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     source, nothing = tensors(full) if full is not None else {}, torch.empty(0)
-    for name, target in tensors(module).items():
+    targets = tensors(module)
+    for name, target in dist.progress(targets.items(), "weights", len(targets)):
         if full is not None:
             whole = source[name].detach().to(target.device).to(target.dtype)
         else:
