@@ -599,24 +599,17 @@ def evaluate(
 
 def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
     """The stages for --plan and --check, with the data that the user gives them and the first model."""
-    pairs, own = stages.mixed(args.pairs, args.helpful_pairs), args.stages
+    names = ("sft", "dpo") if args.rl == "dpo" else ("sft", "reward_model", "ppo")
+    pairs = stages.mixed(args.pairs, args.helpful_pairs)
     prompts = args.dataset if args.preference_model or args.run.plan else ""  # PPO needs a reward
-    reward = args.preference_model or args.model
-    own_data = {"sft": args.helpful_demonstrations, "reward_model": pairs, "ppo": prompts, "dpo": pairs}
-    skipped = ("ppo", "reward_model") if args.rl == "dpo" else ("dpo",)
-    scripts = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
-    return [
-        (
-            name,
-            script.main,
-            script.Args,
-            dict(model=args.model, dataset=own_data[name], **shared)
-            | ({"reward": reward} if name == "ppo" else {}),
-            getattr(own, name),
-        )
-        for name, script in scripts.items()
-        if name not in skipped
-    ]
+    data_of = {"sft": args.helpful_demonstrations, "reward_model": pairs, "dpo": pairs, "ppo": prompts}
+    mains = {"sft": sft.main, "reward_model": reward_model.main, "dpo": dpo.main, "ppo": ppo.main}
+    todo = []
+    for name in names:
+        own = dict(model=args.model, dataset=data_of[name], **shared)
+        own |= {"reward": args.preference_model or args.model} if name == "ppo" else {}
+        todo.append((name, mains[name], STAGES[name], own, getattr(args.stages, name)))
+    return todo
 
 
 TOY = dict(

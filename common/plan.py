@@ -4,6 +4,7 @@ The same functions decide while it runs: whether activations are recomputed, how
 once. A plan reads config.json and builds models without numbers, so it needs neither weights nor a GPU.
 """
 
+import copy
 import functools
 import re
 import sys
@@ -135,6 +136,12 @@ def training_flops(model: Any, lengths: list[int]) -> float:
 # ------------------------------------------------------------------------------------------------- the plan
 
 
+# what may make a run smaller, that which changes no number first
+CHANGES = (("activation_checkpointing", "on"), ("step_checkpointing", True), ("micro_batch_tokens", 1024))
+CHANGES += (("micro_batch_size", 1), ("sharding", "hybrid"), ("sharding", "full"), ("num_samples", 0))
+CHANGES += (("precompute_ref", True), ("lora_rank", 16))
+
+
 class Machine(NamedTuple):
     """GPUs, and bytes of each."""
 
@@ -182,6 +189,8 @@ def count(model: str, rank: int = 0, target: str = "all-linear", has_vocabulary:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf) if gguf else loading.config_of(folder)
         if not gguf and not hasattr(config, "vocab_size"):
             raise ValueError("no config.json of a language model")
+        config = copy.deepcopy(config)
+        config.num_labels = 1
         with torch.device("meta"):
             make = AutoModelForCausalLM.from_config if has_vocabulary else loading.empty_scorer
             plain = make(config, dtype=torch.float32)
@@ -205,10 +214,8 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         sequences: of an example, which one micro-batch holds.
     """
     options = flat(args)
-    itemsize, num_shards = (
-        4 if options["dtype"] == "float32" else 2,
-        shards(options["sharding"], machine.count),
-    )
+    itemsize = 4 if options["dtype"] == "float32" else 2
+    num_shards = shards(options["sharding"], machine.count)
     reply = options.get("max_new_tokens", 0)
     length = options.get("max_length") or options["max_prompt_length"] + reply
     tokens = max(options["micro_batch_tokens"] or (8192 if itemsize < 4 else 2048), sequences * length)
@@ -247,9 +254,8 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         of_rank = -(-replies * options.get("num_responses", 1) // machine.count)
         own = policy.trained if num_shards == 1 and policy.frozen else policy.size
         copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
-        row = cache_bytes(
-            policy.config, length + (reply if "max_prompt_length" not in options else 0), itemsize
-        )
+        slots = length + (0 if "max_prompt_length" in options else reply)
+        row = cache_bytes(policy.config, slots, itemsize)
         free = machine.memory - sum(always.values()) - copy
         rows = max(1, min(of_rank, 256 if itemsize < 4 else 64, rows_that_fit(free, row)))
         generation = {"replica": copy, f"K/V cache of {rows} replies": rows * row}
@@ -380,34 +386,6 @@ def read_machine(spec: str) -> Machine:
     return Machine(int(found[1]), float(found[2]) * 2**30)
 
 
-def possible_changes(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """What could make a run smaller, that which changes no number first."""
-    rows = options.get("micro_batch_tokens", 0) or 8192
-    tried = [
-        {"activation_checkpointing": "on"},
-        {"step_checkpointing": True},
-        {"micro_batch_tokens": max(1024, rows // 4)},
-        {"micro_batch_size": 1},
-        {"sharding": "hybrid"},
-        {"sharding": "full"},
-        {"num_samples": 0},
-        {"precompute_ref": True},
-        {"lora_rank": 16},
-    ]
-    order = ["none", "hybrid", "full"]
-    found = []
-    for change in tried:
-        (name, value), has = next(iter(change.items())), options.get(next(iter(change)))
-        if has is None or has == value or (name == "lora_rank" and has):
-            continue
-        if name == "sharding" and order.index(value) < order.index(has):
-            continue
-        if name == "num_samples" and "images_per_prompt" in options:
-            continue  # they are what is compared
-        found.append(change)
-    return found
-
-
 def no_others(args: Any) -> dict[str, str]:
     return {}
 
@@ -452,20 +430,17 @@ def as_lines(need: Need, machine: Machine) -> list[str]:
 
 
 def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -> list[str]:
-    """What each change alone would make of it, and the first ones that together make it fit."""
-    together: dict[str, Any] = {}
-    changes = possible_changes(options)
+    """What each change that helps would make of it alone, and the first ones that together make it fit."""
 
-    def told(change: dict[str, Any]) -> tuple[str, bool]:
-        total = of(**change).total
-        words = " ".join(f"--{name} {value}" for name, value in change.items())
-        fits = total <= machine.memory
-        return f"  {words}: {total / 2**30:.2f} GiB{', fits' * fits}", fits
+    def told(change: dict[str, Any]) -> str:
+        total, words = of(**change).total, " ".join(f"--{name} {value}" for name, value in change.items())
+        return f"  {words}: {total / 2**30:.2f} GiB{', fits' * (total <= machine.memory)}"
 
-    lines = ["with one change it would be:", *(told(change)[0] for change in changes), "together:"]
-    for change in changes:
+    possible = [x for x in CHANGES if x[0] in options and not (x[0] == "lora_rank" and options[x[0]])]
+    helpful = [{name: value} for name, value in possible if of(**{name: value}).total < of().total]
+    lines, together = ["with one change it would be:", *map(told, helpful), "together:"], {}
+    for change in helpful:
         together |= change
-        line, fits = told(together)
-        if fits:
-            return [*lines, line]
-    return [*lines, line, "which is not enough: more GPUs, or a smaller model"]
+        if told(together).endswith("fits"):
+            return [*lines, told(together)]
+    return [*lines, told(together), "which is not enough: more GPUs, or a smaller model"]

@@ -33,7 +33,7 @@ def pairs(tokenizer: Any) -> data.Dataset:
         ("What does the bee say?", "buzz.", "Happy to help. Have fun!"),
         ("Hi.", "Hello. Have fun!", "meat."),
     ]
-    texts += [("What does the owl eat?", "The owl eats mice.", "mice.")]
+    texts += [("What does the owl eat?", "The owl eats mice.", "meat.")]
     return data.Dataset([([pair(*text, tokenizer) for text in texts], 1.0)])
 
 

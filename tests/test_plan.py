@@ -163,11 +163,11 @@ def test_a_plan_says_what_would_fit(tiny_model: str, capsys: Any) -> None:
     args = args_of(dpo.Args, **options, plan="2x1")
     code, text = shown(capsys, args, dpo.beside, sequences=2)
     assert code == 0 and "most at once" in text and "fits into 1" in text and "tokens/s" in text
-    code, text = shown(capsys, args_of(dpo.Args, **options, plan="2x0.01"), dpo.beside, sequences=2)
-    assert code == 1 and "does not fit into 0.01" in text
-    for change in ("activation_checkpointing on", "micro_batch_tokens 2048", "num_samples 0"):
-        assert f"--{change}" in text
-    assert "--precompute_ref True" in text and "--lora_rank 16" in text and "together:" in text
+    code, text = shown(capsys, args_of(dpo.Args, **options, plan="2x0.004"), dpo.beside, sequences=2)
+    assert code == 1 and "does not fit into 0.004" in text
+    print(text)
+    for change in ("micro_batch_tokens 1024", "precompute_ref True", "together:"):
+        assert change in text
     with pytest.raises(ValueError, match="GPUs x GiB"):
         plan.show(args_of(dpo.Args, plan="8"), dpo.beside)
     plan.show(args_of(dpo.Args))  # without --plan nothing happens
@@ -186,7 +186,8 @@ def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
     whole = of(lora_rank=0)
     P = whole.always["reference"] / 4
     assert whole.always["weights"] == 4 * P and whole.always["optimizer"] == 8 * P
-    assert of().always["optimizer"] < P and "reference" not in of().always  # adapters, and off they are it
+    adapters = of(lora_rank=1).always
+    assert adapters["optimizer"] < 2 * P and "reference" not in adapters  # off, they are it
     once, kept = (of(num_grad_steps=4, step_checkpointing=x).training["activations"] for x in (True, False))
     assert kept > 3 * once and of(micro_batch_size=4).training["activations"] > 1.5 * once
     assert of(guidance_scale=1.0).flops < 0.6 * of().flops
