@@ -140,11 +140,11 @@ def pair_losses(
     ratios = logps - ref_logps
     h = ratios[:, 0] - ratios[:, 1]
     label_prob = fields["label_prob"]
-    e = args.label_smoothing
     if args.loss == "dpo":
+        e = args.label_smoothing
         return dpo_loss(h, args.beta, (1 - e) * label_prob + e * (1 - label_prob))
     if args.loss == "robust":
-        return robust_loss(h, args.beta, e, label_prob)
+        return robust_loss(h, args.beta, args.label_smoothing, label_prob)
     if args.loss in ("ipo", "ipo_sum"):
         means = ratios / lengths if args.loss == "ipo" else ratios
         return ipo_loss(means[:, 0] - means[:, 1], args.beta, label_prob)
@@ -303,7 +303,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):  # this rank's
+        for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
             loss, metrics = loss_and_metrics(policy, ref_policy, micro_batch, args)
             (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
             totals.update(metrics)
