@@ -532,19 +532,15 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     def checks() -> Iterator[certificate.Line]:
         """What --check tries, on a rollout of short responses."""
-        short, prompts = (
-            replace(args, max_new_tokens=min(16, args.max_new_tokens)),
-            certificate.few(train_set),
-        )
-        examples, scores, _ = sample_and_score(policy, tokenizer, prompts, score, 0, short)
+        short = replace(args, max_new_tokens=min(16, args.max_new_tokens))
+        drawn = sample_and_score(policy, tokenizer, certificate.few(train_set), score, 0, short)
         held = (policy, ref_policy, value_model, args.kl_coef, {}, short)
-        rollout, metrics = make_rollout(examples, scores.to(device), *held)
-        kl = float(metrics["objective/kl"][0]) / len(examples)
+        rollout, metrics = make_rollout(drawn[0], drawn[1].to(device), *held)
+        kl = float(metrics["objective/kl"][0]) / len(drawn[0])
         yield certificate.near("KL of a response to the reference", kl, 0.0, 1e-2)
         loss = functools.partial(loss_and_metrics, policy, batch=rollout, args=short)
-        yield from certificate.of_data(tokenizer, train_set)
-        yield from certificate.of_loss(loss, rollout.examples, device, {"val/ratio": 1.0})
-        yield from certificate.of_model(run, policy, tokenizer, train_set, args.model)
+        known = ({"val/ratio": 1.0}, rollout.examples)
+        yield from certificate.of_training(args, policy, tokenizer, train_set, loss, *known)
 
     certificate.run(run, checks())
     resumed = checkpoint.resume(run.output_dir, parts)
@@ -593,12 +589,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
             totals.update({"grad_norm": (norm, 1)})
         metrics = totals.reduce("train/")  # the step's one synchronisation
         times["train/time/policy"] = time.perf_counter() - clock
-        metrics |= {
-            "train/epoch": number * args.rollout_size / train_set.epoch_size,
-            "train/episode": number * len(examples),
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics |= {"train/epoch": number * args.rollout_size / train_set.epoch_size}
+        metrics |= {"train/episode": number * len(examples), "train/num_tokens": num_tokens}
+        metrics |= {"train/learning_rate": lr}
         seconds = time.perf_counter() - step_start
         metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 

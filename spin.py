@@ -399,12 +399,9 @@ def checks(
     found = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
     for pair, logps in zip(pairs, found, strict=True):
         pair.fields = dict(zip(LOGPS, logps, strict=True))
-    settings = of_iteration(args, 0)
-    loss = functools.partial(loss_and_metrics, policy, beta=settings.beta, ell=args.loss)
+    loss = functools.partial(loss_and_metrics, policy, beta=of_iteration(args, 0).beta, ell=args.loss)
     known = {"rewards/margins": 0.0, "loss": math.log(2) if args.loss == "logistic" else 1.0}
-    yield from certificate.of_data(tokenizer, train_set)
-    yield from certificate.of_loss(loss, pairs, device, known)
-    yield from certificate.of_model(args.run, policy, tokenizer, train_set, args.model)
+    yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, pairs)
 
 
 TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=1024, learning_rate=5e-4, warmup_steps=2)

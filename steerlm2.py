@@ -378,9 +378,8 @@ def checks(
         for i, own in enumerate(logps)
     ]
     loss = functools.partial(loss_and_metrics, policy, args=args)
-    yield from certificate.of_data(tokenizer, prompts)
-    yield from certificate.of_loss(loss, groups, device, {"kl": 0.0, "loss": 0.0})
-    yield from certificate.of_model(args.run, policy, tokenizer, prompts, args.model)
+    known = {"kl": 0.0, "loss": 0.0}
+    yield from certificate.of_training(args, policy, tokenizer, prompts, loss, known, groups)
 
 
 def beside(args: Args) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,12 +89,10 @@ def of_data(tokenizer: Any, dataset: data.Dataset) -> Iterator[Line]:
         yield at_most("share that is not scored from where a reply would begin", wrong, 0.0)
     notes = "; ".join(getattr(dataset, "notes", ())) or "none"
     yield Line("left out or cut while reading", notes, "to be read", True)
-    ends = [
-        mask.any() and ids[mask][-1] != data.end_token(tokenizer)
-        for e in dataset
-        for ids, mask in e.sequences
-    ]
-    yield at_most("share of replies without their end", sum(ends) / len(ends), 0.5)
+    last = [ids[mask][-1] for e in dataset for ids, mask in e.sequences if mask.any()]
+    if last:
+        share = sum(token != data.end_token(tokenizer) for token in last) / len(last)
+        yield at_most("share of replies without their end", share, 0.5)
     yield of_duplicates([e.sequences for e in dataset])
 
 
@@ -176,7 +175,7 @@ def of_loss(
         found.append(totals.reduce())
     one, other = (x["the sum"] for x in found)
     most = 1e-2 if device.type == "cuda" else 1e-4
-    yield at_most("loss of one row against one a row, relative", abs(one - other) / max(1e-3, abs(one)), most)
+    yield at_most("loss of one row against one a row, relative", abs(one - other) / max(0.1, abs(one)), most)
     for name, value in (expected or {}).items():
         yield near(f"{name} before a step", found[0][name], value, most)
 
@@ -192,7 +191,7 @@ def of_model(
     """
     is_low = model.compute_dtype != torch.float32
     device = next(model.parameters()).device
-    chosen = [Example([sequence], e.prompt, label=e.label) for e in few(examples) for sequence in e.sequences]
+    chosen = [scored_whole(ids, e) for e in few(examples) for ids, _ in e.sequences]
     is_policy = isinstance(model, models.Policy)
     score = models.token_logps if is_policy else models.rewards
     together = score(model, one_row(chosen, device))
@@ -203,6 +202,11 @@ def of_model(
         yield at_most("sampler against training, mean of a token", gap, 0.05 if is_low else 1e-3)
     far = export_gap(run, model, tokenizer, chosen[0], source, device)
     yield at_most("export, loaded again, most of a logit", far, 0.5 if is_low else 1e-2)
+
+
+def scored_whole(ids: np.ndarray, example: Example) -> Example:
+    """A sequence of an example alone, with all tokens scored that can be."""
+    return Example([packed.Tokens(ids, np.arange(len(ids)) >= 1)], example.prompt, label=example.label)
 
 
 def largest(x: Tensor) -> float:
@@ -229,9 +233,7 @@ def export_gap(
     device: torch.device,
 ) -> float:
     """Largest distance of logits, or of a scorer's outputs, once exported and loaded by transformers."""
-    ids = example.sequences[0][0]
-    every = Example([packed.Tokens(ids, torch.arange(len(ids)).ge(1).numpy())], "")
-    row = one_row([every], device)
+    ids, row = example.sequences[0].ids, one_row([example], device)
     ours = model.logits(row) if isinstance(model, models.Policy) else models.rewards(model, row)
 
     def read(path: str) -> float:
@@ -269,21 +271,23 @@ def slope_over_norm(loss: Callable[[], Tensor], model: nn.Module, share: float) 
     return (found[0] - found[1]) / (2 * size) * dist.world_size() / norm
 
 
-def training(
+def of_training(
     args: Any,
     model: models.PackedModel,
     tokenizer: Any,
     dataset: data.Dataset,
     loss: Loss,
     expected: Mapping[str, float] | None = None,
-) -> None:
-    """`run` with all lines of a script that learns from examples; see `of_loss` for what it is told."""
+    examples: list[Example] | None = None,
+) -> Iterator[Line]:
+    """All lines of a script that learns from examples, by default a few of its data; see `of_loss`."""
+    yield from of_data(tokenizer, dataset)
+    if "label_prob" in dataset[0].fields:
+        yield from of_pairs(dataset)
+    yield from of_loss(loss, examples or few(dataset), next(model.parameters()).device, expected)
+    yield from of_model(args.run, model, tokenizer, dataset, args.model)
 
-    def lines() -> Iterator[Line]:
-        yield from of_data(tokenizer, dataset)
-        if "label_prob" in dataset[0].fields:
-            yield from of_pairs(dataset)
-        yield from of_loss(loss, few(dataset), next(model.parameters()).device, expected)
-        yield from of_model(args.run, model, tokenizer, dataset, args.model)
 
-    run(args.run, lines())
+def training(args: Any, *what: Any) -> None:
+    """`run` with the lines of `of_training`, which says what is given."""
+    run(args.run, of_training(args, *what))
