@@ -21,9 +21,10 @@ import harness
 from harness import did_job, in_process, llama, peak_mib, record, write_tokenizer
 
 # freed blocks go back to the system, or what is measured is what glibc keeps of them: a tenth to a fifth more
-harness.MALLOC = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"
+MALLOC = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"
 
 SHAPES = {
+    "40M": {"vocab_size": 16_000, "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4},
     "tiny": {"vocab_size": 2000, "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2},
     "100M": {"vocab_size": 32_000, "hidden": 640, "layers": 12, "heads": 10, "kv_heads": 5},
     "300M": {"vocab_size": 32_000, "hidden": 1024, "layers": 20, "heads": 16, "kv_heads": 8},
@@ -154,7 +155,7 @@ def main() -> None:
         return write_data(Path(folder) / "data", script, SHAPES[shape]["vocab_size"])
     if did_job({"case": run_case}):
         return None
-    small = "--small" in sys.argv
+    small, harness.MALLOC = "--small" in sys.argv, MALLOC
     for name in CASES if "all" in sys.argv else [x for x in sys.argv[1:] if x in CASES]:
         script, shape = CASES[name]
         if small and shape == "300M":

@@ -194,6 +194,18 @@ def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_holds_what_its_plan_says() -> None:
+    """Below 100M parameters what does not grow with the model, some 90 MiB, is a part of what is measured."""
+    import harness
+    from plan import MALLOC  # benchmarks/plan.py
+
+    harness.MALLOC = MALLOC
+    file = str(ROOT / "benchmarks" / "plan.py")
+    found = harness.in_process(file, "case", {"script": "sft", "shape": "40M"}, 1)
+    assert 0.85 < (found["planned_mib"] + 90) / found["measured_mib"] < 1.15
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_has_a_plan(script: str, tmp_path: Path) -> None:
     command = [sys.executable, f"{script}.py", "--plan", "8x80", f"--output_dir={tmp_path}/run"]
