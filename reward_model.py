@@ -285,6 +285,8 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     target = Path(args.score_output or default).expanduser()
     dist.from_main(lambda: make_room(target, args.run.overwrite))
     records = formats.read_file(path)
+    for record in records:  # each is written again, with its rewards
+        formats.refuse_unwritable(*record)
 
     def work(chunk: list[formats.Record]) -> list[dict]:
         found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)

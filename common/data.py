@@ -31,6 +31,7 @@ from common.formats import (
     LeftOut,
     Messages,
     Record,
+    as_messages,
     as_turns,
     attach_labels,
     common_prefix,
@@ -136,13 +137,15 @@ def regroup(records: list[Record], kind: str) -> list[Record]:
                 )
             texts, numbers = [one.value["text"], two.value["text"]], {}
             if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
-                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+                given = one.value["label"] if isinstance(one.value["label"], list) else [one.value["label"]]
+                strength = next((number(x, one.where, "label") for x in given if x not in (None, -100)), 0)
                 texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
                 numbers = numbers if strength else {"tie": True}
             grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
         return grouped
     for value, where in records:
-        for instance in value.get("instances") or [{}]:
+        instances = value.get("instances") or [{}]
+        for instance in instances if isinstance(instances, list) else [instances]:
             if not isinstance(instance, dict):
                 raise wrong(where, f"the instance {instance!r}", "a JSON object")
             grouped.append(Record({**value, **instance}, where))
@@ -160,6 +163,8 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     if not whole and first(value, (*RESPONSES, *CHOSEN)) is not None:
         return None
     names = chosen or masked or ["assistant"]
+    if not isinstance(names, str) and not all(isinstance(name, str) for name in names):
+        raise wrong(where, f"mask or train_roles {names!r}", "names")
     if isinstance(names, str):
         names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
     speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
@@ -167,7 +172,8 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
     if unknown:  # of a mask a typo would train the user's turns
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
-    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    roles = {ROLES.get(name.lower()) for name in names}  # User is user, whoever says so
+    named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
     return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
@@ -179,11 +185,17 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")  #
 def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     """Token ids with labels, -100 where not trained; or a text alone, trained as a whole; else None."""
     if "input_ids" in value:
-        tokens = np.asarray(value["input_ids"])
-        columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
-        fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
+        given = {name: value[name] for name in ("labels", *MASKS) if value.get(name) is not None}
+        try:
+            tokens, columns = np.asarray(value["input_ids"]), {n: np.asarray(x) for n, x in given.items()}
+            fits = tokens.dtype.kind == "i" and tokens.ndim == 1 and tokens.size > 0
+            fits &= all(x.dtype.kind in "ib" and x.shape == tokens.shape for x in columns.values())
+            fits = fits and all(np.isin(x, (0, 1)).all() for n, x in columns.items() if n != "labels")
+        except ValueError:  # lists of several lengths
+            fits = False
         if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
-            raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
+            expected = f"ids below {len(tokenizer)}, as many labels, and masks of 0 and 1"
+            raise wrong(where, "other input_ids or labels", expected)
         labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
         if ((labels != tokens) & (labels != -100)).any():
             raise wrong(
@@ -195,6 +207,7 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
         return Tokens(tokens.astype(np.int32)[used], mask[used])
     text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
     if text_only and not is_transcript(value["text"]):
+        as_messages(value["text"], where)  # refuses a mark of a turn elsewhere
         tokens = encode_prompt(tokenizer, value["text"])
         tokens += [end_token(tokenizer)] if tokens[-1:] != [end_token(tokenizer)] else []
         return Tokens(np.array(tokens, np.int32), np.ones(len(tokens), bool))

@@ -1,6 +1,8 @@
 """Answers to held-out prompts: generated, judged, described, and compared with what was asked for."""
 
+import functools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from common import dist
+from common import dist, formats
 from common.args import Sampling, load_function
 from common.data import Dataset, encode_prompt
 from common.formats import Messages
@@ -52,7 +54,20 @@ def load_judge(spec: str, dataset: str) -> Judge | None:
         RunError: there is no such function.
     """
     spec = spec or ("toy.language:judge" if dataset == "toy" else "")
-    return load_function(spec) if spec else None
+    return functools.partial(_ask, load_function(spec)) if spec else None
+
+
+def _ask(judge: Judge, prompt: str, response: str) -> dict[str, float]:
+    """What a judge, a user's function, says of a response.
+
+    Raises:
+        RunError: it raises something, or returns something else than numbers by their names.
+    """
+    scores = dist.call_users("the judge", judge, prompt, response, about=f"the response was {response!r:.80}")
+    numbers = list(scores.values()) if isinstance(scores, dict) else [None]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        raise formats.wrong("judge", f"{scores!r} for {response!r:.80}", "a dict of finite numbers")
+    return scores
 
 
 def answer(

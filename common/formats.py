@@ -168,8 +168,17 @@ def read_file(path: Path) -> list[Record]:
 def parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
+
+
+def refuse_unwritable(value: dict, where: str) -> None:
+    """End the run for a column that JSON lines cannot hold, as dates and bytes of a table."""
+    for name, x in value.items():
+        try:
+            json.dumps(x)
+        except (TypeError, ValueError) as error:
+            raise wrong(where, f"{name}, {type(x).__name__}", "texts, numbers, lists and objects") from error
 
 
 # --------------------------------------------------------------------------------------------- record formats
@@ -204,9 +213,12 @@ def first(value: dict, names: Iterable[str]) -> Any:
     return next((value[name] for name in names if value.get(name) is not None), None)
 
 
+LARGEST = 1e15  # a number, of which float32 must hold sums and squares
+
+
 def number(value: Any, where: str, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise wrong(where, f"{name} {value!r}", "a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        raise wrong(where, f"{name} {value!r}", "a number below 1e15")
     return float(value)
 
 
@@ -230,7 +242,7 @@ def from_json(value: Any, where: str, name: str, kind: type) -> Any:
     """A list or a dict, or the JSON text of one."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(where, f"{name} {value!r}", "JSON") from error
     if not isinstance(found, kind):
         raise wrong(where, f"{name} {value!r}", "a list" if kind is list else "an object of name: value")
@@ -259,6 +271,8 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
+    if odd := [n for n, x in kept.items() if n not in ("tool_calls",) and not isinstance(x, str)]:
+        raise wrong(where, f"{odd[0]} {kept[odd[0]]!r}", "a text")
     if speaker in ("function_call", "tool_call"):
         kept["tool_calls"], text = text, ""
     if turn.get("function_call"):  # OpenAI's older name for one call
@@ -296,6 +310,8 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     if is_transcript(value):
         return split_transcript(value, where, role)
     if isinstance(value, str):
+        if "<extra_id_1>" in value:
+            raise wrong(where, repr(value), "the mark <extra_id_1> at the start of a line, for a turn")
         return [{"role": role, "content": value.strip()}]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -304,8 +320,8 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a string holds marked turns: those of Anthropic HH or of NeMo-Aligner."""
-    return isinstance(value, str) and (value.startswith("\n\nHuman:") or "<extra_id_1>" in value)
+    """Whether a string holds marked turns: those of Anthropic HH, or of NeMo-Aligner, a mark to a line."""
+    return isinstance(value, str) and bool(re.match(r"\n\nHuman:|(?s:.*\n)?<extra_id_1>\w*(\n|$)", value))
 
 
 def split_transcript(text: str, where: str, role: str) -> Messages:
@@ -315,7 +331,7 @@ def split_transcript(text: str, where: str, role: str) -> Messages:
     else:
         text = re.sub(r"<extra_id_2>.*\n?", "", text)  # a line of attributes
         text = text if text.startswith("<extra_id_") else f"<extra_id_1>{role}\n{text}"
-        parts = re.split(r"\n?<extra_id_[01]>(\w*)\n?", text)
+        parts = re.split(r"(?:^|\n)<extra_id_[01]>(\w*)(?:\n|$)", text)
     turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
     turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
     messages: Messages = []
@@ -382,6 +398,8 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
     if material and prompt == value.get("instruction"):
+        if not isinstance(material, str):
+            raise wrong(where, f"input {material!r}", "a text")
         prompt = f"{prompt}\n\n{material}"
     turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):

@@ -47,7 +47,7 @@ def read_pretrained(
     try:
         if (Path(folder) / "adapter_config.json").exists():
             return lora.read(read_pretrained(*model_folder(lora.base_of(folder))), folder)
-        config = None if gguf else AutoConfig.from_pretrained(folder)
+        config = None if gguf else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized; give the unquantized model")
         on_disk = {} if gguf else tensors_on_disk(folder)
@@ -55,7 +55,12 @@ def read_pretrained(
         if is_tower := auto_class == "AutoModelForCausalLM" and has_other_parts(config):
             auto_class = "AutoModelForImageTextToText"
         model, report = getattr(transformers, auto_class).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **file,
         )
         wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         if wrong:
@@ -88,7 +93,7 @@ def is_whole(folder: str, gguf: str | None) -> bool:
 
     if gguf or (Path(folder) / "adapter_config.json").exists():
         return False
-    return not has_other_parts(AutoConfig.from_pretrained(folder))
+    return not has_other_parts(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def text_model(whole: nn.Module) -> nn.Module:
@@ -101,7 +106,7 @@ def text_model(whole: nn.Module) -> nn.Module:
     kind = re.sub(r"(_5)?_vl(_moe)?_text$", r"\2", fields.pop("model_type"))
     config = AutoConfig.for_model(kind, **fields | {"tie_word_embeddings": False})  # for now
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.base_model.load_state_dict(whole.get_decoder().state_dict(), assign=True)
     head = whole.get_output_embeddings()
     if head.weight is whole.get_input_embeddings().weight:
@@ -123,7 +128,7 @@ def config_of(folder: str) -> Any:
         adapter = Path(folder) / "adapter_config.json"
         if adapter.exists():
             folder = json.loads(adapter.read_text())["base_model_name_or_path"]
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError):
         return SimpleNamespace()
 
@@ -200,7 +205,9 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
 
     is_scorer = False
     with contextlib.suppress(OSError, ValueError):  # read_pretrained says what is wrong
-        is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
+        is_scorer = "ForSequenceClassification" in str(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures
+        )
     source = read_pretrained(
         folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
     )
@@ -243,11 +250,11 @@ def empty_scorer(config: Any, **settings: Any) -> nn.Module:
     from transformers.modeling_layers import GenericForSequenceClassification
 
     with contextlib.suppress(ValueError):
-        model = AutoModelForSequenceClassification.from_config(config, **settings)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, **settings)
         if hasattr(model, "score"):
             return model
     with contextlib.suppress(ValueError, AttributeError, TypeError):
-        trunk = type(AutoModelForCausalLM.from_config(config).base_model)
+        trunk = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False).base_model)
         bases = (GenericForSequenceClassification, trunk.__mro__[1])
         scorer = type(trunk.__name__, bases, {"__module__": trunk.__module__})
         return scorer._from_config(config, **settings)

@@ -107,6 +107,8 @@ def score_replies(
             numbers = torch.tensor(_call(reward, examples, replies), device=device)
         else:
             numbers = _read(reward, examples, replies, micro_batch_tokens, device)
+            asked = [examples[i * len(examples) // len(replies)].prompt for i in range(len(replies))]
+            _refuse_infinite(reward, numbers.tolist(), replies, asked)
         total += reward.weight * numbers
     return total.tolist()
 
@@ -148,20 +150,25 @@ def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> lis
     """One call of a function, an example for each reply; an error names the function and the prompt."""
     prompts = [example.prompt for example in examples]
     shown = f"the first prompt was {prompts[0]!r}"
-    try:
+
+    def ask() -> list[float]:
         found = reward.function(prompts, replies, [example.record for example in examples])
-        found = [float(number) for number in found]
-    except Exception as error:  # a user's function may raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise dist.RunError(f"reward {reward.name} raised {reason}; {shown}") from error
+        return [float(number) for number in found]
+
+    found = dist.call_users(f"reward {reward.name}", ask, about=shown)
     if len(found) != len(replies):
         raise dist.RunError(
             f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"
         )
-    for number, reply, prompt in zip(found, replies, prompts, strict=True):
-        if not math.isfinite(number):
-            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
+    _refuse_infinite(reward, found, replies, prompts)
     return found
+
+
+def _refuse_infinite(reward: Reward, numbers: list[float], replies: list[str], prompts: list) -> None:
+    """End the run at a reward that is NaN, infinite, or so large that float32 cannot hold its square."""
+    for number, reply, prompt in zip(numbers, replies, prompts, strict=True):
+        if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
+            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
 
 
 def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:

@@ -54,7 +54,9 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
 
     folder, gguf = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {})
+        )
         if chat_template == "chatml":
             end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
             begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""

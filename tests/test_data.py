@@ -717,6 +717,43 @@ BAD = [
         ":2: found the fields prompt, responses",
     ),
     ("sft", '{"input_ids": [1, 2], "labels": [-100, 3]}', ":2: found labels that are other tokens"),
+    *[
+        ("sft", f'{{"input_ids": [1, 2], {given}}}', ":2: found (other input_ids or labels|labels that)")
+        for given in (
+            '"labels": ["-100", "2"]',
+            '"labels": [null, 2]',
+            '"labels": [-1, 2]',
+            '"labels": [0, 1]',
+            '"labels": [[1], [2]]',
+            '"labels": [[1], [2, 3]]',
+            '"loss_mask": ["0", "1"]',
+            '"loss_mask": [2, 1]',
+            '"loss_mask": [0, null]',
+        )
+    ],
+    ("sft", '{"input_ids": [[1, 2]]}', ":2: found other input_ids or labels"),
+    ("sft", '{"input_ids": []}', ":2: found other input_ids or labels"),
+    ("sft", '{"instruction": "a", "input": NaN, "output": "b"}', ":2: found input nan; expected a text"),
+    (
+        "sft",
+        '{"instruction": "a", "input": ["c"], "output": "b"}',
+        r":2: found input \['c'\]; expected a text",
+    ),
+    ("sft", '{"prompt": "a", "reasoning": {"b": 1}, "response": "c"}', ":2: found .*; expected a text"),
+    (
+        "sft",
+        '{"prompt": "what is <extra_id_1> here?", "response": "b"}',
+        ":2: found .*the mark <extra_id_1> at",
+    ),
+    ("sft", '{"text": "what is <extra_id_1> here?"}', ":2: found .*expected the mark <extra_id_1> at"),
+    ("sft", '{"instruction": "a", "instances": 5}', ":2: found the instance 5; expected a JSON object"),
+    (
+        "sft",
+        '{"mask": [{}], "messages": [{"role": "user", "content": "a"}]}',
+        ":2: found mask or train_roles",
+    ),
+    ("sft", "[" * 100_000, ":2: found no valid JSON"),
+    ("pairs", GOOD[:-2] + ', "margin": 1e300}', ":2: found margin 1e\\+300; expected a number below 1e15"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1.0]}', r":2: found .*not all equal"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', r":2: found .*as many ranks"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"]}', r":2: found .*as many ranks"),

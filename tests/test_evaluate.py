@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import args_of
 
-from common import data, evaluate, models, packed
+from common import data, dist, evaluate, models, packed
 from common.args import Sampling
 from common.evaluate import Answer, agreement, answer, answer_metrics
 from sft import Args
@@ -88,7 +88,7 @@ def test_the_toys_judge_is_its_own_and_other_data_have_none() -> None:
     judge = evaluate.load_judge("", "toy")
     assert judge("What does the cat say?", "The cat says meow.")["toxicity"] == 0
     assert evaluate.load_judge("", "mine.jsonl") is None
-    assert evaluate.load_judge("math:hypot", "mine.jsonl") is math.hypot
+    assert evaluate.load_judge("math:hypot", "mine.jsonl").args == (math.hypot,)
 
 
 # answers
@@ -153,3 +153,29 @@ def test_stock_phrases_by_hand() -> None:
     assert evaluate.stock_shares(again) == [1.0] * 20
     said = ["I cannot talk about it.", "I\u2019m sorry.", "The cow says moo.", "I can do it."]
     assert [x["refusals"] for x in evaluate.describe(said)] == [1.0, 1.0, 0.0, 0.0]
+
+
+def fails(prompt: str, response: str) -> dict:
+    raise KeyError("no such score")
+
+
+def returns_none(prompt: str, response: str) -> None:
+    return None
+
+
+def returns_nan(prompt: str, response: str) -> dict:
+    return {"good": float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fails", r"the judge raised KeyError: 'no such score'; the response was 'hi'"),
+        ("returns_none", r"judge: found None for 'hi'; expected a dict of finite numbers"),
+        ("returns_nan", r"judge: found \{'good': nan\} for 'hi'; expected"),
+    ],
+)
+def test_a_judge_that_fails_is_named(name: str, said: str) -> None:
+    judge = evaluate.load_judge(f"test_evaluate:{name}", "toy")
+    with pytest.raises(dist.RunError, match=said):
+        judge("hello", "hi")
