@@ -31,6 +31,9 @@ from common.args import Training
 from common.loading import is_whole
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
+# what .metadata names besides torch's own descriptions, none of which does anything when called
+SAFE = ("pathlib PosixPath", "torch.serialization _get_layout")
+SAFE += ("torch.distributed.checkpoint.filesystem _StorageInfo",)
 OPTIONS = StateDictOptions(
     ignore_frozen_params=True, strict=False
 )  # frozen weights come from the model's own files
@@ -56,7 +59,7 @@ def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
     dist.barrier()
     begun = {name for name, (_, optimizer) in parts.items() if optimizer is not None and optimizer.state}
     state = _state(parts, begun)
-    if names := [name for name in dist.gather(_infinite(dict(_flat(state)))) if name]:
+    if names := dist.gather(_infinite(dict(_flat(state)))):
         raise dist.RunError(
             f"{names[0]} is not finite, or too large to compute with, after step {step}, which is not saved; "
             f"{last_good(run.output_dir)}; a lower learning_rate or max_grad_norm is the usual cure"
@@ -89,19 +92,19 @@ def _infinite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads what a checkpoint says of its tensors, a pickle, which can call whatever it names.
+    """What a checkpoint says of its tensors: a pickle, which can call whatever it names.
 
-    A run folder may come from others: only torch's own classes of metadata are found.
+    A run folder may come from others, so only torch's descriptions of tensors are found.
     """
 
-    SAFE = ("pathlib PosixPath", "torch Size", "torch.serialization _get_layout")
-    SAFE += ("torch.distributed.checkpoint.filesystem _StorageInfo",)
-
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module.partition(".")[0] in ("torch", "pathlib") else None
-        own = "torch.distributed.checkpoint.metadata"
-        is_own = module == own == getattr(found, "__module__", "") and "." not in name
-        if isinstance(found, torch.dtype) or is_own or f"{module} {name}" in self.SAFE:
+        own, found = "torch.distributed.checkpoint.metadata", None
+        if module in (own, "torch") or f"{module} {name}" in SAFE:
+            found = super().find_class(module, name)
+        of_torch = (
+            found is torch.Size or isinstance(found, torch.dtype) or getattr(found, "__module__", "") == own
+        )
+        if (of_torch and "." not in name) or f"{module} {name}" in SAFE:
             return found
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint of ours does")
 
@@ -109,14 +112,9 @@ class _Metadata(pickle.Unpickler):
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         found = _Metadata(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        if outside := {
-            x.relative_path
-            for x in found.storage_data.values()
-            if Path(x.relative_path).name != x.relative_path
-        }:
-            raise pickle.UnpicklingError(
-                f".metadata names the file {min(outside)}, which is not in the folder"
-            )
+        for name in {info.relative_path for info in found.storage_data.values()}:
+            if Path(name).name != name:
+                raise pickle.UnpicklingError(f".metadata names the file {name}, out of the folder")
         found.storage_meta.load_id = self.load_id
         return found
 
@@ -143,12 +141,10 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     except dist.RunError:
         raise
     except (Exception, CheckpointException) as error:  # torn files raise many kinds
-        failures = getattr(error, "failures", None) or {0: (error, None)}
-        first = next(iter(failures.values()))[0]
-        reason = (str(first).strip() or type(first).__name__).splitlines()[0]
-        raise dist.RunError(
-            f"{folder}: damaged, {reason}; delete it to go on from one before it, or from the start"
-        ) from error
+        cause = [*dist.causes(error)][-1]
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        advice = "delete it to go on from one before it, or from the start"
+        raise dist.RunError(f"{folder}: damaged, {reason}; {advice}") from error
 
 
 def _load(folder: Path, parts: Parts) -> dict[str, Any]:

@@ -333,21 +333,21 @@ def explain(error: BaseException) -> str | None:
         return "interrupted before the step had ended; the same command goes on from the last checkpoint"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{str(error).splitlines()[0].partition('. GPU')[0]}; {LESS_MEMORY}"
-    causes, end = list(_causes(error)), "; what was saved before is whole, the same command goes on"
-    for cause in causes:
+    found, end = list(causes(error)), "; what was saved before is whole, the same command goes on"
+    for cause in found:
         if getattr(cause, "errno", None) in OF_THE_MACHINE:
             return os.strerror(cause.errno) + (f": {cause.filename}" if cause.filename else "") + end
     # libraries lose the number
-    if any("No space left" in str(cause) or "os error 28" in str(cause) for cause in causes):
+    if any("No space left" in str(cause) or "os error 28" in str(cause) for cause in found):
         return "No space left on device" + end
-    lost = next((text for text in LOST for cause in causes if text in str(cause)), None)
+    lost = next((text for text in LOST for cause in found if text in str(cause)), None)
     if lost and world_size() > 1:
         minutes = os.environ.get("CLEANALIGN_TIMEOUT_MINUTES", 30)
         return f"another rank has ended, or has not answered for {minutes} minutes ({lost})"
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """An error, what it was raised from, and what a checkpoint's error holds of each rank."""
     seen: list[BaseException] = [error]
     for found in seen:

@@ -223,7 +223,9 @@ def end_token(tokenizer: Any) -> int:
     """The token that ends an assistant turn: trained once per turn, and where generation stops."""
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
-        tail = render(tokenizer, PROBE, False).rpartition("zebra")[2]
+        _, reply, tail = render(tokenizer, PROBE, False).rpartition("zebra")
+        if not reply:
+            raise dist.RunError("cannot be encoded: the chat template does not show what the assistant says")
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [token for token in tokenize(tokenizer, tail) if token in special]
         if not ends:  # GLM's turns end where the next begins, with a token that its generation stops at

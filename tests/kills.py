@@ -3,9 +3,13 @@
     python tests/kills.py dpo.py 8 1              # 8 kills of the one process, seed 1
     python tests/kills.py dpo.py 4 1 --ranks 2    # torchrun with two ranks, one of which is killed
     python tests/kills.py steerlm.py 6 1          # a pipeline: kills fall into all its stages
+    python tests/kills.py dpo.py 8 1 --stop       # stop signals in place of kills
 
 A kill is SIGKILL, at a random moment or just after a file has changed (a checkpoint or a model half written,
 a row, a reply), so that short moments are met too. The same command is started again, at last left to end.
+With --stop it gets one or two of TERM, INT, USR1 and HUP, at once or apart; of ranks torchrun, a rank, or
+both get them; each start must then end with a documented exit code.
+
 Compared with the run without kills: exit codes, the steps and every number of each metrics.jsonl but times,
 samples, the weights of model/, and which files there are. One process is forked from this one, which has
 imported what it needs, so that a start takes no time; ranks are started by torchrun, as a user would.
@@ -199,7 +203,26 @@ def kill_one_rank(run: Started, rng: random.Random) -> tuple[str, float]:
     return f", one rank; the rest ended {seconds} s later with {code}{f', left {left}' * bool(left)}", seconds
 
 
-def kills(script: str, number: int, seed: int, ranks: int, out: Path, options: str = "") -> dict:
+def ask_to_stop(run: Started, rng: random.Random) -> tuple[str, bool]:
+    """Send one or two stop signals and wait for the end. -> (what happened, whether as documented)"""
+    names = rng.choices(("TERM", "INT", "USR1", "HUP"), k=rng.choice((1, 2)))
+    gap = rng.choice((0, 0.1, 1, 4))
+    pids = [[run.pid], run.workers()[:1] or [run.pid], [run.pid, *run.workers()]][rng.randrange(3)]
+    for i, name in enumerate(names):
+        time.sleep(gap if i else 0)
+        for pid in pids if run.alive() else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, getattr(signal, f"SIG{name}"))
+    code = run.wait(120)
+    documented = {0, 130, *(-getattr(signal, f"SIG{name}") for name in names)} | (
+        {1} if run.ranks > 1 else set()
+    )
+    return f", {' '.join(names)} {gap} s apart to {len(pids)}: ended with {code}", code in documented
+
+
+def kills(
+    script: str, number: int, seed: int, ranks: int, out: Path, options: str = "", stop: bool = False
+) -> dict:
     """Kill a script so many times; figures, with what differed under `problems`."""
     rng, name = random.Random(f"{script} {seed} {ranks}"), f"{Path(script).stem}-{ranks}"
     words = [str(ROOT / script), *(options or OPTIONS[script]).split(), "--output_dir"]
@@ -222,7 +245,12 @@ def kills(script: str, number: int, seed: int, ranks: int, out: Path, options: s
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             continue
-        if ranks > 1:
+        if stop:
+            how, fine = ask_to_stop(run, rng)
+            moment += how
+            if not fine:
+                return figures | {"problems": [f"{moment}, see {log}"]}
+        elif ranks > 1:
             how, seconds = kill_one_rank(run, rng)
             moment += how
             figures["seconds_to_end"].append(seconds)
@@ -254,6 +282,7 @@ def main() -> None:
     parser.add_argument("kills", type=int)
     parser.add_argument("seed", type=int)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--stop", action="store_true", help="signals that ask for a stop in place of kills")
     parser.add_argument("--options", default="", help="of the script, in place of those above")
     parser.add_argument("--out", type=Path, help="a folder for the runs, kept; default: a temporary one")
     args = parser.parse_args()
@@ -261,7 +290,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        figures = kills(args.script, args.kills, args.seed, args.ranks, out, args.options)
+        figures = kills(args.script, args.kills, args.seed, args.ranks, out, args.options, args.stop)
         if figures["problems"]:
             print((out / f"{Path(args.script).stem}-{args.ranks}-{args.seed}.log").read_text()[-3000:])
     print(json.dumps(figures), flush=True)
