@@ -17,8 +17,7 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ _stop = {"signal": 0, "time": 0.0, "agreed": False, "deadline": math.inf}
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 LOST += ("Application timeout caused pair closure", "Socket Timeout", "failed to recv, got 0 bytes")
+FIRST_SECONDS, TELL_SECONDS = 10.0, 30.0  # a log file hears of slow work after the first, then every so often
 
 
 class RunError(ValueError):
@@ -267,24 +267,32 @@ def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
     return result
 
 
-def call_users(what: str, function: Callable, *given: Any, about: str) -> Any:
-    """function(*given), which a user wrote: where it raises, its own lines are shown above our one.
+def progress(items: Iterable, what: str, total: int, size: Callable[[Any], int] = lambda _: 1) -> Iterator:
+    """The items, while rank 0 shows how far they are and how long the rest will take, if it takes seconds.
+
+    On a terminal that is a bar, which goes when all is done; elsewhere a line every half minute.
 
     Args:
-        what, about: what the line calls it, and what it was asked about.
-
-    Raises:
-        RunError: it has raised something.
+        total: what the sizes of all items add up to.
+        size: of an item, how much it adds to what is counted.
     """
-    try:
-        return function(*given)
-    except RunError:
-        raise
-    except Exception as error:
-        trace = error.__traceback__.tb_next  # from their function on, without this one
-        print("".join(traceback.format_tb(trace)), end="", file=sys.stderr, flush=True)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunError(f"{what} raised {reason}; {about}") from error
+    if not is_main():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    start, due, done = time.monotonic(), FIRST_SECONDS, 0
+    has_bar = sys.stderr.isatty()
+    with tqdm(total=total, desc=what, delay=3, leave=False, disable=not has_bar) as bar:
+        for item in items:
+            yield item
+            done += size(item)
+            bar.update(size(item))
+            seconds = time.monotonic() - start
+            if not has_bar and seconds >= due and 0 < done < total:
+                due = seconds + TELL_SECONDS
+                left = tqdm.format_interval(seconds / done * (total - done))
+                print(f"{what}: {done:,} of {total:,}, {left} left", flush=True)
 
 
 def run(main: Any, args: Any) -> None:

@@ -23,6 +23,15 @@ from common import dist
 # -------------------------------------------------------------------------------------------------- alone
 
 
+def test_slow_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Looks after 20, 25, 60 and 65 seconds: a line after 10 and after 30 more, none when all is done."""
+    clock = iter([0.0, 20.0, 25.0, 60.0, 65.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(dist.progress(["ab", "cde", "f", "ghij"], "replies", 10, len)) == ["ab", "cde", "f", "ghij"]
+    # 2 of 10 in 20 s leave 80 s, 6 in 60 s leave 40
+    assert capsys.readouterr().out == "replies: 2 of 10, 01:20 left\nreplies: 6 of 10, 00:40 left\n"
+
+
 def loads(costs: list[int], num_shares: int) -> list[int]:
     return [sum(costs[i] for i in share) for share in dist.shares(costs, num_shares)]
 
@@ -236,17 +245,6 @@ def test_a_full_disk_is_one_line_whoever_met_it(capsys: pytest.CaptureFixture[st
 def test_an_interrupt_that_does_not_wait_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]):
     assert outcome_of(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.startswith("error: interrupted before the step had ended")
-
-
-def test_a_users_function_that_raises_shows_its_own_line_above_ours(capsys: pytest.CaptureFixture[str]):
-    def reward(x: int) -> float:
-        return 1 / x
-
-    with pytest.raises(dist.RunError) as error:
-        dist.call_users("reward mine", reward, 0, about="x was 0")
-    assert str(error.value) == "reward mine raised ZeroDivisionError: division by zero; x was 0"
-    said = capsys.readouterr().err
-    assert said.count("File ") == 1 and "test_dist.py" in said and "return 1 / x" in said
 
 
 def test_a_signal_is_answered_at_once_and_only_once(capfd: pytest.CaptureFixture[str]):
