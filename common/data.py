@@ -173,7 +173,8 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
     if unknown:  # of a mask a typo would train the user's turns
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
-    roles = {ROLES.get(name.lower()) for name in names}  # User is user, whoever says so
+    # a name that no speaker has is of a role, in any case
+    roles = {ROLES.get(name.lower()) for name in names if name not in speakers}
     named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]

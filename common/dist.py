@@ -35,6 +35,7 @@ POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
 _stop = {"signal": 0, "time": 0.0, "agreed": False, "deadline": math.inf}
 # what is the machine's doing and no bug: the disk is full or the quota used up, nothing may be written, ...
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
+FULL = ("No space left", "os error 28", "unexpected pos")  # texts of Python, of safetensors and of torch.save
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 LOST += ("Application timeout caused pair closure", "Socket Timeout", "failed to recv, got 0 bytes")
 FIRST_SECONDS, TELL_SECONDS = 10.0, 30.0  # a log file hears of slow work after the first, then every so often
@@ -345,8 +346,7 @@ def explain(error: BaseException) -> str | None:
     for cause in found:
         if getattr(cause, "errno", None) in OF_THE_MACHINE:
             return os.strerror(cause.errno) + (f": {cause.filename}" if cause.filename else "") + end
-    # libraries lose the number
-    if any("No space left" in str(cause) or "os error 28" in str(cause) for cause in found):
+    if any(text in str(cause) for cause in found for text in FULL):
         return "No space left on device" + end
     lost = next((text for text in LOST for cause in found if text in str(cause)), None)
     if lost and world_size() > 1:

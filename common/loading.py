@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import json
+import pickle
 import re
 import tempfile
 from collections import Counter
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 
 from common import dist, formats, lora
 from common.files import model_folder
+
+
+# what files that are damaged, or no weights at all, raise besides
+TORN = (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError)
 
 
 def output_head(model: nn.Module) -> nn.Linear:
@@ -69,7 +74,7 @@ def read_pretrained(
         if is_tower:
             print(f"{folder}: of this {config.model_type} the text model is taken; vision is left out")
             model = text_model(model)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*TORN, OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:

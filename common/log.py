@@ -265,7 +265,7 @@ class Log:
                 if untrained:  # nothing has been learned yet that could be wrong
                     cure = "the model that training starts from, or the data, gives it"
                 raise dist.RunError(
-                    f"{name} is {metrics[name]} at step {step}; the run stops. "
+                    f"{name} is {metrics[name]} at step {step}; the run stops; "
                     f"{checkpoint.last_good(self.folder)}; {cure}"
                 )
         row = {"step": step, **metrics}

@@ -56,7 +56,7 @@ VALUES = [
     [{"role": "user", "content": "x"}], [1, 2], [[5, 8], [2, 3]], {"helpfulness": None},
     {"helpfulness": "4"}, {"": 1}, {"helpfulness": 4, "helpfulness ": 3},
 ]  # fmt: skip
-NAMES = ["system", "mask", "train_roles", "margin", "instances", "tie", "type", "labels", "ranks", "split"]
+NAMES = ["system", "mask", "train_roles", "margin", "instances", "tie", "type", "labels", "ranks"]
 NO_TEXT = re.compile(
     r"\bnan\b|\bNone\b|\binf\b|1e\+300|\{'|\['|\[\[|\{\}"
 )  # what str() makes of what is none
@@ -123,14 +123,12 @@ def mutate(record: dict, rng: random.Random, names: list[str]) -> tuple[str, str
 
 
 def parquet(lines: list[bytes]) -> bytes:
-    """A table of the records, with the nulls that a table fills in."""
+    """A table of texts."""
     import pyarrow
     import pyarrow.parquet
 
-    file, records = io.BytesIO(), [json.loads(line) for line in lines]
-    names = dict.fromkeys(name for record in records for name in record)
-    table = pyarrow.Table.from_pylist([{name: r.get(name) for name in names} for r in records])
-    pyarrow.parquet.write_table(table, file)
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [line.decode() for line in lines]}), file)
     return file.getvalue()
 
 

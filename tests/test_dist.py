@@ -233,7 +233,8 @@ def test_a_full_disk_is_one_line_whoever_met_it(capsys: pytest.CaptureFixture[st
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     of_torch = CheckpointException("save", {1: (full, None)})
     text = RuntimeError("I/O error: No space left on device (os error 28)")
-    for error in (full, wrapped, of_torch, text):
+    short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    for error in (full, wrapped, of_torch, text, CheckpointException("save", {0: (short, None)})):
         assert outcome_of(error) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: No space left on device") and len(said.splitlines()) == 1
