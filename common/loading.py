@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from common import dist, formats, lora
 from common.files import model_folder
 
-
 # what files that are damaged, or no weights at all, raise besides
 TORN = (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError)
 
