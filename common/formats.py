@@ -190,15 +190,6 @@ def parse(text: bytes, where: str) -> Any:
         raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
 
 
-def refuse_unwritable(value: dict, where: str) -> None:
-    """End the run for a column that JSON lines cannot hold, as dates and bytes of a table."""
-    for name, x in value.items():
-        try:
-            json.dumps(x)
-        except (TypeError, ValueError) as error:
-            raise wrong(where, f"{name}, {type(x).__name__}", "texts, numbers, lists and objects") from error
-
-
 # --------------------------------------------------------------------------------------------- record formats
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
@@ -213,6 +204,7 @@ REJECTED = ("rejected", "rejected_response", "rejected_messages")
 # of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
 ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
+LARGEST = 1e15  # a number, of which float32 must hold sums and squares
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # of a message: its thoughts, whether it is trained, and what else a template may read
@@ -239,9 +231,6 @@ READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT
 def first(value: dict, names: Iterable[str]) -> Any:
     """The first of these fields that is there and not null."""
     return next((value[name] for name in names if value.get(name) is not None), None)
-
-
-LARGEST = 1e15  # a number, of which float32 must hold sums and squares
 
 
 def number(value: Any, where: str, name: str) -> float:
@@ -441,9 +430,8 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
         own["tools"] = read_functions(tools, where, "tools")
     if given := value.get("chat_template_kwargs"):
         own["chat_template_kwargs"] = from_json(given, where, "chat_template_kwargs", dict)
-    return (
-        [{**turns[0], **own}, *turns[1:]] if turns and (own := {k: v for k, v in own.items() if v}) else turns
-    )
+    own = {name: x for name, x in own.items() if x}
+    return [{**turns[0], **own}, *turns[1:]] if turns and own else turns
 
 
 def given_turns(value: dict, where: str) -> Any:
@@ -475,9 +463,7 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
     if material and prompt == value.get("instruction"):
-        if not isinstance(material, str):
-            raise wrong(where, f"input {material!r}", "a text")
-        prompt = f"{prompt}\n\n{material}"
+        prompt = f"{prompt}\n\n{as_message({'role': 'user', 'content': material}, where)['content']}"
     turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
         turns = turns[:-1]
@@ -543,9 +529,8 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
 
 def reward_names(value: dict) -> str:
     """The fields that have the rewards of a preference; "" without."""
-    found = [
-        next((n for n in (name, *others) if value.get(n) is not None), "") for name, others in ALSO.items()
-    ]
+    groups = [(name, *others) for name, others in ALSO.items()]
+    found = [next((n for n in group if value.get(n) is not None), "") for group in groups]
     return " and ".join(found) if all(found) else ""
 
 

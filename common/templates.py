@@ -57,13 +57,11 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
 
     folder, gguf = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {})
-        )
+        file = {"gguf_file": gguf} if gguf else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **file)
     except Exception as error:  # it has code of its own
-        problem = "its tokenizer cannot be read"
-        if not Path(folder).exists():
-            problem = "no such folder; as a hub id it could not be reached"
+        gone = "no such folder; as a hub id it could not be reached"
+        problem = "its tokenizer cannot be read" if Path(folder).exists() else gone
         raise dist.RunError(f"model {model}: {problem}: {first_line(error)}") from error
     try:
         if chat_template == "chatml":

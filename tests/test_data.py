@@ -737,11 +737,15 @@ BAD = [
             '"loss_mask": [0, null]',
         )
     ],
-    ("sft", '{"instruction": "a", "input": NaN, "output": "b"}', ":2: found input nan; expected a text"),
+    (
+        "sft",
+        '{"instruction": "a", "input": NaN, "output": "b"}',
+        ":2: found the message of user with nan; exp",
+    ),
     (
         "sft",
         '{"instruction": "a", "input": ["c"], "output": "b"}',
-        r":2: found input \['c'\]; expected a text",
+        r":2: found the message of user with \['c'\]; exp",
     ),
     ("sft", '{"prompt": "a", "reasoning": {"b": 1}, "response": "c"}', ":2: found .*; expected a text"),
     (
