@@ -462,7 +462,7 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
         return read_pair(tokenizer, value, where)[0]
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
-    if material and prompt == value.get("instruction"):
+    if material and isinstance(prompt, str) and prompt == value.get("instruction"):
         prompt = f"{prompt}\n\n{as_message({'role': 'user', 'content': material}, where)['content']}"
     turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):

@@ -75,6 +75,7 @@ def read_pretrained(
             model = text_model(model)
     except (*TORN, OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason.partition(". In PyTorch")[0]  # torch goes on with how to run what is in the file
         raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read

@@ -754,6 +754,7 @@ BAD = [
         ":2: found .*the mark <extra_id_1> at",
     ),
     ("sft", '{"text": "what is <extra_id_1> here?"}', ":2: found .*expected the mark <extra_id_1> at"),
+    ("prompts", '{"instruction": {"a": 1}, "input": "b"}', ":2: found the message of none"),
     ("sft", "[" * 100_000, ":2: found no valid JSON"),
     ("pairs", GOOD[:-2] + ', "margin": 1e300}', ":2: found margin 1e\\+300; expected a number below 1e15"),
     ("sft", '{"messages": "hello"}', ":2: found messages 'hello'; expected a list of role/content messages"),
