@@ -111,7 +111,7 @@ def shortened(command: str) -> str:
 def do(block: Block, folder: Path) -> None:
     """Do in the folder what a reader would: run commands, apply a diff, save a file that names itself."""
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent), "OMP_NUM_THREADS": "1"}
-    given, command = None, []
+    given, command = "", []  # an empty input ends a chat
     if block.kind == "diff":
         given, command = block.text, ["git", "apply"]
     elif block.kind == "python" and (name := re.match(r"# (\w+\.py)\b", block.text)):
@@ -161,7 +161,8 @@ def test_every_block_of_the_docs_runs_in_order_in_one_folder(page: str, fresh: P
 REASONS = {"8 GPUs", "the hub", "a server", "a login", "installs", "minutes"}
 
 
-def test_a_block_that_is_not_run_says_why_and_few_are() -> None:
+def test_the_readme_is_short_and_a_block_that_is_not_run_says_why() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
     blocks = [block for page in PAGES for block in read_blocks(page) if block.kind == "bash"]
     assert {str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")} < set(PAGES)
     skipped = [block for block in blocks if block.reason]
