@@ -115,7 +115,8 @@ def answer(
         for a, value in zip(answers, reward(examples, [a.text for a in answers]), strict=True):
             a.reward = value
     if judge:
-        found = dist.from_main(lambda: [judge(a.prompt, a.text) for a in answers])
+        shown = dist.progress(answers, "answers judged", len(answers))
+        found = dist.from_main(lambda: [judge(a.prompt, a.text) for a in shown])
         for a, scores in zip(answers, found, strict=True):
             a.scores = scores
     return answers

@@ -84,6 +84,7 @@ def generate(
     mine = [sample for place in shares[dist.rank()] for sample in groups[place]]
     with rollout(policy) as replica, torch.no_grad():
         looks = decode(replica, tokenizer, mine, settings, max_batch, stream) if mine else iter(())
+        looks = dist.progress(looks, "replies", len(mine), len)
         for ended in dist.in_step(looks) if keep else looks:
             for s in ended if keep else ():
                 s.logps = []
