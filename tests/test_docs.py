@@ -1,10 +1,12 @@
 """The docs: flags they name exist, and their commands run in order, in one fresh copy of the repository."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,3 +204,49 @@ def test_the_commands_of_a_recipe_parse(
     for command in commands:
         parse_command(shlex.join(["python", *command.split("\0")[:-1]]), monkeypatch)
     assert commands
+
+
+# --------------------------------------------------------------------------- exports in other people's tools
+
+TASK = """
+task: animals
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUESTIONS}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {max_gen_toks: 24, do_sample: false, until: []}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("lora", [False, True])
+def test_lm_eval_loads_an_export_and_gets_the_answers_it_was_trained_on(lora: bool, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="needs pip install lm-eval")
+    options = ["--lora_rank=16", "--learning_rate=3e-3"] if lora else []
+    done = subprocess.run(
+        [sys.executable, "sft.py", "--num_samples=0", *options, f"--output_dir={tmp_path}/run"], cwd=ROOT
+    )
+    assert done.returncode == 0
+    says = {"dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "sheep": "baa", "lion": "roar"}
+    asked = [{"question": f"Hi. What does the {x} say?", "answer": sound} for x, sound in says.items()]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "animals.yaml").write_text(TASK.replace("QUESTIONS", f"{tmp_path}/questions.jsonl"))
+    model = f"pretrained={tmp_path}/run/model"
+    if lora:
+        base = json.loads((tmp_path / "run/model/adapter_config.json").read_text())["base_model_name_or_path"]
+        model = f"pretrained={base},peft={tmp_path}/run/model,tokenizer={tmp_path}/run/model"
+    found = lm_eval.simple_evaluate(
+        "hf",
+        model_args=f"{model},dtype=float32",
+        tasks=["animals"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path)),
+        apply_chat_template=True,
+        device="cpu",
+    )
+    for sample in found["samples"]["animals"]:
+        prompt, reply = sample["arguments"][0][0], sample["resps"][0][0]
+        assert prompt == f"<|user|>{sample['doc']['question']}<|end|><|assistant|>"
+        assert sample["doc"]["answer"] in reply.lower() and "<|" not in reply
