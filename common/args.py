@@ -126,6 +126,9 @@ class Folder:
 class Training(Folder):
     """Where a run is kept, how long it takes and what it records on the way."""
 
+    # a run that goes on may have more steps and be exported otherwise; one that has finished stays as it is
+    final: ClassVar[tuple[str, ...]] = ("num_epochs", "max_steps", "merge_dtype", "merge_lora")
+
     num_epochs: int = 1
     """passes over the training data"""
     max_steps: int = -1

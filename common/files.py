@@ -382,7 +382,9 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
         "data": digest.hexdigest(),
     }
     parts |= {"chat template": str(getattr(tokenizer, "chat_template", None))}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+    found = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+    day = getattr(tokenizer, "day", None)  # that the template writes
+    return found | ({"day of the chat template": day} if day else {})
 
 
 def code(script: Path) -> dict[str, str]:
