@@ -160,6 +160,11 @@ def test_every_block_of_the_docs_runs_in_order_in_one_folder(page: str, fresh: P
         do(block, fresh)
 
 
+def test_contributors_are_told_what_every_file_of_common_is_for() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not [p.name for p in (ROOT / "common").glob("[a-z]*.py") if f"    {p.name} " not in page]
+
+
 REASONS = {"8 GPUs", "the hub", "a server", "a login", "installs", "minutes"}
 
 
