@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py sft_100M            # or other names of CASES; all
     OMP_NUM_THREADS=1 python benchmarks/plan.py all --small
+    python benchmarks/plan.py table                                # of large models, planned only
 
 Weights are random and written for the run, as are its data. Measured is the largest resident set over two
 optimizer steps, evaluations, checkpoint and export, above what the process held with all libraries imported.
@@ -9,6 +10,7 @@ Prints a line a case and appends it to benchmarks/results/plan.jsonl, but not wi
 """
 
 import contextlib
+import importlib
 import json
 import random
 import subprocess
@@ -86,8 +88,6 @@ def write_pipeline(folder: Path, shape: str) -> None:
 
 def arguments(script: str, folder: Path) -> Any:
     """(its module, its Args) of a run of two steps."""
-    import importlib
-
     from common.args import with_fields
 
     module = importlib.import_module(script)
@@ -111,8 +111,6 @@ def arguments(script: str, folder: Path) -> Any:
 
 def run_case(started: float, script: str, shape: str) -> dict[str, float]:
     """MiB of a run above the libraries, and what its plan says."""
-    import importlib
-
     import peft  # noqa: F401
 
     importlib.import_module(script)
@@ -145,7 +143,45 @@ def run_case(started: float, script: str, shape: str) -> dict[str, float]:
     return {"planned_mib": needed.total / 2**20, "measured_mib": measured, "parts": parts}
 
 
+MODES = {
+    "SFT": ("sft", {}),
+    "SFT, LoRA of rank 16": ("sft", {"lora_rank": 16}),
+    "DPO": ("dpo", {}),
+    "DPO, LoRA": ("dpo", {"lora_rank": 16}),
+    "PPO with a critic": ("ppo", {"reward": "a.b:c"}),
+    "GRPO, LoRA": ("ppo", {"reward": "a.b:c", "lora_rank": 16, "advantage": "grpo", "samples_per_prompt": 8}),
+}
+
+
+def table() -> None:
+    """GiB on each GPU by size and mode, from the plan alone: defaults of the scripts, Llama's shapes."""
+    import gpu
+
+    from common import plan
+    from common.args import with_fields
+
+    shapes = {name: gpu.SHAPES[name] for name in ("1B", "8B")}
+    shapes["70B"] = {"vocab_size": 128_256, "hidden": 8192, "layers": 80, "heads": 64, "kv_heads": 8}
+    shapes["70B"] |= {"intermediate_size": 28_672}
+    print("|  |", " | ".join(f"{n} on {c}" for n in shapes for c in (1, 8)), "|\n" + "|---" * 7 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in shapes.items():
+            llama(**shape).save_pretrained(f"{folder}/{name}")
+        for mode, (script, options) in MODES.items():
+            cells, module = [], importlib.import_module(script)
+            for name in shapes:
+                args = with_fields(module.Args(), model=f"{folder}/{name}", **options)
+                beside = getattr(module, "beside", plan.no_others)(args)
+                how = {"sequences": 2} if script == "dpo" else {}
+                for count in (1, 8):
+                    need = plan.text_need(args, plan.Machine(count, 80 * 2.0**30), beside, **how)
+                    cells.append(f"{need.total / 2**30:.0f}")
+            print(f"| {mode} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
+    if "table" in sys.argv:
+        return table()
     if sys.argv[1:2] == ["--write"]:
         script, shape, folder = sys.argv[2:]
         if script == "draftp":

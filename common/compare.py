@@ -23,7 +23,7 @@ import tyro
 
 IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_gib)")
 FREE = {"output_dir", "overwrite", "accept_changes", "track", "wandb_project", "run_name", "plan", "check"}
-FREE |= {"finished_at", "accepted_changes"}  # in args.json, and of no weight
+FREE |= {"max_minutes", "finished_at", "accepted_changes"}  # in args.json, and of no weight
 Rows = dict[tuple[int, int], dict[str, Any]]  # (step, place among the rows of that step) -> name -> value
 
 

@@ -18,7 +18,7 @@ from common.log import Log
 
 # of every stage: set by the pipeline, or left alone because it tracks its stages itself
 RESERVED = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "chat_template_kwargs"}
-RESERVED |= {"track", "wandb_project", "run_name", "accept_changes", "plan", "check"}
+RESERVED |= {"track", "wandb_project", "run_name", "accept_changes", "plan", "check", "max_minutes"}
 
 
 def stage(
