@@ -432,7 +432,8 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
             raise  # help was asked for
         reason = " ".join(parts[0].replace("\u2502", " ").split())
         near = re.search(r"--\w+", parts[1]) if "Perhaps" in parts[1] else None
-        hint = f"; perhaps you meant {near[0]}" if near else "; --help lists all"
+        elsewhere = ", docs/migrating.md those of TRL and NeMo-Aligner" * reason.startswith("Unrecognized")
+        hint = f"; perhaps you meant {near[0]}" if near else f"; --help lists all{elsewhere}"
         raise dist.RunError(reason.rstrip(".") + hint) from None
 
 
