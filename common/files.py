@@ -450,8 +450,13 @@ def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any
     """compute(), a collective, or its result from an earlier run with the same model files and key."""
     digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
     store = cache_folder() / f"{name}-{digest}.pt"
+
+    def read() -> torch.Tensor | None:
+        with contextlib.suppress(Exception):  # it is not there, or damaged: made anew
+            return torch.load(store)
+
     # rank 0's disk decides and is read, alike for all: another node may have its own cache folder
-    found = dist.from_main(lambda: torch.load(store) if store.exists() else None)
+    found = dist.from_main(read)
     if found is not None:
         return found
     result = compute()
