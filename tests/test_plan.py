@@ -191,6 +191,8 @@ def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
     once, kept = (of(num_grad_steps=4, step_checkpointing=x).training["activations"] for x in (True, False))
     assert kept > 3 * once and of(micro_batch_size=4).training["activations"] > 1.5 * once
     assert of(guidance_scale=1.0).flops < 0.6 * of().flops
+    xl = of(model=make_pipeline(tmp_path / "xl", xl=True))
+    assert xl.always["text encoders"] > of().always["text encoders"]
 
 
 @pytest.mark.slow
