@@ -16,12 +16,12 @@ tokens in all; N_targets of them are response tokens, the ones that are scored.
 Metrics, results and departures from the papers: docs/dpo.md
 """
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +32,7 @@ from common.args import Optimization, Run, Sampling, System, block, parse, refus
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
 from common.models import Policy
-from common.packed import Example, MicroBatch
+from common.packed import MicroBatch
 
 REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")  # fields of an example, with precompute_ref
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
@@ -174,24 +174,33 @@ def reference_logps(policy: Policy, ref_policy: Policy | None, micro_batch: Micr
 
 
 @torch.no_grad()
-def precompute_reference(policy: Policy, examples: list[Example], args: Args, device: torch.device) -> None:
-    """Store log pi_ref of each example with it, while the policy is still the reference. Cached."""
-    once = []
-    for example in examples:
-        if REF_LOGPS[0] not in example.fields:  # a run may see an example many times
-            example.fields |= dict.fromkeys(REF_LOGPS, math.nan)
-            once.append(example)
+def precompute_reference(
+    policy: Policy,
+    train_set: data.Dataset,
+    reached: list[int],
+    eval_set: data.Dataset,
+    args: Args,
+    device: torch.device,
+) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval) with log pi_ref of each pair, while the policy is still the reference. Cached.
+
+    reached: the pairs to train on, which a run may see many times; others get NaN.
+    """
+    reached = [*dict.fromkeys(reached)]
+    pairs = [train_set[i] for i in reached] + [*eval_set]
 
     def score() -> Tensor:
-        ref_logps = torch.zeros(len(once), 2, device=device)
-        for micro_batch in packed.micro_batches(once, args.system.micro_batch_tokens, device):
+        ref_logps = torch.zeros(len(pairs), 2, device=device)
+        for micro_batch in packed.micro_batches(pairs, args.system.micro_batch_tokens, device):
             ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 
-    sequences = [example.sequences for example in once]
-    ref_logps = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences)
-    for example, both in zip(once, ref_logps.tolist(), strict=True):
-        example.fields |= dict(zip(REF_LOGPS, both, strict=True))
+    sequences = [pair.sequences for pair in pairs]
+    found = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences).cpu().numpy()
+    table = np.full((len(train_set), 2), np.nan, np.float32)
+    table[reached] = found[: len(reached)]
+    columns = [dict(zip(REF_LOGPS, part.T, strict=True)) for part in (table, found[len(reached) :])]
+    return train_set.with_fields(columns[0]), eval_set.with_fields(columns[1])
 
 
 def loss_and_metrics(
@@ -274,9 +283,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     if args.precompute_ref:  # before resume() changes the policy, for what this run will see
-        batches = (data.batch(train_set, step, *how) for step in range(1, num_steps + 1))
-        reached = [example for batch in batches for example in batch]
-        precompute_reference(policy, reached + eval_set, args, device)
+        reached = [i for step in range(1, num_steps + 1) for i in data.places(train_set, step, *how)]
+        train_set, eval_set = precompute_reference(policy, train_set, reached, eval_set, args, device)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

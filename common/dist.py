@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ TWICE_SECONDS = (
     3.0  # torchrun passes on a signal that may have reached its ranks already: that is one request
 )
 LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
+PROGRESS_SECONDS = 30.0  # between lines about something long, in a log
 POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
 _stop = {"signal": 0, "time": 0.0, "agreed": False}
 
@@ -236,6 +237,21 @@ def parallel_map(function: Callable, items: Sequence) -> list:
         if error is not None:
             raise RunError(error)
     return [result for result, _ in done]
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterator:
+    """Pass items on, and tell after a while how far they are; in a log a line each half minute."""
+    start, shown = time.monotonic(), time.monotonic()
+    on_terminal = sys.stdout.isatty()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown > (0.5 if on_terminal else PROGRESS_SECONDS):
+            left, shown = int((now - start) / count * max(0, total - count)), now
+            line = f"{what}: {count:,} of {total:,}, eta {left // 60}:{left % 60:02d}"
+            print(f"\r{line}\033[K" if on_terminal else line, end="" if on_terminal else "\n", flush=True)
+    if on_terminal and shown > start + 0.5:
+        print("\r\033[K", end="", flush=True)
 
 
 def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
