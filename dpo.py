@@ -191,7 +191,7 @@ def precompute_reference(
 
     def score() -> Tensor:
         ref_logps = torch.zeros(len(pairs), 2, device=device)
-        for micro_batch in packed.micro_batches(pairs, args.system.micro_batch_tokens, device):
+        for micro_batch in packed.micro_batches(pairs, args.system.micro_batch_tokens, device, "reference"):
             ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 

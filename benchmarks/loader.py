@@ -1,6 +1,6 @@
 """From a file to the first batch: CPU, memory and restarts here, and in the datasets library and TRL.
 
-    python benchmarks/loader.py [--chats 100000] [--examples 1000000] [--small]
+    python benchmarks/loader.py [--chats 100000] [--examples 1000000] [--rounds 3] [--small]
 
 Chats are words drawn from a vocabulary of English-like ones, a user's turn and a reply of some 750 characters
 each, under a byte-level BPE of 32,000 tokens that is trained on them. All sides read the same file with the
@@ -20,8 +20,6 @@ from typing import Any
 import tyro
 from harness import TEMPLATE, did_job, in_process, record
 
-ROUNDS = 3
-
 
 @dataclass
 class Args:
@@ -31,6 +29,8 @@ class Args:
     """chats of the comparison with datasets and TRL"""
     examples: int = 1_000_000
     """examples of 1 kB whose memory is measured"""
+    rounds: int = 3
+    """of the comparison; the middle one counts"""
     small: bool = False
     """seconds; nothing is recorded"""
 
@@ -170,7 +170,7 @@ def speed(args: Args, folder: Path) -> dict[str, Any]:
     write_chats(tiny, 10, 750)
     write_model(folder, source)
     rounds: list[dict[str, float]] = []
-    for _ in range(1 if args.small else ROUNDS):
+    for _ in range(args.rounds):
         shutil.rmtree(os.environ["CLEANALIGN_CACHE"], ignore_errors=True)
         sides = {"ours": "run_ours", "map": "run_map", "trl": "run_trl"}
         given = {"folder": str(folder), "source": str(source)}
@@ -203,7 +203,7 @@ def memory(args: Args, folder: Path) -> dict[str, Any]:
 
 def main(args: Args) -> None:
     if args.small:
-        args.chats, args.examples = min(args.chats, 300), min(args.examples, 300)
+        args.chats, args.examples, args.rounds = min(args.chats, 300), min(args.examples, 300), 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["CLEANALIGN_CACHE"] = str(folder / "cache")

@@ -26,8 +26,8 @@ TWICE_SECONDS = (
     3.0  # torchrun passes on a signal that may have reached its ranks already: that is one request
 )
 LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
-PROGRESS_SECONDS = 30.0  # between lines about something long, in a log
 POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
+FIRST_SECONDS, TELL_SECONDS = 10.0, 30.0  # a log file hears of slow work after the first, then every so often
 _stop = {"signal": 0, "time": 0.0, "agreed": False}
 
 
@@ -239,21 +239,6 @@ def parallel_map(function: Callable, items: Sequence) -> list:
     return [result for result, _ in done]
 
 
-def progress(items: Iterable, total: int, what: str) -> Iterator:
-    """Pass items on, and tell after a while how far they are; in a log a line each half minute."""
-    start, shown = time.monotonic(), time.monotonic()
-    on_terminal = sys.stdout.isatty()
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown > (0.5 if on_terminal else PROGRESS_SECONDS):
-            left, shown = int((now - start) / count * max(0, total - count)), now
-            line = f"{what}: {count:,} of {total:,}, eta {left // 60}:{left % 60:02d}"
-            print(f"\r{line}\033[K" if on_terminal else line, end="" if on_terminal else "\n", flush=True)
-    if on_terminal and shown > start + 0.5:
-        print("\r\033[K", end="", flush=True)
-
-
 def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
     """Split the indices of `costs` into shares of nearly equal cost: largest first, to the least loaded."""
     result: list[list[int]] = [[] for _ in range(num_shares)]
@@ -263,6 +248,34 @@ def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         result[share].append(index)
         heapq.heappush(heap, (load + costs[index], share))
     return result
+
+
+def progress(items: Iterable, what: str, total: int, size: Callable[[Any], int] = lambda _: 1) -> Iterator:
+    """The items, while rank 0 shows how far they are and how long the rest will take, if it takes seconds.
+
+    On a terminal that is a bar, which goes when all is done; elsewhere a line every half minute.
+
+    Args:
+        total: what the sizes of all items add up to.
+        size: of an item, how much it adds to what is counted.
+    """
+    if not is_main():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    start, due, done = time.monotonic(), FIRST_SECONDS, 0
+    has_bar = sys.stderr.isatty()
+    with tqdm(total=total, desc=what, delay=3, leave=False, disable=not has_bar) as bar:
+        for item in items:
+            yield item
+            done += size(item)
+            bar.update(size(item))
+            seconds = time.monotonic() - start
+            if not has_bar and seconds >= due and 0 < done < total:
+                due = seconds + TELL_SECONDS
+                left = tqdm.format_interval(seconds / done * (total - done))
+                print(f"{what}: {done:,} of {total:,}, {left} left", flush=True)
 
 
 def run(main: Any, args: Any) -> None:

@@ -339,7 +339,7 @@ def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], wh
             part = unfinished / str(dist.rank())
             files.remove(part)
             rows = encode(*places, exactly)
-            report = write(part, rows if dist.rank() else dist.progress(rows, places[1] - places[0], what))
+            report = write(part, dist.progress(rows, what, places[1] - places[0]))
             reports = dist.gather([report])
             if not any(r.again for r in reports):
                 break

@@ -5,14 +5,17 @@ what was found and what was expected. Nothing here makes tokens: a tokenizer is 
 template.
 """
 
+import contextlib
 import difflib
+import functools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from common.streams import (  # noqa: F401, the first of them for scripts
+from common import dist
+from common.streams import (  # noqa: F401, some of them for scripts
     LeftOut,
     Record,
     Stream,
@@ -53,6 +56,16 @@ SHOWN = ("content", "reasoning_content", *KEPT)
 REFUSED = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "text, all that is read")
 REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen and rejected of a prompt"}
 REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
+REFUSED |= dict.fromkeys(("system_message", "system_msg", "system_instruction"), "the name system")
+REFUSED |= {"winner": "chosen and rejected"}
+# all that is read, here and in data.py, of a record and of a turn
+READ = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
+OTHERS = "content system system_prompt history tools functions context label attributes chat_template_kwargs "
+OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
+OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
+READ += (*REASONING, *OTHERS.split())
+LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
+READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
 
 def first(value: dict, names: Iterable[str]) -> Any:
@@ -66,8 +79,26 @@ def number(value: Any, where: str, name: str) -> float:
     return float(value)
 
 
+@functools.lru_cache(maxsize=4096)
+def meant(name: str, known: tuple[str, ...]) -> list[str]:
+    """The names that this one is a slip of: `choosen`. prompt_id and answers are names of the user's own."""
+    own = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
+    near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
+    return [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
+
+
+def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
+    """End the run for a name that is nearly one of `known`, which the record does not have."""
+    for name, found in value.items():
+        near = [x for x in meant(name, known) if value.get(x) is None] if name not in known else []
+        if near and found is not None and (name + "s" not in LISTS or isinstance(found, list | dict)):
+            raise wrong(where, f"the field {name}", f"{' or '.join(near)}; else another name for it")
+
+
 def refuse_fields(value: dict, where: str) -> None:
-    """End the run if a record says what cannot be followed."""
+    """End the run if a record says what cannot be followed, or nearly says what would be."""
+    refuse_slips(value, where, READ)
     for name, expected in REFUSED.items():
         if value.get(name) not in (None, "", [], {}, 1):
             raise wrong(where, f"the field {name}", expected)
@@ -111,10 +142,14 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
+    refuse_slips(turn, where, READ_OF_TURNS)
     speaker, text = str(first(turn, ("role", "from"))).lower(), first(turn, ("content", "value"))
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
+    for name in ("reasoning_content", "tool_call_id", "name"):
+        if not isinstance(kept.get(name, ""), str):
+            raise wrong(where, f"{name} {kept[name]!r} of a message", "a text")
     if speaker in ("function_call", "tool_call"):
         kept["tool_calls"], text = text, ""
     if turn.get("function_call"):  # OpenAI's older name for one call
@@ -129,15 +164,35 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         parts = [part.get("text") if isinstance(part, dict) else None for part in text]
         text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     text = "" if text is None and kept.keys() - {"name"} else text
-    if speaker not in ROLES or not isinstance(text, str):
-        raise wrong(where, f"the message {turn}", f"a content of text, and a role of {', '.join(ROLES)}")
+    if speaker not in ROLES:
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        content = first(turn, ("content", "value"))
+        raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
+    channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
+    if channels and "reasoning_content" in kept:
+        raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
+    text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = first(turn, TRAINED)
-    if flag not in (None, 0, 1):
+    if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
         kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
     return {"role": ROLES[speaker], "content": text, **kept}
+
+
+def read_channels(text: str, where: str) -> dict[str, str]:
+    """Content and thoughts of a reply in gpt-oss's raw format; {} without channels, others are refused."""
+    pieces = re.split(r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>", text)
+    if len(pieces) == 1:
+        return {}
+    names = [name.strip() for name in pieces[1::2]]
+    said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", piece) for piece in pieces[2::2]]
+    if pieces[0].strip() or "<|" in "".join(said) or names not in (["final"], ["analysis", "final"]):
+        expected = "an analysis, then a final channel; or reasoning_content, content and tool_calls"
+        raise wrong(where, f"the channels {', '.join(names)} in a content", expected)
+    return dict(zip(("content", "reasoning_content"), reversed(said), strict=False))
 
 
 def says_something(message: dict) -> bool:
@@ -152,7 +207,7 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     if is_transcript(value):
         return split_transcript(value, where, role)
     if isinstance(value, str):
-        return [{"role": role, "content": value.strip()}]
+        return [as_message({"role": role, "content": value.strip()}, where)]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise wrong(where, repr(value), "a string or a list of role/content messages")
@@ -218,9 +273,17 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
     )
 
 
+def given_turns(value: dict, where: str) -> Any:
+    """What a record has as `messages` or `conversations`, a list or a transcript; None without."""
+    turns = first(value, CONVERSATIONS)
+    if turns is not None and not isinstance(turns, list) and not is_transcript(turns):
+        raise wrong(where, f"messages {turns!r}", "a list of role/content messages")
+    return turns
+
+
 def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
     """The turns of a record that holds a whole conversation, else None."""
-    turns = first(value, CONVERSATIONS)
+    turns = given_turns(value, where)
     if turns is None and is_transcript(value.get("text")):
         turns = value["text"]
     if turns is None:
@@ -230,7 +293,8 @@ def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
 
 def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     """What the model is asked, without a conversation's last reply or the turn a transcript opens for it."""
-    prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
+    prompt, material = first(value, PROMPTS), first(value, ("input", "context"))
+    prompt = given_turns(value, where) if prompt is None else prompt
     if prompt is None and is_transcript(value.get("transcript")):  # a red-team attempt: its first turn
         return as_turns(tokenizer, value["transcript"], where)[:1]
     if prompt is None and first(value, CHOSEN) is not None:
@@ -255,6 +319,8 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
         return turns[:last], turns[last:]
     if first(value, RESPONSES) is None and is_pair:
         return read_pair(tokenizer, value, where)[:2]
+    if not isinstance(value.get("text", ""), str | None):
+        raise wrong(where, f"text {value['text']!r}", "a text")
     if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)
@@ -372,3 +438,42 @@ def attach_labels(value: dict, turns: Messages, where: str) -> None:
         line = read_line(first(source, ("label", "attributes")), where)
         if line and turn["role"] == "assistant":
             turn["label"] = line
+
+
+def is_two_lined(stream: Stream, kind: str) -> bool:
+    """Whether two lines make a pair, as in NeMo-Aligner's comparisons."""
+    if kind != "pairs" or stream.split:
+        return False
+    ((raw, where),) = stream.rows(0, 1)
+    with contextlib.suppress(dist.RunError):  # told with the other errors
+        return set(stream.record(raw, where).value) in ({"text"}, {"text", "label"})
+    return False
+
+
+def regroup(records: list[Record], two_lined: bool) -> Iterator[Record]:
+    """A record for each example: of two lines that are compared, or of each instance of a task."""
+    if two_lined:
+        one, two = (*records, None)[:2]
+        if (
+            two is None
+            or set(one.value) != set(two.value)
+            or one.value.get("label") != two.value.get("label")
+        ):
+            raise wrong(
+                one.where, "one text of a pair", "the other, alike but for its text, in the line after"
+            )
+        texts, numbers = [one.value["text"], two.value["text"]], {}
+        if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
+            strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+            texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
+            numbers = numbers if strength else {"tie": True}
+        yield Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where)
+        return
+    for value, where in records:
+        if not value.get("instances"):
+            yield Record(value, where)
+        given = value.get("instances") or []
+        for instance in given if isinstance(given, list) else [str(given)]:
+            if not isinstance(instance, dict):
+                raise wrong(where, f"the instance {instance!r}", "a JSON object")
+            yield Record({**value, **instance}, where)

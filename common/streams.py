@@ -41,11 +41,14 @@ class LeftOut(Exception):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
+    if not names:
+        raise dist.RunError(f"{what} is not set; with a model of your own say which, or --{what} toy")
     sources = []
     whole = Path(names).expanduser().exists()  # a comma in the name of a file separates nothing
     for name in [names] if whole else map(str.strip, names.split(",")):
@@ -137,10 +140,24 @@ def open_folder(path: Path, source: str, names: tuple[str, ...]) -> Stream | Non
     places = [*path.iterdir(), *(path / "data").glob("*")]
     for name in names:
         if found := sorted(f for f in places if re.match(rf"{name}[.-]", f.name)):
+            refuse_twice(found, path)
             return open_files(found)
     if "train" in names:
         raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or data/")
     return None
+
+
+def refuse_twice(found: list[Path], folder: Path) -> None:
+    """End the run if the files of a split are the same one twice, or lack a shard of name-00000-of-00003."""
+    stems = [f.name.removesuffix(".gz").rpartition(".")[0] for f in found]
+    shards = [m for stem in stems if (m := re.search(r"-(\d+)-of-(\d+)$", stem))]
+    shown = ", ".join(str(f.relative_to(folder)) for f in found[:4])
+    is_mixed = len({f.parent for f in found}) > 1 or 0 < len(shards) < len(found)
+    if is_mixed or len({*stems}) < len(stems) or len({m[2] for m in shards}) > 1:
+        raise wrong(f"dataset {folder}", shown, "one of them: the records would be read twice")
+    missing = {*range(int(shards[0][2]))} - {int(m[1]) for m in shards} if shards else ()
+    if missing:
+        raise wrong(f"dataset {folder}", shown, f"number {min(missing)} of {shards[0][2]} too")
 
 
 def open_hub(source: str, names: tuple[str, ...]) -> Stream | None:

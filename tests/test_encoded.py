@@ -298,13 +298,6 @@ def test_fields_are_added_to_a_data_set_and_not_to_its_examples() -> None:
     assert np.isnan(more.field("z")).all() and more.fingerprint() == listed.fingerprint()
 
 
-def test_progress_is_a_line_now_and_then(monkeypatch: Any, capsys: Any) -> None:
-    assert [*dist.progress("abc", 3, "read")] == ["a", "b", "c"] and not capsys.readouterr().out
-    monkeypatch.setattr(dist, "PROGRESS_SECONDS", -1.0)
-    assert [*dist.progress("abc", 3, "read")] == ["a", "b", "c"]
-    assert capsys.readouterr().out.splitlines()[1] == "read: 2 of 3, eta 0:00"
-
-
 def test_a_preview_counts_measures_and_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
     records = [{"messages": [ASK, {**SEVEN, "content": "7 " * i}, ASK, SEVEN]} for i in range(1, 40)]
     preview.main(preview.Args(write(tmp_path, *records), "sft", chat_template="chatml", max_length=128))
