@@ -32,6 +32,7 @@ from common.formats import (
     Messages,
     Record,
     Stream,
+    as_messages,
     as_turns,
     attach_labels,
     common_prefix,
@@ -213,7 +214,9 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
     if unknown:  # of a mask a typo would train the user's turns
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
-    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    # a name that no speaker has is of a role, in any case
+    roles = {ROLES.get(name.lower()) for name in names if name not in speakers}
+    named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
     lead = len(lead_of(value, where))  # a history is context, as it is before a prompt
@@ -229,11 +232,17 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     if value.get("input_ids") is not None:
         if not isinstance(value["input_ids"], list) or any(isinstance(x, list) for x in value["input_ids"]):
             raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
-        tokens = np.asarray(value["input_ids"])
-        columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
-        fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
+        given = {name: value[name] for name in ("labels", *MASKS) if value.get(name) is not None}
+        try:
+            tokens, columns = np.asarray(value["input_ids"]), {n: np.asarray(x) for n, x in given.items()}
+            fits = tokens.dtype.kind == "i" and tokens.size > 0
+            fits &= all(x.dtype.kind in "ib" and x.shape == tokens.shape for x in columns.values())
+            fits = fits and all(np.isin(x, (0, 1)).all() for n, x in columns.items() if n != "labels")
+        except ValueError:  # lists of several lengths
+            fits = False
         if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
-            raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
+            expected = f"ids below {len(tokenizer)}, as many labels, and masks of 0 and 1"
+            raise wrong(where, "other input_ids or labels", expected)
         labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
         if ((labels != tokens) & (labels != -100)).any():
             raise wrong(
@@ -245,6 +254,7 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
         return Tokens(tokens.astype(np.int32)[used], mask[used])
     text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
     if text_only and not is_transcript(value["text"]):
+        as_messages(value["text"], where)  # refuses a mark of a turn elsewhere
         tokens = encode_prompt(tokenizer, value["text"])
         tokens += [end_token(tokenizer)] if tokens[-1:] != [end_token(tokenizer)] else []
         return Tokens(np.array(tokens, np.int32), np.ones(len(tokens), bool))
@@ -415,12 +425,13 @@ def load(
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
-    tell = functools.partial(print, f"{kind}:", flush=True) if dist.is_main() else lambda *_: None
+    notes: list[str] = []  # what was cut and left out
+    tell = functools.partial(note, kind, notes)
     if max_length > most:
         tell(f"{option} {max_length} is more than the model takes; it is {most} now")
         max_length = most
-    for note in template_notes(tokenizer):
-        tell(note)
+    for line in template_notes(tokenizer):
+        tell(line)
     key = dist.from_main(lambda: encoded.key_of(tokenizer, encode, kind, max_length, cut, scored, apart))
 
     def attempt(record: Record, text: bytes) -> Steps:
@@ -463,9 +474,17 @@ def load(
     for source, _ in read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
+    train.notes = notes
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
     return train, evaluation
+
+
+def note(kind: str, notes: list[str], text: str) -> None:
+    """Keep a note of what was read, and print it."""
+    notes.append(text)
+    if dist.is_main():
+        print(f"{kind}: {text}", flush=True)
 
 
 def encode_rows(
@@ -488,11 +507,10 @@ def encode_rows(
                     jobs.append((record, text))
             except dist.RunError as error:
                 jobs.append(error)
-        made = together(tokenizer, [attempt(*job) for job in jobs if isinstance(job, tuple)], exactly)
-        made = iter(made)
+        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
+        made = iter(together(tokenizer, steps, exactly))
         for job in jobs:
-            found = next(made) if isinstance(job, tuple) else job
-            n = next(count)
+            found, n = next(made) if isinstance(job, tuple) else job, next(count)
             if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
                 (again,) = together(tokenizer, [attempt(*job)], exactly=True)
                 if not (isinstance(again, Made) and encoded.alike(again.example, found.example)):

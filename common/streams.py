@@ -32,7 +32,7 @@ def wrong(where: str, found: Any, expected: str) -> dist.RunError:
     if isinstance(found, dict):
         found = "the fields " + ", ".join(k if v is not None else f"{k} (null)" for k, v in found.items())
     else:
-        found = str(found)[:80]
+        found = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(found)[:80])
     return dist.RunError(f"{where}: found {found}; expected {expected}")
 
 
@@ -279,5 +279,5 @@ def as_object(raw: Any, where: str) -> dict:
 def parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
