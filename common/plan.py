@@ -277,30 +277,27 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     options, folder = flat(args), files.pipeline_folder(args.model)
     dtype = torch.float32 if options["dtype"] == "float32" else torch.bfloat16
     itemsize, num_shards = dtype.itemsize, shards(options["sharding"], machine.count)
+    sources = [name for name, _ in formats.read_sources(args.reward, "reward")]
+    toy = str(files.toy_folder("images") / "reward_model") if "toy" in sources else ""
+    clips = [toy if x == "toy" else x for x in sources if x != "brightness" and ":" not in x]
     try:
         with torch.device("meta"):
-            parts = [
-                kind.from_config(kind.load_config(folder, subfolder=name))
+            unet, vae = (
+                kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
                 for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-            ]
-            unet, vae = (part.to(dtype) for part in parts)
+            )
             is_xl = unet.config.addition_embed_type == "text_time"
-            text = [("text_encoder", CLIPTextModel)]
-            text += [("text_encoder_2", CLIPTextModelWithProjection)] * is_xl
-            encoders = [kind(AutoConfig.from_pretrained(folder, subfolder=name)) for name, kind in text]
-            names = [name for name, _ in formats.read_sources(args.reward, "reward")]
-            names = [name for name in names if name != "brightness" and ":" not in name]
-            toy = str(files.toy_folder("images") / "reward_model") if "toy" in names else ""
-            rewards = [CLIPModel(AutoConfig.from_pretrained(toy if x == "toy" else x)) for x in names]
+            kinds = [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)]
+            kinds = kinds[: 1 + is_xl]
+            encoders = [kind(AutoConfig.from_pretrained(folder, subfolder=x)) for x, kind in kinds]
+            rewards = [CLIPModel(AutoConfig.from_pretrained(x)) for x in clips]
+            for part in (vae, *encoders, *rewards, *([unet] if options["lora_rank"] else [])):
+                part.requires_grad_(False)
+            if options["lora_rank"]:
+                diffusion.add_lora(unet, args.system, 1)
     except (OSError, ValueError, KeyError) as error:
         raise dist.RunError(f"model {args.model}: {formats.first_line(error)}") from error
-    for part in (vae, *encoders, *rewards):
-        part.requires_grad_(False)
-    if options["lora_rank"]:
-        unet.requires_grad_(False)
-        with torch.device("meta"):
-            diffusion.add_lora(unet, args.system, 1)
-    size, trained = sizes(unet), sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    size, trained = (sum(p.numel() for p in unet.parameters() if not x or p.requires_grad) for x in (0, 1))
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = options["image_size"] or unet.config.sample_size * scale
     images, guided = options["micro_batch_size"], 1 + (options["guidance_scale"] != 1)
@@ -310,8 +307,11 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
         return torch.empty(shape, dtype=kind, device="meta", requires_grad=True)
 
     def predict() -> torch.Tensor:
-        added = {"text_embeds": empty(rows, 1280), "time_ids": empty(rows, 6)} if is_xl else None
-        states = empty(rows, 77, unet.config.cross_attention_dim)
+        c, added = unet.config, None
+        if is_xl:  # the embedded text, and six numbers of sizes and crops
+            width = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+            added = {"text_embeds": empty(rows, width), "time_ids": empty(rows, 6)}
+        states = empty(rows, 77, c.cross_attention_dim)
         return unet(empty(rows, channels, side, side), 1, states, added_cond_kwargs=added, return_dict=False)
 
     a_step, step_flops = traced(predict, unet)

@@ -90,6 +90,7 @@ PAGES = ["README.md", "sweeps/README.md"]
 PAGES += [f"docs/{name}.md" for name in ("data", "sft", "dpo", "spin", "reward_model", "ppo")]
 PAGES += [f"docs/{name}.md" for name in ("steerlm", "steerlm2", "cai", "draftp", "hacking", "reliability")]
 PAGES += [f"docs/{name}.md" for name in ("obtaining_a_model", "models", "benchmarks", "migrating")]
+PAGES += ["docs/before_a_run.md"]
 PAGES += ["CONTRIBUTING.md", "recipes/README.md"]
 
 
