@@ -19,6 +19,7 @@ Metrics, results and departures from the papers: docs/reward_model.md
 """
 
 import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -287,6 +288,8 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     target = Path(args.score_output or default).expanduser()
     dist.from_main(lambda: make_room(target, args.run.overwrite or not args.score_output))
     records = formats.read_file(path)
+    for record in records:  # each is written again, with its rewards
+        refuse_unwritable(*record)
 
     def encode(record: formats.Record) -> list[Tokens]:
         return data.read_responses(tokenizer, *record, args.max_length)
@@ -305,6 +308,17 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
     return target
+
+
+def refuse_unwritable(value: dict, where: str) -> None:
+    """End the run for a column that JSON lines cannot hold, as dates and bytes of a table."""
+    for name, x in value.items():
+        try:
+            json.dumps(x)
+        except (TypeError, ValueError) as error:
+            raise formats.wrong(
+                where, f"{name}, {type(x).__name__}", "texts, numbers, lists and objects"
+            ) from error
 
 
 def make_room(target: Path, overwrite: bool) -> None:

@@ -120,6 +120,8 @@ class Folder:
     """W&B project"""
     run_name: str = ""
     """W&B run name"""
+    max_minutes: float = 0.0
+    """stop after so many minutes as after a signal: save, exit with code 0, to be resumed; 0: no limit"""
 
 
 @dataclass
@@ -265,7 +267,7 @@ RANGES = {
     (0, math.inf): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps "
     "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
     "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
-    "num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries",
+    "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries",
     (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
     "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
     "num_inference_steps num_lv micro_batch_size images_per_prompt num_revisions num_principles "

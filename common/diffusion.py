@@ -159,7 +159,9 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
         if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             raise ValueError(f"found a {kind}; expected a Stable Diffusion 1.x, 2.x or XL pipeline")
         extra = {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = getattr(diffusers, kind).from_pretrained(path, dtype=torch.float32, **extra)
+        pipe = getattr(diffusers, kind).from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, **extra
+        )
     except Exception as error:  # the hub client and the parts of a pipeline raise many kinds
         raise dist.RunError(f"model {model}: cannot be loaded: {formats.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -352,7 +354,7 @@ def clip_reward(source: str, device: torch.device) -> Callable:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        processor = CLIPProcessor.from_pretrained(source)
+        processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
         model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
     except Exception as error:  # the hub client raises many kinds
         raise dist.RunError(

@@ -153,17 +153,33 @@ def read_json(path: Path) -> dict:
         RunError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        error: object = f"found {type(found).__name__}, not an object"
+    except (ValueError, RecursionError) as reason:
+        error = reason
+    raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The complete rows of a .jsonl file, none if there is no file; a line torn by a kill is skipped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+def read_rows(path: Path, needed: str = "") -> list[dict]:
+    """The complete rows of a .jsonl file, none if there is no file; a last line torn by a kill is skipped.
+
+    Raises:
+        RunError: another line is no object with the field `needed`.
+    """
+    rows, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or needed and not isinstance(row[needed], int):
+                raise ValueError(f"no row with {needed}")
+            rows.append(row)
+        except (ValueError, KeyError, RecursionError) as error:
+            if n < len(lines):
+                raise dist.RunError(
+                    f"{path}:{n}: damaged, {error}; mend or delete the line, or --overwrite starts anew"
+                ) from error
     return rows
 
 

@@ -236,7 +236,8 @@ def _load(
         return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk, wide
 
     config, generation_config, dtype_on_disk, wide = dist.from_main(read)
-    make = empty_scorer if kind is Scorer else transformers.AutoModelForCausalLM.from_config
+    plain_decoder = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
+    make = empty_scorer if kind is Scorer else plain_decoder
     with torch.device("meta"):
         plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
         plain.generation_config = generation_config

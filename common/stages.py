@@ -15,7 +15,7 @@ from common.log import Log
 
 # of every stage: set by the pipeline, or left alone because it tracks its stages itself
 RESERVED = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "chat_template_kwargs"}
-RESERVED |= {"track", "wandb_project", "run_name", "accept_changes"}
+RESERVED |= {"track", "wandb_project", "run_name", "accept_changes", "max_minutes"}
 
 
 def stage(

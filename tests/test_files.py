@@ -144,6 +144,14 @@ def test_rows_of_a_torn_file(tmp_path: Path) -> None:
     assert files.cut_torn_line(path) == 2 and path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1}', '{"step": "a"}', "[1]", '{"st', "[" * 100_000, "\udcff"])
+def test_a_damaged_row_that_is_not_the_last_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'.encode(errors="surrogateescape"))
+    with pytest.raises(dist.RunError, match=r"metrics.jsonl:2: damaged, .*--overwrite starts anew"):
+        files.read_rows(path, "step")
+
+
 def test_lines_go_on_after_a_kill_and_begin_anew_for_other_items_or_another_key(
     tmp_path: Path, device: torch.device
 ) -> None:
