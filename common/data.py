@@ -381,12 +381,13 @@ def load(
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
-    tell = functools.partial(print, f"{kind}:", flush=True) if dist.is_main() else lambda *_: None
+    notes: list[str] = []  # what was cut and left out
+    tell = functools.partial(note, kind, notes)
     if max_length > most:
         tell(f"{option} {max_length} is more than the model takes; it is {most} now")
         max_length = most
-    for note in template_notes(tokenizer):
-        tell(note)
+    for line in template_notes(tokenizer):
+        tell(line)
 
     def attempt(record: Record) -> tuple[bool, Example] | str:
         """(whether it was cut, the example), or why it is left out."""
@@ -424,9 +425,17 @@ def load(
     for source, _ in read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
+    train.notes = notes
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
     return train, evaluation
+
+
+def note(kind: str, notes: list[str], text: str) -> None:
+    """Keep a note of what was read, and print it."""
+    notes.append(text)
+    if dist.is_main():
+        print(f"{kind}: {text}", flush=True)
 
 
 def keep(

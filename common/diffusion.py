@@ -242,6 +242,21 @@ def schedule(pipe: Any, num_steps: int) -> Schedule:
     return Schedule(scheduler.timesteps.tolist(), alphas.float(), prediction == "v_prediction")
 
 
+def drawn_by_diffusers(pipe: Any, prompts: list[str], noise: Tensor, num_steps: int, scale: float) -> Tensor:
+    """The latents that the pipeline itself makes of a noise, with the scheduler that `schedule` follows."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    kind, held = EulerDiscreteScheduler if is_xl(pipe) else DDIMScheduler, pipe.scheduler
+    options = {} if is_xl(pipe) else {"set_alpha_to_one": True, "clip_sample": False}
+    pipe.scheduler = kind.from_config(held.config, **options)
+    how = {"num_inference_steps": num_steps, "guidance_scale": scale, "output_type": "latent"}
+    side = noise.shape[-1] * pipe.vae_scale_factor
+    try:
+        return pipe(prompts, latents=noise.to(pipe.vae.dtype), height=side, width=side, **how).images.float()
+    finally:
+        pipe.scheduler = held
+
+
 def image_size(pipe: Any, size: int) -> int:
     """Pixels of a side: size, or what the U-Net was trained for if 0."""
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -93,6 +94,18 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
         remove(unfinished)
         raise
     finish(unfinished, path)
+
+
+@contextlib.contextmanager
+def beside(folder: str) -> Iterator[str]:
+    """A folder in `folder` that all ranks see, and that is gone after the block; a collective."""
+    made = dist.from_main(lambda: tempfile.mkdtemp(prefix="tmp-", dir=folder))
+    try:
+        yield made
+        dist.barrier()
+    finally:
+        if dist.is_main():
+            remove(Path(made))
 
 
 def write(path: Path, text: str) -> None:
@@ -317,7 +330,7 @@ class Journal:
 # ---------------------------------------------------------------------------------------------- model folders
 
 
-def model_folder(model: str) -> tuple[str, str | None]:
+def model_folder(model: str, needs_weights: bool = True) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
     if model in ("toy", "toy/attribute_model"):
         return str(toy_folder() / (model.partition("/")[2] or "model")), None
@@ -336,7 +349,7 @@ def model_folder(model: str) -> tuple[str, str | None]:
         return model, None
     if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise dist.RunError(f"model {model}: no config.json in this folder; expected a Hugging Face model")
-    if not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
+    if needs_weights and not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
         raise dist.RunError(f"model {model}: no weights (*.safetensors or *.bin) in this folder")
     return str(path), None
 
@@ -437,8 +450,13 @@ def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any
     """compute(), a collective, or its result from an earlier run with the same model files and key."""
     digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
     store = cache_folder() / f"{name}-{digest}.pt"
+
+    def read() -> torch.Tensor | None:
+        with contextlib.suppress(Exception):  # it is not there, or damaged: made anew
+            return torch.load(store)
+
     # rank 0's disk decides and is read, alike for all: another node may have its own cache folder
-    found = dist.from_main(lambda: torch.load(store) if store.exists() else None)
+    found = dist.from_main(read)
     if found is not None:
         return found
     result = compute()
