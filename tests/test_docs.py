@@ -94,8 +94,8 @@ PAGES += ["CONTRIBUTING.md", "recipes/README.md"]
 PAGES += sorted({f"docs/{p.name}" for p in ROOT.glob("docs/*.md")} - set(PAGES))
 # lines that say themselves what they need: GPUs, models of the hub, files and runs of the reader's own
 NEEDS = re.compile(
-    r"--nproc_per_node=8|sbatch |python (tests/|-m pytest)|meta-llama/|stable-diffusion|\.gguf|parti_prompts|runs/seed\d|"
-    r"\b(my_data|pairs|prompts|groups)\.(jsonl|txt)"
+    r"--nproc_per_node=8|sbatch |python (tests/|-m pytest)|meta-llama/|stable-diffusion|\.gguf|"
+    r"parti_prompts|runs/seed\d|\b(my_data|pairs|prompts|groups)\.(jsonl|txt)"
 )
 
 
