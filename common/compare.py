@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_gib)")
+IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_\w+)")
 Rows = dict[tuple[int, int], dict[str, Any]]  # (step, place among the rows of that step) -> name -> value
 
 
