@@ -35,20 +35,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import (
-    checkpoint,
-    data,
-    diffusion,
-    dist,
-    files,
-    formats,
-    image_rewards,
-    models,
-    pictures,
-    pipelines,
-)
-from common.args import Optimization, Run, Weights, block, load_function, parse, snapshot
-from common.evaluate import mean_scores
+from common import checkpoint, data, diffusion, dist, files, formats, models, pictures, pipelines
+from common.args import Optimization, Run, Weights, block, parse, snapshot
+from common.evaluate import load_judge, mean_scores
+from common.image_rewards import Reward, load_reward
 from common.log import Log
 from common.packed import Example
 
@@ -77,7 +67,7 @@ class ImageRun(Run):
     images_per_prompt: int = 4
     """images of each prompt at an evaluation, from fixed noises: for the picture and the diversity"""
     judge: str = ""
-    """package.module:function, (prompt, image) -> dict of scores; default: exact for toy, else none"""
+    """package.module:function, (prompt, image) -> a number or a dict; default: exact for toy, else none"""
     draw_prompts: str = ""
     """draw this prompt, or this file's, with the model in output_dir by each of `schedules`; do not train"""
     lora_scale: float = 1.0
@@ -138,7 +128,7 @@ class Sampler(NamedTuple):
     ref_policy: nn.Module | None  # a frozen copy; None: the policy with adapters off
     has_reference: bool  # False: the policy is trained whole and nothing compares it with the base model
     schedule: diffusion.Schedule
-    reward: image_rewards.Reward
+    reward: Reward
     size: int  # pixels of a side
     device: torch.device
     encoded: diffusion.Encoded  # prompts so far
@@ -394,7 +384,7 @@ def setup(args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None
     size, device = diffusion.image_size(pipe, args.image_size), next(policy.parameters()).device
     diffusion.has_guidance(pipe, args.guidance_scale)  # refuses a scale that means nothing
     schedule = diffusion.schedule(pipe, args.num_inference_steps, size, device)
-    reward = image_rewards.load(args.reward, device, examples)
+    reward = load_reward(args.reward, device, examples)
     has_reference = ref_policy is not None or pipelines.has_adapters(policy)
     return Sampler(pipe, policy, ref_policy, has_reference, schedule, reward, size, device, {})
 
@@ -496,11 +486,11 @@ def main(args: Args) -> None:
         picture = log.folder / "images" / f"step_{step:08d}.png"
         pictures.save_grid(picture, prompts, {"base": base, "tuned": drawn})
         log.picture(step, picture)
-        rows, scores = pictures.judged(prompts, drawn, base, load_function(spec) if spec else None)
+        rows, scores = pictures.judged(prompts, drawn, base, judge)
         log.samples(step, rows)
         return metrics | {f"eval/judge/{name}": mean for name, mean in mean_scores(scores).items()}
 
-    spec = run.judge or ("toy.images:judge" if args.dataset == "toy" else "")
+    judge = load_judge(run.judge, args.dataset, toy="toy.images:judge")
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 

@@ -162,7 +162,7 @@ def letter_probs(
 ) -> list[float]:
     """P(A) of each example, from one packed forward for both of its options."""
     table = torch.zeros(len(examples), 2, device=device)
-    for row in packed.micro_batches(examples, micro_batch_tokens, device) if examples else ():
+    for row in packed.micro_batches(examples, micro_batch_tokens, device, "verdicts") if examples else ():
         logps = packed.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
         table[row.example_ids] = logps.view(-1, 2)
     return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank

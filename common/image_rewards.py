@@ -32,7 +32,7 @@ class Reward(NamedTuple):
         return torch.stack([function(prompts, images, records).float() for function in self.functions], 1)
 
 
-def load(spec: str, device: torch.device, examples: list[Example]) -> Reward:
+def load_reward(spec: str, device: torch.device, examples: list[Example]) -> Reward:
     """The sum that a,b*0.5 asks for, of `brightness`, CLIP-style models and package.module:function.
 
     Raises:

@@ -318,7 +318,7 @@ def test_the_clip_reward_is_the_logit_of_clip(tiny: Path, device: torch.device) 
     pixels = image_rewards.clip_pixels(images, processor.image_processor)
     tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")
     expected = model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
-    reward = image_rewards.load(f"{tiny / 'clip'}*0.5,brightness*2", device, examples("a cat"))
+    reward = image_rewards.load_reward(f"{tiny / 'clip'}*0.5,brightness*2", device, examples("a cat"))
     values = reward(prompts, images, [{}, {}])
     torch.testing.assert_close(values[:, 0], expected)
     torch.testing.assert_close(values[:, 1], images.mean((1, 2, 3)))
@@ -365,7 +365,7 @@ def test_a_reward_that_cannot_be_used_is_refused_at_once(
     device: torch.device, reward: str, message: str
 ) -> None:
     with pytest.raises(dist.RunError, match=message):
-        image_rewards.load(reward, device, examples("a cat"))
+        image_rewards.load_reward(reward, device, examples("a cat"))
 
 
 def wants_its_record(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:
@@ -381,7 +381,7 @@ def test_a_reward_gets_the_record_of_its_prompt(tiny: Path, device: torch.device
     sampler = draftp.setup(args, pipe, policy, None, found)
     (batch,) = diffusion.micro_batches(found, 4, device)
     _, metrics = draftp.loss_and_metrics(sampler, batch, 1, 1, args)
-    plain = sampler._replace(reward=image_rewards.load("brightness", device, found))
+    plain = sampler._replace(reward=image_rewards.load_reward("brightness", device, found))
     images = draftp.losses_and_images(plain, torch.zeros(2, 4, 8, 8), torch.zeros(2), batch, args)[2]
     assert sampler.reward(batch.prompts, images, batch.records)[:, 0].tolist() == pytest.approx(
         [2 * images[0].mean().item(), 3 * images[1].mean().item()]

@@ -104,7 +104,7 @@ def test_the_base_model_often_errs_and_is_small(world: Path) -> None:
 
 @pytest.mark.slow
 def test_the_reward_model_knows_right_from_wrong(world: Path) -> None:
-    reward = image_rewards.load("toy", torch.device("cpu"), [diffusion.as_example("a red circle", {})])
+    reward = image_rewards.load_reward("toy", torch.device("cpu"), [diffusion.as_example("a red circle", {})])
     pictures, words = images.draw(torch.Generator().manual_seed(7), 100)
     right = [images.prompt(colour, shape) for colour, shape, *_ in words]
     for k, options in ((0, list(images.COLOURS)), (1, list(images.SHAPES))):
