@@ -20,7 +20,6 @@ Shapes: B images in a micro-batch, S sampler steps, K with gradient, R rewards; 
 Metrics, results and departures from the papers: docs/draftp.md
 """
 
-import math
 import re
 import time
 from collections import Counter
@@ -272,7 +271,7 @@ def losses_and_images(
     metrics = {
         "loss": losses.detach(),
         "reward": rewards.detach(),
-        "reward_std": rewards.detach() ** 2,  # made a standard deviation by `conclude`
+        "reward_std": rewards.detach() ** 2,  # made a standard deviation by conclude()
         "kl": kl.detach(),
         "saturated_pixels_frac": (pixels != images).float().mean((1, 2, 3)),
     }
@@ -306,20 +305,6 @@ def loss_and_metrics(
         totals.update({name: value @ micro_batch.weights / len(samples) for name, value in metrics.items()})
     num_images = micro_batch.weights.sum()
     return loss, {name: (total, num_images) for name, total in totals.items()}
-
-
-def conclude(metrics: dict[str, float], prefix: str, sampler: Sampler) -> dict[str, float]:
-    """Metrics with the standard deviation of the rewards, of which they hold the mean square.
-
-    Raises:
-        RunError: a reward is not finite.
-    """
-    mean = metrics[f"{prefix}reward"]
-    if not math.isfinite(mean):
-        raise formats.wrong(
-            f"reward {'+'.join(sampler.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
-        )
-    return metrics | {f"{prefix}reward_std": max(0.0, metrics[f"{prefix}reward_std"] - mean**2) ** 0.5}
 
 
 @torch.no_grad()
@@ -412,7 +397,8 @@ def draw_finished(args: Args, device: torch.device) -> None:
         for name, drawn in columns.items():
             piece, _ = draw_images(sampler, part, args, name, first)
             pictures.save_images(folder / name, piece.images, first, run.images_per_prompt)
-            drawn.append(piece.with_images(len(texts[first:SHOWN_PROMPTS]) * run.images_per_prompt))
+            shown = len(texts[first:SHOWN_PROMPTS]) * run.images_per_prompt
+            drawn.append(piece._replace(images=piece.images[:shown]))  # the others are on disk
     joined = {name: pictures.joined(pieces) for name, pieces in columns.items()}
     pictures.save_schedules(folder, texts[:SHOWN_PROMPTS], joined, run.images_per_prompt)
     pictures.save_prompts(folder, texts)
@@ -478,7 +464,7 @@ def main(args: Args) -> None:
         with pipelines.averaged(policy, ema):
             drawn, totals = draw_images(sampler, shown, args) if step else (base, base_totals)
         columns["draft"] = drawn
-        metrics = conclude(totals.reduce("eval/"), "eval/", sampler)
+        metrics = sampler.reward.conclude(totals.reduce("eval/"), "eval/")
         metrics["eval/reward/base"] = base.rewards.mean().item()
         metrics["eval/reward/gain"] = (drawn.rewards - base.rewards).mean().item()
         metrics["eval/diversity"] = pictures.diversity(drawn.features, run.images_per_prompt)
@@ -511,7 +497,7 @@ def main(args: Args) -> None:
             ema.optimization_step = step - 1  # the decay grows with the steps of the run, resumed or not
             ema.step(pipelines.trained(policy))
         totals.update({"grad_norm": (grad_norm, 1)})
-        metrics = conclude(totals.reduce("train/"), "train/", sampler)  # the step's one synchronisation
+        metrics = sampler.reward.conclude(totals.reduce("train/"), "train/")  # the step's one synchronisation
 
         # evaluate
         metrics |= {

@@ -207,11 +207,9 @@ def encode_ahead(
     encoded: Encoded = {}
     encode_all(pipe, own, encoded, batch_size, device)
     put_text_encoders_away(pipe)
-    size = sum(part.nbytes for parts in encoded.values() for part in parts) / 2**30
+    gib = sum(part.nbytes for parts in encoded.values() for part in parts) / 2**30
     if dist.is_main():
-        print(
-            f"prompts: {len(encoded) - 1:,} encoded for this rank, {size:.2g} GiB of host memory", flush=True
-        )
+        print(f"prompts: {len(encoded) - 1:,} encoded ahead, {gib:.2g} GiB of host memory a rank", flush=True)
     return encoded
 
 

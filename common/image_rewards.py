@@ -6,6 +6,7 @@ are, with images (B, 3, H, W) in [0, 1] and gradients to their pixels.
 Shapes: B images, R rewards, F features.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,18 @@ class Reward(NamedTuple):
     def __call__(self, prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:
         """Each reward of each image, not weighted. -> (B, R) float32"""
         return torch.stack([function(prompts, images, records).float() for function in self.functions], 1)
+
+    def conclude(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        """Metrics with the standard deviation of the rewards, of which they hold the mean square.
+
+        Raises:
+            RunError: a reward is not finite.
+        """
+        mean, square = metrics[f"{prefix}reward"], metrics[f"{prefix}reward_std"]
+        if not math.isfinite(mean):
+            name = f"reward {'+'.join(self.names)}"
+            raise formats.wrong(name, f"{mean} on average", "finite numbers; the run stops")
+        return metrics | {f"{prefix}reward_std": max(0.0, square - mean**2) ** 0.5}
 
 
 def load_reward(spec: str, device: torch.device, examples: list[Example]) -> Reward:

@@ -18,10 +18,6 @@ class Drawn(NamedTuple):
     rewards: Tensor  # (N,)
     features: Tensor  # (N, F)
 
-    def with_images(self, count: int) -> "Drawn":
-        """Only the first of the images, for a grid; rewards and features of all."""
-        return self._replace(images=self.images[:count])
-
 
 def gathered(found: list[tuple]) -> Drawn:
     """All ranks' (index, image, reward, features), in order."""
