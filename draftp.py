@@ -20,10 +20,11 @@ Shapes: B images in a micro-batch, S sampler steps, K with gradient, R rewards; 
 Metrics, results and departures from the papers: docs/draftp.md
 """
 
+import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,12 +35,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, diffusion, dist, files, formats, models, pictures, pipelines
+from common import certificate, checkpoint, data, diffusion, dist, files, formats, models, pictures, pipelines
 from common.args import Optimization, Run, Weights, block, parse, snapshot
 from common.evaluate import load_judge, mean_scores
 from common.image_rewards import Reward, load_reward
 from common.log import Log
 from common.packed import Example
+from common.plan import image_need
+from common.plan import show as show_plan
 
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
 SHOWN_PROMPTS = 16  # in the grid of draw_prompts
@@ -313,9 +316,7 @@ def draw_images(
 ) -> tuple[pictures.Drawn, dist.Totals]:
     """Draw prompts from the noises of step 0, by the policy or a schedule's name; also this rank's metrics.
 
-    Args:
-        first: place of the first prompt in a list that is drawn in pieces.
-    """
+    The prompts are a piece of a list, from its prompt `first` on."""
     totals, found, count = dist.Totals(), [], args.run.images_per_prompt
     items = [example for example in examples for _ in range(count)]
     for micro_batch in diffusion.micro_batches(items, args.system.micro_batch_size, sampler.device):
@@ -374,9 +375,46 @@ def setup(args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None
     return Sampler(pipe, policy, ref_policy, has_reference, schedule, reward, size, device, {})
 
 
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy, and where they are."""
+    return {"reference": args.model} if args.system.lora_rank == 0 and args.kl_coef > 0 else {}
+
+
 def load_reference(args: Args, device: torch.device) -> nn.Module:
     """A frozen copy of the model that training begins with."""
     return pipelines.load(args.model, device, args.system, args.seed, trainable=False)[1]
+
+
+def checks(sampler: Sampler, prompts: list[str], args: Args) -> Iterator[certificate.Line]:
+    """What --check tries: the gradient of a reward, sampling against diffusers, and the export."""
+    device, scale, num_steps = sampler.device, args.guidance_scale, args.num_inference_steps
+    schedule, predict = sampler.schedule, predictors(sampler, prompts[:2], scale)[0]
+    part = diffusion.as_micro_batch([diffusion.as_example(x, {"prompt": x}) for x in prompts[:2]], device)
+    is_low, K = models.resolve_dtype(args.system.dtype, device) != torch.float32, most_grad_steps(args)
+    start = diffusion.noise(args.seed, 0, part.indices, sampler.pipe, sampler.size, device)
+    yield certificate.of_duplicates(prompts)
+    with torch.no_grad():
+        ours, middle = denoise(predict, None, start, schedule, 0)[0], start
+        for i in range(num_steps - K):
+            middle = sampler_step(predict(middle, i), middle, schedule, i)
+    theirs = diffusion.drawn_by_diffusers(sampler.pipe, part.prompts, start, num_steps, scale)
+    gap = ((ours - theirs).abs().mean() / ours.std()).item()
+    yield certificate.at_most("latents against those of diffusers, relative", gap, 0.1 if is_low else 1e-2)
+
+    def loss() -> Tensor:  # of the last K steps alone, as their gradient is
+        x_0, kl = denoise(predict, None, middle, schedule, K, args.system.step_checkpointing, num_steps - K)
+        return losses_and_images(sampler, x_0, kl, part, args)[0].sum()
+
+    slope = certificate.slope_over_norm(loss, sampler.policy, 0.05 if is_low else 2e-3)
+    yield certificate.near("slope along the gradient over its norm", slope, 1.0, 0.5 if is_low else 0.05)
+    with files.beside(args.run.output_dir) as folder, torch.no_grad():
+        pipelines.export(folder, sampler.pipe, sampler.policy, args.model, args.run.merge_lora)
+        dist.from_main(lambda: files.write(Path(folder) / "args.json", json.dumps({"model": args.model})))
+        pipe = pipelines.read_pipeline(f"{folder}/model").to(device, sampler.pipe.text_encoder.dtype)
+        read = sampler._replace(pipe=pipe, policy=pipelines.denoiser_of(pipe), encoded={})
+        again = predictors(read, part.prompts, scale)[0]
+        far = (predict(start, 0) - again(start, 0)).abs().max().item()
+    yield certificate.at_most("export, loaded again, most of a prediction", far, 0.1 if is_low else 1e-2)
 
 
 def draw_finished(args: Args, device: torch.device) -> None:
@@ -404,25 +442,15 @@ def draw_finished(args: Args, device: torch.device) -> None:
     pictures.save_prompts(folder, texts)
 
 
-TOY = dict(
-    num_inference_steps=20,
-    guidance_scale=3.0,
-    kl_coef=1.0,
-    learning_rate=3e-4,
-    warmup_steps=5,
-    batch_size=32,
-    micro_batch_size=32,
-    max_steps=40,
-    lora_rank=0,
-    eval_every=20,
-    num_samples=24,
-)
+TOY = dict(num_inference_steps=20, guidance_scale=3.0, kl_coef=1.0, learning_rate=3e-4, warmup_steps=5)
+TOY |= dict(batch_size=32, micro_batch_size=32, max_steps=40, lora_rank=0, eval_every=20, num_samples=24)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    show_plan(args, beside, image_need)
     if args.run.draw_prompts:
         return draw_finished(args, device)
     optimization, run = args.optimization, args.run
@@ -443,13 +471,12 @@ def main(args: Args) -> None:
 
     # models
     pipe, policy = pipelines.load(args.model, device, args.system, args.seed)
-    frozen_copy = args.system.lora_rank == 0 and args.kl_coef > 0
-    ref_policy = load_reference(args, device) if frozen_copy else None
+    ref_policy = load_reference(args, device) if beside(args) else None
     sampler = setup(args, pipe, policy, ref_policy, train_set)
+    certificate.run(run, checks(sampler, diffusion.texts(train_set), args))
     batches = [batch(step) for step in range(1, num_steps + 1)]
     batches.append([example for example in shown for _ in range(run.images_per_prompt)])
-    ahead = diffusion.encode_ahead(pipe, batches, args.system.micro_batch_size, device)
-    sampler.encoded.update(ahead)  # the text encoders are gone
+    sampler.encoded.update(diffusion.encode_ahead(pipe, batches, args.system.micro_batch_size, device))
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     ema, parts = None, {"policy": (policy, optimizer)}

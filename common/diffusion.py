@@ -258,6 +258,28 @@ def prediction(denoiser: nn.Module, x: Tensor, timestep: float, given: dict[str,
     return F.pixel_shuffle(rows.mT.unflatten(2, packed.shape[2:]), 2).float()
 
 
+@torch.no_grad()
+def drawn_by_diffusers(pipe: Any, prompts: list[str], noise: Tensor, num_steps: int, scale: float) -> Tensor:
+    """The latents that the pipeline itself makes of a noise, with the scheduler that `schedule` follows."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    held = pipe.scheduler
+    if hasattr(pipe, "unet"):
+        kind = EulerDiscreteScheduler if is_xl(pipe) else DDIMScheduler
+        options = {} if is_xl(pipe) else {"set_alpha_to_one": True, "clip_sample": False}
+        pipe.scheduler = kind.from_config(held.config, **options)
+    how = {"num_inference_steps": num_steps, "guidance_scale": scale, "output_type": "latent"}
+    side = noise.shape[-1] * pipe.vae_scale_factor
+    rows = pipe._pack_latents(noise, *noise.shape) if is_flux(pipe) else noise
+    try:
+        found = pipe(prompts, latents=rows.to(pipe.text_encoder.dtype), height=side, width=side, **how).images
+    finally:
+        pipe.scheduler = held
+    return (
+        pipe._unpack_latents(found, side, side, pipe.vae_scale_factor) if is_flux(pipe) else found
+    ).float()
+
+
 def memory(device: torch.device) -> dict[str, float]:
     """The most that this GPU has held, in GiB and as a share of its memory; nothing on a CPU."""
     if device.type != "cuda":
@@ -284,9 +306,14 @@ def micro_batches(examples: list[Example], size: int, device: torch.device) -> I
     for start in range(0, max(map(len, shares)), size):
         chosen = mine[start : start + size]
         indices = chosen or [0]
-        parts = [examples[i] for i in indices]
-        weights = torch.full((len(indices),), float(bool(chosen)), device=device)
-        yield MicroBatch(indices, texts(parts), [part.record for part in parts], weights)
+        part = as_micro_batch([examples[i] for i in indices], device)
+        yield part._replace(indices=indices, weights=part.weights * bool(chosen))
+
+
+def as_micro_batch(examples: list[Example], device: torch.device) -> MicroBatch:
+    """All of these, on every rank."""
+    records, weights = [example.record for example in examples], torch.ones(len(examples), device=device)
+    return MicroBatch([*range(len(examples))], texts(examples), records, weights)
 
 
 def texts(examples: list[Example]) -> list[str]:

@@ -91,7 +91,7 @@ def clip_reward(source: str, device: torch.device) -> Callable:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        processor = CLIPProcessor.from_pretrained(source)
+        processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
         model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
     except Exception as error:  # the hub client raises many kinds
         raise dist.RunError(

@@ -187,7 +187,9 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
         if kind not in KINDS:
             raise ValueError(f"found a {kind}; expected one of {', '.join(KINDS)}")
         extra = {"safety_checker": None, "requires_safety_checker": False} if kind == KINDS[0] else {}
-        pipe = getattr(diffusers, kind).from_pretrained(path, dtype=torch.float32, **extra)
+        pipe = getattr(diffusers, kind).from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, **extra
+        )
     except Exception as error:  # the hub client and the parts of a pipeline raise many kinds
         raise dist.RunError(f"model {model}: cannot be loaded: {formats.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
