@@ -731,6 +731,14 @@ def test_pictures_to_look_at(finished: Path) -> None:
     assert points["draft"]["diversity"] == pytest.approx(row["eval/diversity"], abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_a_check_of_each_kind_holds(tiny: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        draftp.main(settings(tiny, name, check=True, output_dir=str(tmp_path / "run")))
+    assert ended.value.code == 0, (tmp_path / "run" / "check.json").read_text()
+
+
 # bad input
 
 
