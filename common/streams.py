@@ -181,7 +181,9 @@ def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
     try:
         return getattr(datasets, how)(*given, **options)
     except Exception as error:  # the library raises many kinds
-        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
+        is_hollow = isinstance(error, datasets.exceptions.DatasetGenerationError)  # the cause says more
+        reason = first_line((is_hollow and error.__cause__) or error)
+        raise dist.RunError(f"dataset {source}: cannot be loaded: {reason}") from error
 
 
 def open_table(table: Any, where: str) -> Stream:
