@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import data, dist, files, formats
+from common import data, dist, files, formats, streams
 from common.packed import Example
 from common.pipelines import RECOMPUTE, denoiser_of, is_flux, is_xl, put_text_encoders_away
 
@@ -383,9 +383,9 @@ def read_prompts(source: str, split: str = "train") -> list[Example] | None:
 def _read_plain(source: str, paths: list[Path]) -> list[formats.Record]:
     how, options = READERS[paths[0].suffix]
     names = [str(path) for path in paths]
-    table = formats.load_table(source, "load_dataset", how, data_files=names, split="train", **options)
+    table = streams.load_table(source, "load_dataset", how, data_files=names, split="train", **options)
     if how == "webdataset":
         own = ({name: x for name, x in row.items() if name[:2] != "__"} for row in table)  # not where it is
-        return formats.as_records(own, source)
+        return [formats.Record(value, f"{source} row {i}") for i, value in enumerate(own)]
     first = 1 if how == "text" else 2  # after a line of headings
     return [formats.Record(value, f"{source}:{n}") for n, value in enumerate(table, first)]
