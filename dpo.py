@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +33,7 @@ from common import certificate, checkpoint, data, dist, files, formats, models, 
 from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
-from common.packed import Example, MicroBatch
+from common.packed import MicroBatch
 
 REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")  # fields of an example, with precompute_ref
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
@@ -172,22 +173,32 @@ def reference_logps(
 
 @torch.no_grad()
 def precompute_reference(
-    policy: models.Policy, examples: list[Example], args: Args, device: torch.device
-) -> None:
-    """Store log pi_ref of each example with it, while the policy is still the reference. Cached."""
-    once = list({id(example): example for example in examples}.values())  # a run may see one many times
-    for example in once:
-        example.fields |= dict.fromkeys(REF_LOGPS, math.nan)
+    policy: models.Policy,
+    train_set: data.Dataset,
+    reached: list[int],
+    eval_set: data.Dataset,
+    args: Args,
+    device: torch.device,
+) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval) with log pi_ref of each pair, while the policy is still the reference. Cached.
+
+    reached: the pairs to train on, which a run may see many times; others get NaN.
+    """
+    reached = [*dict.fromkeys(reached)]
+    pairs = [train_set[i] for i in reached] + [*eval_set]
 
     def score() -> Tensor:
-        ref_logps = torch.zeros(len(once), 2, device=device)
-        for micro_batch in packed.micro_batches(once, args.system.micro_batch_tokens, device, "reference"):
+        ref_logps = torch.zeros(len(pairs), 2, device=device)
+        for micro_batch in packed.micro_batches(pairs, args.system.micro_batch_tokens, device, "reference"):
             ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 
-    ref_logps = files.cached(score, "ref_logps", args.model, args.system.dtype, [e.sequences for e in once])
-    for example, both in zip(once, ref_logps.tolist(), strict=True):
-        example.fields |= dict(zip(REF_LOGPS, both, strict=True))
+    sequences = [pair.sequences for pair in pairs]
+    found = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences).cpu().numpy()
+    table = np.full((len(train_set), 2), np.nan, np.float32)
+    table[reached] = found[: len(reached)]
+    columns = [dict(zip(REF_LOGPS, part.T, strict=True)) for part in (table, found[len(reached) :])]
+    return train_set.with_fields(columns[0]), eval_set.with_fields(columns[1])
 
 
 def loss_and_metrics(
@@ -278,8 +289,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     known |= {"loss": math.log(2)} if args.loss in ("dpo", "robust") and not args.sft_coef else {}
     certificate.training(args, policy, tokenizer, train_set, loss, known)
     if args.precompute_ref:  # before resume() changes the policy, for what this run will see
-        reached = [e for step in range(1, num_steps + 1) for e in data.batch(train_set, step, *how)]
-        precompute_reference(policy, reached + eval_set, args, device)
+        reached = [i for step in range(1, num_steps + 1) for i in data.places(train_set, step, *how)]
+        train_set, eval_set = precompute_reference(policy, train_set, reached, eval_set, args, device)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

@@ -508,7 +508,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     train_set, eval_set = data.load_prompts(tokenizer, *sources)
     num_steps, steps_each = count_steps(train_set, args)
     scored_by = rewards.load(args.reward, device, system)
-    rewards.check(scored_by, [*train_set, *eval_set])
+    rewards.check(scored_by, train_set, eval_set)
     judge = load_judge(run.judge, args.dataset)
     if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return

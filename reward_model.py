@@ -265,10 +265,10 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
     if args.loss in ("kwise", "plackett_luce"):
         return data.load_ranked(*sources)
     datasets = data.load_pairs(*sources, cut="drop")
-    positive = [example.fields["margin"] > 0 for example in datasets[0]]
-    if args.loss == "scaled_bt" and not all(positive):
+    positive = datasets[0].field("margin") > 0
+    if args.loss == "scaled_bt" and not positive.all():
         raise formats.wrong("scaled_bt", "pairs without margin", "a margin above 0, their weight, in each")
-    if args.loss == "margin_bt" and not any(positive):
+    if args.loss == "margin_bt" and not positive.any():
         raise formats.wrong("margin_bt", "no pair with a margin", "the field margin; without it this is bt")
     return datasets
 

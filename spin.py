@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, templates
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
@@ -170,19 +170,21 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     Real responses are cut where generated ones are, so that their length tells nothing.
     """
 
-    def encode(value: dict, where: str) -> Example:
+    most_new, most = args.max_new_tokens, args.max_length
+
+    def encode(value: dict, where: str) -> templates.Steps:
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
         prompt, response = formats.read_exchange(tokenizer, value, where)
         formats.attach_labels(value, prompt + response, where)
         if response and not formats.says_something(response[-1]):
             raise formats.LeftOut("an empty reply")
-        tokens, mask = data.encode_response(tokenizer, prompt, response)
-        end = int(mask.argmax()) + args.max_new_tokens if mask.any() else 0
-        if end > args.max_length:
+        tokens, mask = yield from templates.response_steps(tokenizer, prompt, response)
+        end = int(mask.argmax()) + most_new if mask.any() else 0
+        if end > most:
             raise formats.LeftOut("a prompt and max_new_tokens that are longer than max_length")
         label = response[0].get("label", "") if response else ""
-        return Example([(tokens[:end], mask[:end])], prompt, label=label)
+        return Example([packed.Tokens(tokens[:end], mask[:end])], prompt, label=label)
 
     datasets = data.load(tokenizer, "sft", encode, args.dataset, args.eval_dataset, args.max_length)
     for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):

@@ -439,8 +439,7 @@ def main(args: Args) -> None:
     reader = data.load_tokenizer(args.attribute_model)
     templates.check_prompts(reader, [e.prompt for e in prompts], f"attribute_model {args.attribute_model}")
     wanted = [formats.label_line(attributes) for attributes in wanted_sets(args, names)]
-    for i, example in enumerate(eval_set):
-        example.label = wanted[i % len(wanted)]
+    eval_set = [replace(example, label=wanted[i % len(wanted)]) for i, example in enumerate(eval_set)]
     trained = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95))
     certificate.run(run, checks(policy, tokenizer, prompts, args, device))

@@ -281,7 +281,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import AutoConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-    from common import diffusion
+    from common import pipelines
 
     diffusers.utils.logging.set_verbosity_error()
     options, folder = flat(args), files.pipeline_folder(args.model)
@@ -304,9 +304,10 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
             for part in (vae, *encoders, *rewards, *([unet] if options["lora_rank"] else [])):
                 part.requires_grad_(False)
             if options["lora_rank"]:
-                diffusion.add_lora(unet, args.system, 1)
+                pipelines.add_lora(unet, args.system, 1)
     except (OSError, ValueError, KeyError) as error:
-        raise dist.RunError(f"model {args.model}: {formats.first_line(error)}") from error
+        reason = f"{formats.first_line(error)}; plans know pipelines with a U-Net"
+        raise dist.RunError(f"model {args.model}: {reason}") from error
     size, trained = (sum(p.numel() for p in unet.parameters() if not x or p.requires_grad) for x in (0, 1))
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = options["image_size"] or unet.config.sample_size * scale
