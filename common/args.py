@@ -110,6 +110,10 @@ class Folder:
 
     output_dir: str = "runs/run"
     """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    plan: str = ""
+    """do not run: say what a rank would hold on so many GPUs of so many GiB, as 8x80, and whether it fits"""
+    check: bool = False
+    """do not train: try the model, the data and the loss, and write check.json into output_dir"""
     overwrite: bool = False
     """start anew in output_dir instead of resuming the run there"""
     accept_changes: bool = False

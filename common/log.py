@@ -62,7 +62,7 @@ class Log:
         self.folder = Path(run.output_dir)
         if not pipeline:
             dist.stop_after(run.max_minutes)
-        self.rows: list[dict] = dist.from_main(self._open)
+        self.rows: list[dict] = [] if run.check else dist.from_main(self._open)
         values = options.values
         if dist.is_main() and values["model"] == "toy" and options.toy and not pipeline:
             # the user's options of a stage have changed the toy's, which are one string with them
@@ -137,6 +137,8 @@ class Log:
         Raises:
             RunError: the run was made from something else, or by other code.
         """
+        if self.run.check:
+            return False
         last = max(self.steps, default=0)
 
         def compare() -> bool:
@@ -171,7 +173,7 @@ class Log:
         """
         if dist.poll_stop():
             raise dist.Stopped(f"{self.folder}: stopped before a step; the same command goes on from there")
-        if not dist.is_main():
+        if not dist.is_main() or self.run.check:
             return
         if any(self.steps):
             print(f"resuming {self.folder} from step {max(self.steps)}", flush=True)

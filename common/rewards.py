@@ -6,7 +6,7 @@ one that takes what TRL's take. A reward model reads the decoded text under its 
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -75,11 +75,11 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
         print(f'{where}; with "score_at": "end" in its config.json, at the end token', flush=True)
 
 
-def check(rewards: list[Reward], examples: list[Example]) -> None:
+def check(rewards: list[Reward], *datasets: Iterable[Example]) -> None:
     """End the run now if the template of a reward model does not take one of the prompts."""
-    prompts = [as_messages(example.prompt) for example in examples]
     for reward in rewards:
         if reward.tokenizer:
+            prompts = [as_messages(example.prompt) for dataset in datasets for example in dataset]
             templates.check_prompts(reward.tokenizer, prompts, f"reward {reward.name}")
 
 

@@ -18,7 +18,7 @@ from conftest import DATA, ROOT, make_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist, formats, loading, packed, templates
+from common import data, dist, formats, loading, packed, preview, templates
 
 CPU = torch.device("cpu")
 TURNS = ["Is it so?", "Yes.", "Are you sure?", "No."]
@@ -1208,7 +1208,7 @@ def test_a_reply_that_opens_a_conversation_is_scored_without_its_header(toy: Pat
 
 
 def show(source: Any, kind: str, **options: Any) -> None:
-    data.main(data.Args(str(source), kind, **options))
+    preview.main(preview.Args(str(source), kind, **options))
 
 
 @pytest.mark.parametrize("kind", ["sft", "pairs", "prompts", "ratings"])

@@ -262,7 +262,7 @@ def stopped_while_asked(folder: str, rank: int) -> tuple:
     try:
         journal.collect({f"{i:x}": i for i in range(20)}, make, threads=1)
     except dist.Stopped as stop:
-        dist.init(1)
+        dist._stop.update(signal=0)
         dist.barrier()  # until both have ended
         return str(stop), len(files.Journal(Path(folder)).records)
     return ("not stopped",)

@@ -132,7 +132,7 @@ def commands(path: Path) -> list[str]:
         line
         for line in lines
         if re.search(rf"\b({'|'.join(SCRIPTS)})\.py\b", line)
-        and " cp " not in f" {line}"
+        and not re.search(r"\b(cp|tests/\w+\.py) ", line)
         and "$" not in line  # of the shell
     ]
 

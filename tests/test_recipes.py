@@ -56,3 +56,17 @@ def test_a_job_is_queued_again_if_it_was_stopped_and_not_if_it_failed(
     assert job.wait() == code
     assert (tmp_path / "queued").exists() == queued
     assert not list(tmp_path.glob(".stopped*"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("sd35", marks=pytest.mark.slow)]
+    + [pytest.param(kind, marks=pytest.mark.release) for kind in ("sd15", "sdxl", "flux")],
+)
+def test_the_image_recipe_runs_on_a_tiny_model(kind: str) -> None:
+    script = ROOT / "recipes" / "draftp_8gpu.sh"
+    done = subprocess.run(
+        ["bash", script, kind], env={**os.environ, "SMOKE": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished" in done.stdout or "model, metrics" in done.stdout, done.stdout[-2000:]
