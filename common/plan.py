@@ -21,6 +21,7 @@ from common.args import flat, with_fields
 
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
 MFU = 0.4  # share of these that a plan counts on
+KEPT = 0.05  # share of what is held, see Need.kept
 NODE = 8  # GPUs that --sharding hybrid shards over
 
 
@@ -159,8 +160,17 @@ class Need(NamedTuple):
     unit: str  # "tokens" or "images"
 
     @property
-    def total(self) -> float:
+    def kept(self) -> float:
+        """What libraries load with a first step and allocators keep of freed blocks, measured on CPUs."""
+        return KEPT * self.held + 100 * 2**20
+
+    @property
+    def held(self) -> float:
         return sum(self.always.values()) + max(sum(x.values()) for x in (self.training, self.generation))
+
+    @property
+    def total(self) -> float:
+        return self.held + self.kept
 
 
 class Model(NamedTuple):
@@ -423,6 +433,7 @@ def as_lines(need: Need, machine: Machine) -> list[str]:
     groups = {"": need.always, "training: ": need.training, "generating: ": need.generation}
     for head, parts in groups.items():
         lines += [f"  {head + name:<36}{size / gib:9.2f}" for name, size in parts.items() if size]
+    lines.append(f"  {'libraries and allocator':<36}{need.kept / gib:9.2f}")
     verdict = "fits into" if need.total <= machine.memory else "does not fit into"
     lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
     pace = MFU * PEAK_FLOPS * machine.count / need.flops
