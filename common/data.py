@@ -37,6 +37,7 @@ from common.formats import (
     first,
     is_transcript,
     number,
+    rated_parts,
     read_exchange,
     read_label,
     read_pair,
@@ -122,7 +123,7 @@ def batch(
 
 
 def regroup(records: list[Record], kind: str) -> list[Record]:
-    """One record an example: NeMo-Aligner compares two lines, a Self-Instruct task has many instances."""
+    """One record an example: two lines of NeMo-Aligner are a pair, a task or a rated thread has many."""
     grouped = []
     if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
         for one, two in itertools.zip_longest(records[::2], records[1::2]):
@@ -142,7 +143,7 @@ def regroup(records: list[Record], kind: str) -> list[Record]:
             grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
         return grouped
     for value, where in records:
-        for instance in value.get("instances") or [{}]:
+        for instance in rated_parts(value) if kind == "ratings" else value.get("instances") or [{}]:
             if not isinstance(instance, dict):
                 raise wrong(where, f"the instance {instance!r}", "a JSON object")
             grouped.append(Record({**value, **instance}, where))
