@@ -34,7 +34,7 @@ from tyro.conf import OmitArgPrefixes
 
 import reward_model
 import sft
-from common import checkpoint, data, dist, files, formats, models, packed, stages
+from common import checkpoint, data, dist, files, formats, labels, models, packed, stages
 from common.args import Inference, PipelineRun, block, parse, snapshot
 from common.evaluate import agreement, load_judge
 from common.generate import generate
@@ -165,7 +165,7 @@ def annotate(
     if dist.from_main(target.exists):
         return
     rater = load_rater(attribute_model, device, args.system)
-    kept = formats.read_wanted(args.attributes, rater.names)
+    kept = labels.read_wanted(args.attributes, rater.names)
     key = (args.attributes, files.fingerprint(attribute_model))  # what labels depend on besides the records
 
     def label(chunk: list[formats.Record]) -> list[dict]:
@@ -175,7 +175,7 @@ def annotate(
         outputs = rater(replies, args.system.micro_batch_tokens, device).tolist()
         for turn, values in zip(said, outputs, strict=True):
             rounded = {n: clamp_and_round(x) for n, x in zip(rater.names, values, strict=True) if n in kept}
-            turn["label"] = formats.label_line(rounded).strip()
+            turn["label"] = labels.label_line(rounded).strip()
         return [{"messages": turns, "type": "VALUE_TO_TEXT"} for turns, _ in conversations]
 
     if dist.is_main():
@@ -187,8 +187,8 @@ def annotate(
         twin = target.parent / "nemo" / target.name
         twin.parent.mkdir(exist_ok=True)
         twin.write_text("".join(json.dumps(in_nemo_form(messages)) + "\n" for messages in written))
-        labels = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
-        counts = Counter(item for items in labels for item in items)
+        lines = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
+        counts = Counter(item for items in lines for item in items)
         for name in kept:
             histogram = "  ".join(f"{value}: {counts[f'{name}:{value}']:,}" for value in range(5))
             print(f"annotated {target.parent.name}/{target.name}  {name:<12} {histogram}", flush=True)
@@ -208,7 +208,7 @@ def check_labels(dataset: str) -> None:
     Raises:
         RunError: labels that nothing would read, or no label at all.
     """
-    labels = []
+    given = []
     for source, _ in formats.read_sources(dataset):
         for record, where in formats.read_records(source, "train", "sft") or ():
             turns = next((record[name] for name in formats.CONVERSATIONS if name in record), [])
@@ -217,12 +217,12 @@ def check_labels(dataset: str) -> None:
             own = [label for label, role in zip(found, roles, strict=True) if role == "assistant"]
             if any(own) and record.get("type") != "VALUE_TO_TEXT":
                 raise formats.wrong(where, f"labels and type {record.get('type')}", "type VALUE_TO_TEXT")
-            labels += own
-    if not any(labels):
+            given += own
+    if not any(given):
         raise formats.wrong(f"annotated {dataset}", "no reply with a label", "some, and type VALUE_TO_TEXT")
-    num_bare = sum(not label for label in labels)
+    num_bare = sum(not label for label in given)
     if dist.is_main() and num_bare:
-        print(f"{dataset}: {num_bare:,} of {len(labels):,} replies have no label, trained without one")
+        print(f"{dataset}: {num_bare:,} of {len(given):,} replies have no label, trained without one")
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -231,7 +231,7 @@ def check_labels(dataset: str) -> None:
 def high_quality(examples: list[packed.Example]) -> list[str]:
     """Distinct label lines of the data with the best quality (helpfulness), of these the least toxicity."""
     turns = [turn for e in examples for name in formats.CONVERSATIONS for turn in e.record.get(name, ())]
-    lines = sorted({formats.read_line(turn.get("label"), "label") for turn in turns} - {""})
+    lines = sorted({labels.read_line(turn.get("label"), "label") for turn in turns} - {""})
 
     def goodness(line: str) -> tuple[int, int]:
         values = dict(item.split(":") for item in line.strip().split(","))
@@ -295,9 +295,9 @@ def follow(
     Returns:
         rows of what was asked and what was found, by the judge if there is one, else by the attribute model.
     """
-    usual = formats.read_wanted(args.attributes, rater.names)
+    usual = labels.read_wanted(args.attributes, rater.names)
     asked = [(name, value, example) for name in usual for value in range(5) for example in examples]
-    lines = [formats.label_line({**usual, name: float(value)}) for name, value, _ in asked]
+    lines = [labels.label_line({**usual, name: float(value)}) for name, value, _ in asked]
     tokens = [
         data.encode_prompt(tokenizer, e.prompt, line) for (_, _, e), line in zip(asked, lines, strict=True)
     ]
@@ -423,7 +423,7 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
             if not (math.isnan(value) or 0 <= value <= 4):
                 raise formats.wrong(f"ratings {args.ratings}", f"{name} {value:g}", "values from 0 to 4")
         stages.refuse_large_batch("reward_model", own, ratings.epoch_size)
-    asked = formats.read_wanted(args.attributes, names).keys()
+    asked = labels.read_wanted(args.attributes, names).keys()
     judge = load_judge(args.run.judge, args.dataset)
     missing = asked - dist.from_main(lambda: judge("2+2?", "4")).keys() if judge else ()
     if missing:
@@ -513,7 +513,7 @@ def main(args: Args) -> None:
     for target, records in targets.items():
         annotate(attribute_model, tokenizer, records, target, args, device)
     annotated = args.annotated or ",".join(found)
-    own, line = options["sft"], formats.read_line(args.attributes, "attributes")
+    own, line = options["sft"], labels.read_line(args.attributes, "attributes")
     train_set, eval_set = data.load_sft(tokenizer, annotated, own.eval_dataset, own.max_length)
     prompts = [e for e in eval_set if e.prompt]
     prompts = [e for e in prompts if fits(tokenizer, data.encode_prompt(tokenizer, e.prompt, line))]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed, templates
+from common import checkpoint, data, dist, files, formats, labels, models, packed, templates
 from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
@@ -223,7 +223,7 @@ def group_logps(
 
 def ask(prompts: list[Example], wanted: list[dict[str, float]]) -> list[Example]:
     """The prompts with the sets of wanted attributes as their labels, in turn."""
-    lines = [formats.label_line(attributes) for attributes in wanted]
+    lines = [labels.label_line(attributes) for attributes in wanted]
     return [replace(example, label=lines[i % len(lines)]) for i, example in enumerate(prompts)]
 
 
@@ -271,7 +271,7 @@ def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -
     replies, prompt = group.get("responses"), prompt_of(group, where)
     if not isinstance(replies, list):
         raise formats.wrong(where, group, "responses")
-    label = formats.read_line(group.get("label"), where) if labelled else ""
+    label = labels.read_line(group.get("label"), where) if labelled else ""
     sequences = []
     for reply in formats.as_messages(replies, where):
         if reply["role"] != "assistant":
@@ -326,7 +326,7 @@ def encode_groups(records: list[formats.Record], tokenizer: Any, args: Args) -> 
 
     def encode(record: formats.Record) -> Example:
         group, where = record
-        sequences, label = read_group(tokenizer, group, where), formats.read_line(group.get("label"), where)
+        sequences, label = read_group(tokenizer, group, where), labels.read_line(group.get("label"), where)
         if len(sequences) < 2:
             raise formats.wrong(where, f"{len(sequences)} responses", "two or more, of which to learn")
         rows = [[formats.number(reply.get(x), where, x) for x in SCORES] for reply in group["responses"]]
@@ -383,7 +383,7 @@ def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.temperature <= 0:
         raise dist.RunError("temperature 0 is greedy and has no probabilities to weigh; expected more than 0")
-    refuse_ignored(args, TOY, "--groups", dict.fromkeys(OF_SAMPLING, not args.groups))
+    refuse_ignored(args, TOY, "--groups", {x: not (args.groups and getattr(args, x)) for x in OF_SAMPLING})
     if not args.attribute_model and not args.groups:
         raise dist.RunError("attribute_model is not set: a run of reward_model.py --loss regression")
 
@@ -466,7 +466,7 @@ def main(args: Args) -> None:
         rater = load_rater(*attribute_model)
         prompts = [e.prompt for e in train_set]
         templates.check_prompts(rater.tokenizer, prompts, f"attribute_model {args.attribute_model}")
-        wanted = [formats.read_wanted(text, rater.names) for text in args.attributes.split(";")]
+        wanted = [labels.read_wanted(text, rater.names) for text in args.attributes.split(";")]
         eval_set = ask(eval_set, wanted)
         del rater  # until it is needed
     trained = models.parameter_groups(policy, optimization.weight_decay)

@@ -26,7 +26,7 @@ from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from common import data, dist, files, formats, models, packed
+from common import data, dist, files, formats, labels, models, packed
 from common.args import Inference
 from common.generate import Sample, generate, rollout
 
@@ -162,7 +162,7 @@ def letter_probs(
 ) -> list[float]:
     """P(A) of each example, from one packed forward for both of its options."""
     table = torch.zeros(len(examples), 2, device=device)
-    for row in packed.micro_batches(examples, micro_batch_tokens, device) if examples else ():
+    for row in packed.micro_batches(examples, micro_batch_tokens, device, "verdicts") if examples else ():
         logps = packed.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
         table[row.example_ids] = logps.view(-1, 2)
     return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
@@ -303,7 +303,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, "", args.chat_template_kwargs)
     policy = models.load(args.model, device, Inference(), trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    label = formats.read_line(args.attributes, "attributes")
+    label = labels.read_line(args.attributes, "attributes")
     shown = ""
 
     def show(sample: Sample) -> None:

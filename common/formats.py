@@ -7,6 +7,7 @@ template.
 
 import codecs
 import difflib
+import functools
 import gzip
 import json
 import math
@@ -45,11 +46,14 @@ class LeftOut(Exception):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
+    if not names:
+        raise dist.RunError(f"{what} is not set; with a model of your own say which, or --{what} toy")
     sources = []
     whole = Path(names).expanduser().exists()  # a comma in the name of a file separates nothing
     for name in [names] if whole else map(str.strip, names.split(",")):
@@ -103,10 +107,24 @@ def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record]
     places = [*path.iterdir(), *(path / "data").glob("*")]
     for name in names:
         if found := sorted(f for f in places if re.match(rf"{name}[.-]", f.name)):
+            refuse_twice(found, path)
             return [record for f in found for record in read_file(f)]
     if "train" in names:
         raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or data/")
     return None
+
+
+def refuse_twice(found: list[Path], folder: Path) -> None:
+    """End the run if the files of a split are the same one twice, or lack a shard of name-00000-of-00003."""
+    stems = [f.name.removesuffix(".gz").rpartition(".")[0] for f in found]
+    shards = [m for stem in stems if (m := re.search(r"-(\d+)-of-(\d+)$", stem))]
+    shown = ", ".join(str(f.relative_to(folder)) for f in found[:4])
+    is_mixed = len({f.parent for f in found}) > 1 or 0 < len(shards) < len(found)
+    if is_mixed or len({*stems}) < len(stems) or len({m[2] for m in shards}) > 1:
+        raise wrong(f"dataset {folder}", shown, "one of them: the records would be read twice")
+    missing = {*range(int(shards[0][2]))} - {int(m[1]) for m in shards} if shards else ()
+    if missing:
+        raise wrong(f"dataset {folder}", shown, f"number {min(missing)} of {shards[0][2]} too")
 
 
 def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
@@ -188,8 +206,6 @@ PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "lab
 ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-LABELS = ("label", "attributes")
-NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
 # of a message: its thoughts, whether it is trained, and what else a template may read
 REASONING = ("reasoning_content", "thinking", "reasoning")
 TRAINED = ("trained", "weight", "train", "training", "loss")
@@ -199,6 +215,16 @@ SHOWN = ("content", "reasoning_content", *KEPT)
 REFUSED = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "text, all that is read")
 REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen and rejected of a prompt"}
 REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
+REFUSED |= dict.fromkeys(("system_message", "system_msg", "system_instruction"), "the name system")
+REFUSED |= {"winner": "chosen and rejected"}
+# all that is read, here and in data.py, of a record and of a turn
+READ = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
+OTHERS = "content system system_prompt history tools functions context label attributes chat_template_kwargs "
+OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
+OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
+READ += (*REASONING, *OTHERS.split())
+LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
+READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
 
 def first(value: dict, names: Iterable[str]) -> Any:
@@ -212,8 +238,26 @@ def number(value: Any, where: str, name: str) -> float:
     return float(value)
 
 
+@functools.lru_cache(maxsize=4096)
+def meant(name: str, known: tuple[str, ...]) -> list[str]:
+    """The names that this one is a slip of: `choosen`. prompt_id and answers are names of the user's own."""
+    own = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
+    near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
+    return [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
+
+
+def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
+    """End the run for a name that is nearly one of `known`, which the record does not have."""
+    for name, found in value.items():
+        near = [x for x in meant(name, known) if value.get(x) is None] if name not in known else []
+        if near and found is not None and (name + "s" not in LISTS or isinstance(found, list | dict)):
+            raise wrong(where, f"the field {name}", f"{' or '.join(near)}; else another name for it")
+
+
 def refuse_fields(value: dict, where: str) -> None:
-    """End the run if a record says what cannot be followed."""
+    """End the run if a record says what cannot be followed, or nearly says what would be."""
+    refuse_slips(value, where, READ)
     for name, expected in REFUSED.items():
         if value.get(name) not in (None, "", [], {}, 1):
             raise wrong(where, f"the field {name}", expected)
@@ -257,10 +301,14 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
+    refuse_slips(turn, where, READ_OF_TURNS)
     speaker, text = str(first(turn, ("role", "from"))).lower(), first(turn, ("content", "value"))
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
+    for name in ("reasoning_content", "tool_call_id", "name"):
+        if not isinstance(kept.get(name, ""), str):
+            raise wrong(where, f"{name} {kept[name]!r} of a message", "a text")
     if speaker in ("function_call", "tool_call"):
         kept["tool_calls"], text = text, ""
     if turn.get("function_call"):  # OpenAI's older name for one call
@@ -275,15 +323,35 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         parts = [part.get("text") if isinstance(part, dict) else None for part in text]
         text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     text = "" if text is None and kept.keys() - {"name"} else text
-    if speaker not in ROLES or not isinstance(text, str):
-        raise wrong(where, f"the message {turn}", f"a content of text, and a role of {', '.join(ROLES)}")
+    if speaker not in ROLES:
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        content = first(turn, ("content", "value"))
+        raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
+    channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
+    if channels and "reasoning_content" in kept:
+        raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
+    text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = first(turn, TRAINED)
-    if flag not in (None, 0, 1):
+    if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
         kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
     return {"role": ROLES[speaker], "content": text, **kept}
+
+
+def read_channels(text: str, where: str) -> dict[str, str]:
+    """Content and thoughts of a reply in gpt-oss's raw format; {} without channels, others are refused."""
+    pieces = re.split(r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>", text)
+    if len(pieces) == 1:
+        return {}
+    names = [name.strip() for name in pieces[1::2]]
+    said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", piece) for piece in pieces[2::2]]
+    if pieces[0].strip() or "<|" in "".join(said) or names not in (["final"], ["analysis", "final"]):
+        expected = "an analysis, then a final channel; or reasoning_content, content and tool_calls"
+        raise wrong(where, f"the channels {', '.join(names)} in a content", expected)
+    return dict(zip(("content", "reasoning_content"), reversed(said), strict=False))
 
 
 def says_something(message: dict) -> bool:
@@ -298,7 +366,7 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     if is_transcript(value):
         return split_transcript(value, where, role)
     if isinstance(value, str):
-        return [{"role": role, "content": value.strip()}]
+        return [as_message({"role": role, "content": value.strip()}, where)]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise wrong(where, repr(value), "a string or a list of role/content messages")
@@ -364,9 +432,17 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
     )
 
 
+def given_turns(value: dict, where: str) -> Any:
+    """What a record has as `messages` or `conversations`, a list or a transcript; None without."""
+    turns = first(value, CONVERSATIONS)
+    if turns is not None and not isinstance(turns, list) and not is_transcript(turns):
+        raise wrong(where, f"messages {turns!r}", "a list of role/content messages")
+    return turns
+
+
 def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
     """The turns of a record that holds a whole conversation, else None."""
-    turns = first(value, CONVERSATIONS)
+    turns = given_turns(value, where)
     if turns is None and is_transcript(value.get("text")):
         turns = value["text"]
     if turns is None:
@@ -376,7 +452,8 @@ def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
 
 def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     """What the model is asked, without a conversation's last reply or the turn a transcript opens for it."""
-    prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
+    prompt, material = first(value, PROMPTS), first(value, ("input", "context"))
+    prompt = given_turns(value, where) if prompt is None else prompt
     if prompt is None and is_transcript(value.get("transcript")):  # a red-team attempt: its first turn
         return as_turns(tokenizer, value["transcript"], where)[:1]
     if prompt is None and first(value, CHOSEN) is not None:
@@ -401,6 +478,8 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
         return turns[:last], turns[last:]
     if first(value, RESPONSES) is None and is_pair:
         return read_pair(tokenizer, value, where)[:2]
+    if not isinstance(value.get("text", ""), str | None):
+        raise wrong(where, f"text {value['text']!r}", "a text")
     if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)
@@ -457,99 +536,3 @@ def reward_names(value: dict) -> str:
 def common_prefix(a: Any, b: Any) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def read_label(value: dict, where: str) -> dict[str, float]:
-    """The attributes of a reply: a label (a dict, NeMo-Aligner's list or line), or columns by their names."""
-    turns = first(value, CONVERSATIONS)
-    label = first(value, LABELS)
-    if label is None and isinstance(turns, list):
-        label = first(turns[-1], LABELS)
-    if label is None:
-        label = {name: value[name] for name in ATTRIBUTES if name in value}
-        if not label and isinstance(turns, list) and any("label" in turn for turn in turns):
-            label = ""  # null everywhere
-    if label == "":
-        raise LeftOut("no label")
-    if isinstance(label, str):
-        items = [item.split(":") for item in label.split(",")]
-        try:
-            label = {name.strip(): None if x.strip().lower() in NULLS else float(x) for name, x in items}
-        except ValueError as error:
-            raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
-    if isinstance(label, list) and len(label) == len(ATTRIBUTES):
-        label = dict(zip(ATTRIBUTES, label, strict=True))
-    if not isinstance(label, dict) or not label:
-        raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
-    for name in label.keys() | (value.keys() if label.keys() <= value.keys() else set()):
-        meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
-        if meant and name not in ATTRIBUTES:
-            raise wrong(where, f"the attribute {name}", meant[0])
-    return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
-
-
-def rated_parts(value: dict) -> list[dict]:
-    """The part of a conversation up to each reply that has a label; all of it if the record has its own."""
-
-    def is_rated(turn: Any) -> bool:
-        role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
-        return role == "assistant" and bool(first(turn, LABELS))
-
-    for name in CONVERSATIONS if first(value, LABELS) is None else ():
-        turns = value.get(name) if isinstance(value.get(name), list) else []
-        if ends := [i for i, turn in enumerate(turns, 1) if is_rated(turn)]:
-            return [{name: turns[:end]} for end in ends]
-    return [{}]
-
-
-def label_line(attributes: dict[str, float]) -> str:
-    """The line before a conditioned reply: name:value of each attribute that is known, joined by commas."""
-    known = {name: value for name, value in attributes.items() if not math.isnan(value)}
-    return ",".join(f"{name}:{value:.0f}" for name, value in known.items()) + "\n" * bool(known)
-
-
-def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -> str:
-    """A label line from NeMo-Aligner's string or a dict; "" without a label.
-
-    Raises:
-        RunError: a value outside 0 to 4, or an attribute that is none of `names`, where these are given.
-    """
-    if not label:
-        return ""
-    attributes = read_label({"label": label}, where)
-    if isinstance(label, dict):  # a dict has no order of its own
-        known = [*names] or [*ATTRIBUTES, *sorted(attributes.keys() - set(ATTRIBUTES))]
-        attributes = {name: attributes.pop(name) for name in known if name in attributes} | attributes
-    for name, value in attributes.items():
-        if value not in range(5):
-            raise wrong(where, f"{name}:{value:g}", "a whole number from 0 to 4")
-        if names and name not in names:
-            raise wrong(where, f"the attribute {name}", f"one of {', '.join(names)}")
-    return label_line(attributes)
-
-
-def read_wanted(text: str, names: list[str]) -> dict[str, float]:
-    """The attributes of an option, in the order of `names`; NaN for one that has a place but no value, null.
-
-    Raises:
-        RunError: none is there, one is none of `names`, or a value is not 0 to 4.
-    """
-    given = [item.partition(":")[0].strip() for item in text.split(",") if item.strip()]
-    if not given:
-        known = ", ".join(names)
-        raise wrong("attributes", "none", f"name:value of some of {known}, joined by commas")
-    if unknown := next((name for name in given if name not in names), None):
-        raise wrong("attributes", f"the attribute {unknown}", f"one of {', '.join(names)}")
-    values = dict(item.split(":") for item in read_line(text, "attributes", names).strip().split(",") if item)
-    return {name: float(values.get(name, "nan")) for name in names if name in given}
-
-
-def attach_labels(value: dict, turns: Messages, where: str) -> None:
-    """Put the label line of each reply with it, in a record that NeMo-Aligner calls VALUE_TO_TEXT."""
-    given = first(value, CONVERSATIONS)
-    if value.get("type") != "VALUE_TO_TEXT" or not isinstance(given, list):
-        return
-    for turn, source in zip(turns[len(turns) - len(given) :], given, strict=True):
-        line = read_line(first(source, LABELS), where)
-        if line and turn["role"] == "assistant":
-            turn["label"] = line

@@ -14,7 +14,7 @@ from conftest import args_of, read_metrics
 
 import sft
 import steerlm
-from common import checkpoint, data, dist, files, formats, log, packed, rewards, templates
+from common import checkpoint, data, dist, files, formats, labels, log, packed, rewards, templates
 from common.args import with_fields
 
 NAMES = ["helpfulness", "verbosity", "toxicity"]
@@ -43,11 +43,11 @@ def test_scores_are_clamped_then_rounded_halves_to_even(score: float, value: int
 )
 def test_attributes_that_cannot_be_asked_for(attributes: str, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        formats.read_wanted(attributes, NAMES)
+        labels.read_wanted(attributes, NAMES)
 
 
 def test_the_default_attributes_are_helpsteer2s() -> None:
-    assert list(formats.read_wanted(steerlm.Args().attributes, [*formats.ATTRIBUTES])) == [
+    assert list(labels.read_wanted(steerlm.Args().attributes, [*formats.ATTRIBUTES])) == [
         *formats.ATTRIBUTES[4:]
     ]
 

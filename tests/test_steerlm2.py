@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dpo
 import steerlm2
-from common import data, dist, files, formats, models, packed, templates
+from common import data, dist, files, formats, labels, models, packed, templates
 from common.generate import Sample
 
 LOG_W = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)  # w' = (1, 2, 5) / 8
@@ -154,7 +154,7 @@ NAMES = ["verbosity", "toxicity", "helpfulness"]
 def test_wanted_attributes_are_in_the_order_of_the_attribute_model_and_null_asks_for_nothing() -> None:
     lines = []
     for text in ("toxicity:0,verbosity:1", " helpfulness:4", "toxicity:null,verbosity:1", "toxicity:None"):
-        lines.append(formats.label_line(formats.read_wanted(text, NAMES)))
+        lines.append(labels.label_line(labels.read_wanted(text, NAMES)))
     assert lines == ["verbosity:1,toxicity:0\n", "helpfulness:4\n", "verbosity:1\n", ""]
     prompts = [packed.Example([], [{"role": "user", "content": str(i)}]) for i in range(3)]
     asked = steerlm2.ask(prompts, [{"toxicity": 0.0}, {"toxicity": math.nan}])
@@ -175,7 +175,7 @@ def test_wanted_attributes_are_in_the_order_of_the_attribute_model_and_null_asks
 )
 def test_attributes_that_cannot_be_wanted(text: str, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        formats.read_wanted(text, NAMES)
+        labels.read_wanted(text, NAMES)
 
 
 # groups
