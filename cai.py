@@ -597,6 +597,21 @@ def evaluate(
     log(step, 2, metrics)
 
 
+def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
+    """The stages for --plan and --check, with the data that the user gives them and the first model."""
+    names = ("sft", "dpo") if args.rl == "dpo" else ("sft", "reward_model", "ppo")
+    pairs = stages.mixed(args.pairs, args.helpful_pairs)
+    prompts = args.dataset if args.preference_model or args.run.plan else ""  # PPO needs a reward
+    data_of = {"sft": args.helpful_demonstrations, "reward_model": pairs, "dpo": pairs, "ppo": prompts}
+    mains = {"sft": sft.main, "reward_model": reward_model.main, "dpo": dpo.main, "ppo": ppo.main}
+    todo = []
+    for name in names:
+        own = dict(model=args.model, dataset=data_of[name], **shared)
+        own |= {"reward": args.preference_model or args.model} if name == "ppo" else {}
+        todo.append((name, mains[name], STAGES[name], own, getattr(args.stages, name)))
+    return todo
+
+
 TOY = dict(
     helpful_demonstrations="toy",
     helpful_pairs="toy",
@@ -625,9 +640,10 @@ def main(args: Args) -> None:
     check(args)
     options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
+    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
+    stages.before(args.run, stages_before(args, common))
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
     folder = Path(args.run.output_dir)
-    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 

@@ -19,10 +19,12 @@ Metrics, results and departures from the paper: docs/spin.md
 """
 
 import bisect
+import functools
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -33,7 +35,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, labels, models, packed
+from common import (
+    certificate,
+    checkpoint,
+    data,
+    dist,
+    files,
+    formats,
+    labels,
+    models,
+    packed,
+    plan,
+    templates,
+)
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
@@ -168,19 +182,21 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     Real responses are cut where generated ones are, so that their length tells nothing.
     """
 
-    def encode(value: dict, where: str) -> Example:
+    most_new, most = args.max_new_tokens, args.max_length
+
+    def encode(value: dict, where: str) -> templates.Steps:
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
         prompt, response = formats.read_exchange(tokenizer, value, where)
         labels.attach_labels(value, prompt + response, where)
         if response and not formats.says_something(response[-1]):
             raise formats.LeftOut("an empty reply")
-        tokens, mask = data.encode_response(tokenizer, prompt, response)
-        end = int(mask.argmax()) + args.max_new_tokens if mask.any() else 0
-        if end > args.max_length:
+        tokens, mask = yield from templates.response_steps(tokenizer, prompt, response)
+        end = int(mask.argmax()) + most_new if mask.any() else 0
+        if end > most:
             raise formats.LeftOut("a prompt and max_new_tokens that are longer than max_length")
         label = response[0].get("label", "") if response else ""
-        return Example([(tokens[:end], mask[:end])], prompt, label=label)
+        return Example([packed.Tokens(tokens[:end], mask[:end])], prompt, label=label)
 
     datasets = data.load(tokenizer, "sft", encode, args.dataset, args.eval_dataset, args.max_length)
     for name, examples in zip(("train on", "evaluate on"), datasets, strict=True):
@@ -386,22 +402,30 @@ def check(args: Args) -> None:
             raise formats.wrong(name, "nothing", "one value, or one for each iteration")
 
 
-TOY = dict(
-    beta=1.0,
-    num_iterations=3,
-    num_epochs=1,
-    num_prompts=1024,
-    learning_rate=5e-4,
-    warmup_steps=2,
-    batch_size=64,
-    max_new_tokens=48,
-    num_samples=200,
-)
+def checks(
+    policy: models.Policy, tokenizer: Any, train_set: data.Dataset, args: Args, device: torch.device
+) -> Iterator[certificate.Line]:
+    """What --check tries, on pairs with short samples of the policy, its own opponent."""
+    chosen = certificate.few(train_set)
+    prompts = [prompt_tokens(example.sequences[0]) for example in chosen]
+    samples = generate(policy, tokenizer, prompts, max_new_tokens=16, temperature=args.temperature)
+    pairs = [make_pair(example, sample.tokens) for example, sample in zip(chosen, samples, strict=True)]
+    found = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
+    for pair, logps in zip(pairs, found, strict=True):
+        pair.fields = dict(zip(LOGPS, logps, strict=True))
+    loss = functools.partial(loss_and_metrics, policy, beta=of_iteration(args, 0).beta, ell=args.loss)
+    known = {"rewards/margins": 0.0, "loss": math.log(2) if args.loss == "logistic" else 1.0}
+    yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, pairs)
+
+
+TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=1024, learning_rate=5e-4, warmup_steps=2)
+TOY |= dict(batch_size=64, max_new_tokens=48, num_samples=200)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args, sequences=2)
     check(args)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
@@ -421,6 +445,7 @@ def main(args: Args) -> None:
     policy = models.load(args.model, device, system)
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    certificate.run(run, checks(policy, tokenizer, train_set, args, device))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

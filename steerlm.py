@@ -418,8 +418,8 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
     else:
         own = options["reward_model"]
         ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
-        names = list(ratings[0].fields)
-        for name, value in (item for example in ratings for item in example.fields.items()):
+        names = ratings.field_names()
+        for name, value in ((n, x) for n in names for x in ratings.field(n).tolist()):
             if not (math.isnan(value) or 0 <= value <= 4):
                 raise formats.wrong(f"ratings {args.ratings}", f"{name} {value:g}", "values from 0 to 4")
         stages.refuse_large_batch("reward_model", own, ratings.epoch_size)
@@ -484,13 +484,17 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     options = stages.read_all(args.stages, STAGES, RESERVED)
+    shared = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
+    rated = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
+    fine_tuned = dict(model=args.model, dataset=args.dataset, **shared)  # before it is annotated
+    todo = [("reward_model", reward_model.main, reward_model.Args, rated, args.stages.reward_model)]
+    stages.before(args.run, [*todo, ("sft", sft.main, sft.Args, fine_tuned, args.stages.sft)])
     free, decided = dist.from_main(lambda: may_change(args)), snapshot(args, TOY)
     decided = decided._replace(fixed=decided.fixed - free)
     log = Log(args.run, __file__, SHOWN, decided, is_pipeline=True)
     if "dataset" in free:
         log.before.get("inputs", {}).pop("data", None)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    shared = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {path: options[name] for path, name in stage_folders(args).items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
@@ -505,9 +509,8 @@ def main(args: Args) -> None:
     # 1. attribute model
     attribute_model = args.attribute_model or str(folder / "1_attribute_model")
     if not args.attribute_model:
-        overrides = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
         own = args.stages.reward_model
-        stage(reward_model.main, reward_model.Args, Path(attribute_model), overrides, own, log)
+        stage(reward_model.main, reward_model.Args, Path(attribute_model), rated, own, log)
 
     # 2. annotate
     for target, records in targets.items():

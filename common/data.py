@@ -6,22 +6,22 @@ of them and the tokenizer tokens. A mask is True on the tokens that are scored.
     python -m common.data FILE --kind sft --model MODEL        shows sequences as training will see them
 """
 
+import bisect
+import copy
 import functools
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tyro
 
-from common import dist, files, packed
+from common import dist, encoded, packed
+from common.encoded import Encoded, Made
 from common.formats import (
     CHOSEN,
     CONVERSATIONS,
@@ -31,43 +31,111 @@ from common.formats import (
     LeftOut,
     Messages,
     Record,
+    Stream,
+    as_messages,
     as_turns,
     common_prefix,
     first,
     is_transcript,
+    is_two_lined,
     lead_of,
     number,
+    open_records,
     read_exchange,
     read_pair,
     read_prompt,
-    read_records,
     read_sources,
     refuse_fields,
+    regroup,
     says_something,
     wrong,
 )
-from common.labels import attach_labels, rated_parts, read_label
+from common.labels import attach_labels, rated_records, read_label
 from common.loading import config_of
 from common.packed import Example, Tokens
-from common.templates import (
+from common.templates import (  # noqa: F401, all that scripts need to encode
+    chat_steps,
     encode_chat,
     encode_prompt,
     encode_response,
-    encoding,
     end_token,
     load_tokenizer,
+    prompt_steps,
     refuse_rendered,
+    response_steps,
     template_notes,
 )
+from common.tokenizing import Steps, encoding, in_turn, together
 
 
-class Dataset(list):
-    """A list of examples in parts that an epoch visits `weight` times each."""
+class Dataset(Sequence):
+    """Examples, not to be changed, in parts that an epoch visits `weight` times each."""
 
-    def __init__(self, parts: list[tuple[list[Example], float]]):
-        super().__init__(example for examples, _ in parts for example in examples)
+    def __init__(self, parts: list[tuple[Sequence[Example], float]]):
+        """parts: folders of encoded examples, or lists of examples."""
+        self.sources = [examples for examples, _ in parts]
         self.parts = [(len(examples), weight) for examples, weight in parts]
+        self.starts = [*itertools.accumulate((size for size, _ in self.parts), initial=0)]
+        self.columns: dict[str, np.ndarray] = {}
         self._order: tuple = (None, None)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        part = bisect.bisect_right(self.starts, i) - 1
+        example = self.sources[part][i - self.starts[part]]
+        if self.columns:
+            own = {name: float(values[i]) for name, values in self.columns.items()}
+            example = copy.copy(example)
+            example.fields = own | {name: x for name, x in example.fields.items() if name not in own}
+        return example
+
+    def with_fields(self, columns: dict[str, np.ndarray]) -> "Dataset":
+        """The same examples with more fields, a number of each example in each column (len(self),)."""
+        found = copy.copy(self)
+        found.columns = self.columns | columns
+        return found
+
+    def field(self, name: str) -> np.ndarray:
+        """A field that is a number, of all examples, NaN where one has none. (len(self),) float64"""
+        if name in self.columns:
+            return self.columns[name]
+        columns = [
+            part.column(name) if isinstance(part, Encoded) else [e.fields.get(name, math.nan) for e in part]
+            for part in self.sources
+        ]
+        return np.concatenate([np.zeros(0), *columns])
+
+    def field_names(self) -> list[str]:
+        """The fields that any example has, in the order in which they appear."""
+        named = [
+            p.names() if isinstance(p, Encoded) else (n for e in p for n in e.fields) for p in self.sources
+        ]
+        return [*dict.fromkeys(itertools.chain(self.columns, *named))]
+
+    @property
+    def num_sequences(self) -> np.ndarray:
+        """Of each example. (len(self),)"""
+        of = [
+            p.num_sequences if isinstance(p, Encoded) else [len(e.sequences) for e in p] for p in self.sources
+        ]
+        return np.concatenate([np.zeros(0, int), *of])
+
+    def fingerprint(self) -> str:
+        """A digest of the examples: tokens, masks, prompts, fields and records."""
+        digest = hashlib.sha256()
+        for part in self.sources:
+            if isinstance(part, Encoded):
+                digest.update(part.fingerprint().encode())
+                continue
+            for e in part:
+                digest.update(b"".join(ids.tobytes() + mask.tobytes() for ids, mask in e.sequences))
+                digest.update(json.dumps([e.prompt, e.fields, e.record], default=str).encode())
+        return digest.hexdigest()
 
     @property
     def epoch_size(self) -> int:
@@ -98,15 +166,20 @@ def num_steps(dataset: Dataset, batch_size: int, num_epochs: int, max_steps: int
     return in_epochs if max_steps < 0 else max_steps
 
 
-def batch(
+def batch(dataset: Dataset, step: int, *how: Any, **more: Any) -> list[Example]:
+    """The examples of an optimizer step, as `places` finds them."""
+    return [dataset[i] for i in places(dataset, step, *how, **more)]
+
+
+def places(
     dataset: Dataset,
     step: int,
     batch_size: int,
     seed: int,
     num_epochs: int | None = None,
     max_steps: int = -1,
-) -> list[Example]:
-    """The examples of an optimizer step, counted from 1: a function of (seed, step), alike on every rank.
+) -> list[int]:
+    """The indices of a step's examples, counted from 1: a function of (seed, step), alike on every rank.
 
     The data end after num_epochs, if that and not max_steps is the end of the run; else they begin anew.
     """
@@ -114,40 +187,10 @@ def batch(
     end = step * batch_size
     if num_epochs is not None and max_steps < 0:
         end = min(end, num_epochs * size)
-    positions = range((step - 1) * batch_size, end)
-    return [dataset[dataset.order(seed, p // size)[p % size]] for p in positions]
+    return [int(dataset.order(seed, p // size)[p % size]) for p in range((step - 1) * batch_size, end)]
 
 
 # -------------------------------------------------------------------------------------------------- data sets
-
-
-def regroup(records: list[Record], kind: str) -> list[Record]:
-    """One record an example: two lines of NeMo-Aligner are a pair, a task or a rated thread has many."""
-    grouped = []
-    if kind == "pairs" and set(records[0].value) in ({"text"}, {"text", "label"}):
-        for one, two in itertools.zip_longest(records[::2], records[1::2]):
-            if (
-                two is None
-                or set(one.value) != set(two.value)
-                or one.value.get("label") != two.value.get("label")
-            ):
-                raise wrong(
-                    one.where, "one text of a pair", "the other, alike but for its text, in the line after"
-                )
-            texts, numbers = [one.value["text"], two.value["text"]], {}
-            if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
-                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
-                texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
-                numbers = numbers if strength else {"tie": True}
-            grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
-        return grouped
-    for value, where in records:
-        given = rated_parts(value) if kind == "ratings" else value.get("instances") or [{}]
-        for instance in given if isinstance(given, list) else [str(given)]:
-            if not isinstance(instance, dict):
-                raise wrong(where, f"the instance {instance!r}", "a JSON object")
-            grouped.append(Record({**value, **instance}, where))
-    return grouped
 
 
 def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None:
@@ -170,7 +213,9 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
     if unknown:  # of a mask a typo would train the user's turns
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
-    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    # a name that no speaker has is of a role, in any case
+    roles = {ROLES.get(name.lower()) for name in names if name not in speakers}
+    named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
     lead = len(lead_of(value, where))  # a history is context, as it is before a prompt
@@ -186,11 +231,17 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     if value.get("input_ids") is not None:
         if not isinstance(value["input_ids"], list) or any(isinstance(x, list) for x in value["input_ids"]):
             raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
-        tokens = np.asarray(value["input_ids"])
-        columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
-        fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
+        given = {name: value[name] for name in ("labels", *MASKS) if value.get(name) is not None}
+        try:
+            tokens, columns = np.asarray(value["input_ids"]), {n: np.asarray(x) for n, x in given.items()}
+            fits = tokens.dtype.kind == "i" and tokens.size > 0
+            fits &= all(x.dtype.kind in "ib" and x.shape == tokens.shape for x in columns.values())
+            fits = fits and all(np.isin(x, (0, 1)).all() for n, x in columns.items() if n != "labels")
+        except ValueError:  # lists of several lengths
+            fits = False
         if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
-            raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
+            expected = f"ids below {len(tokenizer)}, as many labels, and masks of 0 and 1"
+            raise wrong(where, "other input_ids or labels", expected)
         labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
         if ((labels != tokens) & (labels != -100)).any():
             raise wrong(
@@ -202,6 +253,7 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
         return Tokens(tokens.astype(np.int32)[used], mask[used])
     text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
     if text_only and not is_transcript(value["text"]):
+        as_messages(value["text"], where)  # refuses a mark of a turn elsewhere
         tokens = encode_prompt(tokenizer, value["text"])
         tokens += [end_token(tokenizer)] if tokens[-1:] != [end_token(tokenizer)] else []
         return Tokens(np.array(tokens, np.int32), np.ones(len(tokens), bool))
@@ -240,7 +292,7 @@ def load_sft(
     An example is one sequence, or one for each trained turn where the template rewrites earlier turns.
     """
 
-    def encode(value: dict, where: str) -> Example:
+    def encode(value: dict, where: str) -> Steps:
         sequence = read_tokens(tokenizer, value, where)
         if sequence is not None:
             return Example([sequence], prompt="")
@@ -254,17 +306,18 @@ def load_sft(
         if any(trained) and not any(t and says_something(m) for t, m in zip(trained, turns, strict=True)):
             raise LeftOut("an empty reply")
         trained = [t and says_something(m) for t, m in zip(trained, turns, strict=True)]
-        sequences, seen = encode_chat(tokenizer, turns, trained), ()
+        sequences, seen = (yield from chat_steps(tokenizer, turns, trained)), ()
         for tokens, mask in sequences if train_on_prompt else ():
             mask[common_prefix(seen, tokens) :] = True  # what several have is scored once
             seen = tokens
         return Example(sequences, prompt)
 
     datasets = load(tokenizer, "sft", encode, dataset, eval_dataset, max_length, apart=True)
-    split = [len(e.sequences) for examples in datasets for e in examples if len(e.sequences) > 1]
-    if dist.is_main() and split:
+    split = np.concatenate([dataset.num_sequences for dataset in datasets])
+    split = split[split > 1]
+    if dist.is_main() and len(split):
         print(
-            f"sft: {len(split):,} conversations became {sum(split):,} sequences, one a reply: the chat "
+            f"sft: {len(split):,} conversations became {split.sum():,} sequences, one a reply: the chat "
             "template changes earlier turns as a conversation grows",
             flush=True,
         )
@@ -276,12 +329,12 @@ def load_pairs(
 ) -> tuple[Dataset, Dataset]:
     """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields; cut: "end", "start" or "drop"."""
 
-    def encode(value: dict, where: str) -> Example:
+    def encode(value: dict, where: str) -> Steps:
         prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
         if chosen != rejected and not says_something(chosen[-1]):
             raise LeftOut("an empty chosen reply")
-        sequences = [encode_response(tokenizer, prompt, side, True) for side in (chosen, rejected)]
-        return Example(sequences, prompt, numbers)
+        sides = [response_steps(tokenizer, prompt, side, True) for side in (chosen, rejected)]
+        return Example((yield from in_turn(sides)), prompt, numbers)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, cut)
 
@@ -292,7 +345,7 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
     Rank 1 is best and equal ranks are ties. A preference pair counts as two responses.
     """
 
-    def encode(value: dict, where: str) -> Example:
+    def encode(value: dict, where: str) -> Steps:
         if value.get("responses") is None:
             prompt, *sides, _ = read_pair(tokenizer, value, where)
             ranks = [1.0, 2.0]
@@ -304,25 +357,25 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
         fields = {"ranks": np.array(ranks, np.float32)}
-        return Example([encode_response(tokenizer, prompt, side, True) for side in sides], prompt, fields)
+        sides = [response_steps(tokenizer, prompt, side, True) for side in sides]
+        return Example((yield from in_turn(sides)), prompt, fields)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, "drop")
 
 
 def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
     """Give every example all fields that any has, NaN where it has none."""
-    names = dict.fromkeys(name for dataset in datasets for example in dataset for name in example.fields)
-    for example in itertools.chain(*datasets):
-        example.fields = {name: example.fields.get(name, math.nan) for name in names}
-    return datasets
+    names = dict.fromkeys(name for dataset in datasets for name in dataset.field_names())
+    train, evaluation = (d.with_fields({name: d.field(name) for name in names}) for d in datasets)
+    return train, evaluation
 
 
 def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
     """(train, eval) rated replies, never cut: one sequence each, attributes as fields, NaN if missing."""
 
-    def encode(value: dict, where: str) -> Example:
+    def encode(value: dict, where: str) -> Steps:
         prompt, response = read_exchange(tokenizer, value, where)
-        sequence = encode_response(tokenizer, prompt, response, True)
+        sequence = yield from response_steps(tokenizer, prompt, response, True)
         return Example([sequence], prompt, read_label(value, where))
 
     return fill_fields(load(tokenizer, "ratings", encode, dataset, eval_dataset, max_length, "drop"))
@@ -336,10 +389,10 @@ def load_prompts(
     kind: the toy world's folder.
     """
 
-    def encode(value: dict, where: str) -> Example:
+    def encode(value: dict, where: str) -> Steps:
         prompt = read_prompt(tokenizer, value, where)
-        tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
-        return Example([(tokens, np.zeros(len(tokens), bool))], prompt)
+        tokens = np.array((yield from prompt_steps(tokenizer, prompt)), np.int32)
+        return Example([Tokens(tokens, np.zeros(len(tokens), bool))], prompt)
 
     return load(tokenizer, kind, encode, dataset, eval_dataset, max_prompt_length, "drop", scored=False)
 
@@ -347,7 +400,7 @@ def load_prompts(
 def load(
     tokenizer: Any,
     kind: str,
-    encode: Callable[[dict, str], Example],
+    encode: Callable[[dict, str], Example | Steps],
     dataset: str,
     eval_dataset: str,
     max_length: int,
@@ -355,12 +408,14 @@ def load(
     scored: bool = True,
     apart: bool = False,
 ) -> tuple[Dataset, Dataset]:
-    """(train, eval): read, encode (the ranks share the work), fit, hold out where there is no test split.
+    """(train, eval): read, encode, fit, hold out where there is no test split; once, then from the cache.
 
     What is cut and what is left out, and why, is counted and printed.
 
     Args:
         kind: the toy world's folder.
+        encode: (record, where) -> its example, or steps to it. It may use the tokenizer, and of what stands
+            around it values that JSON takes: they are a part of the cache's key, as is the file it is in.
         cut: what a sequence of more than max_length tokens loses, its "end" or its "start"; "drop" leaves
             the example out.
         scored: False for prompts, in which no token is scored.
@@ -369,35 +424,42 @@ def load(
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
-    tell = functools.partial(print, f"{kind}:", flush=True) if dist.is_main() else lambda *_: None
+    notes: list[str] = []  # what was cut and left out
+    tell = functools.partial(note, kind, notes)
     if max_length > most:
         tell(f"{option} {max_length} is more than the model takes; it is {most} now")
         max_length = most
-    for note in template_notes(tokenizer):
-        tell(note)
+    for line in template_notes(tokenizer):
+        tell(line)
+    key = dist.from_main(lambda: encoded.key_of(tokenizer, encode, kind, max_length, cut, scored, apart))
 
-    def attempt(record: Record) -> tuple[bool, Example] | str:
-        """(whether it was cut, the example), or why it is left out."""
-        try:
-            with encoding(record.where):
-                if record.value.get("preference_strength") == 0 or record.value.get("tie"):
-                    raise LeftOut("no preference")
-                refuse_fields(*record)
-                refuse_rendered(tokenizer, *record)
-                example = encode(*record)
-            return fit(example, kind, max_length, cut, option, apart)
-        except LeftOut as reason:
-            return str(reason)
+    def attempt(record: Record, text: bytes) -> Steps:
+        """What is kept of a record, or LeftOut."""
+        with encoding(record.where):
+            if record.value.get("preference_strength") == 0 or record.value.get("tie"):
+                raise LeftOut("no preference")
+            refuse_fields(*record)
+            refuse_rendered(tokenizer, *record)
+            example = encode(*record)
+            if isinstance(example, Generator):
+                example = yield from example
+        is_cut = fit(example, kind, max_length, cut, option, apart)
+        return Made(example, text, question(example), is_cut)
 
-    def read(source: str, split: str) -> list[Example] | None:
-        records = read_records(source, split, kind)
-        if records is None:
+    def read(source: str, split: str) -> Encoded | None:
+        dist.from_main(lambda: bool(open_records(source, split, kind)))  # others then find what it found
+        stream = open_records(source, split, kind)
+        if stream is None:
             return None
-        if not records:
+        if not len(stream):
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
-        records = regroup(records, kind)
-        found = dist.parallel_map(attempt, records)
-        return keep(source, records, found, option, max_length, cut, tell)
+        two_lined = is_two_lined(stream, kind)
+        split = rated_records if kind == "ratings" else functools.partial(regroup, two_lined=two_lined)
+        rows = functools.partial(encode_rows, stream, 1 + two_lined, split, tokenizer, attempt)
+        name = hashlib.sha256(f"{key} {stream.digest} {stream.split}".encode()).hexdigest()[:32]
+        found = encoded.make(dist.from_main(lambda: name), len(stream), rows, f"{kind}: {source}")
+        tell_counts(found, source, option, max_length, cut, tell)
+        return found
 
     train_parts, eval_parts = [], []
     for source, weight in read_sources(dataset):
@@ -412,43 +474,77 @@ def load(
     for source, _ in read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
+    train.notes = notes
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
     return train, evaluation
 
 
-def keep(
-    source: str, records: list[Record], found: list, option: str, max_length: int, cut: str, tell: Callable
-) -> list[Example]:
-    """The examples that were made of the records of a source; tells how many were cut or dropped, and why.
+def note(kind: str, notes: list[str], text: str) -> None:
+    """Keep a note of what was read, and print it."""
+    notes.append(text)
+    if dist.is_main():
+        print(f"{kind}: {text}", flush=True)
 
-    Args:
-        found: of each record (whether it was cut, the example), or why it is left out.
+
+def encode_rows(
+    stream: Stream,
+    size: int,
+    split: Callable,
+    tokenizer: Any,
+    attempt: Callable,
+    start: int,
+    stop: int,
+    exactly: bool,
+) -> Iterator[Made | str | dist.RunError | None]:
+    """What `encoded.make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
+
+    The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
+    """
+    rows, count = stream.rows(start, stop), itertools.count()
+    while chunk := list(itertools.islice(rows, 256)):
+        jobs: list[Any] = []
+        for i in range(0, len(chunk), size):
+            try:
+                found = [stream.record(*row) for row in chunk[i : i + size]]
+                found = [record for record in found if record]
+                for record in split(found) if found else ():
+                    is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
+                    text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
+                    jobs.append((record, text))
+            except dist.RunError as error:
+                jobs.append(error)
+        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
+        made = iter(together(tokenizer, steps, exactly))
+        for job in jobs:
+            found, n = next(made) if isinstance(job, tuple) else job, next(count)
+            if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
+                (again,) = together(tokenizer, [attempt(*job)], exactly=True)
+                if not (isinstance(again, Made) and encoded.alike(again.example, found.example)):
+                    found = None
+            yield str(found) if isinstance(found, LeftOut) else found
+
+
+def tell_counts(found: Encoded, source: str, option: str, max_length: int, cut: str, tell: Callable) -> None:
+    """Tell how many records of a source were cut or left out, and why.
 
     Raises:
         RunError: all are left out.
     """
-    reasons = Counter(item for item in found if isinstance(item, str))
-    kept = [(*item, r) for r, item in zip(records, found, strict=True) if not isinstance(item, str)]
-    for _, example, record in kept:
-        example.record = record.value
+    num_cut, reasons = found.contents["num_cut"], found.contents["reasons"]
     whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
-    num_cut = sum(is_cut for is_cut, _, _ in kept)
     if num_cut:
         tell(f"{source}: {num_cut:,} cut at the {cut}, by {option} {max_length}")
     if whys:
         tell(f"{source}: dropped {whys}")
-    if not kept:
+    if not len(found):
         is_long = any(option in reason for reason in reasons)
         expected = f"a larger {option} than {max_length}" if is_long else "replies to train on"
         raise wrong(f"dataset {source}", f"nothing to train on, {whys}", expected)
-    return [example for _, example, _ in kept]
 
 
-def fit(
-    example: Example, kind: str, max_length: int, cut: str, option: str, apart: bool
-) -> tuple[bool, Example]:
-    """(whether it was cut, the example) where no sequence is longer than max_length.
+def fit(example: Example, kind: str, max_length: int, cut: str, option: str, apart: bool) -> bool:
+    """Cut an example to sequences of at most max_length tokens. -> whether that was needed
 
     Raises:
         LeftOut: it is left without a scored token, or a pair without a difference.
@@ -471,98 +567,41 @@ def fit(
     if kind == "pairs" and all(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
         raise LeftOut(f"sides that are alike{f' within {limit}' * is_long}")
     example.sequences = kept
-    return is_long, example
+    return is_long
 
 
-def hold_out(examples: list[Example], source: str) -> tuple[list[Example], list[Example]]:
+def question(example: Example) -> int:
+    """A number that examples have in common which open with the same words of the user."""
+    opening = [m["content"] for m in example.prompt if m["role"] == "user"][:1]
+    opening = opening or example.prompt or example.sequences[0][0].tolist()
+    return int.from_bytes(hashlib.sha256(json.dumps(opening).encode()).digest()[:8], "big")
+
+
+def hold_out(examples: Sequence[Example], source: str) -> tuple[Sequence[Example], Sequence[Example]]:
     """(kept, held out): 5 % of the examples, 1 to 512, by hash of the question a conversation opens with.
 
     All examples of one question land on one side, whatever their order in the file.
     """
-
-    def key(example: Example) -> str:
-        opening = [m["content"] for m in example.prompt if m["role"] == "user"][:1]
-        opening = opening or example.prompt or example.sequences[0][0].tolist()
-        return hashlib.sha256(json.dumps(opening).encode()).hexdigest()
-
-    keys = [key(example) for example in examples]
-    sizes, held, room = Counter(keys), set(), min(512, max(1, round(0.05 * len(examples))))
-    if len(sizes) == 1:
+    is_encoded = isinstance(examples, Encoded)
+    keys = examples.keys if is_encoded else np.array([question(e) for e in examples], np.uint64)
+    names, sizes = (found.tolist() for found in np.unique(keys, return_counts=True))
+    held, room = [], min(512, max(1, round(0.05 * len(examples))))
+    if len(names) == 1:
         raise wrong(f"dataset {source}", "a single prompt, none to hold out", "eval_dataset to be set")
-    for name in sorted(sizes):
-        if sizes[name] <= room:
-            held.add(name)
-            room -= sizes[name]
+    for name, size in zip(names, sizes, strict=True):
+        if size <= room:
+            held.append(name)
+            room -= size
     if not held:  # every prompt has more examples than the share
-        held = {min(sizes, key=lambda name: (sizes[name], name))}
-    pairs = list(zip(examples, keys, strict=True))
-    return [e for e, k in pairs if k not in held], [e for e, k in pairs if k in held]
-
-
-# ------------------------------------------------------------------------------- what training will see
-
-
-@dataclass
-class Args:
-    """Show each sequence of a data set as training will see it, and which of its tokens are scored."""
-
-    file: tyro.conf.Positional[str]
-    """the data set: toy, a file, a folder or hub/name[:config[:split]]"""
-    kind: Literal["sft", "pairs", "ranked", "prompts", "ratings"]
-    """what the records are: demonstrations, preferences, rankings, prompts, or rated replies"""
-    model: str = "toy"
-    """the model whose tokenizer and template are used: toy, a run folder, a folder, a hub id, a .gguf file"""
-    output: str = ""
-    """JSON lines to write, one a sequence; without it the first few records are printed"""
-    max_length: int = 2048
-    """most tokens of a sequence; longer ones are cut or dropped as in training"""
-    max_prompt_length: int = 1024
-    """most tokens of a prompt, with --kind prompts; longer ones are dropped"""
-    chat_template: str = ""
-    """a Jinja file or "chatml" in place of the model's own chat template"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}"""
-
-
-def describe(examples: list[Example], tokenizer: Any) -> list[dict]:
-    """A row for each sequence, special tokens kept: `text`, and `trained`, the part of it that is scored.
-
-    `record` counts the examples, `sequence` those of an example: 0 is chosen and 1 rejected of a pair.
-    """
-
-    def decode(ids: np.ndarray) -> str:
-        return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    return [
-        {"record": i, "sequence": k, "text": decode(ids), "trained": decode(ids[mask])}
-        for i, example in enumerate(examples)
-        for k, (ids, mask) in enumerate(example.sequences)
-    ]
-
-
-def readable(row: dict) -> str:
-    """A row of `describe` for the terminal, its texts indented."""
-    parts = [f"\nrecord {row['record']}, sequence {row['sequence']}"]
-    for name in ("text", "trained"):
-        parts += [f"  {name}:", *(f"    {line}" for line in row[name].splitlines() or ["-"])]
-    return "\n".join(parts)
-
-
-def main(args: Args) -> None:
-    tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    loaders = {"sft": load_sft, "pairs": load_pairs, "ranked": load_ranked, "ratings": load_ratings}
-    load_kind, limit = loaders.get(args.kind, load_prompts), args.max_length
-    if args.kind == "prompts":
-        limit = args.max_prompt_length
-    examples, _ = load_kind(tokenizer, args.file, args.file, limit)  # nothing is held out
-    if not args.output:
-        print("\n".join(map(readable, describe(examples[:3], tokenizer))))
-        return
-    try:
-        files.write(Path(args.output).expanduser(), files.as_lines(describe(examples, tokenizer)))
-    except OSError as error:
-        raise dist.RunError(f"output {args.output}: cannot be written ({error.strerror})") from error
+        held = [min(zip(sizes, names, strict=True))[1]]
+    is_held = np.isin(keys, np.array(held, np.uint64))
+    if is_encoded:
+        return examples.take(~is_held), examples.take(is_held)
+    sides = [[e for e, h in zip(examples, is_held, strict=True) if h == side] for side in (False, True)]
+    return sides[0], sides[1]
 
 
 if __name__ == "__main__":
-    dist.run(main, tyro.cli(Args, use_underscores=True))
+    from common import preview
+
+    dist.run(preview.main, tyro.cli(preview.Args, use_underscores=True))

@@ -8,14 +8,16 @@ complete.
 import ast
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
-import itertools
+import inspect
 import json
 import os
 import pickle
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -83,7 +85,8 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
     What an earlier attempt left under that name is removed first.
 
     Args:
-        shared: several runs may write `path` at once, each under a name of its own; the last one stays.
+        shared: several runs may write `path` at once, each under a name of its own; of files the last one
+            stays, of folders the first.
     """
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") if shared else temporary(path)
     remove(unfinished)
@@ -92,7 +95,25 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         remove(unfinished)
         raise
-    finish(unfinished, path)
+    try:
+        if not shared or not path.is_dir():
+            return finish(unfinished, path)
+    except OSError:
+        if not shared or not path.is_dir():  # put there meanwhile
+            raise
+    remove(unfinished)
+
+
+@contextlib.contextmanager
+def beside(folder: str) -> Iterator[str]:
+    """A folder in `folder` that all ranks see, and that is gone after the block; a collective."""
+    made = dist.from_main(lambda: tempfile.mkdtemp(prefix="tmp-", dir=folder))
+    try:
+        yield made
+        dist.barrier()
+    finally:
+        if dist.is_main():
+            remove(Path(made))
 
 
 def write(path: Path, text: str) -> None:
@@ -153,17 +174,33 @@ def read_json(path: Path) -> dict:
         RunError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        error: object = f"found {type(found).__name__}, not an object"
+    except (ValueError, RecursionError) as reason:
+        error = reason
+    raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The complete rows of a .jsonl file, none if there is no file; a line torn by a kill is skipped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+def read_rows(path: Path, needed: str = "") -> list[dict]:
+    """The complete rows of a .jsonl file, none if there is no file; a last line torn by a kill is skipped.
+
+    Raises:
+        RunError: another line is no object with the field `needed`.
+    """
+    rows, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or needed and not isinstance(row[needed], int):
+                raise ValueError(f"no row with {needed}")
+            rows.append(row)
+        except (ValueError, KeyError, RecursionError) as error:
+            if n < len(lines):
+                raise dist.RunError(
+                    f"{path}:{n}: damaged, {error}; mend or delete the line, or --overwrite starts anew"
+                ) from error
     return rows
 
 
@@ -301,7 +338,7 @@ class Journal:
 # ---------------------------------------------------------------------------------------------- model folders
 
 
-def model_folder(model: str) -> tuple[str, str | None]:
+def model_folder(model: str, needs_weights: bool = True) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
     if model in ("toy", "toy/attribute_model"):
         return str(toy_folder() / (model.partition("/")[2] or "model")), None
@@ -320,7 +357,7 @@ def model_folder(model: str) -> tuple[str, str | None]:
         return model, None
     if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise dist.RunError(f"model {model}: no config.json in this folder; expected a Hugging Face model")
-    if not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
+    if needs_weights and not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
         raise dist.RunError(f"model {model}: no weights (*.safetensors or *.bin) in this folder")
     return str(path), None
 
@@ -353,12 +390,7 @@ def fingerprint(model: str, of_images: bool = False) -> list[tuple[str, int, str
         return [(folder, 0, "")]
     found = []
     for part in sorted(p for p in path.rglob("*") if p.is_file() and file in (None, p.name)):
-        size, digest = part.stat().st_size, hashlib.sha256()
-        with part.open("rb") as opened:
-            for start in range(0, size, max(4096, size // 64)):
-                opened.seek(start)
-                digest.update(opened.read(4096))
-        found.append((str(part.relative_to(path)), size, digest.hexdigest()))
+        found.append((str(part.relative_to(path)), part.stat().st_size, pieces_digest(part)))
     return found
 
 
@@ -367,16 +399,18 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
 
     Args:
         tokenizer: None for a model of images.
-        datasets: of examples with sequences, or of anything that JSON takes.
+        datasets: with a fingerprint of their own, or of anything that JSON takes.
     """
     if not dist.is_main():
         return {}
     digest = hashlib.sha256()
-    for item in itertools.chain(*datasets):
-        for ids, mask in getattr(item, "sequences", ()):
-            digest.update(ids.tobytes() + mask.tobytes())
-        rest = [item.prompt, item.fields, item.record] if hasattr(item, "sequences") else item
-        digest.update(json.dumps(rest, default=str).encode())
+    for dataset in datasets:
+        found = (
+            dataset.fingerprint()
+            if hasattr(dataset, "fingerprint")
+            else json.dumps(list(dataset), default=str)
+        )
+        digest.update(found.encode())
     parts = {
         "starting model": repr(fingerprint(model, of_images=tokenizer is None)),
         "data": digest.hexdigest(),
@@ -387,17 +421,24 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
     return found | ({"day of the chat template": day} if day else {})
 
 
+def syntax(*paths: Path) -> str:
+    """Fingerprint of what Python files do: comments and docstrings may change."""
+    trees = "".join(_dumped(path, path.stat().st_mtime_ns) for path in paths)
+    return hashlib.sha256(trees.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _dumped(path: Path, changed: int) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""  # a docstring
+    return ast.dump(tree)
+
+
 def code(script: Path) -> dict[str, str]:
-    """Fingerprints of a script and of common/, of what they do: comments and docstrings may change."""
-
-    def digest(paths: Iterable[Path]) -> str:
-        trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
-        for node in (node for tree in trees for node in ast.walk(tree)):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""  # a docstring
-        return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
-
-    return {"script": digest([script]), "common/": digest(sorted(Path(__file__).parent.glob("*.py")))}
+    """Fingerprints of a script and of common/."""
+    return {"script": syntax(script), "common/": syntax(*sorted(Path(__file__).parent.glob("*.py")))}
 
 
 def versions() -> dict[str, str]:
@@ -417,12 +458,42 @@ def cache_folder() -> Path:
     return folder
 
 
+def remembered(path: Path, look: Callable[[], dict]) -> dict:
+    """What `look` tells about a file, asked again when the file's size, its time or this code has changed."""
+    at = path.stat()
+    key = repr((str(path.resolve()), at.st_size, at.st_mtime_ns, syntax(Path(inspect.getsourcefile(look)))))
+    store = cache_folder() / "data" / "files" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(store.read_text())
+    found = look()
+    if time.time() - at.st_mtime > 2:  # a second change within a tick of the clock would not be seen
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with whole(store, shared=True) as unfinished:
+            unfinished.write_text(json.dumps(found))
+    return found
+
+
+def pieces_digest(path: Path, size: int = 4096) -> str:
+    """Digest of 64 pieces of a file, of this many bytes each, that are spread over it."""
+    digest, whole_size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as opened:
+        for start in range(0, whole_size, max(size, whole_size // 64)):
+            opened.seek(start)
+            digest.update(opened.read(size))
+    return digest.hexdigest()
+
+
 def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
     """compute(), a collective, or its result from an earlier run with the same model files and key."""
     digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
     store = cache_folder() / f"{name}-{digest}.pt"
+
+    def read() -> torch.Tensor | None:
+        with contextlib.suppress(Exception):  # it is not there, or damaged: made anew
+            return torch.load(store)
+
     # rank 0's disk decides and is read, alike for all: another node may have its own cache folder
-    found = dist.from_main(lambda: torch.load(store) if store.exists() else None)
+    found = dist.from_main(read)
     if found is not None:
         return found
     result = compute()

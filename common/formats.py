@@ -1,194 +1,34 @@
 """Formats: files and hub data sets -> records -> conversations, pairs, prompts and ratings.
 
-What docs/data.md lists is read here and becomes turns of a conversation, or an error that names file, line,
+What docs/data.md lists becomes turns of a conversation, or an error that names file, line,
 what was found and what was expected. Nothing here makes tokens: a tokenizer is only asked whether it has a
 template.
 """
 
-import codecs
+import contextlib
 import difflib
 import functools
-import gzip
 import json
-import math
 import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from common import dist
-from common.files import toy_folder
+from common.streams import (  # noqa: F401, some of them for scripts
+    LeftOut,
+    Record,
+    Stream,
+    first_line,
+    open_records,
+    read_file,
+    read_records,
+    read_sources,
+    wrong,
+)
 
 # role and content of each turn, and what else a template reads of it; the first turn of a conversation also
 # carries what the record says about all of it, `tools` and `chat_template_kwargs`
 Messages = list[dict[str, Any]]
-
-# ---------------------------------------------------------------------------------------------- reading files
-
-
-class Record(NamedTuple):
-    """One line of a data set and where it stands, for error messages."""
-
-    value: dict
-    where: str
-
-
-def wrong(where: str, found: Any, expected: str) -> dist.RunError:
-    if isinstance(found, dict):
-        found = "the fields " + ", ".join(k if v is not None else f"{k} (null)" for k, v in found.items())
-    else:
-        found = str(found)[:80]
-    return dist.RunError(f"{where}: found {found}; expected {expected}")
-
-
-class LeftOut(Exception):
-    """A record that is counted, by this reason, and not used."""
-
-
-def first_line(error: Exception) -> str:
-    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
-
-
-def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
-    """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
-    if not names:
-        raise dist.RunError(f"{what} is not set; with a model of your own say which, or --{what} toy")
-    sources = []
-    whole = Path(names).expanduser().exists()  # a comma in the name of a file separates nothing
-    for name in [names] if whole else map(str.strip, names.split(",")):
-        source, star, weight = name.rpartition("*")
-        if not star or Path(name).expanduser().exists():
-            source, weight = name, "1"
-        if not source or not re.fullmatch(r"\d*\.?\d+", weight) or float(weight) == 0:
-            raise wrong(what, names, "names joined by commas, each with an optional *weight above 0")
-        sources.append((source, float(weight)))
-    return sources
-
-
-SPLITS = {"train": ("train",), "test": ("test", "validation", "val", "eval", "dev")}
-
-
-def read_records(source: str, split: str, kind: str) -> list[Record] | None:
-    """The records of one data set's split ("train" or "test"); None if it has no such split.
-
-    Where a data set is a single file, a field `split` tells the records of one split from those of others.
-    """
-    path = toy_folder() / kind if source == "toy" else Path(source).expanduser()
-    if path.is_dir():
-        return read_folder(path, source, SPLITS[split])
-    if path.is_file():
-        records = read_file(path)
-        if not any("split" in value for value, _ in records):
-            return records if split == "train" else None
-        return [record for record in records if split_of(*record) == split] or None
-    if path.suffix in (".jsonl", ".json", ".parquet", ".gz") or not re.match(r"[\w.-]+/[\w.-]+(:|$)", source):
-        raise wrong(f"dataset {source}", "no such file", "a file, a folder, or hub/name[:config[:split]]")
-    return read_hub(source, SPLITS[split])
-
-
-def split_of(value: dict, where: str) -> str:
-    """The split that a record of a single file names."""
-    own = str(value.get("split")).lower()
-    for split, names in SPLITS.items():
-        if own.startswith(names):  # train_sft, test_prefs
-            return split
-    raise wrong(
-        where, f"split {value.get('split')!r}", "train, test or validation; else another name for the field"
-    )
-
-
-def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record] | None:
-    """The first of the splits `names` in a folder: of files, cloned from the hub, or by save_to_disk."""
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        table = load_table(source, "load_from_disk", str(path))
-        tables = table if isinstance(table, dict) else {"train": table}
-        return next((as_records(tables[name], f"{source} {name}") for name in names if name in tables), None)
-    places = [*path.iterdir(), *(path / "data").glob("*")]
-    for name in names:
-        if found := sorted(f for f in places if re.match(rf"{name}[.-]", f.name)):
-            refuse_twice(found, path)
-            return [record for f in found for record in read_file(f)]
-    if "train" in names:
-        raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or data/")
-    return None
-
-
-def refuse_twice(found: list[Path], folder: Path) -> None:
-    """End the run if the files of a split are the same one twice, or lack a shard of name-00000-of-00003."""
-    stems = [f.name.removesuffix(".gz").rpartition(".")[0] for f in found]
-    shards = [m for stem in stems if (m := re.search(r"-(\d+)-of-(\d+)$", stem))]
-    shown = ", ".join(str(f.relative_to(folder)) for f in found[:4])
-    is_mixed = len({f.parent for f in found}) > 1 or 0 < len(shards) < len(found)
-    if is_mixed or len({*stems}) < len(stems) or len({m[2] for m in shards}) > 1:
-        raise wrong(f"dataset {folder}", shown, "one of them: the records would be read twice")
-    missing = {*range(int(shards[0][2]))} - {int(m[1]) for m in shards} if shards else ()
-    if missing:
-        raise wrong(f"dataset {folder}", shown, f"number {min(missing)} of {shards[0][2]} too")
-
-
-def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
-    """The rows of the split that source names, else of the first of `names` that the data set has."""
-    name, config, chosen = (*source.split(":", 2), "", "")[:3]
-    if chosen and "train" not in names:
-        return None
-    table = load_table(source, "load_dataset", name, config or None, split=chosen or None)
-    if not chosen:
-        split = next((n for n in names if n in table), None)
-        if split is None and "train" in names:
-            example = ":".join((name, config, *table)[:3])
-            raise wrong(f"dataset {source}", f"the splits {', '.join(table)}", example)
-        table = table[split] if split else None
-    return None if table is None else as_records(table, source)
-
-
-def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
-    import datasets
-
-    try:
-        return getattr(datasets, how)(*given, **options)
-    except Exception as error:  # the library raises many kinds
-        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
-
-
-def as_records(rows: Iterable[dict], where: str) -> list[Record]:
-    return [Record(value, f"{where} row {i}") for i, value in enumerate(rows)]
-
-
-def read_file(path: Path) -> list[Record]:
-    """Records of a .jsonl, .json or .parquet file, the first two also gzipped."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in (".jsonl", ".json", ".parquet"):
-        raise wrong(f"dataset {path}", f"a {suffix or 'nameless'} file", ".jsonl, .json or .parquet")
-    try:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                text = file.read().removeprefix(codecs.BOM_UTF8)
-    except Exception as error:  # torn archives raise many kinds
-        raise dist.RunError(f"dataset {path}: cannot be read: {first_line(error)}") from error
-    if suffix == ".parquet":
-        records = as_records(table, str(path))
-    elif re.match(rb"\s*\[\s*\{" if suffix == ".jsonl" else rb"\s*\[", text):  # as red-team data of HH
-        records = [Record(value, f"{path} item {i}") for i, value in enumerate(parse(text, str(path)))]
-    else:  # cut at line feeds only: JSON strings may hold other line separators
-        lines = [(line, f"{path}:{n}") for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
-        records = [Record(parse(line, where), where) for line, where in lines]
-    for value, where in records:
-        if not isinstance(value, dict):
-            raise wrong(where, type(value).__name__, "a JSON object")
-    return records
-
-
-def parse(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.decode())
-    except ValueError as error:
-        raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
-
 
 # --------------------------------------------------------------------------------------------- record formats
 
@@ -204,6 +44,7 @@ REJECTED = ("rejected", "rejected_response", "rejected_messages")
 # of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
 ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
+LARGEST = 1e15  # a number, of which float32 must hold sums and squares
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # of a message: its thoughts, whether it is trained, and what else a template may read
@@ -233,8 +74,8 @@ def first(value: dict, names: Iterable[str]) -> Any:
 
 
 def number(value: Any, where: str, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise wrong(where, f"{name} {value!r}", "a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        raise wrong(where, f"{name} {value!r}", "a number below 1e15")
     return float(value)
 
 
@@ -276,7 +117,7 @@ def from_json(value: Any, where: str, name: str, kind: type) -> Any:
     """A list or a dict, or the JSON text of one."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(where, f"{name} {value!r}", "JSON") from error
     if not isinstance(found, kind):
         raise wrong(where, f"{name} {value!r}", "a list" if kind is list else "an object of name: value")
@@ -366,6 +207,8 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     if is_transcript(value):
         return split_transcript(value, where, role)
     if isinstance(value, str):
+        if "<extra_id_1>" in value:
+            raise wrong(where, repr(value), "the mark <extra_id_1> at the start of a line, for a turn")
         return [as_message({"role": role, "content": value.strip()}, where)]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -374,8 +217,8 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a string holds marked turns: those of Anthropic HH or of NeMo-Aligner."""
-    return isinstance(value, str) and (value.startswith("\n\nHuman:") or "<extra_id_1>" in value)
+    """Whether a string holds marked turns: those of Anthropic HH, or of NeMo-Aligner, a mark to a line."""
+    return isinstance(value, str) and bool(re.match(r"\n\nHuman:|(?s:.*\n)?<extra_id_1>\w*(\n|$)", value))
 
 
 def split_transcript(text: str, where: str, role: str) -> Messages:
@@ -385,7 +228,7 @@ def split_transcript(text: str, where: str, role: str) -> Messages:
     else:
         text = re.sub(r"<extra_id_2>.*\n?", "", text)  # a line of attributes
         text = text if text.startswith("<extra_id_") else f"<extra_id_1>{role}\n{text}"
-        parts = re.split(r"\n?<extra_id_[01]>(\w*)\n?", text)
+        parts = re.split(r"(?:^|\n)<extra_id_[01]>(\w*)(?:\n|$)", text)
     turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
     turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
     messages: Messages = []
@@ -427,9 +270,8 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
         own["tools"] = read_functions(tools, where, "tools")
     if given := value.get("chat_template_kwargs"):
         own["chat_template_kwargs"] = from_json(given, where, "chat_template_kwargs", dict)
-    return (
-        [{**turns[0], **own}, *turns[1:]] if turns and (own := {k: v for k, v in own.items() if v}) else turns
-    )
+    own = {name: x for name, x in own.items() if x}
+    return [{**turns[0], **own}, *turns[1:]] if turns and own else turns
 
 
 def given_turns(value: dict, where: str) -> Any:
@@ -460,8 +302,8 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
         return read_pair(tokenizer, value, where)[0]
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
-    if material and prompt == value.get("instruction"):
-        prompt = f"{prompt}\n\n{material}"
+    if material and isinstance(prompt, str) and prompt == value.get("instruction"):
+        prompt = f"{prompt}\n\n{as_message({'role': 'user', 'content': material}, where)['content']}"
     turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
         turns = turns[:-1]
@@ -527,12 +369,51 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
 
 def reward_names(value: dict) -> str:
     """The fields that have the rewards of a preference; "" without."""
-    found = [
-        next((n for n in (name, *others) if value.get(n) is not None), "") for name, others in ALSO.items()
-    ]
+    groups = [(name, *others) for name, others in ALSO.items()]
+    found = [next((n for n in group if value.get(n) is not None), "") for group in groups]
     return " and ".join(found) if all(found) else ""
 
 
 def common_prefix(a: Any, b: Any) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def is_two_lined(stream: Stream, kind: str) -> bool:
+    """Whether two lines make a pair, as in NeMo-Aligner's comparisons."""
+    if kind != "pairs" or stream.split:
+        return False
+    ((raw, where),) = stream.rows(0, 1)
+    with contextlib.suppress(dist.RunError):  # told with the other errors
+        return set(stream.record(raw, where).value) in ({"text"}, {"text", "label"})
+    return False
+
+
+def regroup(records: list[Record], two_lined: bool) -> Iterator[Record]:
+    """A record for each example: of two lines that are compared, or of each instance of a task."""
+    if two_lined:
+        one, two = (*records, None)[:2]
+        if (
+            two is None
+            or set(one.value) != set(two.value)
+            or one.value.get("label") != two.value.get("label")
+        ):
+            raise wrong(
+                one.where, "one text of a pair", "the other, alike but for its text, in the line after"
+            )
+        texts, numbers = [one.value["text"], two.value["text"]], {}
+        if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
+            given = one.value["label"] if isinstance(one.value["label"], list) else [one.value["label"]]
+            strength = next((number(x, one.where, "label") for x in given if x not in (None, -100)), 0)
+            texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
+            numbers = numbers if strength else {"tie": True}
+        yield Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where)
+        return
+    for value, where in records:
+        if not value.get("instances"):
+            yield Record(value, where)
+        given = value.get("instances") or []
+        for instance in given if isinstance(given, list) else [str(given)]:
+            if not isinstance(instance, dict):
+                raise wrong(where, f"the instance {instance!r}", "a JSON object")
+            yield Record({**value, **instance}, where)

@@ -2,10 +2,10 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, first, number, wrong
+from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, Record, first, number, wrong
 
 LABELS = ("label", "attributes")
 NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
@@ -52,6 +52,13 @@ def rated_parts(value: dict) -> list[dict]:
         if ends := [i for i, turn in enumerate(turns, 1) if is_rated(turn)]:
             return [{name: turns[:end]} for end in ends]
     return [{}]
+
+
+def rated_records(records: list[Record]) -> Iterator[Record]:
+    """A record for each rated reply."""
+    for value, where in records:
+        for part in rated_parts(value):
+            yield Record({**value, **part} if part else value, where)
 
 
 def label_line(attributes: dict[str, float]) -> str:

@@ -10,10 +10,11 @@ Shapes: N tokens of a row, N_targets scored ones, D width, V vocabulary, H heads
 import bisect
 import contextlib
 import functools
+import heapq
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    examples: list[Example], micro_batch_tokens: int, device: torch.device, what: str = ""
+    examples: Sequence[Example], micro_batch_tokens: int, device: torch.device, what: str = ""
 ) -> Iterator[MicroBatch]:
     """This rank's share of the examples in micro-batches of at most micro_batch_tokens; as many on each rank.
 
@@ -109,27 +110,36 @@ def token_limit(micro_batch_tokens: int, device: torch.device) -> int:
 def pack(indices: Iterable[int], lengths: list[int], limit: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest bin it fits."""
     bins: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    rooms: list[int] = []  # the numbers of tokens that some bin has left, sorted
+    having: dict[int, list[int]] = {}  # tokens left -> heap of the bins; a list of all bins would be too long
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        slot = bisect.bisect_left(free, (lengths[index], -1))
-        if slot == len(free):
+        slot = bisect.bisect_left(rooms, lengths[index])
+        if slot == len(rooms):
             bins.append([])
             left, target = limit, len(bins) - 1
         else:
-            left, target = free.pop(slot)
+            left = rooms[slot]
+            target = heapq.heappop(having[left])
+            if not having[left]:
+                del having[left], rooms[slot]
         bins[target].append(index)
-        bisect.insort(free, (left - lengths[index], target))
+        left -= lengths[index]
+        if left not in having:
+            bisect.insort(rooms, left)
+            having[left] = []
+        heapq.heappush(having[left], target)
     return bins
 
 
-def make_micro_batch(examples: list[Example], chosen: list[int], device: torch.device) -> MicroBatch:
+def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: torch.device) -> MicroBatch:
     """Pack examples[i] for i in chosen; nothing chosen makes a dummy of one token."""
 
     def put(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    sequences = [sequence for i in chosen for sequence in examples[i].sequences]
+    taken = [examples[i] for i in chosen]
+    sequences = [sequence for example in taken for sequence in example.sequences]
     ids, masks = zip(*sequences or [(np.zeros(1, np.int32), np.zeros(1, bool))], strict=True)
     lengths = np.array([len(x) for x in ids])
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -144,7 +154,7 @@ def make_micro_batch(examples: list[Example], chosen: list[int], device: torch.d
         targets=put(np.flatnonzero(np.concatenate(masks))),
         num_segments=len(sequences),
         example_ids=put(np.array(chosen, np.int64)),
-        fields={name: put(stack([examples[i].fields[name] for i in chosen], names[name])) for name in names},
+        fields={name: put(stack([e.fields[name] for e in taken], like)) for name, like in names.items()},
     )
 
 

@@ -7,7 +7,7 @@ one that takes what TRL's take. A reward model reads the decoded text under its 
 import gc
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -76,11 +76,11 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
         print(f'{where}; with "score_at": "end" in its config.json, at the end token', flush=True)
 
 
-def check(rewards: list[Reward], examples: list[Example]) -> None:
+def check(rewards: list[Reward], *datasets: Iterable[Example]) -> None:
     """End the run now if the template of a reward model does not take one of the prompts."""
-    prompts = [as_messages(example.prompt) for example in examples]
     for reward in rewards:
         if reward.tokenizer:
+            prompts = [as_messages(example.prompt) for dataset in datasets for example in dataset]
             templates.check_prompts(reward.tokenizer, prompts, f"reward {reward.name}")
 
 
@@ -109,6 +109,8 @@ def score_replies(
             numbers = torch.tensor(_call(reward, examples, replies), device=device)
         else:
             numbers = _read(reward, examples, replies, micro_batch_tokens, device)
+            asked = [examples[i * len(examples) // len(replies)].prompt for i in range(len(replies))]
+            _refuse_infinite(reward, numbers.tolist(), replies, asked)
         total += reward.weight * numbers
     return total.tolist()
 
@@ -178,10 +180,15 @@ def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> lis
         raise dist.RunError(
             f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"
         )
-    for number, reply, prompt in zip(found, replies, prompts, strict=True):
-        if not math.isfinite(number):
-            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
+    _refuse_infinite(reward, found, replies, prompts)
     return found
+
+
+def _refuse_infinite(reward: Reward, numbers: list[float], replies: list[str], prompts: list) -> None:
+    """End the run at a reward that is NaN, infinite, or so large that float32 cannot hold its square."""
+    for number, reply, prompt in zip(numbers, replies, prompts, strict=True):
+        if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
+            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
 
 
 def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from common.formats import (
     RESPONSES,
     ROLES,
     SHOWN,
-    LeftOut,
     Messages,
     common_prefix,
     first,
@@ -36,13 +34,12 @@ from common.formats import (
     from_json,
     wrong,
 )
-from common.loading import config_of
 from common.packed import Tokens
+from common.tokenizing import BREAK, Marked, Steps, adds_bos, alone, encoding, shared, tokenize
 
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-BREAK = "\ufdd0"  # Unicode keeps this out of texts: where `tokenize` cuts
 DAY = "2026-01-01"  # what a template that writes the date is told, so that tokens are the same on every day
 
 
@@ -57,11 +54,11 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
 
     folder, gguf = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        file = {"gguf_file": gguf} if gguf else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **file)
     except Exception as error:  # it has code of its own
-        problem = "its tokenizer cannot be read"
-        if not Path(folder).exists():
-            problem = "no such folder; as a hub id it could not be reached"
+        gone = "no such folder; as a hub id it could not be reached"
+        problem = "its tokenizer cannot be read" if Path(folder).exists() else gone
         raise dist.RunError(f"model {model}: {problem}: {first_line(error)}") from error
     try:
         if chat_template == "chatml":
@@ -103,11 +100,6 @@ def refuse_unknown(tokenizer: Any, given: dict) -> None:
     for name in (name for name, value in given.items() if value not in ("", [], {})):
         if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
             raise wrong("chat_template_kwargs", name, "a variable that the chat template reads")
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 @functools.lru_cache(maxsize=4)
@@ -177,10 +169,35 @@ def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
         template = tokenizer.get_chat_template(tools=tools)
         if "strftime_now(" in template:
             day = given.get("strftime_now", getattr(tokenizer, "day", None) or DAY)
-            given = {**given, "chat_template": dated(template, day)}
-        return tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, add_generation_prompt=for_reply, **given
-        )
+            template = dated(template, day)
+        is_plain = turns and not tools and not given and all(len(turn) == 2 for turn in turns)
+        if is_plain and (found := compiled(tokenizer, template)):
+            return found.render(**variables(tokenizer, turns, for_reply))
+        how = {**given, "tools": tools, "chat_template": template}
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=for_reply, **how)
+
+
+def variables(tokenizer: Any, turns: list[dict], for_reply: bool) -> dict[str, Any]:
+    """What the library lets a template see of turns with nothing but a role and a content."""
+    own = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": for_reply}
+    return tokenizer.special_tokens_map | own
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(tokenizer: Any, template: str) -> Any:
+    """The template as the library compiles it, without the copies that cost as much; None if unlike."""
+    from transformers.utils import chat_template_utils
+
+    try:
+        found = chat_template_utils._compile_jinja_template(template)
+        for for_reply in (False, True):
+            how = {"chat_template": template, "add_generation_prompt": for_reply, "tokenize": False}
+            shown = tokenizer.apply_chat_template(PROBE, **how)
+            if found.render(**variables(tokenizer, PROBE, for_reply)) != shown:
+                return None
+    except Exception:  # a template may raise anything
+        return None
+    return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -191,50 +208,14 @@ def dated(template: str, day: str) -> str:
     return re.sub(calls, lambda m: m[1] + date.strftime(m[2]) + m[1], template)
 
 
-@contextlib.contextmanager
-def encoding(where: str = "") -> Iterator[None]:
-    """What a template or tokenizer raises about a conversation becomes one line, after `where`."""
-    try:
-        yield
-    except LeftOut:
-        raise
-    except dist.RunError as error:
-        if not where or str(error).startswith(where):
-            raise
-        raise type(error)(f"{where}: {error}") from error
-    except Exception as error:  # a template may raise anything
-        place = f"{where}: " if where else ""
-        raise dist.RunError(f"{place}cannot be encoded: {first_line(error)}") from error
-
-
-@functools.lru_cache(maxsize=16)  # chosen and rejected share a prompt
-def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
-    """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
-    with encoding():
-        text.encode()  # half of a surrogate pair, which the tokenizer would not name
-        pieces = [
-            tokenizer(s, add_special_tokens=False, verbose=False)["input_ids"] for s in text.split(BREAK)
-        ]
-    tokens = tuple(token for piece in pieces for token in piece)
-    rows = getattr(config_of(getattr(tokenizer, "name_or_path", "")), "vocab_size", math.inf)
-    if max(tokens, default=0) >= rows:
-        token = tokenizer.convert_ids_to_tokens(max(tokens))
-        raise dist.RunError(
-            f"the tokenizer makes {token!r} token {max(tokens)}, but the model embeds {rows} tokens; "
-            "enlarge it with resize_token_embeddings and save it, or leave the token out of the data"
-        )
-    bos = tokenizer.bos_token_id
-    if (plain or tokenizer.chat_template is None) and tokens[:1] != (bos,) and adds_bos(tokenizer):
-        tokens = (bos, *tokens)
-    return tokens
-
-
 @functools.lru_cache(maxsize=2)
 def end_token(tokenizer: Any) -> int:
     """The token that ends an assistant turn: trained once per turn, and where generation stops."""
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
-        tail = render(tokenizer, PROBE, False).rpartition("zebra")[2]
+        _, reply, tail = render(tokenizer, PROBE, False).rpartition("zebra")
+        if not reply:
+            raise dist.RunError("cannot be encoded: the chat template does not show what the assistant says")
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [token for token in tokenize(tokenizer, tail) if token in special]
         if not ends:  # GLM's turns end where the next begins, with a token that its generation stops at
@@ -277,35 +258,42 @@ def encode_chat(
     Raises:
         RunError: the template does not take the conversation, or loses a part of it.
     """
+    return alone(tokenizer, chat_steps(tokenizer, messages, trained, lossless))
+
+
+def chat_steps(tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True) -> Steps:
+    """As `encode_chat`, for `together`."""
     spans = [i for i, t in enumerate(trained) if t]
     if not spans:
         return [Tokens(np.zeros(0, np.int32), np.zeros(0, bool))]
-    refuse_unseen(tokenizer, messages[: spans[-1] + 1])
-    whole = encode_whole(tokenizer, messages, spans, lossless)
+    messages = messages[: spans[-1] + 1]
+    refuse_unseen(tokenizer, messages)
+    text = render(tokenizer, messages, False)
+    refuse_changed(tokenizer, [m for m in messages if lossless or m["role"] == "user"], text)
+    whole = encode_whole(tokenizer, messages, spans, text, (yield text))
     return [whole] if whole else [encode_turn(tokenizer, messages[: i + 1], lossless) for i in spans]
 
 
-def encode_whole(tokenizer: Any, messages: Messages, spans: list[int], lossless: bool) -> Tokens | None:
+def encode_whole(
+    tokenizer: Any, messages: Messages, spans: list[int], text: str, found: Marked
+) -> Tokens | None:
     """One sequence for all trained turns; None if what comes later changes a turn, or the header of a reply.
 
     The span of a turn is what rendering it adds to the conversation before it (and to a reply's header), so
     no markers in the template are needed.
     """
-    text = render(tokenizer, messages[: spans[-1] + 1], False)
-    refuse_changed(tokenizer, [m for m in messages[: spans[-1] + 1] if lossless or m["role"] == "user"], text)
-    tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
+    tokens, end = tuple(found.tokens), end_token(tokenizer)
     mask = np.zeros(len(tokens), bool)
     for i in spans:
         is_reply = messages[i]["role"] == "assistant"
         before, turn = context_of(tokenizer, messages[: i + 1]), text
         if i < spans[-1]:
             turn = render(tokenizer, messages[: i + 1], False)
-        prompt = tokenize(tokenizer, before)
         # a token across the boundary belongs to the turn that completes it
-        start, stop = common_prefix(prompt, tokens), common_prefix(tokenize(tokenizer, turn), tokens)
-        is_cut = start < len(prompt) and is_reply and i > 0
+        start, is_uncut = shared(tokenizer, text, found, before)
+        stop = shared(tokenizer, text, found, turn)[0] if i < spans[-1] else len(tokens)
         has_end = end in tokens[start:stop]
-        if is_cut or not (text.startswith(before) and turn.startswith(before)):
+        if (not is_uncut and is_reply and i > 0) or not (text.startswith(before) and turn.startswith(before)):
             return None
         if not (text.startswith(turn) or has_end) or not keeps_thoughts(tokenizer, messages[i], text):
             return None
@@ -450,10 +438,14 @@ def pieces(tokenizer: Any, message: dict) -> list[str]:
     """The texts that a rendering of a turn has to hold: its content, of a reply cut at marks of thoughts."""
     content = hidden(tokenizer, message["content"], message["role"] == "assistant")
     if message["role"] == "assistant":
-        mark, ending = thought_marks(tokenizer)
-        found = re.split("|".join(map(re.escape, (mark, ending.strip(), "<think>", "</think>"))), content)
-        return [piece.strip() for piece in found]
+        return [piece.strip() for piece in around_thoughts(tokenizer).split(content)]
     return [content.strip()]
+
+
+@functools.lru_cache(maxsize=4)
+def around_thoughts(tokenizer: Any) -> re.Pattern:
+    mark, ending = thought_marks(tokenizer)
+    return re.compile("|".join(map(re.escape, (mark, ending.strip(), "<think>", "</think>"))))
 
 
 def keeps_thoughts(tokenizer: Any, message: dict, text: str) -> bool:
@@ -517,8 +509,13 @@ def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossle
     Raises:
         RunError: the response has several, and the template rewrites the first of them.
     """
+    return alone(tokenizer, response_steps(tokenizer, prompt, response, lossless))
+
+
+def response_steps(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Steps:
+    """As `encode_response`, for `together`."""
     trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
-    tokens, *others = encode_chat(tokenizer, prompt + response, trained, lossless)
+    tokens, *others = yield from chat_steps(tokenizer, prompt + response, trained, lossless)
     if others:
         raise dist.RunError("cannot be encoded: the chat template changes a response of several turns")
     return tokens
@@ -526,12 +523,17 @@ def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossle
 
 def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
     """Tokens to generate from: messages under the template, a string as plain text; then the label."""
-    plain = isinstance(prompt, str)
-    if not plain:
-        refuse_unseen(tokenizer, prompt)
-    text = prompt if plain else render(tokenizer, prompt, True)
-    refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"] if not plain else [], text)
-    return list(tokenize(tokenizer, text + labelled(tokenizer, label), plain))
+    return alone(tokenizer, prompt_steps(tokenizer, prompt, label))
+
+
+def prompt_steps(tokenizer: Any, prompt: Messages | str, label: str = "") -> Steps:
+    """As `encode_prompt`, for `together`."""
+    if isinstance(prompt, str):
+        return list(tokenize(tokenizer, prompt + labelled(tokenizer, label), True))
+    refuse_unseen(tokenizer, prompt)
+    text = render(tokenizer, prompt, True)
+    refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"], text)
+    return list((yield text + labelled(tokenizer, label)).tokens)
 
 
 def check_prompts(tokenizer: Any, prompts: list[Messages], what: str) -> None:

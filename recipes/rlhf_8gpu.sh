@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Reward model and PPO on one node of 8 GPUs, from the SFT run of sft_dpo_8gpu.sh. Both steps resume when run again.
+# Reward model and PPO on one node of 8 GPUs, from the SFT run of sft_chat.sh. Both steps resume when run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SFT=${SFT:-runs/sft}
+SFT=${SFT:-runs/chat/sft}
 PAIRS=${PAIRS:-allenai/llama-3.1-tulu-3-8b-preference-mixture}
 PROMPTS=${PROMPTS:-allenai/RLVR-GSM}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cpu  # noqa: E402
 import gpu  # noqa: E402
 import harness  # noqa: E402
+import loader  # noqa: E402
 import vs_trl  # noqa: E402
 
 from common import models, packed  # noqa: E402
@@ -189,6 +190,15 @@ def test_the_cpu_workers_answer() -> None:
     assert found["imbalance"] == 1.0 and found["tokens_per_second"] > 0
     found = cpu.run_loader(0.0, 300)
     assert found["fill"] > 0.9 and found["tokenise_tokens_per_second"] > 0
+
+
+def test_the_loader_is_measured_on_chats_it_can_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "cache"))
+    loader.write_chats(tmp_path / "chats.jsonl", 40, 100)
+    loader.write_model(tmp_path, tmp_path / "chats.jsonl")
+    found = loader.run_ours(0.0, str(tmp_path), str(tmp_path / "chats.jsonl"), num_batches=0)
+    assert found["examples"] == 40 and found["cpu"] > 0 and found["uss_mib"] > 0
+    assert loader.run_map(0.0, str(tmp_path), str(tmp_path / "chats.jsonl"))["cpu"] > 0
 
 
 def test_documents_have_the_tokens_they_say() -> None:

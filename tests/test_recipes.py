@@ -1,7 +1,9 @@
 """recipes/: the shell scripts parse, and the verifiable rewards by hand."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def test_shell_scripts_parse(path) -> None:
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 
 
-SMOKED = [path for path in sorted((ROOT / "recipes").glob("*.sh")) if "SMOKE" in path.read_text()]
+SMOKED = [path for path in sorted((ROOT / "recipes").glob("*.sh")) if "RUNS=" in path.read_text()]
 
 
 @pytest.mark.slow
@@ -33,3 +35,50 @@ def test_smoke_forms_run_to_their_end(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all((folder.parent / "model").is_dir() for folder in tmp_path.glob("*/args.json"))
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "code", "queued"),
+    [
+        ("true", False, 0, False),
+        ("exit 3", False, 3, False),  # a mistake would come again and again
+        ('touch "$CLEANALIGN_STOPPED"', False, 0, True),  # its time was up
+        (
+            "touch ready; trap 'sleep 0.3; touch $CLEANALIGN_STOPPED; exit 1' TERM; sleep 60 & wait",
+            True,
+            0,
+            True,
+        ),
+    ],
+)
+def test_a_job_is_queued_again_if_it_was_stopped_and_not_if_it_failed(
+    command: str, told: bool, code: int, queued: bool, tmp_path: Path
+) -> None:
+    """Slurm's part is played by a script that writes down how it was called."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queued\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    job = subprocess.Popen(["bash", ROOT / "recipes/slurm.sh", "bash", "-c", command], env=environment)
+    while told and not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    if told:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait() == code
+    assert (tmp_path / "queued").exists() == queued
+    assert not list(tmp_path.glob(".stopped*"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("sd35", marks=pytest.mark.slow)]
+    + [pytest.param(kind, marks=pytest.mark.release) for kind in ("sd15", "sdxl", "flux")],
+)
+def test_the_image_recipe_runs_on_a_tiny_model(kind: str) -> None:
+    script = ROOT / "recipes" / "draftp_8gpu.sh"
+    done = subprocess.run(
+        ["bash", script, kind], env={**os.environ, "SMOKE": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished" in done.stdout or "model, metrics" in done.stdout, done.stdout[-2000:]
