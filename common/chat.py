@@ -26,7 +26,7 @@ from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from common import data, dist, files, formats, models, packed
+from common import data, dist, files, formats, labels, models, packed
 from common.args import Inference
 from common.generate import Sample, generate, rollout
 
@@ -303,7 +303,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, "", args.chat_template_kwargs)
     policy = models.load(args.model, device, Inference(), trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    label = formats.read_line(args.attributes, "attributes")
+    label = labels.read_line(args.attributes, "attributes")
     shown = ""
 
     def show(sample: Sample) -> None:

@@ -25,6 +25,18 @@ def test_shell_scripts_parse(path) -> None:
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 
 
+SMOKED = [path for path in sorted((ROOT / "recipes").glob("*.sh")) if "RUNS=" in path.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SMOKED, ids=lambda p: p.stem)
+def test_smoke_forms_run_to_their_end(path: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "SMOKE": "1", "RUNS": str(tmp_path)}
+    done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all((folder.parent / "model").is_dir() for folder in tmp_path.glob("*/args.json"))
+
+
 @pytest.mark.parametrize(
     ("command", "told", "code", "queued"),
     [
