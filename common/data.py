@@ -460,6 +460,11 @@ def fit(
     return is_long, example
 
 
+def num_kept(size: int) -> int:
+    """How many of `size` examples are trained on where some are held out."""
+    return max(0, size - min(512, max(1, round(0.05 * size))))
+
+
 def hold_out(examples: list[Example], source: str) -> tuple[list[Example], list[Example]]:
     """(kept, held out): 5 % of the examples, 1 to 512, by hash of the question a conversation opens with.
 
@@ -472,7 +477,7 @@ def hold_out(examples: list[Example], source: str) -> tuple[list[Example], list[
         return hashlib.sha256(json.dumps(opening).encode()).hexdigest()
 
     keys = [key(example) for example in examples]
-    sizes, held, room = Counter(keys), set(), min(512, max(1, round(0.05 * len(examples))))
+    sizes, held, room = Counter(keys), set(), len(examples) - num_kept(len(examples))
     if len(sizes) == 1:
         raise wrong(f"dataset {source}", "a single prompt, none to hold out", "eval_dataset to be set")
     for name in sorted(sizes):
