@@ -771,7 +771,9 @@ def main(args: Args) -> None:
     evaluate(2, str(last), metrics, held_out, log, args, device)
 
     stages.export(last, folder)
-    dist.from_main(lambda: [files.remove(path) for path in folder.glob("*/*.replies")])
+    dist.from_main(
+        lambda: [files.remove(path) for x in ("replies", "part") for path in folder.glob(f"*/*.{x}")]
+    )
     log.finish()
 
 

@@ -184,7 +184,7 @@ def precompute_reference(policy: Policy, examples: list[Example], args: Args, de
 
     def score() -> Tensor:
         ref_logps = torch.zeros(len(once), 2, device=device)
-        for micro_batch in packed.micro_batches(once, args.system.micro_batch_tokens, device):
+        for micro_batch in packed.micro_batches(once, args.system.micro_batch_tokens, device, "reference"):
             ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 

@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
 from common import checkpoint, data, diffusion, dist, files, formats, models, pictures
-from common.args import Optimization, Run, Weights, block, load_function, parse, snapshot
-from common.evaluate import mean_scores
+from common.args import Optimization, Run, Weights, block, parse, snapshot
+from common.evaluate import load_judge, mean_scores
 from common.log import Log
 
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
@@ -62,7 +62,7 @@ class ImageRun(Run):
     images_per_prompt: int = 4
     """images of each prompt at an evaluation, from fixed noises: for the picture and the diversity"""
     judge: str = ""
-    """package.module:function, (prompt, image) -> dict of scores; default: exact for toy, else none"""
+    """package.module:function, (prompt, image) -> a number or a dict; default: exact for toy, else none"""
     draw_prompts: str = ""
     """do not train, but draw this file's prompts with the model in output_dir, under each of `schedules`"""
     schedules: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
@@ -486,11 +486,11 @@ def main(args: Args) -> None:
         picture = log.folder / "images" / f"step_{step:08d}.png"
         pictures.save_grid(picture, shown, {"base": base, "tuned": drawn})
         log.picture(step, picture)
-        rows, scores = pictures.judged(shown, drawn, base, load_function(spec) if spec else None)
+        rows, scores = pictures.judged(shown, drawn, base, judge)
         log.samples(step, rows)
         return metrics | {f"eval/judge/{name}": mean for name, mean in mean_scores(scores).items()}
 
-    spec = run.judge or ("toy.images:judge" if args.dataset == "toy" else "")
+    judge = load_judge(run.judge, args.dataset, toy="toy.images:judge")
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 

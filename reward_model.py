@@ -18,6 +18,7 @@ Shapes: a micro-batch packs B examples, K sequences each (2 for pairs, 1 for rat
 Metrics, results and departures from the papers: docs/reward_model.md
 """
 
+import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from common import checkpoint, data, dist, files, formats, models, packed
 from common.args import Optimization, System, Training, block, parse, snapshot
 from common.evaluate import agreement
 from common.log import Log
-from common.packed import Example, MicroBatch
+from common.packed import Example, MicroBatch, Tokens
 from common.rewards import read_where_trained
 
 SHOWN = ("loss", "accuracy", "margin", "grad_norm")
@@ -56,11 +57,11 @@ class Args:
     chat_template_kwargs: str = ""
     """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
     max_length: int = 2048
-    """most tokens of prompt and response; an example with a longer one is dropped, and counted"""
+    """most tokens of prompt and response; a longer example is dropped, and counted; by --score refused"""
     score: str = ""
     """no training: score this file's responses with the model; goes on where it was stopped"""
     score_output: str = ""
-    """the file that --score writes, which must be new; default: <output_dir>/scored/<file>.jsonl"""
+    """the file that --score writes, a new one; default: in <output_dir>/scored, one for a file and model"""
 
     # algorithm
     loss: Literal["bt", "margin_bt", "scaled_bt", "kwise", "plackett_luce", "regression"] = "bt"
@@ -281,13 +282,19 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
         the file written, never beside the one read: a data folder must not have its records twice.
     """
     path, names = Path(source).expanduser(), models.output_names(scorer)
-    default = Path(args.run.output_dir) / "scored" / f"{path.name.removesuffix('.jsonl')}.jsonl"
+    origin = hashlib.sha256(f"{path.resolve()} {args.model}".encode()).hexdigest()[:8]
+    default = Path(args.run.output_dir) / "scored" / f"{path.name.removesuffix('.jsonl')}-{origin}.jsonl"
     target = Path(args.score_output or default).expanduser()
-    dist.from_main(lambda: make_room(target, args.run.overwrite))
+    dist.from_main(lambda: make_room(target, args.run.overwrite or not args.score_output))
     records = formats.read_file(path)
 
+    def encode(record: formats.Record) -> list[Tokens]:
+        return data.read_responses(tokenizer, *record, args.max_length)
+
+    dist.parallel_map(lambda record: len(encode(record)), records)  # a bad one ends the run before the work
+
     def work(chunk: list[formats.Record]) -> list[dict]:
-        found = dist.parallel_map(lambda record: data.read_responses(tokenizer, *record), chunk)
+        found = dist.parallel_map(encode, chunk)
         examples = [Example([sequence], "") for sequences in found for sequence in sequences]
         outputs = iter(models.score(scorer, examples, args.system.micro_batch_tokens, device).tolist())
         scored = [[next(outputs) for _ in sequences] for sequences in found]

@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -125,6 +126,9 @@ class Folder:
 class Training(Folder):
     """Where a run is kept, how long it takes and what it records on the way."""
 
+    # a run that goes on may have more steps and be exported otherwise; one that has finished stays as it is
+    final: ClassVar[tuple[str, ...]] = ("num_epochs", "max_steps", "merge_dtype", "merge_lora")
+
     num_epochs: int = 1
     """passes over the training data"""
     max_steps: int = -1
@@ -146,7 +150,7 @@ class Run(Training):
     num_samples: int = 16
     """prompts answered and judged at each evaluation"""
     judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
+    """package.module:function, (prompt, response) -> a number or a dict; default: exact for toy, else none"""
     merge_lora: bool = False
     """fold the adapters into the exported model instead of writing a peft folder"""
 
@@ -158,7 +162,7 @@ class PipelineRun(Folder):
     num_samples: int = 16
     """prompts answered and judged at each evaluation"""
     judge: str = ""
-    """package.module:function, (prompt, response) -> dict of scores; default: exact for toy, else none"""
+    """package.module:function, (prompt, response) -> a number or a dict; default: exact for toy, else none"""
 
 
 @dataclass
@@ -330,8 +334,16 @@ def load_function(spec: str) -> Callable:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise dist.RunError(f"{spec!r}: {error}; expected package.module:function") from error
+    except Exception as error:  # a user's module may raise anything
+        raise dist.RunError(f"{spec!r}: {what_happened(error)}; expected package.module:function") from error
+
+
+def what_happened(error: Exception) -> str:
+    """An exception of a user's function in one line, with the line of the user's file that it came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    own = [f for f in frames if Path(f.filename).parent != Path(__file__).parent]  # not of what calls it
+    at = [f" ({f.filename}:{f.lineno})" for f in own if f.filename == own[0].filename]
+    return "".join([f"{type(error).__name__}: {error}".splitlines()[0], *at[-1:]])
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -340,6 +352,7 @@ def load_function(spec: str) -> Callable:
 def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = None) -> Any:
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
+    With another model the toy's data are used only if they are asked for, as in --dataset toy.
     A boolean is set by --flag, --no_flag, --flag=True or --flag True. A mistake ends the process with one
     line, from one rank.
 
@@ -355,7 +368,10 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
     chosen = vars(peek.parse_known_args(words)[0])
     presets = {o: x for o, values in presets_of(Args).items() if (x := values.get(chosen[o]))}
     asks_help = {"-h", "--help"} & set(words)
-    changed = (toy if chosen["model"] == "toy" else {}) | merged_presets(Args, chosen)
+    unset = {
+        f.name: "" for f in fields(Args) if f.default == "toy" and f.name != "model"
+    }  # refused where read
+    changed = (toy if chosen["model"] == "toy" else unset) | merged_presets(Args, chosen)
     defaults = Args() if asks_help else with_fields(Args(), **changed)
     settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in toy.items())
     about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"

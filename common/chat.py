@@ -194,7 +194,7 @@ def letter_probs(
 ) -> list[list[float]]:
     """P(letter) among `count` letters, of each example."""
     table = torch.zeros(len(examples), count, device=device)
-    for row in packed.micro_batches(examples, micro_batch_tokens, device) if examples else ():
+    for row in packed.micro_batches(examples, micro_batch_tokens, device, "verdicts") if examples else ():
         table[row.example_ids] = policy.logits(row).gather(1, row.fields["letters"].long())
     return dist.sum_over_ranks(table).softmax(-1).tolist()  # each example was scored by one rank
 

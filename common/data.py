@@ -36,6 +36,7 @@ from common.formats import (
     common_prefix,
     first,
     is_transcript,
+    lead_of,
     number,
     read_exchange,
     read_label,
@@ -142,7 +143,8 @@ def regroup(records: list[Record], kind: str) -> list[Record]:
             grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
         return grouped
     for value, where in records:
-        for instance in value.get("instances") or [{}]:
+        given = value.get("instances") or [{}]
+        for instance in given if isinstance(given, list) else [str(given)]:
             if not isinstance(instance, dict):
                 raise wrong(where, f"the instance {instance!r}", "a JSON object")
             grouped.append(Record({**value, **instance}, where))
@@ -162,6 +164,8 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     names = chosen or masked or ["assistant"]
     if isinstance(names, str):
         names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise wrong(where, f"{'train_roles' if chosen else 'mask'} {names!r}", "names of roles")
     speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
     speakers = [""] * (len(turns) - len(speakers)) + speakers
     unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
@@ -170,6 +174,8 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
+    lead = len(lead_of(value, where))  # a history is context, as it is before a prompt
+    named = [n and (i >= lead or turns[i]["role"] == "system") for i, n in enumerate(named)]
     return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
 
 
@@ -178,7 +184,9 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")  #
 
 def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     """Token ids with labels, -100 where not trained; or a text alone, trained as a whole; else None."""
-    if "input_ids" in value:
+    if value.get("input_ids") is not None:
+        if not isinstance(value["input_ids"], list) or any(isinstance(x, list) for x in value["input_ids"]):
+            raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
         tokens = np.asarray(value["input_ids"])
         columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
         fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
@@ -201,8 +209,12 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     return None
 
 
-def read_responses(tokenizer: Any, value: dict, where: str) -> list[Tokens]:
-    """The responses of a record of any kind, each after its prompt: one, two of a pair, or `responses`."""
+def read_responses(tokenizer: Any, value: dict, where: str, max_length: float = math.inf) -> list[Tokens]:
+    """The responses of a record of any kind, each after its prompt: one, two of a pair, or `responses`.
+
+    None is cut, which would remove the token that is scored: a longer one ends the run.
+    """
+    most = min(max_length, packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))))
     with encoding(where):
         refuse_fields(value, where)
         if value.get("responses") is not None:
@@ -215,7 +227,10 @@ def read_responses(tokenizer: Any, value: dict, where: str) -> list[Tokens]:
             if not response or response[-1]["role"] != "assistant":
                 raise wrong(where, value, "a reply at the end")
             sides = [response]
-        return [encode_response(tokenizer, prompt, side) for side in sides]
+        found = [encode_response(tokenizer, prompt, side) for side in sides]
+        if (longest := max(len(tokens) for tokens, _ in found)) > most:
+            raise wrong(where, f"{longest} tokens", f"at most {most}, by max_length or the model")
+        return found
 
 
 def load_sft(

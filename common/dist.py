@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ TWICE_SECONDS = (
 )
 LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
 POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
+FIRST_SECONDS, TELL_SECONDS = 10.0, 30.0  # a log file hears of slow work after the first, then every so often
 _stop = {"signal": 0, "time": 0.0, "agreed": False}
 
 
@@ -247,6 +248,34 @@ def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         result[share].append(index)
         heapq.heappush(heap, (load + costs[index], share))
     return result
+
+
+def progress(items: Iterable, what: str, total: int, size: Callable[[Any], int] = lambda _: 1) -> Iterator:
+    """The items, while rank 0 shows how far they are and how long the rest will take, if it takes seconds.
+
+    On a terminal that is a bar, which goes when all is done; elsewhere a line every half minute.
+
+    Args:
+        total: what the sizes of all items add up to.
+        size: of an item, how much it adds to what is counted.
+    """
+    if not is_main():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    start, due, done = time.monotonic(), FIRST_SECONDS, 0
+    has_bar = sys.stderr.isatty()
+    with tqdm(total=total, desc=what, delay=3, leave=False, disable=not has_bar) as bar:
+        for item in items:
+            yield item
+            done += size(item)
+            bar.update(size(item))
+            seconds = time.monotonic() - start
+            if not has_bar and seconds >= due and 0 < done < total:
+                due = seconds + TELL_SECONDS
+                left = tqdm.format_interval(seconds / done * (total - done))
+                print(f"{what}: {done:,} of {total:,}, {left} left", flush=True)
 
 
 def run(main: Any, args: Any) -> None:

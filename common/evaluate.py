@@ -1,6 +1,8 @@
 """Answers to held-out prompts: generated, judged, described, and compared with what was asked for."""
 
+import functools
 import json
+import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from common import dist
-from common.args import Sampling, load_function
+from common.args import Sampling, load_function, what_happened
 from common.data import Dataset, encode_prompt
-from common.formats import Messages
+from common.formats import Messages, wrong
 from common.generate import generate
 from common.packed import Example, position_limit
 
@@ -45,14 +47,26 @@ def last_turn(prompt: Messages | str) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def load_judge(spec: str, dataset: str) -> Judge | None:
+def load_judge(spec: str, dataset: str, toy: str = "toy.language:judge") -> Judge | None:
     """The function that --judge names; by default the toy world's exact one for its data, else none.
 
     Raises:
-        RunError: there is no such function.
+        RunError: there is no such function; later, it raises or returns neither a number nor a dict of them.
     """
-    spec = spec or ("toy.language:judge" if dataset == "toy" else "")
-    return load_function(spec) if spec else None
+    spec = spec or (toy if dataset == "toy" else "")
+    return functools.partial(scores_of, load_function(spec), spec) if spec else None
+
+
+def scores_of(judge: Callable, name: str, prompt: str, response: Any) -> dict[str, float]:
+    """A judge's scores of a response, or an image; a number alone is called score."""
+    try:
+        found = judge(prompt, response)
+    except Exception as error:  # a user's function may raise anything
+        raise dist.RunError(f"judge {name} raised {what_happened(error)}; it was asked {prompt!r}") from error
+    scores = found if isinstance(found, dict) else {"score": found}
+    if not all(isinstance(score, numbers.Real) for score in scores.values()):
+        raise wrong(f"judge {name}", repr(found), "a number, or a dict of numbers")
+    return scores
 
 
 def answer(
@@ -101,7 +115,8 @@ def answer(
         for a, value in zip(answers, reward(examples, [a.text for a in answers]), strict=True):
             a.reward = value
     if judge:
-        found = dist.from_main(lambda: [judge(a.prompt, a.text) for a in answers])
+        shown = dist.progress(answers, "answers judged", len(answers))
+        found = dist.from_main(lambda: [judge(a.prompt, a.text) for a in shown])
         for a, scores in zip(answers, found, strict=True):
             a.scores = scores
     return answers
@@ -125,6 +140,9 @@ def answer_metrics(answers: list[Answer]) -> dict[str, float]:
 
 def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of each score; all have the same names."""
+    for found in scores:
+        if found.keys() != scores[0].keys():
+            raise wrong("judge", [*found], f"the names it gave before, {[*scores[0]]}")
     return {name: sum(found[name] for found in scores) / len(scores) for name in scores[0]} if scores else {}
 
 

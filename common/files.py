@@ -203,7 +203,8 @@ def write_lines(
         Stopped: a stop was asked for; what is done stays.
     """
     unfinished, size = part_name(path, items, key), size or 256 * dist.world_size()
-    for start in range(dist.from_main(lambda: cut_torn_line(unfinished)), len(items), size):
+    starts = range(dist.from_main(lambda: cut_torn_line(unfinished)), len(items), size)
+    for start in dist.progress(starts, path.name, len(starts) * size, lambda _: size):
         records = work(items[start : start + size])
         if dist.is_main():
             with unfinished.open("a") as file:
@@ -282,7 +283,8 @@ class Journal:
         share = [key for key in items if int(key, 16) % dist.world_size() == dist.rank()]
         with ThreadPoolExecutor(threads) as pool:
             try:
-                list(pool.map(attempt, [key for key in share if key not in self.records]))
+                missing = [key for key in share if key not in self.records]
+                list(dist.progress(pool.map(attempt, missing), "answers of the server", len(missing)))
             finally:
                 pool.shutdown(cancel_futures=True)
         while True:
@@ -380,7 +382,9 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
         "data": digest.hexdigest(),
     }
     parts |= {"chat template": str(getattr(tokenizer, "chat_template", None))}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+    found = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+    day = getattr(tokenizer, "day", None)  # that the template writes
+    return found | ({"day of the chat template": day} if day else {})
 
 
 def code(script: Path) -> dict[str, str]:

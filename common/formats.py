@@ -7,6 +7,7 @@ template.
 
 import codecs
 import difflib
+import functools
 import gzip
 import json
 import math
@@ -45,11 +46,14 @@ class LeftOut(Exception):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def read_sources(names: str, what: str = "dataset") -> list[tuple[str, float]]:
     """(source, weight) of each part of a,b*2; a * in the name of an existing file is part of the name."""
+    if not names:
+        raise dist.RunError(f"{what} is not set; with a model of your own say which, or --{what} toy")
     sources = []
     whole = Path(names).expanduser().exists()  # a comma in the name of a file separates nothing
     for name in [names] if whole else map(str.strip, names.split(",")):
@@ -103,10 +107,24 @@ def read_folder(path: Path, source: str, names: tuple[str, ...]) -> list[Record]
     places = [*path.iterdir(), *(path / "data").glob("*")]
     for name in names:
         if found := sorted(f for f in places if re.match(rf"{name}[.-]", f.name)):
+            refuse_twice(found, path)
             return [record for f in found for record in read_file(f)]
     if "train" in names:
         raise wrong(f"dataset {source}", "no train.* file", "train.jsonl, .json or .parquet in it or data/")
     return None
+
+
+def refuse_twice(found: list[Path], folder: Path) -> None:
+    """End the run if the files of a split are the same one twice, or lack a shard of name-00000-of-00003."""
+    stems = [f.name.removesuffix(".gz").rpartition(".")[0] for f in found]
+    shards = [m for stem in stems if (m := re.search(r"-(\d+)-of-(\d+)$", stem))]
+    shown = ", ".join(str(f.relative_to(folder)) for f in found[:4])
+    is_mixed = len({f.parent for f in found}) > 1 or 0 < len(shards) < len(found)
+    if is_mixed or len({*stems}) < len(stems) or len({m[2] for m in shards}) > 1:
+        raise wrong(f"dataset {folder}", shown, "one of them: the records would be read twice")
+    missing = {*range(int(shards[0][2]))} - {int(m[1]) for m in shards} if shards else ()
+    if missing:
+        raise wrong(f"dataset {folder}", shown, f"number {min(missing)} of {shards[0][2]} too")
 
 
 def read_hub(source: str, names: tuple[str, ...]) -> list[Record] | None:
@@ -202,6 +220,16 @@ SHOWN = ("content", "reasoning_content", *KEPT)
 REFUSED = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "text, all that is read")
 REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen and rejected of a prompt"}
 REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
+REFUSED |= dict.fromkeys(("system_message", "system_msg", "system_instruction"), "the name system")
+REFUSED |= {"winner": "chosen and rejected"}
+# all that is read, here and in data.py, of a record and of a turn
+READ = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
+OTHERS = "content system system_prompt history tools functions context label attributes chat_template_kwargs "
+OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
+OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
+READ += (*REASONING, *OTHERS.split())
+LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
+READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
 
 def first(value: dict, names: Iterable[str]) -> Any:
@@ -215,8 +243,26 @@ def number(value: Any, where: str, name: str) -> float:
     return float(value)
 
 
+@functools.lru_cache(maxsize=4096)
+def meant(name: str, known: tuple[str, ...]) -> list[str]:
+    """The names that this one is a slip of: `choosen`. prompt_id and answers are names of the user's own."""
+    own = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
+    near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
+    return [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
+
+
+def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
+    """End the run for a name that is nearly one of `known`, which the record does not have."""
+    for name, found in value.items():
+        near = [x for x in meant(name, known) if value.get(x) is None] if name not in known else []
+        if near and found is not None and (name + "s" not in LISTS or isinstance(found, list | dict)):
+            raise wrong(where, f"the field {name}", f"{' or '.join(near)}; else another name for it")
+
+
 def refuse_fields(value: dict, where: str) -> None:
-    """End the run if a record says what cannot be followed."""
+    """End the run if a record says what cannot be followed, or nearly says what would be."""
+    refuse_slips(value, where, READ)
     for name, expected in REFUSED.items():
         if value.get(name) not in (None, "", [], {}, 1):
             raise wrong(where, f"the field {name}", expected)
@@ -260,10 +306,14 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
+    refuse_slips(turn, where, READ_OF_TURNS)
     speaker, text = str(first(turn, ("role", "from"))).lower(), first(turn, ("content", "value"))
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
+    for name in ("reasoning_content", "tool_call_id", "name"):
+        if not isinstance(kept.get(name, ""), str):
+            raise wrong(where, f"{name} {kept[name]!r} of a message", "a text")
     if speaker in ("function_call", "tool_call"):
         kept["tool_calls"], text = text, ""
     if turn.get("function_call"):  # OpenAI's older name for one call
@@ -278,15 +328,35 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         parts = [part.get("text") if isinstance(part, dict) else None for part in text]
         text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     text = "" if text is None and kept.keys() - {"name"} else text
-    if speaker not in ROLES or not isinstance(text, str):
-        raise wrong(where, f"the message {turn}", f"a content of text, and a role of {', '.join(ROLES)}")
+    if speaker not in ROLES:
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        content = first(turn, ("content", "value"))
+        raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
+    channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
+    if channels and "reasoning_content" in kept:
+        raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
+    text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = first(turn, TRAINED)
-    if flag not in (None, 0, 1):
+    if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
         kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
     return {"role": ROLES[speaker], "content": text, **kept}
+
+
+def read_channels(text: str, where: str) -> dict[str, str]:
+    """Content and thoughts of a reply in gpt-oss's raw format; {} without channels, others are refused."""
+    pieces = re.split(r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>", text)
+    if len(pieces) == 1:
+        return {}
+    names = [name.strip() for name in pieces[1::2]]
+    said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", piece) for piece in pieces[2::2]]
+    if pieces[0].strip() or "<|" in "".join(said) or names not in (["final"], ["analysis", "final"]):
+        expected = "an analysis, then a final channel; or reasoning_content, content and tool_calls"
+        raise wrong(where, f"the channels {', '.join(names)} in a content", expected)
+    return dict(zip(("content", "reasoning_content"), reversed(said), strict=False))
 
 
 def says_something(message: dict) -> bool:
@@ -301,7 +371,7 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     if is_transcript(value):
         return split_transcript(value, where, role)
     if isinstance(value, str):
-        return [{"role": role, "content": value.strip()}]
+        return [as_message({"role": role, "content": value.strip()}, where)]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise wrong(where, repr(value), "a string or a list of role/content messages")
@@ -367,9 +437,17 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
     )
 
 
+def given_turns(value: dict, where: str) -> Any:
+    """What a record has as `messages` or `conversations`, a list or a transcript; None without."""
+    turns = first(value, CONVERSATIONS)
+    if turns is not None and not isinstance(turns, list) and not is_transcript(turns):
+        raise wrong(where, f"messages {turns!r}", "a list of role/content messages")
+    return turns
+
+
 def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
     """The turns of a record that holds a whole conversation, else None."""
-    turns = first(value, CONVERSATIONS)
+    turns = given_turns(value, where)
     if turns is None and is_transcript(value.get("text")):
         turns = value["text"]
     if turns is None:
@@ -379,7 +457,8 @@ def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
 
 def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
     """What the model is asked, without a conversation's last reply or the turn a transcript opens for it."""
-    prompt, material = first(value, PROMPTS + CONVERSATIONS), first(value, ("input", "context"))
+    prompt, material = first(value, PROMPTS), first(value, ("input", "context"))
+    prompt = given_turns(value, where) if prompt is None else prompt
     if prompt is None and is_transcript(value.get("transcript")):  # a red-team attempt: its first turn
         return as_turns(tokenizer, value["transcript"], where)[:1]
     if prompt is None and first(value, CHOSEN) is not None:
@@ -404,6 +483,8 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
         return turns[:last], turns[last:]
     if first(value, RESPONSES) is None and is_pair:
         return read_pair(tokenizer, value, where)[:2]
+    if not isinstance(value.get("text", ""), str | None):
+        raise wrong(where, f"text {value['text']!r}", "a text")
     if first(value, PROMPTS) is None or first(value, RESPONSES) is None:
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)

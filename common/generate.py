@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import data, dist, files, models, packed
+from common import data, dist, files, lora, models, packed
 from common.decode import Batch, Sample, Settings, decode, rollout_attention
 
 
@@ -100,6 +100,7 @@ def generate(
     mine = [sample for place in shares[dist.rank()] for sample in groups[place]]
     with rollout(policy) as replica, torch.no_grad():
         looks = decode(replica, tokenizer, mine, settings, max_batch, stream) if mine else iter(())
+        looks = dist.progress(looks, "replies", len(mine), len)
         for ended in dist.in_step(looks) if keep else looks:
             for s in ended if keep else ():
                 s.logps = []
@@ -151,7 +152,9 @@ class Replica:
     """The policy's weights, whole, in a plain module of the compute dtype; no storage between rollouts.
 
     LoRA adapters stay beside the base, as in training: folded into bfloat16 weights a small change would
-    round away. The frozen base is the policy's own memory wherever a rank holds all of it.
+    round away. Those of experts peft itself folds into weights of the compute dtype, in each forward; here
+    that is done once, with the same numbers, where the memory has room. The rest of the frozen base is the
+    policy's own memory wherever a rank holds all of it.
     """
 
     def __init__(self, policy: models.Policy):
@@ -179,6 +182,11 @@ class Replica:
         # frozen weights have the compute dtype already: those that are whole here are shared, not copied
         parameters = policy.model.named_parameters(remove_duplicate=False)  # tied weights have two names
         self.shared = {name for name, p in parameters if not p.requires_grad}
+        self.experts = [m for _, m in lora.layers(self.model) if hasattr(m, "parameter_name")]
+        if policy.compute_dtype.itemsize * lora.num_folded(self.model) > policy.room:
+            self.experts = []
+        own = {id(layer.get_param()) for layer in self.experts}
+        self.shared -= {name for name, p in self.model.named_parameters() if id(p) in own}
         self.sizes: dict[nn.Parameter, int] = {}
         self.awake = self.in_use = False
         self.batch: Batch | None = None  # the last one, whose graphs read these weights where they are
@@ -200,6 +208,8 @@ class Replica:
                 parameters[name].data = whole
             else:
                 weights[name].copy_(whole)
+        for layer in self.experts:
+            lora.fold(layer)
         own = (p for name, p in parameters.items() if name not in self.shared)
         self.sizes = {p: p.untyped_storage().nbytes() for p in own}
         self.awake = True

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import dist, lora
+from common import dist, formats, lora
 from common.files import model_folder
 
 
@@ -126,6 +126,8 @@ def config_of(folder: str) -> Any:
         return AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, ValueError, KeyError):
         return SimpleNamespace()
+    except Exception as error:  # a value of another type
+        raise dist.RunError(f"config.json of {folder}: {formats.first_line(error)}") from error
 
 
 def tensors_on_disk(folder: str) -> dict[str, Tensor]:

@@ -83,6 +83,14 @@ def num_folded(model: nn.Module) -> int:
     return sum(layer.get_param().numel() for _, layer in layers(model) if hasattr(layer, "parameter_name"))
 
 
+def fold(layer: nn.Module) -> None:
+    """Put the adapters of experts into their weight, in place, as peft does for each forward."""
+    with layer._activate_lora(layer.active_adapters):
+        folded = getattr(layer.get_base_layer(), layer.parameter_name).clone()
+    layer.get_param().copy_(folded)
+    layer._disable_adapters = True
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the block a LoRA policy is its own reference: the base model, exactly."""

@@ -148,7 +148,7 @@ def score(
     examples = examples if scorer.ending is None else [e.end_with(scorer.ending) for e in examples]
     starts = list(itertools.accumulate((len(e.sequences) for e in examples), initial=0))
     table = torch.zeros(starts[-1], scorer.config.num_labels, device=device)
-    for batch in micro_batches(examples, micro_batch_tokens, device):
+    for batch in micro_batches(examples, micro_batch_tokens, device, "scoring"):
         found = [at for i in batch.example_ids.tolist() for at in range(starts[i], starts[i + 1])]
         table[found] = rewards(scorer, batch)
     dist.sum_over_ranks(table)  # each example was scored by one rank

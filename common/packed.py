@@ -83,19 +83,19 @@ class MicroBatch:
 
 
 def micro_batches(
-    examples: list[Example], micro_batch_tokens: int, device: torch.device
+    examples: list[Example], micro_batch_tokens: int, device: torch.device, what: str = ""
 ) -> Iterator[MicroBatch]:
     """This rank's share of the examples in micro-batches of at most micro_batch_tokens; as many on each rank.
 
     Examples go to ranks by tokens, longest first. One longer than micro_batch_tokens gets a micro-batch of
-    its own; a rank with fewer ends with dummies.
+    its own; a rank with fewer ends with dummies. Slow work is given a name, `what`, to say how far it is.
     """
     lengths = [example.num_tokens for example in examples]
     limit = token_limit(micro_batch_tokens, device)
     plans = [pack(share, lengths, limit) for share in dist.shares(lengths, dist.world_size())]
     mine = plans[dist.rank()]
     count = max(map(len, plans))
-    for i in range(count):
+    for i in dist.progress(range(count), f"{what}, micro-batches", count) if what else range(count):
         batch = make_micro_batch(examples, mine[i] if i < len(mine) else [], device)
         batch.is_last = i == count - 1
         yield batch

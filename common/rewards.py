@@ -1,9 +1,10 @@
 """Rewards of replies: reward models and functions, several of them added up.
 
-A function is any importable package.module:function, (prompts, replies, records) -> one number a reply. A
-reward model reads the decoded text under its own template and tokenizer.
+A function is any importable package.module:function, (prompts, replies, records) -> one number a reply, or
+one that takes what TRL's take. A reward model reads the decoded text under its own template and tokenizer.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common import data, dist, formats, models, templates
-from common.args import System, load_function
+from common.args import System, load_function, what_happened
 from common.packed import Example
 
 
@@ -144,16 +145,34 @@ def _call(reward: Reward, examples: list[Example], replies: list[str]) -> list[f
     return numbers
 
 
+def call_function(function: Callable, prompts: list, replies: list[str], records: list[dict]) -> Any:
+    """What a function makes of replies; one with a parameter `completions` gets all by name, as in TRL.
+
+    There a reply to messages is a list of one message, and each field of the records a list.
+    """
+    known = inspect.signature(function).parameters
+    if "completions" not in known:
+        return function(prompts, replies, records)
+    as_asked = [
+        reply if isinstance(prompt, str) else [{"role": "assistant", "content": reply}]
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    fields = {name for record in records for name in record}
+    named = {name: [record.get(name) for record in records] for name in fields}
+    named |= {"prompts": prompts, "completions": as_asked}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return function(**{name: value for name, value in named.items() if takes_all or name in known})
+
+
 def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
     """One call of a function, an example for each reply; an error names the function and the prompt."""
     prompts = [example.prompt for example in examples]
     shown = f"the first prompt was {prompts[0]!r}"
     try:
-        found = reward.function(prompts, replies, [example.record for example in examples])
+        found = call_function(reward.function, prompts, replies, [example.record for example in examples])
         found = [float(number) for number in found]
     except Exception as error:  # a user's function may raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise dist.RunError(f"reward {reward.name} raised {reason}; {shown}") from error
+        raise dist.RunError(f"reward {reward.name} raised {what_happened(error)}; {shown}") from error
     if len(found) != len(replies):
         raise dist.RunError(
             f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"

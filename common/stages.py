@@ -99,7 +99,8 @@ def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], a
     """End the run if what decides numbers has changed in a stage that has begun.
 
     Begun is a stage with a checkpoint or a model/. The options of others may change, and so may those that
-    never decide numbers; where an option stands in common/args.py says which. What the pipeline sets is
+    never decide numbers; where an option stands in common/args.py says which. Of a finished stage, one with a
+    model/, the number of steps and the form of the export are settled too. What the pipeline sets is
     compared by the stage itself where it goes on: paths into a finished run that was moved harm nothing.
 
     Args:
@@ -110,9 +111,11 @@ def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], a
 
     def compare() -> None:
         for folder, options in folders.items() if not accept else ():
+            is_finished = (folder / "model").is_dir()
             if has_begun(folder) and (folder / "args.json").exists():
                 before, now = files.read_json(folder / "args.json"), args.snapshot(options)
-                args.refuse_changes(folder, args.changes(before, now.values, now.fixed - reserved))
+                names = now.fixed | set(args.Training.final if is_finished else ())
+                args.refuse_changes(folder, args.changes(before, now.values, names - reserved))
 
     dist.from_main(compare)
 

@@ -22,13 +22,16 @@ from common import dist
 from common.files import model_folder
 from common.formats import (
     CHOSEN,
+    CONVERSATIONS,
     PROMPTS,
     REJECTED,
     RESPONSES,
+    ROLES,
     SHOWN,
     LeftOut,
     Messages,
     common_prefix,
+    first,
     first_line,
     from_json,
     wrong,
@@ -55,15 +58,24 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
     folder, gguf = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    except Exception as error:  # it has code of its own
+        problem = "its tokenizer cannot be read"
+        if not Path(folder).exists():
+            problem = "no such folder; as a hub id it could not be reached"
+        raise dist.RunError(f"model {model}: {problem}: {first_line(error)}") from error
+    try:
         if chat_template == "chatml":
             end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
             begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
             tokenizer.chat_template = begin + CHATML.replace("<|im_end|>", end)
         elif chat_template:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        if "strftime_now(" in str(tokenizer.chat_template):
+            tokenizer.day = DAY
         if chat_template_kwargs:
             set_defaults(tokenizer, chat_template_kwargs)
         end_token(tokenizer)  # a template that fails does so here
+        generation_ends(tokenizer)
     except Exception as error:  # a template may raise anything
         if isinstance(error, dist.RunError) and "cannot be encoded" not in str(error):
             raise
@@ -76,7 +88,7 @@ def set_defaults(tokenizer: Any, chat_template_kwargs: str) -> None:
     """Write variables into the chat template, as what they are where nobody sets them."""
     given = from_json(chat_template_kwargs, "chat_template_kwargs", "the option", dict)
     refuse_unknown(tokenizer, given)
-    tokenizer.day = given.pop("strftime_now", DAY)
+    tokenizer.day = given.pop("strftime_now", getattr(tokenizer, "day", None))
     own, start = tokenizer.chat_template, ""
     for name, value in given.items():
         start += f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
@@ -164,7 +176,8 @@ def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
     with encoding():
         template = tokenizer.get_chat_template(tools=tools)
         if "strftime_now(" in template:
-            given = {**given, "chat_template": dated(template, getattr(tokenizer, "day", DAY))}
+            day = given.get("strftime_now", getattr(tokenizer, "day", None) or DAY)
+            given = {**given, "chat_template": dated(template, day)}
         return tokenizer.apply_chat_template(
             turns, tools=tools, tokenize=False, add_generation_prompt=for_reply, **given
         )
@@ -241,7 +254,11 @@ def generation_ends(tokenizer: Any) -> list[int]:
         ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
     except (OSError, ValueError):
         return []
-    return ends if isinstance(ends, list) else [ends]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        place = f"generation_config.json of {tokenizer.name_or_path}"
+        raise wrong(place, f"eos_token_id {ends}", "token ids")
+    return ends
 
 
 def encode_chat(
@@ -254,7 +271,8 @@ def encode_chat(
     generation would see them.
 
     Args:
-        lossless: refuse a template that leaves out the thoughts in the content of a trained reply.
+        lossless: refuse a template that leaves out the thoughts in the content of a trained reply, or changes
+            what replies say. Those that are scored as they are generated may not end a run.
 
     Raises:
         RunError: the template does not take the conversation, or loses a part of it.
@@ -263,17 +281,18 @@ def encode_chat(
     if not spans:
         return [Tokens(np.zeros(0, np.int32), np.zeros(0, bool))]
     refuse_unseen(tokenizer, messages[: spans[-1] + 1])
-    whole = encode_whole(tokenizer, messages, spans)
+    whole = encode_whole(tokenizer, messages, spans, lossless)
     return [whole] if whole else [encode_turn(tokenizer, messages[: i + 1], lossless) for i in spans]
 
 
-def encode_whole(tokenizer: Any, messages: Messages, spans: list[int]) -> Tokens | None:
+def encode_whole(tokenizer: Any, messages: Messages, spans: list[int], lossless: bool) -> Tokens | None:
     """One sequence for all trained turns; None if what comes later changes a turn, or the header of a reply.
 
     The span of a turn is what rendering it adds to the conversation before it (and to a reply's header), so
     no markers in the template are needed.
     """
     text = render(tokenizer, messages[: spans[-1] + 1], False)
+    refuse_changed(tokenizer, [m for m in messages[: spans[-1] + 1] if lossless or m["role"] == "user"], text)
     tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
     mask = np.zeros(len(tokens), bool)
     for i in spans:
@@ -365,29 +384,93 @@ def rendered_turn(tokenizer: Any, messages: Messages, before: str) -> str:
         raise dist.RunError("cannot be encoded: the header of a reply changes what is before it")
     header = before[len(history) :]
     same = min(common_prefix(header, full[at:]), start - at)
-    if header.rfind("<", 0, same) > header.rfind(">", 0, same):  # not within a mark: <think>, </think>
-        same = header.rfind("<", 0, same)
-    tail, opened, closed = full[at + same :], header.rfind("<think>", same), header.rfind("</think>", same)
-    if opened > closed:
-        tail = with_thoughts(tokenizer, last["content"], tail)
-    elif closed >= 0 and "</think>" in tail:
+    if cut := re.search(r"[<\[][^<>\[\]]*$", header[:same]):  # not within a mark: <think>, </think>
+        same = cut.start()
+    tail, marks = full[at + same :], re.findall(A_MARK, header[same:])
+    mark, close = thought_marks(tokenizer)
+    if close.strip() in marks and close.strip() in tail:
         raise dist.RunError("cannot be encoded: a reply has thoughts after a header that ends them")
+    if mark in marks and close.strip() not in marks:
+        tail = with_thoughts(tokenizer, last["content"], tail)
     return tail.replace(labelled(tokenizer, last.get("label", "")), "", 1)
 
 
+A_MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"  # <think>, <|end|>, [/THINK]
+
+
+@functools.lru_cache(maxsize=4)
+def thought_marks(tokenizer: Any) -> tuple[str, str]:
+    """The mark that opens thoughts, and the text that ends them: what the template writes around a reply's
+    reasoning_content; if it takes none, what a reply's header opens and template or vocabulary can close.
+
+    Raises:
+        RunError: the header opens a mark that nothing closes.
+    """
+    reply = {"role": "assistant", "content": "yak", "reasoning_content": "zebra"}
+    with contextlib.suppress(dist.RunError):  # it may refuse what it does not know
+        before, shown, after = render(tokenizer, [PROBE[0], reply], False).partition("zebra")
+        opened = re.search(rf"({A_MARK})\s*(\w+\s*)?$", before)  # Gemma 4: <|channel>thought
+        closed = re.match(rf"\s*({A_MARK})\s*", after) if shown else None
+        if opened and closed and not (opened[2] and special_tokens(tokenizer, True).fullmatch(opened[1])):
+            return opened[1], closed[0]
+    asked, full = render(tokenizer, PROBE[:1], True), render(tokenizer, PROBE, False)
+    extra = re.findall(A_MARK, asked[common_prefix(asked, full) :])
+    known = f"{tokenizer.chat_template} {' '.join(tokenizer.get_added_vocab())}"
+    for mark in extra:
+        if closing(mark) not in known:
+            if special_tokens(tokenizer).fullmatch(mark) or "/" in mark:
+                continue  # it stands alone, or ends another
+            raise dist.RunError(
+                f"cannot be encoded: the header of a reply opens {mark}, which replies leave out, and the "
+                f"template has no {closing(mark)} to close it with"
+            )
+        return mark, f"\n{closing(mark)}\n\n"
+    return "<think>", "\n</think>\n\n"
+
+
+def closing(mark: str) -> str:
+    """</think> of <think>, [/THINK] of [THINK], <|end_of_thought|> of <|begin_of_thought|>."""
+    ends = re.sub(r"(begin|start)(?=_)", "end", mark)
+    return ends if ends != mark else mark[0] + "/" + mark[1:]
+
+
 def with_thoughts(tokenizer: Any, content: str, tail: str) -> str:
-    """A rendered reply after a header that opens <think>: with its thoughts, or closed at once."""
-    thoughts, close, answer = hidden(tokenizer, content, True).rpartition("</think>")
-    if close and thoughts.strip() not in tail and answer.strip() in tail:
+    """A rendered reply after a header that opens its thoughts: with these, or closed at once."""
+    mark, ending = thought_marks(tokenizer)
+    thoughts, close, answer = hidden(tokenizer, content, True).rpartition(ending.strip())
+    if ending.strip() in tail:
+        return tail
+    if close and answer.strip() in tail:
         rest = tail[tail.find(answer.strip()) + len(answer.strip()) :]
-        return thoughts.removeprefix("<think>").lstrip("\n") + close + answer + rest
-    return tail if close or "</think>" in tail else f"\n</think>\n\n{tail}"
+        return thoughts.removeprefix(mark).lstrip("\n") + close + answer + rest
+    return ending + tail
+
+
+def pieces(tokenizer: Any, message: dict) -> list[str]:
+    """The texts that a rendering of a turn has to hold: its content, of a reply cut at marks of thoughts."""
+    content = hidden(tokenizer, message["content"], message["role"] == "assistant")
+    if message["role"] == "assistant":
+        mark, ending = thought_marks(tokenizer)
+        found = re.split("|".join(map(re.escape, (mark, ending.strip(), "<think>", "</think>"))), content)
+        return [piece.strip() for piece in found]
+    return [content.strip()]
 
 
 def keeps_thoughts(tokenizer: Any, message: dict, text: str) -> bool:
     """Whether the thoughts that a reply's content holds are in its rendering."""
-    thoughts, close, _ = hidden(tokenizer, message["content"], True).rpartition("</think>")
-    return not close or message["role"] != "assistant" or thoughts.rpartition("<think>")[2].strip() in text
+    return all(piece in text for piece in pieces(tokenizer, message)[:-1])
+
+
+def refuse_changed(tokenizer: Any, messages: Messages, text: str) -> None:
+    """End the run if the rendering lacks what a user or the assistant says; thoughts are left to others."""
+    at = 0
+    for m in messages if tokenizer.chat_template is not None else ():
+        said = pieces(tokenizer, m)[-1] if m["role"] in ("user", "assistant") else ""
+        at = text.find(said, at)
+        if at < 0:
+            reason = "the chat template changes or leaves out a text of"
+            raise dist.RunError(f"cannot be encoded: {reason} {m['role']}: {said[:60]!r}")
+        at += len(said)
 
 
 @functools.lru_cache(maxsize=4)
@@ -447,6 +530,7 @@ def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> li
     if not plain:
         refuse_unseen(tokenizer, prompt)
     text = prompt if plain else render(tokenizer, prompt, True)
+    refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"] if not plain else [], text)
     return list(tokenize(tokenizer, text + labelled(tokenizer, label), plain))
 
 
@@ -483,19 +567,28 @@ def refuse_rendered(tokenizer: Any, value: dict, where: str) -> None:
     if tokenizer.chat_template is None:
         return
     begins, end = beginnings(tokenizer), tokenizer.decode([end_token(tokenizer)])
-    for name in (*PROMPTS[:-1], *RESPONSES, *CHOSEN, *REJECTED):
-        text = value[name].strip() if isinstance(value.get(name), str) else ""
-        if begins.match(text) or text.endswith(end):
-            expected = "a text without the chat template's own marks, or messages"
-            raise wrong(where, f"{name} {text!r}", expected)
+    names = (*CONVERSATIONS, *PROMPTS[:-1], *RESPONSES, *CHOSEN, *REJECTED)
+    for name, given in ((name, value.get(name)) for name in names):
+        for said in given if isinstance(given, list) else [given]:
+            role = str(first(said, ("role", "from"))).lower() if isinstance(said, dict) else ""
+            text = first(said, ("content", "value")) if ROLES.get(role) == "assistant" else said
+            text = text.strip() if isinstance(text, str) and "<|message|>" not in text else ""
+            if begins.match(text) or text.endswith(end):
+                expected = "a text without the chat template's own marks, or messages"
+                raise wrong(where, f"{name} {text!r}", expected)
 
 
 def template_notes(tokenizer: Any) -> Iterator[str]:
     """What to know about a template before it is trained with."""
     if "strftime_now(" in str(tokenizer.chat_template):
-        day = getattr(tokenizer, "day", DAY)
+        day = getattr(tokenizer, "day", None) or DAY
         yield f"the chat template writes the date, always {day}; strftime_now in chat_template_kwargs sets it"
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template is None:
+        yield (
+            "no chat template: a completion, chosen, rejected or responses follow the prompt as they stand, "
+            "white space or none between, as in TRL; a response, output or answer after a space"
+        )
+    else:
         asked, full = render(tokenizer, PROBE[:1], True), render(tokenizer, PROBE, False)
         extra = asked[common_prefix(asked, full) :]
         if extra:

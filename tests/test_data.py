@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from conftest import DATA, ROOT, make_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist, formats, packed, templates
+from common import data, dist, formats, loading, packed, templates
 
 CPU = torch.device("cpu")
 TURNS = ["Is it so?", "Yes.", "Are you sure?", "No."]
@@ -252,7 +253,7 @@ def test_the_end_token_is_scored_though_it_is_the_padding_token_too(families: di
     assert mask[-1] and tokens[-1] == tokenizer.pad_token_id
 
 
-def test_without_a_template_strings_are_plain_text(families: dict, tmp_path: Path) -> None:
+def test_without_a_template_strings_are_plain_text(families: dict, tmp_path: Path, capsys: Any) -> None:
     tokenizer = families["gpt2"]
     records = [
         {"prompt": "Is it", "completion": "so?"},
@@ -270,6 +271,11 @@ def test_without_a_template_strings_are_plain_text(families: dict, tmp_path: Pat
     assert [scored(tokenizer, sequence)[0][-13:] for sequence in found] == ["<|endoftext|>"] * 4
     assert scored(tokenizer, found[1]) == scored(tokenizer, found[2]) == [" so?<|endoftext|>"]
     assert scored(tokenizer, found[3]) == ["s. No.<|endoftext|>"]  # nothing comes before the first token
+    pair = load("pairs", write(tmp_path, {"prompt": "Is it", "chosen": "so?", "rejected": " so?"}), tokenizer)
+    assert [tokenizer.decode(x.ids) for x in pair[0].sequences] == [
+        t + "so?<|endoftext|>" for t in ("Is it", "Is it ")
+    ]
+    assert "follow the prompt as they stand" in capsys.readouterr().out
 
 
 def test_plain_text_has_one_bos_if_the_tokenizer_adds_one(families: dict, tmp_path: Path) -> None:
@@ -754,6 +760,54 @@ BAD = [
         ":2: found the fields prompt, responses",
     ),
     ("sft", '{"input_ids": [1, 2], "labels": [-100, 3]}', ":2: found labels that are other tokens"),
+    ("sft", '{"messages": "hello"}', ":2: found messages 'hello'; expected a list of role/content messages"),
+    (
+        "sft",
+        '{"conversations": {"from": "human", "value": "a"}}',
+        ":2: found messages {'from.*; expected a list",
+    ),
+    ("prompts", '{"messages": "hello"}', ":2: found messages 'hello'; expected a list"),
+    ("sft", '{"messages": [{"role": "user", "content": 3}]}', ":2: found the message of user with 3; exp"),
+    ("sft", '{"messages": [{"content": "b"}]}', ":2: found the message of none, {'content"),
+    (
+        "sft",
+        '{"messages": [{"role": "assistant", "content": "b", "thinking": ["c"]}]}',
+        ":2: found reasoning_con",
+    ),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": "b"}], "train_roles": 5}',
+        ":2: found train_roles 5; exp",
+    ),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": "b"}], "mask": [["c"]]}',
+        ":2: found mask .*names of rol",
+    ),
+    ("sft", '{"input_ids": 5}', ":2: found input_ids 5; expected a list of token ids"),
+    ("sft", '{"input_ids": [1, [2]]}', r":2: found input_ids \[1, \[2\]\]; expected a list of token ids"),
+    ("sft", '{"input_ids": []}', ":2: found other input_ids"),
+    ("sft", '{"text": 5}', ":2: found text 5; expected a text"),
+    ("sft", '{"instruction": "a", "instances": 5}', ":2: found the instance '5'; expected a JSON object"),
+    (
+        "sft",
+        GOOD[:-2] + ', "system_message": "e"}',
+        ":2: found the field system_message; expected the name sy",
+    ),
+    ("sft", GOOD[:-2] + ', "winner": "model_a"}', ":2: found the field winner; expected chosen and rejected"),
+    (
+        "pairs",
+        '{"prompt": "a", "choosen": "b", "rejected": "c"}',
+        ":2: found the field choosen; expected chosen",
+    ),
+    (
+        "sft",
+        '{"mesages": [{"role": "user", "content": "b"}]}',
+        ":2: found the field mesages; expected messages;",
+    ),
+    ("sft", '{"prompt": "a", "respones": "b"}', ":2: found the field respones; expected response"),
+    ("sft", GOOD[:-2] + ', "tool": [{"name": "f"}]}', ":2: found the field tool; expected tools;"),
+    ("sft", '{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', ":2: .*wieght; expected weight"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1.0]}', r":2: found .*not all equal"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', r":2: found .*as many ranks"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"]}', r":2: found .*as many ranks"),
@@ -793,6 +847,59 @@ def test_a_label_is_context_before_its_reply_and_only_where_the_type_says_so(
     # a generation starts after the same tokens
     asked = data.encode_prompt(tokenizer, [{"role": "user", "content": "3+4?"}], f"{label}\n")
     assert asked == example.sequences[0][0][: len(asked)].tolist()
+
+
+def test_names_of_the_users_own_pass(tokenizer: Any, tmp_path: Path) -> None:
+    own = "id source prompt_id question_id answers inputs chosen_model chosen_avg_rating category score tool"
+    own += (
+        " rank title task language topic content queries response_length conversation_id system_fingerprint"
+    )
+    record = {"prompt": "3+4?", "response": "7", **dict.fromkeys(own.split(), "x"), "input_ids": None}
+    turns = [{**turn, "id": 1, "model": "x", "turn": 1, "roles": "x"} for turn in (ASK, SEVEN)]
+    for value in (record, {"messages": turns, "choosen_by": "x"}):
+        assert len(load("sft", write(tmp_path, value), tokenizer)) == 1
+
+
+def test_a_history_before_messages_is_context(tokenizer: Any, tmp_path: Path) -> None:
+    record = {"system": "Be brief.", "history": [["1+1?", "2"]], "messages": [ASK, SEVEN]}
+    ((example,)) = load("sft", write(tmp_path, record), tokenizer)
+    (found,) = scored(tokenizer, example.sequences[0])
+    assert found.startswith("7") and "2" in tokenizer.decode(example.sequences[0].ids)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train.jsonl", "train.jsonl.gz"], "found train.jsonl, train.jsonl.gz; expected one of them"),
+        (["train.jsonl", "data/train.jsonl"], "expected one of them: the records would be read twice"),
+        (["train.jsonl", "train-00000-of-00001.jsonl"], "expected one of them"),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "expected number 1 of 00003 too"),
+        (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], "expected one of them"),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], ""),
+        (["train-a.jsonl", "train-b.jsonl"], ""),
+    ],
+)
+def test_a_split_that_is_there_twice_or_in_part_is_refused(
+    tokenizer: Any, tmp_path: Path, names: list[str], message: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(gzip.compress(GOOD.encode()) if name.endswith("gz") else GOOD.encode())
+    if not message:
+        assert len(load("sft", str(tmp_path), tokenizer)) == 2
+        return
+    with pytest.raises(dist.RunError, match=message):
+        load("sft", str(tmp_path), tokenizer)
+
+
+def test_end_tokens_that_are_no_ids_are_named(tiny_model: str, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        folder = shutil.copytree(tiny_model, tmp_path / name)
+        found = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(found | {"eos_token_id": "</s>"}))
+        with pytest.raises(dist.RunError, match=r"eos_token_id.*</s>") as error:
+            data.load_tokenizer(str(folder)), loading.config_of(str(folder))
+        assert "\n" not in str(error.value)
 
 
 def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> None:

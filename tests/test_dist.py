@@ -20,6 +20,15 @@ from common import dist
 # -------------------------------------------------------------------------------------------------- alone
 
 
+def test_slow_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Looks after 20, 25, 60 and 65 seconds: a line after 10 and after 30 more, none when all is done."""
+    clock = iter([0.0, 20.0, 25.0, 60.0, 65.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(dist.progress(["ab", "cde", "f", "ghij"], "replies", 10, len)) == ["ab", "cde", "f", "ghij"]
+    # 2 of 10 in 20 s leave 80 s, 6 in 60 s leave 40
+    assert capsys.readouterr().out == "replies: 2 of 10, 01:20 left\nreplies: 6 of 10, 00:40 left\n"
+
+
 def loads(costs: list[int], num_shares: int) -> list[int]:
     return [sum(costs[i] for i in share) for share in dist.shares(costs, num_shares)]
 

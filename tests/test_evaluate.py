@@ -1,6 +1,7 @@
 """Answers to held-out prompts: which are asked, what is kept of them, and agreement by hand."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import args_of
 
 from common import data, evaluate, models, packed
 from common.args import Sampling
+from common.dist import RunError
 from common.evaluate import Answer, agreement, answer, answer_metrics
 from sft import Args
 
@@ -88,7 +90,39 @@ def test_the_toys_judge_is_its_own_and_other_data_have_none() -> None:
     judge = evaluate.load_judge("", "toy")
     assert judge("What does the cat say?", "The cat says meow.")["toxicity"] == 0
     assert evaluate.load_judge("", "mine.jsonl") is None
-    assert evaluate.load_judge("math:hypot", "mine.jsonl") is math.hypot
+    assert evaluate.load_judge("test_evaluate:words", "mine.jsonl")("", "one two") == {"score": 2}
+
+
+def words(prompt: str, response: str) -> int:
+    return len(response.split())
+
+
+def raises(prompt: str, response: str) -> dict:
+    return {"score": {}[response]}
+
+
+def says(prompt: str, response: str) -> str:
+    return "good"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"test_evaluate:raises raised KeyError: 'b' \(.*test_evaluate.py:\d+\); it was asked 'a'"),
+        ("says", "test_evaluate:says: found 'good'; expected a number, or a dict of numbers"),
+    ],
+)
+def test_a_judge_that_fails_is_named_with_its_line(name: str, message: str) -> None:
+    judge = evaluate.load_judge(f"test_evaluate:{name}", "mine.jsonl")
+    with pytest.raises(RunError, match=message) as caught:
+        judge("a", "b")
+    if line := re.search(r"py:(\d+)", str(caught.value)):
+        assert "{}[response]" in Path(__file__).read_text().splitlines()[int(line[1]) - 1]
+
+
+def test_scores_with_other_names_than_before_are_an_error() -> None:
+    with pytest.raises(RunError, match=r"judge: found \['b'\]; expected the names it gave before, \['a'\]"):
+        evaluate.mean_scores([{"a": 1.0}, {"b": 2.0}])
 
 
 # answers

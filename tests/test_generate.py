@@ -602,6 +602,28 @@ def test_a_replica_shares_the_frozen_base(tmp_path, device):
     assert policy.model.get_input_embeddings().weight.numel() > 0 and replies(policy) == first
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_experts_are_folded_once_a_rollout_into_what_peft_makes(
+    dtype, tmp_path, device, monkeypatch
+):
+    from peft.tuners.lora.layer import ParamWrapper
+
+    save(tmp_path, "Mixtral", num_local_experts=3)
+    policy = models.load(str(tmp_path), device, options(lora_rank=4, dtype=dtype))
+    calls, honest = [], ParamWrapper._activate_lora
+    for _ in range(2):  # the second time a replica is filled again, from the base
+        train_a_little(policy, device)
+        with monkeypatch.context() as patch:
+            patch.setattr(ParamWrapper, "_activate_lora", lambda *a: calls.append(1) or honest(*a))
+            folded = replies(policy)
+        assert len(calls) == len(policy.replica.experts) == 4  # two weights of two layers
+        calls.clear()
+        kept, policy.replica, room, policy.room = policy.replica, None, policy.room, 0.0
+        apart = replies(policy)
+        assert same(folded, apart) and [s.logps for s in folded] == [s.logps for s in apart]
+        policy.replica, policy.room = kept, room
+
+
 # --------------------------------------------------------------------------------------------------- ranks
 
 

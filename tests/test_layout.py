@@ -19,7 +19,10 @@ from common import args, stages
 SCRIPTS = ["cai", "dpo", "draftp", "ppo", "reward_model", "sft", "spin", "steerlm", "steerlm2"]  # not a copy
 PIPELINES = {"cai", "steerlm"}
 ALGORITHMS = r"\b(sft|dpo|ppo|grpo|rloo|spin|steerlm2?|draftp?|cai|ipo|rpo|simpo|reward_model)\b"
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    *ROOT.glob("*.md"),
+    *sorted(p for at in ("docs", "recipes", "sweeps") for p in (ROOT / at).glob("*.md")),
+]
 HEADINGS = [
     "The algorithm",
     "Run it",
@@ -123,7 +126,7 @@ def test_every_metric_of_a_script_is_explained_on_its_page(script: str) -> None:
 
 def commands(path: Path) -> list[str]:
     """Command lines that run one of our scripts, from the code blocks of a page."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.DOTALL)
+    blocks = re.findall(r"```(?:bash|sh)[^\n]*\n(.*?)```", path.read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [
         line

@@ -19,8 +19,9 @@ from conftest import ROOT, args_of, read_metrics
 
 import dpo
 import sft
-from common import checkpoint, dist, files, log, models
+from common import checkpoint, data, dist, files, log, models
 from common.args import Optimization, changes, flat, parse, snapshot, with_fields
+from common.dist import RunError
 
 
 def settings(few: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -47,6 +48,27 @@ def test_toy_sets_defaults_and_explicit_flags_win(monkeypatch: pytest.MonkeyPatc
     assert parsed(monkeypatch).optimization.learning_rate == dpo.TOY["learning_rate"]
     assert parsed(monkeypatch, "--learning_rate", "3e-5").optimization.learning_rate == 3e-5
     assert parsed(monkeypatch, "--model=runs/sft").optimization == dpo.Args().optimization
+
+
+def test_the_toys_data_stand_in_for_none_that_was_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    for words, dataset in (([], "toy"), (["--model=runs/sft", "--dataset=toy"], "toy"), (["--model=x"], "")):
+        assert parsed(monkeypatch, *words).dataset == dataset
+    with pytest.raises(RunError, match="dataset is not set"):
+        data.load_pairs(tokenizer, "", "", 99)
+
+
+@pytest.mark.parametrize("model", ["runs/sftt", "SmolLM", "gpt2-typo"])
+def test_a_model_that_is_not_there_is_named_so(model: str) -> None:
+    with pytest.raises(RunError, match=f"model {model}: no such folder; as a hub id it could not be reached"):
+        data.load_tokenizer(model)
+
+
+def test_a_folder_without_a_tokenizer_is_named_so(tiny_model: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    with pytest.raises(RunError, match="its tokenizer cannot be read"):
+        data.load_tokenizer(str(tmp_path / "model"))
 
 
 def test_hyphens_underscores_and_equal_signs_all_work(monkeypatch: pytest.MonkeyPatch) -> None:

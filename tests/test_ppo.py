@@ -515,7 +515,7 @@ ASKED = [
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"test_ppo:raises raised KeyError: .*'content': 'p'"),
+        ("raises", r"test_ppo:raises raised KeyError: .*test_ppo.py:\d+\); .*'content': 'p'"),
         ("nan", r"test_ppo:nan gave nan for 'a b' to .*'content': 'p'"),
         ("too_few", r"test_ppo:too_few gave 1 numbers for 3 responses.*'content': 'p'"),
     ],
@@ -526,6 +526,27 @@ def test_a_bad_reward_function_is_named_with_the_prompt(name: str, message: str,
         rewards.score_replies(
             rewards.load(args.reward, device, args.system), ASKED, ["a b", "c", "d"], 0, device
         )
+
+
+def as_in_trl(completions: list, answer: list[str], **kwargs: Any) -> list[float]:
+    assert kwargs["prompts"][0] in ("p", [{"role": "user", "content": "p"}])
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(text == right) for text, right in zip(texts, answer, strict=True)]
+
+
+def as_in_trl_by_name(prompts: list, completions: list) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_reward_function_of_trl_is_called_as_in_trl(as_text: bool, device: Any) -> None:
+    """With lists of messages, or texts where the data have texts, and the fields of the records by name."""
+    asked = [
+        packed.Example([], "p" if as_text else [{"role": "user", "content": "p"}], record={"answer": "b"})
+    ]
+    for name, expected in (("as_in_trl", [0, 1]), ("as_in_trl_by_name", [2, 1] if as_text else [1, 1])):
+        found = rewards.load(f"test_ppo:{name}", device, args_of(ppo.Args).system)
+        assert rewards.score_replies(found, asked, ["ab", "b"], 0, device) == expected
 
 
 def make_scorer(folder: Path, model: str, tokenizer: Any, names: list[str], seed: int = 0) -> str:

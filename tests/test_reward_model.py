@@ -704,13 +704,18 @@ def test_what_scoring_writes_is_new_and_is_not_beside_what_it_reads(
         (tmp_path / name).write_text("".join((few / "sft" / "test.jsonl").read_text().splitlines(True)[:4]))
         score(scorer_run, str(tmp_path / name))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "train.jsonl", "train.v2.jsonl"]
-    assert len(list((tmp_path / "run" / "scored").iterdir())) == 2
-    with pytest.raises(dist.RunError, match=r"scored/train.jsonl: found a file; expected a new one"):
-        score(scorer_run, str(tmp_path / "train.jsonl"))
+    first = sorted((tmp_path / "run" / "scored").iterdir())
+    score(scorer_run, str(tmp_path / "train.jsonl"))  # again: its own file, which may be replaced
+    assert sorted((tmp_path / "run" / "scored").iterdir()) == first and len(first) == 2
     (tmp_path / "file").touch()
     options = {"model": scorer_run, "score": str(tmp_path / "train.jsonl")}
-    with pytest.raises(dist.RunError, match="expected a folder to write in"):
-        reward_model.main(args_of(reward_model.Args, **options, score_output=f"{tmp_path}/file/x.jsonl"))
+    for name, message in (("file/x.jsonl", "expected a folder to write in"), ("file", "expected a new one")):
+        with pytest.raises(dist.RunError, match=message):
+            reward_model.main(args_of(reward_model.Args, **options, score_output=f"{tmp_path}/{name}"))
+    with pytest.raises(
+        dist.RunError, match=r"train.jsonl:1: found \d+ tokens; expected at most 5, by max_len"
+    ):
+        reward_model.main(args_of(reward_model.Args, **options, max_length=5, output_dir=f"{tmp_path}/run"))
 
 
 # bad input

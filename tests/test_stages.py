@@ -98,7 +98,7 @@ def test_the_toys_options_are_those_of_the_toy_and_a_real_model_has_the_defaults
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert parsed(monkeypatch).stages.sft == TOY["sft"] and parsed(monkeypatch).seed == 3
-    assert parsed(monkeypatch, "--model=other") == args_of(Args, model="other")
+    assert parsed(monkeypatch, "--model=other", "--dataset=toy") == args_of(Args, model="other")
     assert parsed(monkeypatch, "--model=other", "--sft.beta=1").stages.sft == "--num_samples 0 --beta=1"
 
 
@@ -182,6 +182,8 @@ def test_what_decides_numbers_may_change_until_a_stage_has_begun(
     pipeline(str(few), str(folder), num_stages=1, options=free)
     with pytest.raises(dist.RunError, match=r"1_sft holds a run with learning_rate 0.0001, now 0.001"):
         pipeline(str(few), str(folder), num_stages=1)  # it has finished
+    with pytest.raises(dist.RunError, match=r"1_sft holds a run with max_steps 3, now 5"):
+        pipeline(str(few), str(folder), num_stages=1, options=f"{free} --max_steps 5")
     with pytest.raises(dist.RunError, match=r"1_sft holds a run with lora_rank 0, now 4"):
         pipeline(str(few), str(folder), num_stages=1, options=f"{free} --lora_rank 4")
     assert [row["step"] for row in read_metrics(folder / "1_sft")] == [0, 1, 2, 3]

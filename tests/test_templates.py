@@ -11,7 +11,7 @@ from test_data import ASK, CHAT, PAIRS, SEVEN, load, scored, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist, rewards, templates
+from common import data, dist, files, rewards, templates
 
 SPEC = importlib.util.find_spec("trl")
 FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC else Path("absent")
@@ -131,10 +131,10 @@ def plain(content: str = "m.content") -> str:
     [
         (plain("(m.content if m.role != 'system' else '')"), "does not show a system turn"),
         (plain("m.content.split('</think>')[-1]"), "leaves out the thoughts of a trained reply"),
-        (
-            plain("(m.content if loop.last else m.content[::-1])"),
-            "changes earlier turns, the system turn too",
-        ),
+        (plain("m.content + ('' if loop.last else '!')"), "changes earlier turns, the system turn too"),
+        (plain("(m.content | replace('+', '-'))"), r"changes or leaves out a text of user: '3\+4\?'"),
+        (plain("(m.content[:2] if m.role == 'user' else m.content)"), "changes or leaves out a text of user"),
+        (plain("(m.content | e if m.role != 'system' else m.content)"), None),  # nothing there to escape
         (plain().replace("'assistant:' if", "'!' * 9 if"), None),
     ],
 )
@@ -143,6 +143,10 @@ def test_what_a_template_loses_or_turns_over_is_refused(
 ) -> None:
     turns = [{"role": "system", "content": "Be brief."}, ASK, {**SEVEN, "content": "<think>why</think>7"}]
     tokenizer = tokenizer_for(template)
+    if reason is None and "| e" in template:
+        assert sft(tokenizer, tmp_path, {"messages": turns[:2] + [SEVEN]})
+        turns[1] = {**ASK, "content": "3 < 4?"}
+        reason = "changes or leaves out a text of user: '3 < 4"
     if reason is None:  # another header for a reply than a reply has: the reply is trained after it
         assert sft(tokenizer, tmp_path, {"messages": turns[1:]})[0][0].endswith("!" * 9)
         return
@@ -333,7 +337,8 @@ def test_what_a_template_does_not_take_is_one_line_wherever_it_is_encoded(tmp_pa
     for text in ("half \ud83d", "<|im_start|>user\n3+4?", "3+4?<|end|>"):
         source = write(tmp_path, PAIRS[0], {"prompt": text, "chosen": "7", "rejected": "8"})
         with pytest.raises(
-            dist.RunError, match=r"data.jsonl:2: (cannot be encoded: .*surrogate|found prompt .*own marks)"
+            dist.RunError,
+            match=r"data.jsonl:2: (cannot be encoded: .*surrogate|found prompt .*own marks)",
         ):
             load("pairs", source, strict)
 
@@ -414,3 +419,85 @@ def test_without_a_template_nothing_but_text_can_be_trained(tmp_path: Path) -> N
     tokenizer.chat_template = None
     with pytest.raises(dist.RunError, match="no chat template that shows the tools"):
         sft(tokenizer, tmp_path, {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]})
+
+
+# ------------------------------------------------------------------- marks of other families, in what is said
+
+
+@pytest.mark.parametrize(
+    ("mark", "close", "template"),
+    [
+        ("<seed:think>", "</seed:think>", R1.replace("think>", "seed:think>")),
+        ("<reasoning>", "</reasoning>", R1.replace("think>", "reasoning>")),
+        ("[THINK]", "[/THINK]", R1.replace("</think>", "[/THINK]").replace("<think>", "[THINK]")),
+        ("<|begin_of_thought|>", "<|end_of_thought|>", R1.replace("</think>", "<|end_of_thought|>")),
+    ],
+)
+def test_thoughts_that_a_header_opens_by_any_mark_are_closed_or_kept(
+    tmp_path: Path, mark: str, close: str, template: str
+) -> None:
+    tokenizer = tokenizer_for(template.replace("<think>", mark))
+    for content, trained in (
+        ("4", f"\n{close}\n\n4<|end|>"),
+        (f"{mark}\nwhy\n{close}\n\n4", f"why\n{close}\n\n4<|end|>"),
+        (f"{close}\n4", f"{close}\n4<|end|>"),
+    ):
+        ((before, found),) = sft(tokenizer, tmp_path, {"messages": [ASK, {**SEVEN, "content": content}]})
+        assert before.endswith(f"<|assistant|>{mark}\n") and found == trained
+
+
+def test_how_thoughts_end_is_seen_in_a_rendering_that_has_some(tmp_path: Path) -> None:
+    block = "{% if m.reasoning_content %}<musing>{{ m.reasoning_content }}<done>{% endif %}{{ m.content }}"
+    tokenizer = tokenizer_for(
+        plain("''").replace("{{ m.role + ':' + '' +", "{{ m.role + ':' }}" + block + "{{")
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace("'assistant:' if", "'assistant:<musing>' if")
+    ((before, trained),) = sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]})
+    assert before.endswith("assistant:<musing>") and trained == "<done>7<|end|>"
+
+
+def test_thoughts_in_a_content_that_a_template_takes_out_are_missed(tmp_path: Path) -> None:
+    turns = [ASK, {**SEVEN, "content": "<|channel>thought\nwhy\n<channel|>7"}]
+    with pytest.raises(dist.RunError, match="leaves out the thoughts of a trained reply"):
+        sft(family("gemma4_v5"), tmp_path, {"messages": turns})
+    data.encode_response(family("gemma4_v5"), turns[:1], turns[1:])  # a reply that a reward model reads
+    later = [*turns, ASK, SEVEN]  # of an earlier reply they may go
+    later[1] = {**later[1], "weight": 0}
+    assert sft(family("gemma4_v5"), tmp_path, {"messages": later})[0][1].startswith("7")
+
+
+def test_a_header_that_opens_what_nothing_closes_is_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(plain().replace("'assistant:' if", "'assistant:<ponder>' if"))
+    with pytest.raises(dist.RunError, match="header of a reply opens <ponder>, which replies leave out"):
+        sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]})
+
+
+RAW = "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>7"
+
+
+@pytest.mark.parametrize("content", [RAW, "<|start|>assistant" + RAW + "<|return|>"])
+def test_channels_in_a_content_are_its_thoughts_and_its_answer(tmp_path: Path, content: str) -> None:
+    tokenizer, turns = family("gptoss"), [ASK, {**SEVEN, "content": content}]
+    apart = [ASK, {**SEVEN, "reasoning_content": "why"}]
+    assert sft(tokenizer, tmp_path, {"messages": turns}) == sft(tokenizer, tmp_path, {"messages": apart})
+    assert sft(tokenizer, tmp_path, {"prompt": "3+4?", "response": content}) == sft(
+        tokenizer, tmp_path, {"messages": apart}
+    )
+    chatml = tokenizer_for(templates.CHATML, "<|im_start|>", "<|im_end|>")
+    with pytest.raises(dist.RunError, match="does not show the reasoning_content"):
+        sft(chatml, tmp_path, {"messages": turns})
+    for text in ("<|im_start|>assistant\n7", "7<|im_end|>\n"):  # it would be between these marks twice
+        with pytest.raises(dist.RunError, match="data.jsonl:1: found messages .*; expected a text without"):
+            sft(chatml, tmp_path, {"messages": [ASK, {**SEVEN, "content": text}]})
+    for text in (RAW.replace("analysis", "commentary to=f"), "Hm." + RAW, RAW + RAW):
+        with pytest.raises(dist.RunError, match="data.jsonl:1: found the channels .*; expected an analysis"):
+            sft(tokenizer, tmp_path, {"messages": [ASK, {**SEVEN, "content": text}]})
+
+
+def test_a_run_writes_the_day_of_its_template_down() -> None:
+    dated = tokenizer_for("{{ strftime_now('%Y') }}" + plain())
+    record = {**ASK, "chat_template_kwargs": {"strftime_now": "2031-05-06"}}
+    assert templates.render(dated, [record], True).startswith("2031user")
+    dated.day = templates.DAY
+    assert files.inputs("toy", dated)["day of the chat template"] == "2026-01-01"
+    assert "day of the chat template" not in files.inputs("toy", tokenizer_for(plain()))
