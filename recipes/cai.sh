@@ -16,7 +16,7 @@ small=()
 if [ "${SMOKE:-}" ]; then
   run=(python)
   models=() sources=()
-  short="--batch_size 8 --max_steps 2 --eval_every 2 --max_length 256"
+  short="--batch_size 8 --max_steps 2 --eval_every 2"
   small=(--num_red_team 24 --num_samples 4 --max_new_tokens 24 --sft "$short" --reward_model "$short"
     --ppo "$short --rollout_size 8 --max_new_tokens 16")
 fi
