@@ -685,6 +685,21 @@ def evaluate(
     log(step, 2, metrics)
 
 
+def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
+    """The stages for --plan and --check, with the data that the user gives them and the first model."""
+    names = ("sft", "dpo") if args.rl == "dpo" else ("sft", "reward_model", "ppo")
+    pairs = stages.mixed(args.pairs, args.helpful_pairs)
+    prompts = args.dataset if args.preference_model or args.run.plan else ""  # PPO needs a reward
+    data_of = {"sft": args.helpful_demonstrations, "reward_model": pairs, "dpo": pairs, "ppo": prompts}
+    mains = {"sft": sft.main, "reward_model": reward_model.main, "dpo": dpo.main, "ppo": ppo.main}
+    todo = []
+    for name in names:
+        own = dict(model=args.model, dataset=data_of[name], **shared)
+        own |= {"reward": args.preference_model or args.model} if name == "ppo" else {}
+        todo.append((name, mains[name], STAGES[name], own, getattr(args.stages, name)))
+    return todo
+
+
 TOY = dict(
     helpful_demonstrations="toy",
     helpful_pairs="toy",
@@ -715,6 +730,8 @@ def main(args: Args) -> None:
     check(args)
     options = stages.read_all(args.stages, STAGES, RESERVED)
     columns = ("before", "SL-CAI", "RL-CAI")
+    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
+    stages.before(args.run, stages_before(args, common))
     folder, given = Path(args.run.output_dir), snapshot(args, TOY)
     later = [folder / FOLDERS[name] for name in ("reward_model", args.rl)]
     if not dist.from_main(lambda: any(map(stages.has_begun, later))):
@@ -722,7 +739,6 @@ def main(args: Args) -> None:
     log = Log(args.run, __file__, SHOWN, given, is_pipeline=True, columns=columns)
     if args.server.forget_answers:
         dist.from_main(lambda: files.remove(folder / "answers"))
-    common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 

@@ -16,6 +16,7 @@ tokens in all; N_targets of them are response tokens, the ones that are scored.
 Metrics, results and departures from the papers: docs/dpo.md
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -27,11 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
 from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
-from common.models import Policy
 from common.packed import Example, MicroBatch
 
 REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")  # fields of an example, with precompute_ref
@@ -82,14 +82,11 @@ class Args:
 
 
 def dpo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor:
-    """Eq. 7 of the DPO paper; soft labels as in Eq. 3 of cDPO, https://ericmitchell.ai/cdpo.pdf
+    """Eq. 7 of the DPO paper; soft labels as in Eq. 3 of cDPO, https://ericmitchell.ai/cdpo.pdf. -> (B,)
 
     Args:
         h: (B,) log-ratio of chosen minus that of rejected, log(pi/pi_ref) each, in nats.
         label_prob: (B,) probability that chosen is truly the better one.
-
-    Returns:
-        losses (B,).
     """
     return -label_prob * F.logsigmoid(beta * h) - (1 - label_prob) * F.logsigmoid(-beta * h)
 
@@ -148,11 +145,9 @@ def pair_losses(
         return dpo_loss(h, args.beta, (1 - e) * label_prob + e * (1 - label_prob))
     if args.loss == "robust":
         return robust_loss(h, args.beta, args.label_smoothing, label_prob)
-    if args.loss == "ipo":
-        means = ratios / lengths
+    if args.loss in ("ipo", "ipo_sum"):
+        means = ratios / lengths if args.loss == "ipo" else ratios
         return ipo_loss(means[:, 0] - means[:, 1], args.beta, label_prob)
-    if args.loss == "ipo_sum":
-        return ipo_loss(h, args.beta, label_prob)
     if args.loss == "simpo":
         return simpo_loss(logps / lengths, args.beta, args.simpo_gamma)
     reward_margin = args.reward_scale * (fields["chosen_reward"] - fields["rejected_reward"])
@@ -165,7 +160,9 @@ def response_logps(token_logps: Tensor, micro_batch: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logps(policy: Policy, ref_policy: Policy | None, micro_batch: MicroBatch) -> Tensor:
+def reference_logps(
+    policy: models.Policy, ref_policy: models.Policy | None, micro_batch: MicroBatch
+) -> Tensor:
     """log pi_ref(y|x), (B, 2): computed before, or by the frozen copy, or by the policy without adapters."""
     if REF_LOGPS[0] in micro_batch.fields:
         return torch.stack([micro_batch.fields[name] for name in REF_LOGPS], 1)
@@ -174,13 +171,13 @@ def reference_logps(policy: Policy, ref_policy: Policy | None, micro_batch: Micr
 
 
 @torch.no_grad()
-def precompute_reference(policy: Policy, examples: list[Example], args: Args, device: torch.device) -> None:
+def precompute_reference(
+    policy: models.Policy, examples: list[Example], args: Args, device: torch.device
+) -> None:
     """Store log pi_ref of each example with it, while the policy is still the reference. Cached."""
-    once = []
-    for example in examples:
-        if REF_LOGPS[0] not in example.fields:  # a run may see an example many times
-            example.fields |= dict.fromkeys(REF_LOGPS, math.nan)
-            once.append(example)
+    once = list({id(example): example for example in examples}.values())  # a run may see one many times
+    for example in once:
+        example.fields |= dict.fromkeys(REF_LOGPS, math.nan)
 
     def score() -> Tensor:
         ref_logps = torch.zeros(len(once), 2, device=device)
@@ -188,14 +185,13 @@ def precompute_reference(policy: Policy, examples: list[Example], args: Args, de
             ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
         return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
 
-    sequences = [example.sequences for example in once]
-    ref_logps = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences)
+    ref_logps = files.cached(score, "ref_logps", args.model, args.system.dtype, [e.sequences for e in once])
     for example, both in zip(once, ref_logps.tolist(), strict=True):
         example.fields |= dict(zip(REF_LOGPS, both, strict=True))
 
 
 def loss_and_metrics(
-    policy: Policy, ref_policy: Policy | None, micro_batch: MicroBatch, args: Args
+    policy: models.Policy, ref_policy: models.Policy | None, micro_batch: MicroBatch, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, a sum over its pairs that the caller divides, and metrics as (sum, count)."""
     stats = policy(micro_batch)  # (N_targets,) each
@@ -225,22 +221,26 @@ def loss_and_metrics(
     return loss, metrics
 
 
-RPO = ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
-
-
 def check(args: Args, pairs: data.Dataset) -> None:
     """Refuse settings that cannot go together, before any work starts."""
-    used = {"label_smoothing": args.loss in ("dpo", "robust"), "reward_scale": args.loss in RPO}
+    is_rpo = args.loss.startswith("rpo")
+    used = {"label_smoothing": args.loss in ("dpo", "robust"), "reward_scale": is_rpo}
     used |= dict(simpo_gamma=args.loss == "simpo", precompute_ref=args.loss != "simpo")
     refuse_ignored(args, TOY, f"loss {args.loss}", used)
     if not 0 <= args.label_smoothing < 0.5:
         raise formats.wrong("label_smoothing", args.label_smoothing, "0 to less than 0.5, a coin flip")
-    names = {formats.reward_names(pair.record) for pair in pairs} if args.loss in RPO else set()
+    names = {formats.reward_names(pair.record) for pair in pairs} if is_rpo else set()
     ours = "chosen_reward and rejected_reward"
     if "" in names:
         raise formats.wrong(f"loss {args.loss}", "a pair without rewards", ours)
     if names - {ours} and dist.is_main():
         print(f"loss {args.loss}: {', '.join(names - {ours})} are its {ours}", flush=True)
+
+
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy, and where they are."""
+    needs_copy = args.system.lora_rank == 0 and not args.precompute_ref and args.loss != "simpo"
+    return {"reference": args.model} if needs_copy else {}
 
 
 # SimPO's own, section 4 of its paper: gamma is half of beta
@@ -252,6 +252,7 @@ TOY |= dict(eval_every=20, num_samples=200)
 def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args, beside, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
@@ -269,13 +270,15 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # models
     policy = models.load(args.model, device, system)
-    frozen_copy = system.lora_rank == 0 and not args.precompute_ref and args.loss != "simpo"
-    ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
+    ref_policy = models.load(args.model, device, system, trainable=False) if beside(args) else None
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    loss = functools.partial(loss_and_metrics, policy, ref_policy, args=args)
+    known = {"rewards/margins": 0.0} if args.loss != "simpo" else {}  # while it is the reference
+    known |= {"loss": math.log(2)} if args.loss in ("dpo", "robust") and not args.sft_coef else {}
+    certificate.training(args, policy, tokenizer, train_set, loss, known)
     if args.precompute_ref:  # before resume() changes the policy, for what this run will see
-        batches = (data.batch(train_set, step, *how) for step in range(1, num_steps + 1))
-        reached = [example for batch in batches for example in batch]
+        reached = [e for step in range(1, num_steps + 1) for e in data.batch(train_set, step, *how)]
         precompute_reference(policy, reached + eval_set, args, device)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
@@ -300,7 +303,6 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        # this rank's share, as many micro-batches as on every rank
         for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
             loss, metrics = loss_and_metrics(policy, ref_policy, micro_batch, args)
             (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
@@ -314,11 +316,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics |= {
-            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics["train/epoch"] = step * optimization.batch_size / train_set.epoch_size
+        metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
         if step % run.eval_every == 0 or step == num_steps:

@@ -20,11 +20,12 @@ Shapes: B images in a micro-batch, S sampler steps, K with gradient, R rewards; 
 Metrics, results and departures from the papers: docs/draftp.md
 """
 
+import json
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, diffusion, dist, files, formats, models, pictures
+from common import certificate, checkpoint, data, diffusion, dist, files, formats, models, pictures, plan
 from common.args import Optimization, Run, Weights, block, parse, snapshot
 from common.evaluate import load_judge, mean_scores
 from common.log import Log
@@ -409,9 +410,44 @@ def setup(
     return Sampler(pipe, policy, ref_policy, has_reference, schedule, reward, size, device)
 
 
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy, and where they are."""
+    return {"reference": args.model} if args.system.lora_rank == 0 and args.kl_coef > 0 else {}
+
+
 def load_reference(args: Args, device: torch.device) -> nn.Module:
     """A frozen copy of the model that training begins with."""
     return diffusion.load(args.model, device, args.system, args.seed, trainable=False)[1]
+
+
+def checks(sampler: Sampler, prompts: list[str], args: Args) -> Iterator[certificate.Line]:
+    """What --check tries: the gradient of a reward, sampling against diffusers, and the export."""
+    device, scale, num_steps = sampler.device, args.guidance_scale, args.num_inference_steps
+    is_low, chosen, K = sampler.pipe.vae.dtype != torch.float32, prompts[:2], most_grad_steps(args)
+    alphas, eps = sampler.schedule.alphas, predictors(sampler, chosen, scale)[0]
+    start = diffusion.noise(args.seed, 0, [*range(len(chosen))], sampler.pipe, sampler.size, device)
+    yield certificate.of_duplicates(prompts)
+    with torch.no_grad():
+        ours, middle = denoise(eps, None, start, alphas, 0)[0], start
+        for i in range(num_steps - K):
+            middle = ddim_step(eps(middle, i), middle, alphas[i], alphas[i + 1])
+    theirs = diffusion.drawn_by_diffusers(sampler.pipe, chosen, start, num_steps, scale)
+    gap = ((ours - theirs).abs().mean() / ours.std()).item()
+    yield certificate.at_most("latents against those of diffusers, relative", gap, 0.1 if is_low else 1e-2)
+
+    def loss() -> Tensor:  # of the last K steps alone, as their gradient is
+        x_0, kl = denoise(eps, None, middle, alphas, K, args.system.step_checkpointing, num_steps - K)
+        return losses_and_images(sampler, x_0, kl, chosen, args)[0].sum()
+
+    slope = certificate.slope_over_norm(loss, sampler.policy, 0.05 if is_low else 2e-3)
+    yield certificate.near("slope along the gradient over its norm", slope, 1.0, 0.5 if is_low else 0.05)
+    with files.beside(args.run.output_dir) as folder, torch.no_grad():
+        diffusion.export(folder, sampler.pipe, sampler.policy, args.model, args.run.merge_lora)
+        dist.from_main(lambda: files.write(Path(folder) / "args.json", json.dumps({"model": args.model})))
+        pipe = diffusion.read_pipeline(f"{folder}/model").to(device, sampler.pipe.vae.dtype)
+        again = predictors(sampler._replace(pipe=pipe, policy=pipe.unet), chosen, scale)[0]
+        far = (eps(start, 0) - again(start, 0)).abs().max().item()
+    yield certificate.at_most("export, loaded again, most of a predicted noise", far, 0.1 if is_low else 1e-2)
 
 
 def draw_finished(args: Args, device: torch.device) -> None:
@@ -429,25 +465,15 @@ def draw_finished(args: Args, device: torch.device) -> None:
     pictures.save_images(folder, prompts, columns)
 
 
-TOY = dict(
-    num_inference_steps=20,
-    guidance_scale=3.0,
-    kl_coef=1.0,
-    learning_rate=3e-4,
-    warmup_steps=5,
-    batch_size=32,
-    micro_batch_size=32,
-    max_steps=40,
-    lora_rank=0,
-    eval_every=20,
-    num_samples=24,
-)
+TOY = dict(num_inference_steps=20, guidance_scale=3.0, kl_coef=1.0, learning_rate=3e-4, warmup_steps=5)
+TOY |= dict(batch_size=32, micro_batch_size=32, max_steps=40, lora_rank=0, eval_every=20, num_samples=24)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    plan.show(args, beside, plan.image_need)
     if args.run.draw_prompts:
         return draw_finished(args, device)
     optimization, run = args.optimization, args.run
@@ -463,9 +489,9 @@ def main(args: Args) -> None:
 
     # models
     pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
-    frozen_copy = args.system.lora_rank == 0 and args.kl_coef > 0
-    ref_policy = load_reference(args, device) if frozen_copy else None
+    ref_policy = load_reference(args, device) if beside(args) else None
     sampler = setup(args, pipe, policy, ref_policy, device)
+    certificate.run(run, checks(sampler, diffusion.texts(train_set), args))
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     ema, parts = None, {"policy": (policy, optimizer)}

@@ -21,9 +21,10 @@ tools or users said. A micro-batch packs some of them; N_targets of its tokens a
 Metrics, results and departures from the papers: docs/ppo.md
 """
 
+import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed, rewards
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, rewards
 from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import Sample, generate, to_example
@@ -399,16 +400,10 @@ def sample_and_score(
 ) -> tuple[list[Example], Tensor, dict[str, float]]:
     """Responses of a rollout, their scores (R,), and the seconds that both took; alike on every rank."""
     start = time.perf_counter()
-    samples = generate(
-        policy,
-        tokenizer,
-        [tokens for prompt in prompts for tokens, _ in prompt.sequences],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        samples_per_prompt=args.samples_per_prompt,
-        seed=args.seed,
-        step=number,
-    )
+    tokens = [tokens for prompt in prompts for tokens, _ in prompt.sequences]
+    how = {"samples_per_prompt": args.samples_per_prompt, "seed": args.seed, "step": number}
+    how |= {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    samples = generate(policy, tokenizer, tokens, **how)
     sampled = time.perf_counter()
     scores = score(prompts, [sample.text for sample in samples])
     times = {"train/time/rollout": sampled - start, "train/time/scoring": time.perf_counter() - sampled}
@@ -470,6 +465,14 @@ def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.
     return models.load_scorer((*alike, args.model)[0], device, args.system, ["value"], zero_head=True)
 
 
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy, and where they are."""
+    found = {"reference": args.model} if args.kl_coef > 0 and args.system.lora_rank == 0 else {}
+    sources = [name for name, _ in formats.read_sources(args.reward or "-:", "reward")]
+    found |= {f"reward {name}": name for name in sources if ":" not in name}
+    return found | ({"value": args.model} if args.advantage == "gae" else {})
+
+
 def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
     """Whether a rollout ends with this step, and in it the run or a multiple of `every` steps."""
     return step % steps_each == 0 and (step == num_steps or step // every > (step - steps_each) // every)
@@ -495,6 +498,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
+    plan.show(args, beside)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
@@ -512,8 +516,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # models
     policy = models.load(args.model, device, system)
-    frozen_copy = args.kl_coef > 0 and system.lora_rank == 0
-    ref_policy = models.load(args.model, device, system, trainable=False) if frozen_copy else None
+    has_copy = "reference" in beside(args)
+    ref_policy = models.load(args.model, device, system, trainable=False) if has_copy else None
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     parts, value_model = {"policy": (policy, optimizer)}, None
@@ -522,12 +526,26 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         groups = models.parameter_groups(value_model, optimization.weight_decay)
         value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         parts["value"] = (value_model, value_optimizer)
-    resumed = checkpoint.resume(run.output_dir, parts)
-    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
     def score(examples: list[Example], replies: list[str]) -> list[float]:
         return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
+
+    def checks() -> Iterator[certificate.Line]:
+        """What --check tries, on a rollout of short responses."""
+        short = replace(args, max_new_tokens=min(16, args.max_new_tokens))
+        drawn = sample_and_score(policy, tokenizer, certificate.few(train_set), score, 0, short)
+        held = (policy, ref_policy, value_model, args.kl_coef, {}, short)
+        rollout, metrics = make_rollout(drawn[0], drawn[1].to(device), *held)
+        kl = float(metrics["objective/kl"][0]) / len(drawn[0])
+        yield certificate.near("KL of a response to the reference", kl, 0.0, 1e-2)
+        loss = functools.partial(loss_and_metrics, policy, batch=rollout, args=short)
+        known = ({"val/ratio": 1.0}, rollout.examples)
+        yield from certificate.of_training(args, policy, tokenizer, train_set, loss, *known)
+
+    certificate.run(run, checks())
+    resumed = checkpoint.resume(run.output_dir, parts)
+    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
+    kl_coef, running = resumed.get("kl_coef", args.kl_coef), resumed.get("running", {})
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
@@ -571,12 +589,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
             totals.update({"grad_norm": (norm, 1)})
         metrics = totals.reduce("train/")  # the step's one synchronisation
         times["train/time/policy"] = time.perf_counter() - clock
-        metrics |= {
-            "train/epoch": number * args.rollout_size / train_set.epoch_size,
-            "train/episode": number * len(examples),
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics |= {"train/epoch": number * args.rollout_size / train_set.epoch_size}
+        metrics |= {"train/episode": number * len(examples), "train/num_tokens": num_tokens}
+        metrics |= {"train/learning_rate": lr}
         seconds = time.perf_counter() - step_start
         metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 

@@ -18,7 +18,9 @@ Shapes: a micro-batch packs B examples, K sequences each (2 for pairs, 1 for rat
 Metrics, results and departures from the papers: docs/reward_model.md
 """
 
+import functools
 import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
 from common.args import Optimization, System, Training, block, parse, snapshot
 from common.evaluate import agreement
 from common.log import Log
@@ -287,6 +289,8 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     target = Path(args.score_output or default).expanduser()
     dist.from_main(lambda: make_room(target, args.run.overwrite or not args.score_output))
     records = formats.read_file(path)
+    for record in records:  # each is written again, with its rewards
+        refuse_unwritable(*record)
 
     def encode(record: formats.Record) -> list[Tokens]:
         return data.read_responses(tokenizer, *record, args.max_length)
@@ -305,6 +309,17 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
     return target
+
+
+def refuse_unwritable(value: dict, where: str) -> None:
+    """End the run for a column that JSON lines cannot hold, as dates and bytes of a table."""
+    for name, x in value.items():
+        try:
+            json.dumps(x)
+        except (TypeError, ValueError) as error:
+            raise formats.wrong(
+                where, f"{name}, {type(x).__name__}", "texts, numbers, lists and objects"
+            ) from error
 
 
 def make_room(target: Path, overwrite: bool) -> None:
@@ -340,6 +355,7 @@ TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval
 def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     if args.score:
         tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
@@ -364,6 +380,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     scorer.config.score_at = "end"  # of the reply, whatever the template writes after it
     groups = models.parameter_groups(scorer, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    loss = functools.partial(loss_and_metrics, scorer, args=args)
+    certificate.training(args, scorer, tokenizer, train_set, loss)
     parts = {"policy": (scorer, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

@@ -13,6 +13,7 @@ Shapes: a micro-batch packs B demonstrations end to end, N tokens in all; N_targ
 Metrics, results and departures from the papers: docs/sft.md
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, models, packed
+from common import certificate, checkpoint, data, dist, files, models, packed, plan
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
@@ -84,6 +85,7 @@ TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=60, eval
 def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
@@ -102,6 +104,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     policy = models.load(args.model, device, system)
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    certificate.training(args, policy, tokenizer, train_set, functools.partial(loss_and_metrics, policy))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
@@ -143,11 +146,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics |= {
-            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics["train/epoch"] = step * optimization.batch_size / train_set.epoch_size
+        metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
         if step % run.eval_every == 0 or step == num_steps:

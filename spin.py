@@ -19,10 +19,12 @@ Metrics, results and departures from the paper: docs/spin.md
 """
 
 import bisect
+import functools
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -33,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
@@ -386,22 +388,30 @@ def check(args: Args) -> None:
             raise formats.wrong(name, "nothing", "one value, or one for each iteration")
 
 
-TOY = dict(
-    beta=1.0,
-    num_iterations=3,
-    num_epochs=1,
-    num_prompts=1024,
-    learning_rate=5e-4,
-    warmup_steps=2,
-    batch_size=64,
-    max_new_tokens=48,
-    num_samples=200,
-)
+def checks(
+    policy: models.Policy, tokenizer: Any, train_set: data.Dataset, args: Args, device: torch.device
+) -> Iterator[certificate.Line]:
+    """What --check tries, on pairs with short samples of the policy, its own opponent."""
+    chosen = certificate.few(train_set)
+    prompts = [prompt_tokens(example.sequences[0]) for example in chosen]
+    samples = generate(policy, tokenizer, prompts, max_new_tokens=16, temperature=args.temperature)
+    pairs = [make_pair(example, sample.tokens) for example, sample in zip(chosen, samples, strict=True)]
+    found = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
+    for pair, logps in zip(pairs, found, strict=True):
+        pair.fields = dict(zip(LOGPS, logps, strict=True))
+    loss = functools.partial(loss_and_metrics, policy, beta=of_iteration(args, 0).beta, ell=args.loss)
+    known = {"rewards/margins": 0.0, "loss": math.log(2) if args.loss == "logistic" else 1.0}
+    yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, pairs)
+
+
+TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=1024, learning_rate=5e-4, warmup_steps=2)
+TOY |= dict(batch_size=64, max_new_tokens=48, num_samples=200)
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args, sequences=2)
     check(args)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
@@ -421,6 +431,7 @@ def main(args: Args) -> None:
     policy = models.load(args.model, device, system)
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    certificate.run(run, checks(policy, tokenizer, train_set, args, device))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

@@ -465,9 +465,13 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     options = stages.read_all(args.stages, STAGES, RESERVED)
+    shared = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
+    rated = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
+    fine_tuned = dict(model=args.model, dataset=args.dataset, **shared)  # before it is annotated
+    todo = [("reward_model", reward_model.main, reward_model.Args, rated, args.stages.reward_model)]
+    stages.before(args.run, [*todo, ("sft", sft.main, sft.Args, fine_tuned, args.stages.sft)])
     log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    shared = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     begun = {path: options[name] for path, name in stage_folders(args).items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
@@ -482,9 +486,8 @@ def main(args: Args) -> None:
     # 1. attribute model
     attribute_model = args.attribute_model or str(folder / "1_attribute_model")
     if not args.attribute_model:
-        overrides = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
         own = args.stages.reward_model
-        stage(reward_model.main, reward_model.Args, Path(attribute_model), overrides, own, log)
+        stage(reward_model.main, reward_model.Args, Path(attribute_model), rated, own, log)
 
     # 2. annotate
     annotated = Path(args.annotated or folder / "2_annotated")

@@ -17,7 +17,9 @@ Shapes: G groups, n responses each; A attributes; a micro-batch packs whole grou
 Metrics, results and departures from the papers: docs/steerlm2.md
 """
 
+import functools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,10 +29,10 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import checkpoint, data, dist, files, formats, models, packed, templates
+from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, templates
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
-from common.generate import generate
+from common.generate import generate, to_example
 from common.log import Log
 from common.packed import Example, MicroBatch
 from common.rewards import read_where_trained
@@ -362,6 +364,29 @@ def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset
     return datasets
 
 
+def checks(
+    policy: models.Policy, tokenizer: Any, prompts: data.Dataset, args: Args, device: torch.device
+) -> Iterator[certificate.Line]:
+    """What --check tries, on groups of short samples that all weigh alike."""
+    chosen, n = certificate.few(prompts), args.num_responses
+    tokens = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in chosen]
+    how = {"max_new_tokens": 16, "temperature": args.temperature, "samples_per_prompt": n}
+    sequences = [to_example(s).sequences[0] for s in generate(policy, tokenizer, tokens, **how)]
+    logps = sequence_logps(policy, sequences, args, device).view(-1, n).cpu().numpy()
+    groups = [
+        Example(sequences[i * n : (i + 1) * n], "", dict(zip(GROUP_FIELDS, (own, 0 * own), strict=True)))
+        for i, own in enumerate(logps)
+    ]
+    loss = functools.partial(loss_and_metrics, policy, args=args)
+    known = {"kl": 0.0, "loss": 0.0}
+    yield from certificate.of_training(args, policy, tokenizer, prompts, loss, known, groups)
+
+
+def beside(args: Args) -> dict[str, str]:
+    """The models that a run holds beside the policy while it scores, and where they are."""
+    return {"reward": args.attribute_model, "SFT model": args.sft_model or args.model}
+
+
 def count_groups(prompts: data.Dataset, args: Args) -> int:
     """Groups of an iteration, before any is dropped.
 
@@ -391,6 +416,7 @@ TOY = dict(
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
+    plan.show(args, beside)
     check(args)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
@@ -417,6 +443,7 @@ def main(args: Args) -> None:
         example.label = wanted[i % len(wanted)]
     trained = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95))
+    certificate.run(run, checks(policy, tokenizer, prompts, args, device))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

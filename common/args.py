@@ -110,6 +110,10 @@ class Folder:
 
     output_dir: str = "runs/run"
     """the run folder: checkpoints, metrics.jsonl, samples.jsonl, model/; a run found there is resumed"""
+    plan: str = ""
+    """do not run: say what a rank would hold on so many GPUs of so many GiB, as 8x80, and whether it fits"""
+    check: bool = False
+    """do not train: try the model, the data and the loss, and write check.json into output_dir"""
     overwrite: bool = False
     """start anew in output_dir instead of resuming the run there"""
     accept_changes: bool = False
@@ -120,6 +124,8 @@ class Folder:
     """W&B project"""
     run_name: str = ""
     """W&B run name"""
+    max_minutes: float = 0.0
+    """stop after so many minutes as after a signal: save, exit with code 0, to be resumed; 0: no limit"""
 
 
 @dataclass
@@ -265,7 +271,7 @@ RANGES = {
     (0, math.inf): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps "
     "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
     "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
-    "num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries "
+    "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries "
     "num_human_pairs copy_retries top_k judge_price",
     (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
     "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
@@ -434,7 +440,8 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
             raise  # help was asked for
         reason = " ".join(parts[0].replace("\u2502", " ").split())
         near = re.search(r"--\w+", parts[1]) if "Perhaps" in parts[1] else None
-        hint = f"; perhaps you meant {near[0]}" if near else "; --help lists all"
+        elsewhere = ", docs/migrating.md those of TRL and NeMo-Aligner" * reason.startswith("Unrecognized")
+        hint = f"; perhaps you meant {near[0]}" if near else f"; --help lists all{elsewhere}"
         raise dist.RunError(reason.rstrip(".") + hint) from None
 
 

@@ -1,14 +1,17 @@
-"""Two runs side by side: do they have the same metrics and samples, and if not, where do they part first?
+"""Runs side by side: do they have the same metrics and samples, and if not, where do they part first?
 
-    python -m common.compare runs/before runs/after [--tolerance 1e-6]
+    python -m common.compare runs/before runs/after [runs/other ...] [--tolerance 1e-6]
 
 Rows of metrics.jsonl are matched by step, those of samples.jsonl by step and place, values by name; stages
-of a pipeline are compared as well. Speed, times and memory differ from run to run and are left out. The exit
-code is that of diff: 0 for equal runs, 1 for different ones, 2 if a folder is no run.
+of a pipeline are compared as well, and every run with the first. Speed, times and memory differ from run to
+run and are left out. Then come the settings, versions and fingerprints that differ, and the first and last
+evaluation of each run; where only seeds differ, the mean over runs and its standard error. The exit code is
+that of diff: 0 for equal runs, 1 for different ones, 2 if a folder is no run.
 """
 
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,15 +22,17 @@ from typing import Any, NamedTuple
 import tyro
 
 IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_gib)")
+FREE = {"output_dir", "overwrite", "accept_changes", "track", "wandb_project", "run_name", "plan", "check"}
+FREE |= {"max_minutes", "finished_at", "accepted_changes"}  # in args.json, and of no weight
 Rows = dict[tuple[int, int], dict[str, Any]]  # (step, place among the rows of that step) -> name -> value
 
 
 @dataclass
 class Args:
-    """Compare the metrics and samples of two runs; exit code 0 if they are equal, 1 if they differ."""
+    """Compare metrics, samples and settings of runs; exit code 0 if they are equal, 1 if they differ."""
 
-    runs: tyro.conf.Positional[tuple[Path, Path]]
-    """the two run folders"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """the run folders, two or more"""
     tolerance: float = 0.0
     """numbers a and b count as equal if |a - b| <= tolerance * max(1, |b|); 0: equal to the last bit"""
 
@@ -122,16 +127,77 @@ def report(found: Comparison, runs: tuple[Path, Path]) -> str:
     return "\n".join(lines if len(lines) > 1 else [*lines, "equal"])
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What args.json says that decides a run: options, versions, fingerprints; nothing without that file."""
+    path = folder / "args.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    settings = {name: value for name, value in found.items() if name not in FREE}
+    for group, words in (("versions", "version of"), ("inputs", "fingerprint of")):
+        settings |= {f"{words} {name}": value for name, value in settings.pop(group, {}).items()}
+    return settings
+
+
+def differing(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Name -> the values of all runs, of the settings that are not the same in all."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    values = {name: [one.get(name, "-") for one in settings] for name in names}
+    return {name: found for name, found in values.items() if any(x != found[0] for x in found)}
+
+
+def evaluations(runs: list[dict[str, Rows]], as_one: bool) -> list[list[str]]:
+    """A line of cells for each eval/ metric: of each run its first and last value.
+
+    Args:
+        as_one: also the mean over runs and its standard error.
+    """
+    ends = []
+    for run in runs:
+        rows = [
+            row for row in run.get("metrics.jsonl", {}).values() if any(k.startswith("eval/") for k in row)
+        ]
+        ends.append((rows[0], rows[-1]) if rows else ({}, {}))
+    lines = []
+    for name in dict.fromkeys(name for _, last in ends for name in last if name.startswith("eval/")):
+        pairs = [[end.get(name) for end in both] for both in ends]
+        cells = [" -> ".join("-" if x is None else f"{x:.4g}" for x in pair) for pair in pairs]
+        if as_one and all(None not in pair for pair in pairs):
+            columns = [*zip(*pairs, strict=True)]
+            errors = [statistics.stdev(column) / len(column) ** 0.5 for column in columns]
+            means = [statistics.fmean(column) for column in columns]
+            cells.append(" -> ".join(f"{m:.4g} +- {e:.2g}" for m, e in zip(means, errors, strict=True)))
+        lines.append([name[5:], *cells])
+    return lines
+
+
+def in_columns(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
 def main(args: Args) -> int:
     """Compare and print. -> the exit code"""
     try:
-        one, other = map(read_run, args.runs)
+        if len(args.runs) < 2:
+            raise ValueError(f"{len(args.runs)} run folders; expected two or more")
+        first, *others = runs = [*map(read_run, args.runs)]
+        changed = differing([*map(read_settings, args.runs)])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = compare(one, other, args.tolerance)
-    print(report(found, args.runs))
-    return int(bool(found.differences or any(found.only)))
+    is_different = False
+    for folder, other in zip(args.runs[1:], others, strict=True):
+        found = compare(first, other, args.tolerance)
+        print(report(found, (args.runs[0], folder)))
+        is_different |= bool(found.differences or any(found.only))
+    for name, values in changed.items():
+        print(f"{name}: {' | '.join(map(str, values))}")
+    of_seeds = [*changed] == ["seed"]
+    if is_different and (lines := evaluations(runs, of_seeds)):
+        heads = ["evaluation", *map(str, args.runs), *(["mean +- standard error"] if of_seeds else [])]
+        print(in_columns([heads, *lines]))
+    return int(is_different)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from common.formats import (
     LeftOut,
     Messages,
     Record,
+    as_messages,
     as_turns,
     attach_labels,
     common_prefix,
@@ -137,7 +138,8 @@ def regroup(records: list[Record], kind: str) -> list[Record]:
                 )
             texts, numbers = [one.value["text"], two.value["text"]], {}
             if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
-                strength = next((x for x in one.value["label"] if x not in (None, -100)), 0)
+                given = one.value["label"] if isinstance(one.value["label"], list) else [one.value["label"]]
+                strength = next((number(x, one.where, "label") for x in given if x not in (None, -100)), 0)
                 texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
                 numbers = numbers if strength else {"tie": True}
             grouped.append(Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where))
@@ -171,7 +173,9 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
     if unknown:  # of a mask a typo would train the user's turns
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
-    named = [s in names or m["role"] in names for s, m in zip(speakers, turns, strict=True)]
+    # a name that no speaker has is of a role, in any case
+    roles = {ROLES.get(name.lower()) for name in names if name not in speakers}
+    named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
     lead = len(lead_of(value, where))  # a history is context, as it is before a prompt
@@ -187,11 +191,17 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     if value.get("input_ids") is not None:
         if not isinstance(value["input_ids"], list) or any(isinstance(x, list) for x in value["input_ids"]):
             raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
-        tokens = np.asarray(value["input_ids"])
-        columns = [np.asarray(value[name]) for name in ("labels", *MASKS) if value.get(name) is not None]
-        fits = tokens.dtype.kind == "i" and all(tokens.shape == column.shape for column in columns)
+        given = {name: value[name] for name in ("labels", *MASKS) if value.get(name) is not None}
+        try:
+            tokens, columns = np.asarray(value["input_ids"]), {n: np.asarray(x) for n, x in given.items()}
+            fits = tokens.dtype.kind == "i" and tokens.size > 0
+            fits &= all(x.dtype.kind in "ib" and x.shape == tokens.shape for x in columns.values())
+            fits = fits and all(np.isin(x, (0, 1)).all() for n, x in columns.items() if n != "labels")
+        except ValueError:  # lists of several lengths
+            fits = False
         if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
-            raise wrong(where, "other input_ids or labels", f"ids below {len(tokenizer)}, and as many labels")
+            expected = f"ids below {len(tokenizer)}, as many labels, and masks of 0 and 1"
+            raise wrong(where, "other input_ids or labels", expected)
         labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
         if ((labels != tokens) & (labels != -100)).any():
             raise wrong(
@@ -203,6 +213,7 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
         return Tokens(tokens.astype(np.int32)[used], mask[used])
     text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
     if text_only and not is_transcript(value["text"]):
+        as_messages(value["text"], where)  # refuses a mark of a turn elsewhere
         tokens = encode_prompt(tokenizer, value["text"])
         tokens += [end_token(tokenizer)] if tokens[-1:] != [end_token(tokenizer)] else []
         return Tokens(np.array(tokens, np.int32), np.ones(len(tokens), bool))
@@ -370,12 +381,13 @@ def load(
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
-    tell = functools.partial(print, f"{kind}:", flush=True) if dist.is_main() else lambda *_: None
+    notes: list[str] = []  # what was cut and left out
+    tell = functools.partial(note, kind, notes)
     if max_length > most:
         tell(f"{option} {max_length} is more than the model takes; it is {most} now")
         max_length = most
-    for note in template_notes(tokenizer):
-        tell(note)
+    for line in template_notes(tokenizer):
+        tell(line)
 
     def attempt(record: Record) -> tuple[bool, Example] | str:
         """(whether it was cut, the example), or why it is left out."""
@@ -413,9 +425,17 @@ def load(
     for source, _ in read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
+    train.notes = notes
     if dist.is_main():
         print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
     return train, evaluation
+
+
+def note(kind: str, notes: list[str], text: str) -> None:
+    """Keep a note of what was read, and print it."""
+    notes.append(text)
+    if dist.is_main():
+        print(f"{kind}: {text}", flush=True)
 
 
 def keep(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import dist, packed
+from common.plan import cache_bytes, rows_that_fit
 
 LEVELS = 3  # of the search through the vocabulary, see `invert`
 STRIDE = {"cpu": 1, "cuda": 8}  # steps from one look of the host to the next; a look waits for the device
@@ -447,15 +448,12 @@ def finish(sample: Sample, tokenizer: Any, settings: Settings) -> None:
 
 def rows_in_memory(replica: Any, num_slots: int) -> int:
     """How many rows fit into the free GPU memory, a fifth of it left to activations."""
-    config = replica.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * width * replica.model.dtype.itemsize * num_slots
+    row = cache_bytes(replica.config, num_slots, replica.model.dtype.itemsize)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(replica.device)
-    if 0.8 * free < row:
+    if not (num_rows := rows_that_fit(free, row)):
         raise dist.RunError(
             f"{num_slots} tokens of cache need {row / 2**30:.1f} GiB, {free / 2**30:.1f} are free; lower "
             "max_new_tokens or max_prompt_length"
         )
-    return int(0.8 * free // row)
+    return num_rows

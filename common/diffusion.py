@@ -159,7 +159,9 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
         if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             raise ValueError(f"found a {kind}; expected a Stable Diffusion 1.x, 2.x or XL pipeline")
         extra = {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = getattr(diffusers, kind).from_pretrained(path, dtype=torch.float32, **extra)
+        pipe = getattr(diffusers, kind).from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, **extra
+        )
     except Exception as error:  # the hub client and the parts of a pipeline raise many kinds
         raise dist.RunError(f"model {model}: cannot be loaded: {formats.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -238,6 +240,21 @@ def schedule(pipe: Any, num_steps: int) -> Schedule:
             "nothing; set timestep_spacing to leading in its scheduler_config.json"
         )
     return Schedule(scheduler.timesteps.tolist(), alphas.float(), prediction == "v_prediction")
+
+
+def drawn_by_diffusers(pipe: Any, prompts: list[str], noise: Tensor, num_steps: int, scale: float) -> Tensor:
+    """The latents that the pipeline itself makes of a noise, with the scheduler that `schedule` follows."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    kind, held = EulerDiscreteScheduler if is_xl(pipe) else DDIMScheduler, pipe.scheduler
+    options = {} if is_xl(pipe) else {"set_alpha_to_one": True, "clip_sample": False}
+    pipe.scheduler = kind.from_config(held.config, **options)
+    how = {"num_inference_steps": num_steps, "guidance_scale": scale, "output_type": "latent"}
+    side = noise.shape[-1] * pipe.vae_scale_factor
+    try:
+        return pipe(prompts, latents=noise.to(pipe.vae.dtype), height=side, width=side, **how).images.float()
+    finally:
+        pipe.scheduler = held
 
 
 def image_size(pipe: Any, size: int) -> int:
@@ -352,7 +369,7 @@ def clip_reward(source: str, device: torch.device) -> Callable:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        processor = CLIPProcessor.from_pretrained(source)
+        processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
         model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
     except Exception as error:  # the hub client raises many kinds
         raise dist.RunError(

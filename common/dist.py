@@ -4,16 +4,21 @@ No script asks for its rank. A value that decides anything comes from `all_sum` 
 """
 
 import atexit
+import contextlib
 import ctypes
 import datetime
+import errno
 import hashlib
 import heapq
+import math
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +32,13 @@ TWICE_SECONDS = (
 )
 LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
 POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
+_stop = {"signal": 0, "time": 0.0, "agreed": False, "deadline": math.inf}
+# what is the machine's doing and no bug: the disk is full or the quota used up, nothing may be written, ...
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
+FULL = ("No space left", "os error 28", "unexpected pos")  # texts of Python, of safetensors and of torch.save
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+LOST += ("Application timeout caused pair closure", "Socket Timeout", "failed to recv, got 0 bytes")
 FIRST_SECONDS, TELL_SECONDS = 10.0, 30.0  # a log file hears of slow work after the first, then every so often
-_stop = {"signal": 0, "time": 0.0, "agreed": False}
 
 
 class RunError(ValueError):
@@ -51,7 +61,7 @@ def init(seed: int) -> torch.device:
         store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         torch_dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(minutes=30),
+            timeout=datetime.timedelta(minutes=float(os.environ.get("CLEANALIGN_TIMEOUT_MINUTES", 30))),
             device_id=device if cuda else None,
             **store,
         )
@@ -78,6 +88,14 @@ def _on_signal(number: int, frame: Any) -> None:
         raise KeyboardInterrupt  # asked twice: do not wait for the step to end
     if not _stop["signal"]:
         _stop.update(signal=number, time=now)
+        if is_main():  # by the system's own call: what print was doing when this came may not be begun again
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: the run will stop after this step; what is done is saved\n".encode())
+
+
+def stop_after(minutes: float) -> None:
+    """Ask for a stop so many minutes from now; 0 is never."""
+    _stop["deadline"] = time.monotonic() + 60 * minutes if minutes else math.inf
 
 
 def _stop_with_parent() -> None:
@@ -111,7 +129,7 @@ def all_sum(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     `stop_requested` at the same step.
     """
     # a dummy row's metrics are made of the same keys, so the order of `sums` agrees between ranks
-    values = (float(_stop["signal"] > 0), *sums.values())
+    values = (float(is_told_to_stop()), *sums.values())
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     device = values[places[0]].device if places else "cpu"
     # numbers of the host go to the device in one copy, not each in its own
@@ -153,13 +171,13 @@ class Totals:
 
 
 def stop_requested() -> bool:
-    """True on every rank once any rank has received SIGTERM or SIGINT; decided by the latest `all_sum`."""
+    """True on every rank once any rank is told to stop; decided by the latest `all_sum`."""
     return _stop["agreed"]
 
 
 def is_told_to_stop() -> bool:
-    """Whether this rank itself has received a stop signal; what the ranks agree on is `stop_requested`."""
-    return _stop["signal"] > 0
+    """Whether this rank has had a stop signal, or its time is up; all agree on `stop_requested`."""
+    return _stop["signal"] > 0 or time.monotonic() > _stop["deadline"]
 
 
 def poll_stop() -> bool:
@@ -279,17 +297,73 @@ def progress(items: Iterable, what: str, total: int, size: Callable[[Any], int] 
 
 
 def run(main: Any, args: Any) -> None:
-    """Call main(args); a user's mistake ends it with one line instead of a traceback."""
+    """Call main(args); a mistake, a full disk or a lost rank ends it with one line instead of a traceback."""
+    code = outcome(main, args)
+    if stop_requested() and is_main() and os.environ.get("CLEANALIGN_STOPPED"):
+        Path(os.environ["CLEANALIGN_STOPPED"]).touch()  # for who starts it again, as recipes/slurm.sh
+    sys.exit(code) if "RANK" not in os.environ else leave(code)
+
+
+def leave(code: int) -> None:
+    """End a rank's process at once, when what it has registered for its end is done.
+
+    Threads of gloo and of the store may be waiting for Python's lock. When Python closes down it ends them
+    where they stand, in C++ that does not expect it, and that aborts the process ("terminate called without
+    an active exception"): one that has done all its work would count as failed.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def outcome(main: Any, args: Any) -> int:
+    """The exit code of main(args), whose mistake has been printed in one line by then."""
     try:
         main(args)
-    except (RunError, torch.OutOfMemoryError) as error:
-        stopped, message = isinstance(error, Stopped), str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message.splitlines()[0].partition('. GPU')[0]}; {LESS_MEMORY}"
+        return 0
+    except BaseException as error:  # that of torch's checkpoints is no Exception
+        message = explain(error)
+        if message is None:
+            raise
+        stopped = isinstance(error, Stopped)
         if _speaks_first(message):
             where = "" if rank() == 0 else f" (rank {rank()})"
             print(message if stopped else f"error{where}: {message}", file=sys.stderr, flush=True)
-        sys.exit(0 if stopped else 1)
+        return 0 if stopped else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def explain(error: BaseException) -> str | None:
+    """What one line says of an error, or None of one that only a traceback explains, a bug."""
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the step had ended; the same command goes on from the last checkpoint"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{str(error).splitlines()[0].partition('. GPU')[0]}; {LESS_MEMORY}"
+    found, end = list(causes(error)), "; what was saved before is whole, the same command goes on"
+    for cause in found:
+        if getattr(cause, "errno", None) in OF_THE_MACHINE:
+            return os.strerror(cause.errno) + (f": {cause.filename}" if cause.filename else "") + end
+    if any(text in str(cause) for cause in found for text in FULL):
+        return "No space left on device" + end
+    lost = next((text for text in LOST for cause in found if text in str(cause)), None)
+    if lost and world_size() > 1:
+        minutes = os.environ.get("CLEANALIGN_TIMEOUT_MINUTES", 30)
+        return f"another rank has ended, or has not answered for {minutes} minutes ({lost})"
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and what a checkpoint's error holds of each rank."""
+    seen: list[BaseException] = [error]
+    for found in seen:
+        yield found
+        parts = [found.__cause__, found.__context__]
+        with contextlib.suppress(AttributeError):
+            parts += [failure[0] for failure in found.failures.values()]
+        seen += [part for part in parts if part is not None and part not in seen]
 
 
 def _speaks_first(message: str) -> bool:

@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -95,6 +96,18 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
     finish(unfinished, path)
 
 
+@contextlib.contextmanager
+def beside(folder: str) -> Iterator[str]:
+    """A folder in `folder` that all ranks see, and that is gone after the block; a collective."""
+    made = dist.from_main(lambda: tempfile.mkdtemp(prefix="tmp-", dir=folder))
+    try:
+        yield made
+        dist.barrier()
+    finally:
+        if dist.is_main():
+            remove(Path(made))
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file, complete or not at all."""
     with whole(path) as unfinished:
@@ -153,17 +166,33 @@ def read_json(path: Path) -> dict:
         RunError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        error: object = f"found {type(found).__name__}, not an object"
+    except (ValueError, RecursionError) as reason:
+        error = reason
+    raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The complete rows of a .jsonl file, none if there is no file; a line torn by a kill is skipped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+def read_rows(path: Path, needed: str = "") -> list[dict]:
+    """The complete rows of a .jsonl file, none if there is no file; a last line torn by a kill is skipped.
+
+    Raises:
+        RunError: another line is no object with the field `needed`.
+    """
+    rows, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or needed and not isinstance(row[needed], int):
+                raise ValueError(f"no row with {needed}")
+            rows.append(row)
+        except (ValueError, KeyError, RecursionError) as error:
+            if n < len(lines):
+                raise dist.RunError(
+                    f"{path}:{n}: damaged, {error}; mend or delete the line, or --overwrite starts anew"
+                ) from error
     return rows
 
 
@@ -301,7 +330,7 @@ class Journal:
 # ---------------------------------------------------------------------------------------------- model folders
 
 
-def model_folder(model: str) -> tuple[str, str | None]:
+def model_folder(model: str, needs_weights: bool = True) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None) for `model`: toy, run folder, folder, hub id, .gguf file."""
     if model in ("toy", "toy/attribute_model"):
         return str(toy_folder() / (model.partition("/")[2] or "model")), None
@@ -320,7 +349,7 @@ def model_folder(model: str) -> tuple[str, str | None]:
         return model, None
     if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise dist.RunError(f"model {model}: no config.json in this folder; expected a Hugging Face model")
-    if not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
+    if needs_weights and not any(f.suffix in (".safetensors", ".bin") for f in path.iterdir()):
         raise dist.RunError(f"model {model}: no weights (*.safetensors or *.bin) in this folder")
     return str(path), None
 
@@ -421,8 +450,13 @@ def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any
     """compute(), a collective, or its result from an earlier run with the same model files and key."""
     digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
     store = cache_folder() / f"{name}-{digest}.pt"
+
+    def read() -> torch.Tensor | None:
+        with contextlib.suppress(Exception):  # it is not there, or damaged: made anew
+            return torch.load(store)
+
     # rank 0's disk decides and is read, alike for all: another node may have its own cache folder
-    found = dist.from_main(lambda: torch.load(store) if store.exists() else None)
+    found = dist.from_main(read)
     if found is not None:
         return found
     result = compute()

@@ -37,7 +37,7 @@ def wrong(where: str, found: Any, expected: str) -> dist.RunError:
     if isinstance(found, dict):
         found = "the fields " + ", ".join(k if v is not None else f"{k} (null)" for k, v in found.items())
     else:
-        found = str(found)[:80]
+        found = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(found)[:80])
     return dist.RunError(f"{where}: found {found}; expected {expected}")
 
 
@@ -191,7 +191,7 @@ def read_file(path: Path) -> list[Record]:
 def parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error
 
 
@@ -209,6 +209,7 @@ REJECTED = ("rejected", "rejected_response", "rejected_messages")
 # of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
 ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
+LARGEST = 1e15  # a number, of which float32 must hold sums and squares
 ATTRIBUTES = ("quality", "toxicity", "humor", "creativity")  # in the order of NeMo-Aligner's lists
 ATTRIBUTES += ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # of a message: its thoughts, whether it is trained, and what else a template may read
@@ -238,8 +239,8 @@ def first(value: dict, names: Iterable[str]) -> Any:
 
 
 def number(value: Any, where: str, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise wrong(where, f"{name} {value!r}", "a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        raise wrong(where, f"{name} {value!r}", "a number below 1e15")
     return float(value)
 
 
@@ -281,7 +282,7 @@ def from_json(value: Any, where: str, name: str, kind: type) -> Any:
     """A list or a dict, or the JSON text of one."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(where, f"{name} {value!r}", "JSON") from error
     if not isinstance(found, kind):
         raise wrong(where, f"{name} {value!r}", "a list" if kind is list else "an object of name: value")
@@ -371,6 +372,8 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
     if is_transcript(value):
         return split_transcript(value, where, role)
     if isinstance(value, str):
+        if "<extra_id_1>" in value:
+            raise wrong(where, repr(value), "the mark <extra_id_1> at the start of a line, for a turn")
         return [as_message({"role": role, "content": value.strip()}, where)]
     turns = value if isinstance(value, list) else [value]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -379,8 +382,8 @@ def as_messages(value: Any, where: str, role: str = "user") -> Messages:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a string holds marked turns: those of Anthropic HH or of NeMo-Aligner."""
-    return isinstance(value, str) and (value.startswith("\n\nHuman:") or "<extra_id_1>" in value)
+    """Whether a string holds marked turns: those of Anthropic HH, or of NeMo-Aligner, a mark to a line."""
+    return isinstance(value, str) and bool(re.match(r"\n\nHuman:|(?s:.*\n)?<extra_id_1>\w*(\n|$)", value))
 
 
 def split_transcript(text: str, where: str, role: str) -> Messages:
@@ -390,7 +393,7 @@ def split_transcript(text: str, where: str, role: str) -> Messages:
     else:
         text = re.sub(r"<extra_id_2>.*\n?", "", text)  # a line of attributes
         text = text if text.startswith("<extra_id_") else f"<extra_id_1>{role}\n{text}"
-        parts = re.split(r"\n?<extra_id_[01]>(\w*)\n?", text)
+        parts = re.split(r"(?:^|\n)<extra_id_[01]>(\w*)(?:\n|$)", text)
     turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
     turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
     messages: Messages = []
@@ -432,9 +435,8 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
         own["tools"] = read_functions(tools, where, "tools")
     if given := value.get("chat_template_kwargs"):
         own["chat_template_kwargs"] = from_json(given, where, "chat_template_kwargs", dict)
-    return (
-        [{**turns[0], **own}, *turns[1:]] if turns and (own := {k: v for k, v in own.items() if v}) else turns
-    )
+    own = {name: x for name, x in own.items() if x}
+    return [{**turns[0], **own}, *turns[1:]] if turns and own else turns
 
 
 def given_turns(value: dict, where: str) -> Any:
@@ -465,8 +467,8 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
         return read_pair(tokenizer, value, where)[0]
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
-    if material and prompt == value.get("instruction"):
-        prompt = f"{prompt}\n\n{material}"
+    if material and isinstance(prompt, str) and prompt == value.get("instruction"):
+        prompt = f"{prompt}\n\n{as_message({'role': 'user', 'content': material}, where)['content']}"
     turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
         turns = turns[:-1]
@@ -532,9 +534,8 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
 
 def reward_names(value: dict) -> str:
     """The fields that have the rewards of a preference; "" without."""
-    found = [
-        next((n for n in (name, *others) if value.get(n) is not None), "") for name, others in ALSO.items()
-    ]
+    groups = [(name, *others) for name, others in ALSO.items()]
+    found = [next((n for n in group if value.get(n) is not None), "") for group in groups]
     return " and ".join(found) if all(found) else ""
 
 

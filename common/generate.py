@@ -166,7 +166,7 @@ class Replica:
         AttentionInterface.register("rollout", rollout_attention)
         how = {"attn_implementation": "rollout", "dtype": policy.compute_dtype}
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, **how)
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **how)
             if policy.lora_config is not None:
                 inject_adapter_in_model(policy.lora_config, self.model)
         self.model.to(policy.compute_dtype)  # peft makes float32 adapters

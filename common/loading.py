@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import json
+import pickle
 import re
 import tempfile
 from collections import Counter
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from common import dist, formats, lora
 from common.files import model_folder
+
+# what files that are damaged, or no weights at all, raise besides
+TORN = (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError)
 
 
 def output_head(model: nn.Module) -> nn.Linear:
@@ -47,7 +51,7 @@ def read_pretrained(
     try:
         if (Path(folder) / "adapter_config.json").exists():
             return lora.read(read_pretrained(*model_folder(lora.base_of(folder))), folder)
-        config = None if gguf else AutoConfig.from_pretrained(folder)
+        config = None if gguf else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized; give the unquantized model")
         on_disk = {} if gguf else tensors_on_disk(folder)
@@ -55,7 +59,12 @@ def read_pretrained(
         if is_tower := auto_class == "AutoModelForCausalLM" and has_other_parts(config):
             auto_class = "AutoModelForImageTextToText"
         model, report = getattr(transformers, auto_class).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **file,
         )
         wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         if wrong:
@@ -64,8 +73,9 @@ def read_pretrained(
         if is_tower:
             print(f"{folder}: of this {config.model_type} the text model is taken; vision is left out")
             model = text_model(model)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*TORN, OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason.partition(". In PyTorch")[0]  # torch goes on with how to run what is in the file
         raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
@@ -88,7 +98,7 @@ def is_whole(folder: str, gguf: str | None) -> bool:
 
     if gguf or (Path(folder) / "adapter_config.json").exists():
         return False
-    return not has_other_parts(AutoConfig.from_pretrained(folder))
+    return not has_other_parts(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def text_model(whole: nn.Module) -> nn.Module:
@@ -101,7 +111,7 @@ def text_model(whole: nn.Module) -> nn.Module:
     kind = re.sub(r"(_5)?_vl(_moe)?_text$", r"\2", fields.pop("model_type"))
     config = AutoConfig.for_model(kind, **fields | {"tie_word_embeddings": False})  # for now
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.base_model.load_state_dict(whole.get_decoder().state_dict(), assign=True)
     head = whole.get_output_embeddings()
     if head.weight is whole.get_input_embeddings().weight:
@@ -123,7 +133,7 @@ def config_of(folder: str) -> Any:
         adapter = Path(folder) / "adapter_config.json"
         if adapter.exists():
             folder = json.loads(adapter.read_text())["base_model_name_or_path"]
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError):
         return SimpleNamespace()
     except Exception as error:  # a value of another type
@@ -202,7 +212,9 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
 
     is_scorer = False
     with contextlib.suppress(OSError, ValueError):  # read_pretrained says what is wrong
-        is_scorer = "ForSequenceClassification" in str(AutoConfig.from_pretrained(folder).architectures)
+        is_scorer = "ForSequenceClassification" in str(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures
+        )
     source = read_pretrained(
         folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
     )
@@ -245,11 +257,11 @@ def empty_scorer(config: Any, **settings: Any) -> nn.Module:
     from transformers.modeling_layers import GenericForSequenceClassification
 
     with contextlib.suppress(ValueError):
-        model = AutoModelForSequenceClassification.from_config(config, **settings)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, **settings)
         if hasattr(model, "score"):
             return model
     with contextlib.suppress(ValueError, AttributeError, TypeError):
-        trunk = type(AutoModelForCausalLM.from_config(config).base_model)
+        trunk = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False).base_model)
         bases = (GenericForSequenceClassification, trunk.__mro__[1])
         scorer = type(trunk.__name__, bases, {"__module__": trunk.__module__})
         return scorer._from_config(config, **settings)

@@ -5,11 +5,14 @@ Only rank 0 writes. Metrics go to the file in full and to the console in part, a
 
 import contextlib
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "curves.png", "follo
 WRITTEN += ("checkpoints", "model", "model.*tmp", "base_model", "images/step_*.png", "annealed")
 WRITTEN += tuple(f"{name}_[0-9]*.jsonl*" for name in ("generated", "held_out", "groups"))
 STAGES = "[0-5]_*/"  # folders of a pipeline
+WANDB_SECONDS = 30  # of waiting for its server, before a run is tracked offline
 
 
 class Log:
@@ -56,7 +60,9 @@ class Log:
         self.inputs: dict[str, str] = {}
         self.accepted: list[str] = []  # changes
         self.folder = Path(run.output_dir)
-        self.rows: list[dict] = dist.from_main(self._open)
+        if not pipeline:
+            dist.stop_after(run.max_minutes)
+        self.rows: list[dict] = [] if run.check else dist.from_main(self._open)
         values = options.values
         if dist.is_main() and values["model"] == "toy" and options.toy and not pipeline:
             # the user's options of a stage have changed the toy's, which are one string with them
@@ -87,6 +93,8 @@ class Log:
                     files.remove(path)
             if not self.is_pipeline:
                 (folder / "checkpoints").mkdir(exist_ok=True)
+            for path in (folder / "checkpoints").glob("step_*.tmp"):  # what kills have left half written
+                files.remove(path)
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
         if (folder / "model").exists() and not (folder / "args.json").exists():
@@ -96,13 +104,13 @@ class Log:
         if (last or self.is_pipeline) and (folder / "args.json").exists():
             self.before = files.read_json(folder / "args.json")
             self._accept(changes(self.before, self.options.values, self.options.fixed))
-        rows = files.read_rows(folder / "metrics.jsonl")  # without a line that a kill has torn
+        rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
         if self.is_pipeline:
             keep = max((row["step"] for row in rows), default=-1)
         else:
             keep = int(last.name.removeprefix("step_")) if last else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in files.read_rows(folder / name) if row["step"] <= keep]
+            kept = [row for row in files.read_rows(folder / name, "step") if row["step"] <= keep]
             files.write(folder / name, files.as_lines(kept))
         return files.read_rows(folder / "metrics.jsonl")
 
@@ -129,6 +137,8 @@ class Log:
         Raises:
             RunError: the run was made from something else, or by other code.
         """
+        if self.run.check:
+            return False
         last = max(self.steps, default=0)
 
         def compare() -> bool:
@@ -157,8 +167,13 @@ class Log:
 
         Args:
             optimization: None for a pipeline, whose stages have their own.
+
+        Raises:
+            Stopped: a stop was asked for while the data were read.
         """
-        if not dist.is_main():
+        if dist.poll_stop():
+            raise dist.Stopped(f"{self.folder}: stopped before a step; the same command goes on from there")
+        if not dist.is_main() or self.run.check:
             return
         if any(self.steps):
             print(f"resuming {self.folder} from step {max(self.steps)}", flush=True)
@@ -177,7 +192,7 @@ class Log:
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
 
     def _start_wandb(self) -> None:
-        """Online if logged in, else offline; never asks, and a failure to start only costs the tracking.
+        """Online if logged in and W&B can be reached, else offline; never asks, and its failures cost no run.
 
         The id of a run stays in its folder, so that a resumed run is the same one on W&B; a sweep agent gives
         the first. A stage has no run of its own: it logs into its pipeline's, which begins and ends it.
@@ -186,25 +201,41 @@ class Log:
             self.wandb = self.pipeline.wandb
         if self.pipeline or not self.run.track:
             return
-        id_file = self.folder / "wandb_id"
-        try:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        id_file, given = self.folder / "wandb_id", os.environ.get("WANDB_MODE")
+
+        def begin(mode: str) -> Any:
             import wandb
 
-            os.environ.setdefault("WANDB_SILENT", "true")
-            online = os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False)
-            run_id = id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID")
-            self.wandb = wandb.init(
+            return wandb.init(
                 project=self.run.wandb_project,
                 name=self.run.run_name or None,
-                id=run_id,
+                id=id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID"),
                 resume="allow",
-                mode=os.environ.get("WANDB_MODE") or ("online" if online else "offline"),
+                mode=mode,
                 dir=self.folder,
                 config=self.options.values,
+                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
             )
+
+        def has_key() -> bool:
+            import wandb
+
+            return bool(os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False))
+
+        if self._wandb_does("finds no key", lambda: given or has_key()):
+            self.wandb = self._wandb_does("is not reached", lambda: begin(given or "online"))
+        self.wandb = self.wandb or self._wandb_does("is off", lambda: begin("offline"))
+        if self.wandb:
             id_file.write_text(self.wandb.id)
+
+    def _wandb_does(self, failing: str, act: Callable[[], Any]) -> Any:
+        """act(), or None where W&B fails, as when its own process has died: the run needs none of it."""
+        try:
+            return act()
         except Exception as error:
-            print(f"W&B is off: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            self.wandb = None
+            print(f"W&B {failing}: {formats.first_line(error)}", file=sys.stderr, flush=True)
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
         """Send to W&B, whose own step only grows.
@@ -217,22 +248,27 @@ class Log:
         if self.pipeline:
             name = self.folder.name
             values = {f"{name}/{key}": value for key, value in {**values, "step": step}.items()}
-            self.wandb.define_metric(f"{name}/*", step_metric=f"{name}/step")
-        self.wandb.log(values, step=None if self.pipeline or self.is_pipeline else step)
+            self._wandb_does(
+                "is off", lambda: self.wandb.define_metric(f"{name}/*", step_metric=f"{name}/step")
+            )
+        step = None if self.pipeline or self.is_pipeline else step
+        self._wandb_does("is off", lambda: self.wandb and self.wandb.log(values, step=step))
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
 
         Raises:
-            RunError: NaN or infinite train/loss, train/grad_norm or eval/loss, which sees the last update.
+            RunError: a loss or gradient norm is NaN or infinite; an evaluation's loss sees the last update.
         """
-        for name in ("train/loss", "train/grad_norm", "eval/loss"):
-            if not abs(metrics.get(name, 0.0)) < float("inf"):
-                last = checkpoint.newest(self.folder)
+        for name in [n for n in metrics if re.search("loss|grad_norm|eval/nll", n)]:
+            if not math.isfinite(metrics[name]):
+                untrained = step == 0 or (step == 1 and name.startswith("train/"))
+                cure = "a lower learning_rate or max_grad_norm is the usual cure"
+                if untrained:  # nothing has been learned yet that could be wrong
+                    cure = "the model that training starts from, or the data, gives it"
                 raise dist.RunError(
-                    f"{name} is {metrics[name]} at step {step}; the run stops. "
-                    + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
-                    + "; a lower learning_rate or max_grad_norm is the usual cure"
+                    f"{name} is {metrics[name]} at step {step}; the run stops; "
+                    f"{checkpoint.last_good(self.folder)}; {cure}"
                 )
         row = {"step": step, **metrics}
         self.rows.append(row)
@@ -294,7 +330,9 @@ class Log:
         if self.wandb:
             import wandb
 
-            self._track(step, {"samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])})
+            values = [list(row.values()) for row in rows]
+            table = self._wandb_does("takes no table", lambda: wandb.Table(list(rows[0]), values))
+            self._track(step, {"samples": table})
 
     def picture(self, step: int, path: Path) -> None:
         """Send a PNG to W&B, under its folder's name."""
@@ -317,7 +355,7 @@ class Log:
             print(f"model, metrics, samples and curves are in {self.folder}", flush=True)
         files.unlock(self.folder)
         if self.wandb and not self.pipeline:
-            self.wandb.finish()
+            self._wandb_does("has not finished", self.wandb.finish)
 
     def _table(self) -> None:
         """Evaluations side by side."""

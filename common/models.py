@@ -34,7 +34,7 @@ from common.loading import (
     read_scorer,
 )
 from common.packed import Example, MicroBatch, TokenStats, micro_batches
-from common.plan import training_flops, training_memory
+from common.plan import PEAK_FLOPS, choices, training_flops, training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
 
@@ -236,7 +236,8 @@ def _load(
         return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk, wide
 
     config, generation_config, dtype_on_disk, wide = dist.from_main(read)
-    make = empty_scorer if kind is Scorer else transformers.AutoModelForCausalLM.from_config
+    plain_decoder = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
+    make = empty_scorer if kind is Scorer else plain_decoder
     with torch.device("meta"):
         plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
         plain.generation_config = generation_config
@@ -339,13 +340,12 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
         num_tokens=packed.token_limit(system.micro_batch_tokens, device),
         num_shards=mesh(device, system.sharding)["shard"].size(),
         itemsize=shell.compute_dtype.itemsize,
+        has_vocabulary=isinstance(shell, Policy),
     )
+    whole, folded = (shell.compute_dtype.itemsize * n for n in (trained + frozen, lora.num_folded(shell)))
     room = 2 / 3 * device_memory(device)
-    choice = system.activation_checkpointing
-    folded = shell.compute_dtype.itemsize * lora.num_folded(shell)
-    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
-    shell.room = room - need(recompute=recompute).total
-    return recompute, shell.compute_dtype.itemsize * (trained + frozen) < shell.room
+    recompute, keep, shell.room = choices(need, system.activation_checkpointing, whole, room, folded)
+    return recompute, keep
 
 
 def device_memory(device: torch.device) -> float:
@@ -371,7 +371,8 @@ def fill(module: nn.Module, full: nn.Module | None) -> None:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     source, nothing = tensors(full) if full is not None else {}, torch.empty(0)
-    for name, target in tensors(module).items():
+    targets = tensors(module)
+    for name, target in dist.progress(targets.items(), "weights", len(targets)):
         if full is not None:
             whole = source[name].detach().to(target.device).to(target.dtype)
         else:
@@ -457,7 +458,7 @@ def speed(model: PackedModel, batch: list[Example], seconds: float) -> dict[str,
     lengths = [len(tokens) for example in batch for tokens, _ in example.sequences]
     metrics = {"train/tokens_per_second": sum(lengths) / seconds}
     if torch.cuda.is_available():
-        peak = 989e12 * dist.world_size()  # dense bf16 of an H100 or H200 SXM
+        peak = PEAK_FLOPS * dist.world_size()
         metrics["train/mfu"] = training_flops(model, lengths) / seconds / peak
         metrics["train/max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics

@@ -1,6 +1,27 @@
-"""What a training run needs: bytes of memory on a rank, operations for a token."""
+"""What a run needs: bytes of memory on a rank, operations for a token. --plan adds them up before the run.
 
+The same functions decide while it runs: whether activations are recomputed, how many replies are decoded at
+once. A plan reads config.json and builds models without numbers, so it needs neither weights nor a GPU.
+"""
+
+import copy
+import functools
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import nn
+
+from common import dist, files, formats, loading, lora
+from common.args import flat, with_fields
+
+PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
+MFU = 0.4  # share of these that a plan counts on
+NODE = 8  # GPUs that --sharding hybrid shards over
 
 
 class Memory(NamedTuple):
@@ -18,6 +39,13 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+def attention_widths(config: Any) -> tuple[int, int]:
+    """Numbers of a token in all query heads of a layer, and in its key heads."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+
+
 def training_memory(
     config: Any,
     trained: int,
@@ -27,11 +55,13 @@ def training_memory(
     num_shards: int,
     itemsize: int,
     recompute: bool,
+    has_vocabulary: bool = True,
 ) -> Memory:
-    """An estimate for a dense decoder in packed micro-batches; measured ones were within a tenth on an H200.
+    """An estimate for a dense decoder in packed micro-batches, within a tenth on an H200 and on a CPU.
 
-    A token leaves, in each layer, 7 vectors of the width (inputs of norms and products, q, k, v, attention)
-    and 4 of the width inside the MLP; recomputed, one vector in each layer and all of these in a single one.
+    A token leaves, in each layer, vectors of the width (inputs of norms and products, attention), queries,
+    keys and values, and 4 of the width inside the MLP; recomputed, one vector in each layer and all of these
+    in a single one. In float32 norms are not fused and each leaves another one, as does SDPA.
 
     Args:
         config: of the transformers model.
@@ -39,21 +69,54 @@ def training_memory(
         num_tokens: of a micro-batch.
         num_shards: ranks that share one copy of the model.
         itemsize: bytes of a number of the compute dtype.
+        has_vocabulary: whether its head is one of words.
     """
-    width, layers = config.hidden_size, config.num_hidden_layers
+    width, layers, is_low = config.hidden_size, config.num_hidden_layers, itemsize < 4
     inside = getattr(config, "intermediate_size", None) or 4 * width
+    queries, keys = attention_widths(config)
     table = config.vocab_size * width
-    a_layer = itemsize * (7 * width + 4 * inside)
+    a_layer = itemsize * (
+        (4 if is_low else 6) * width + (2 if is_low else 3) * queries + 2 * keys + 4 * inside
+    )
     kept = itemsize * width * layers + a_layer if recompute else a_layer * layers
-    block = max(0, trained + frozen - 2 * table) / layers
+    block = max(0, trained + frozen - (1 + has_vocabulary) * table) / layers
+    chunk = 2048 if is_low else min(256, 2**22 // config.vocab_size)
     return Memory(
         weights=(4 * trained + itemsize * frozen) / num_shards,
         gradients=4 * trained / num_shards,
         optimizer=8 * trained / num_shards,
-        gathered=itemsize * 2 * (block + table) if itemsize < 4 or num_shards > 1 else 0.0,
+        gathered=itemsize * 2 * (block + table) if is_low or num_shards > 1 else 0.0,
         activations=num_tokens * kept,
-        head=4 * (table if trained else 0) + 2 * 4 * min(num_tokens, 2048) * config.vocab_size,
+        head=has_vocabulary
+        * (4 * (table if trained else 0) + 2 * 4 * min(num_tokens, chunk) * config.vocab_size),
     )
+
+
+def choices(
+    need: Callable[..., Memory], choice: str, whole: float, room: float, folded: float = 0.0
+) -> tuple[bool, bool, float]:
+    """(recompute activations, keep whole weights from forward to backward, bytes left), by what fits.
+
+    Args:
+        need: `training_memory`, but for recompute.
+        choice: on, off, or auto.
+        whole: bytes of the whole weights in the compute dtype.
+        room: bytes that this model may have of a rank's: two thirds, see `models.memory_choices`.
+        folded: bytes that adapters of experts add, see `lora.num_folded`.
+    """
+    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
+    left = room - need(recompute=recompute).total
+    return recompute, whole < left, left
+
+
+def cache_bytes(config: Any, num_slots: int, itemsize: int) -> int:
+    """Keys and values of one sequence of num_slots tokens."""
+    return 2 * config.num_hidden_layers * attention_widths(config)[1] * itemsize * num_slots
+
+
+def rows_that_fit(free: float, row: float) -> int:
+    """Sequences of `row` bytes of cache that free memory holds, a fifth of it left to activations."""
+    return int(0.8 * free // row)
 
 
 def training_flops(model: Any, lengths: list[int]) -> float:
@@ -66,6 +129,318 @@ def training_flops(model: Any, lengths: list[int]) -> float:
     table = model.model.get_input_embeddings().weight
     table = None if model.head.weight is table else table
     per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters() if p is not table)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    attention = 6 * config.num_hidden_layers * attention_widths(config)[0]
     return float(per_token * sum(lengths) + attention * sum(n * n for n in lengths))
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+# what may make a run smaller, that which changes no number first
+CHANGES = (("activation_checkpointing", "on"), ("step_checkpointing", True), ("micro_batch_tokens", 1024))
+CHANGES += (("micro_batch_size", 1), ("sharding", "hybrid"), ("sharding", "full"), ("num_samples", 0))
+CHANGES += (("precompute_ref", True), ("lora_rank", 16))
+
+
+class Machine(NamedTuple):
+    """GPUs, and bytes of each."""
+
+    count: int
+    memory: float
+
+
+class Need(NamedTuple):
+    """Bytes on a rank by what holds them: all the time, while training, while generating."""
+
+    always: dict[str, float]
+    training: dict[str, float]
+    generation: dict[str, float]
+    flops: float  # of a trained token, or image
+    unit: str  # "tokens" or "images"
+
+    @property
+    def total(self) -> float:
+        return sum(self.always.values()) + max(sum(x.values()) for x in (self.training, self.generation))
+
+
+class Model(NamedTuple):
+    """A model without numbers."""
+
+    config: Any
+    trained: int  # parameters
+    frozen: int
+
+    @property
+    def size(self) -> int:
+        return self.trained + self.frozen
+
+
+@functools.cache
+def count(model: str, rank: int = 0, target: str = "all-linear", has_vocabulary: bool = True) -> Model:
+    """Parameters of a model by its config.json, with adapters of this rank.
+
+    Raises:
+        RunError: no such config, or one that transformers cannot build.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        folder, gguf = files.model_folder(model, needs_weights=False)
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf) if gguf else loading.config_of(folder)
+        if not gguf and not hasattr(config, "vocab_size"):
+            raise ValueError("no config.json of a language model")
+        config = copy.deepcopy(config)
+        config.num_labels = 1
+        with torch.device("meta"):
+            make = AutoModelForCausalLM.from_config if has_vocabulary else loading.empty_scorer
+            plain = make(config, dtype=torch.float32)
+            if rank:
+                lora.add(plain, rank, 1.0, target)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise dist.RunError(f"model {model}: {formats.first_line(error)}") from error
+    trained = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    return Model(config, trained, sum(p.numel() for p in plain.parameters()) - trained)
+
+
+def shards(sharding: str, num_gpus: int) -> int:
+    return {"full": num_gpus, "hybrid": min(NODE, num_gpus), "none": 1}[sharding]
+
+
+def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: int = 1) -> Need:
+    """Of a script that trains a language model.
+
+    Args:
+        beside: models by what they are, "value" for one that is trained too.
+        sequences: of an example, which one micro-batch holds.
+    """
+    options = flat(args)
+    itemsize = 4 if options["dtype"] == "float32" else 2
+    num_shards = shards(options["sharding"], machine.count)
+    reply = options.get("max_new_tokens", 0)
+    length = options.get("max_length") or options["max_prompt_length"] + reply
+    tokens = max(options["micro_batch_tokens"] or (8192 if itemsize < 4 else 2048), sequences * length)
+    room, adapters = 2 / 3 * machine.memory, (options["lora_rank"], options["lora_target"])
+    always, steps, flops, left = {"weights": 0.0, "optimizer": 0.0}, [], 0.0, 0.0
+    is_policy = "max_new_tokens" in options  # else what is trained is a scorer
+    for name, path in {"policy": options["model"], **beside}.items():
+        is_trained, has_words = name in ("policy", "value"), not name.startswith(("value", "reward"))
+        has_words = has_words and (is_policy or name != "policy")
+        model = count(path, *(adapters if is_trained else ()), has_vocabulary=has_words)
+        config, table = model.config, model.config.vocab_size * model.config.hidden_size
+        used = model.size - (0 if getattr(config, "tie_word_embeddings", False) and has_words else table)
+        attention = 2 * config.num_hidden_layers * attention_widths(config)[0] * length / 2
+        if not is_trained:
+            always[name] = itemsize * model.size / num_shards
+            flops += 2 * used + attention
+            continue
+        how = {"num_tokens": tokens, "num_shards": num_shards, "itemsize": itemsize}
+        need = functools.partial(training_memory, *model, **how, has_vocabulary=has_words)
+        choice = options["activation_checkpointing"]
+        recompute, keep, free = choices(need, choice, itemsize * model.size, room)
+        step = need(recompute=recompute)._asdict()
+        for kept in always.keys() & {"weights", "optimizer"}:
+            always[kept] += step.pop(kept)
+        if keep and step["gathered"]:
+            step["gathered"] = itemsize * model.size
+        steps.append(step)
+        left = free if name == "policy" else left
+        backward = 4 if not model.frozen else 2
+        flops += (2 + backward + 2 * recompute) * used + (3 + recompute) * attention
+    training, generation = max(steps, key=lambda step: sum(step.values())), {}
+    policy = count(options["model"], *adapters)
+    replies = max(options.get(name, 0) for name in ("num_samples", "num_prompts"))
+    replies = max(replies, options.get("rollout_size", 0) * options.get("samples_per_prompt", 1))
+    if is_policy and replies:
+        of_rank = -(-replies * options.get("num_responses", 1) // machine.count)
+        own = policy.trained if num_shards == 1 and policy.frozen else policy.size
+        copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
+        slots = length + (0 if "max_prompt_length" in options else reply)
+        row = cache_bytes(policy.config, slots, itemsize)
+        free = machine.memory - sum(always.values()) - copy
+        rows = max(1, min(of_rank, 256 if itemsize < 4 else 64, rows_that_fit(free, row)))
+        generation = {"replica": copy, f"K/V cache of {rows} replies": rows * row}
+        generation["logits"] = 4 * 4 * rows * policy.config.vocab_size
+        if itemsize < 4 and copy + rows * row <= left:
+            training["replica at rest"] = copy + rows * row
+    return Need(always, training, generation, flops, "tokens")
+
+
+def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
+    """Of a script that trains the U-Net of a diffusion pipeline through its images."""
+    import diffusers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import AutoConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+
+    from common import diffusion
+
+    diffusers.utils.logging.set_verbosity_error()
+    options, folder = flat(args), files.pipeline_folder(args.model)
+    dtype = torch.float32 if options["dtype"] == "float32" else torch.bfloat16
+    itemsize, num_shards = dtype.itemsize, shards(options["sharding"], machine.count)
+    try:
+        with torch.device("meta"):
+            parts = [
+                kind.from_config(kind.load_config(folder, subfolder=name))
+                for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+            ]
+            unet, vae = (part.to(dtype) for part in parts)
+            is_xl = unet.config.addition_embed_type == "text_time"
+            text = [("text_encoder", CLIPTextModel)]
+            text += [("text_encoder_2", CLIPTextModelWithProjection)] * is_xl
+            encoders = [kind(AutoConfig.from_pretrained(folder, subfolder=name)) for name, kind in text]
+            names = [name for name, _ in formats.read_sources(args.reward, "reward")]
+            names = [name for name in names if name != "brightness" and ":" not in name]
+            toy = str(files.toy_folder("images") / "reward_model") if "toy" in names else ""
+            rewards = [CLIPModel(AutoConfig.from_pretrained(toy if x == "toy" else x)) for x in names]
+    except (OSError, ValueError, KeyError) as error:
+        raise dist.RunError(f"model {args.model}: {formats.first_line(error)}") from error
+    for part in (vae, *encoders, *rewards):
+        part.requires_grad_(False)
+    if options["lora_rank"]:
+        unet.requires_grad_(False)
+        with torch.device("meta"):
+            diffusion.add_lora(unet, args.system, 1)
+    size, trained = sizes(unet), sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    pixels = options["image_size"] or unet.config.sample_size * scale
+    images, guided = options["micro_batch_size"], 1 + (options["guidance_scale"] != 1)
+    rows, side, channels = images * guided, pixels // scale, unet.config.in_channels
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta", requires_grad=True)
+
+    def predict() -> torch.Tensor:
+        added = {"text_embeds": empty(rows, 1280), "time_ids": empty(rows, 6)} if is_xl else None
+        states = empty(rows, 77, unet.config.cross_attention_dim)
+        return unet(empty(rows, channels, side, side), 1, states, added_cond_kwargs=added, return_dict=False)
+
+    a_step, step_flops = traced(predict, unet)
+    an_image, image_flops = traced(lambda: vae.decode(empty(1, channels, side, side)).sample, vae)
+    of_reward = 0.0
+    for model in rewards:
+        crop = model.config.vision_config.image_size
+        inputs = empty(images, 3, crop, crop, kind=torch.float32)
+        of_reward += traced(functools.partial(model.get_image_features, inputs), model)[0]
+    K, S = options["num_grad_steps"] or options["num_inference_steps"], options["num_inference_steps"]
+    is_kept = not options["step_checkpointing"]
+    most = K * a_step + images * an_image + of_reward if is_kept else max(a_step, an_image, of_reward)
+    always = {
+        "weights": (4 * trained + itemsize * (size - trained)) / num_shards,
+        "optimizer": 8 * trained / num_shards,
+        "averaged weights": (4 * trained if options["ema_decay"] else 0) / num_shards,
+        "VAE": itemsize * sizes(vae),
+        "text encoders": itemsize * sum(map(sizes, encoders)),
+        "reward": 4.0 * sum(map(sizes, rewards)),
+        **{name: itemsize * size / num_shards for name in beside},
+    }
+    training = {
+        "gradients": 4 * trained / num_shards,
+        "gathered": itemsize * size if itemsize < 4 or num_shards > 1 else 0.0,
+        "activations": most,
+        "latents by step": 4.0 * (K + 2) * images * channels * side**2,
+        "images": 6 * 4.0 * images * 3 * pixels**2,
+    }
+    steps = S + K * (3 if is_kept else 4) - K + (K if options["kl_coef"] > 0 else 0)
+    return Need(always, training, {}, step_flops / images * steps + 4 * image_flops, "images")
+
+
+def sizes(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def traced(forward: Callable, model: nn.Module) -> tuple[float, float]:
+    """(bytes that backward needs besides the weights, FLOPs) of a forward on tensors without numbers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **how: Any) -> torch.Tensor:
+        # without a device torch would take the formulas, which keep all scores
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=how.get("scale"))[0]
+
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()._cdata
+        if place not in weights:
+            kept[place] = tensor  # alive, so that no other takes its place
+        return tensor
+
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", attend),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        FlopCounterMode(display=False) as flops,
+    ):
+        out = forward()
+    del out
+    return float(sum(t.untyped_storage().nbytes() for t in kept.values())), float(flops.get_total_flops())
+
+
+# -------------------------------------------------------------------------------------------------- --plan
+
+
+def read_machine(spec: str) -> Machine:
+    """8x80 as eight GPUs of 80 GiB."""
+    found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", spec)
+    if not found or not int(found[1]):
+        raise formats.wrong("plan", repr(spec), "GPUs x GiB of each, as 8x80")
+    return Machine(int(found[1]), float(found[2]) * 2**30)
+
+
+def no_others(args: Any) -> dict[str, str]:
+    return {}
+
+
+def show(
+    args: Any, beside: Callable[[Any], dict[str, str]] = no_others, need: Callable = text_need, **how: Any
+) -> None:
+    """With --plan, print what a rank would hold, and what would fit; ends the process, 0 if it fits.
+
+    Args:
+        beside: of the options, the models that a run holds beside the policy and where they are.
+        need, how: `text_need` or `image_need`, and what else it is told.
+    """
+    if not args.run.plan:
+        return
+    machine = read_machine(args.run.plan)
+
+    def of(**changes: Any) -> Need:
+        changed = with_fields(args, **changes)
+        return need(changed, machine, beside(changed), **how)
+
+    found = of()
+    if dist.is_main():
+        name = Path(sys.modules[type(args).__module__].__file__).name
+        print(f"{name} on {args.run.plan}: GiB on each GPU", *as_lines(found, machine), sep="\n")
+        if found.total > machine.memory:
+            print(*advice(flat(args), of, machine), sep="\n", flush=True)
+    sys.exit(int(found.total > machine.memory))
+
+
+def as_lines(need: Need, machine: Machine) -> list[str]:
+    """The rows of a plan."""
+    lines, gib = [], 2**30
+    groups = {"": need.always, "training: ": need.training, "generating: ": need.generation}
+    for head, parts in groups.items():
+        lines += [f"  {head + name:<36}{size / gib:9.2f}" for name, size in parts.items() if size]
+    verdict = "fits into" if need.total <= machine.memory else "does not fit into"
+    lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
+    pace = MFU * PEAK_FLOPS * machine.count / need.flops
+    peak = f"{MFU:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
+    return [*lines, f"training, by its operations at {peak}: about {pace:,.3g} {need.unit}/s"]
+
+
+def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -> list[str]:
+    """What each change that helps would make of it alone, and the first ones that together make it fit."""
+
+    def told(change: dict[str, Any]) -> str:
+        total, words = of(**change).total, " ".join(f"--{name} {value}" for name, value in change.items())
+        return f"  {words}: {total / 2**30:.2f} GiB{', fits' * (total <= machine.memory)}"
+
+    possible = [x for x in CHANGES if x[0] in options and not (x[0] == "lora_rank" and options[x[0]])]
+    helpful = [{name: value} for name, value in possible if of(**{name: value}).total < of().total]
+    lines, together = ["with one change it would be:", *map(told, helpful), "together:"], {}
+    for change in helpful:
+        together |= change
+        if told(together).endswith("fits"):
+            return [*lines, told(together)]
+    return [*lines, told(together), "which is not enough: more GPUs, or a smaller model"]

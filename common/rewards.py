@@ -108,6 +108,8 @@ def score_replies(
             numbers = torch.tensor(_call(reward, examples, replies), device=device)
         else:
             numbers = _read(reward, examples, replies, micro_batch_tokens, device)
+            asked = [examples[i * len(examples) // len(replies)].prompt for i in range(len(replies))]
+            _refuse_infinite(reward, numbers.tolist(), replies, asked)
         total += reward.weight * numbers
     return total.tolist()
 
@@ -177,10 +179,15 @@ def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> lis
         raise dist.RunError(
             f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"
         )
-    for number, reply, prompt in zip(found, replies, prompts, strict=True):
-        if not math.isfinite(number):
-            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
+    _refuse_infinite(reward, found, replies, prompts)
     return found
+
+
+def _refuse_infinite(reward: Reward, numbers: list[float], replies: list[str], prompts: list) -> None:
+    """End the run at a reward that is NaN, infinite, or so large that float32 cannot hold its square."""
+    for number, reply, prompt in zip(numbers, replies, prompts, strict=True):
+        if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
+            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
 
 
 def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:

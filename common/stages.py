@@ -4,8 +4,11 @@ A pipeline calls `stage` for each of them. What a stage is told by the user stan
 command line of its script, and is read, and refused, before any stage begins.
 """
 
+import contextlib
 import gc
+import json
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from common.log import Log
 
 # of every stage: set by the pipeline, or left alone because it tracks its stages itself
 RESERVED = {"model", "dataset", "output_dir", "overwrite", "seed", "chat_template", "chat_template_kwargs"}
-RESERVED |= {"track", "wandb_project", "run_name", "accept_changes"}
+RESERVED |= {"track", "wandb_project", "run_name", "accept_changes", "plan", "check", "max_minutes"}
 
 
 def stage(
@@ -50,6 +53,38 @@ def stage(
         dist.poll_stop()  # a signal that came after the last step of the stage
     if dist.stop_requested():
         raise dist.Stopped(f"stopped in or after {folder.name}; the same command goes on from there")
+
+
+def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any], str]]) -> None:
+    """With --plan or --check, those of every stage by its own script; ends the process, 0 if all say yes.
+
+    Args:
+        stages: name, main and Args of each, what the pipeline sets and what the user does. A stage whose
+            data others make first has the dataset "", and is not checked.
+    """
+    if not (run.plan or run.check):
+        return
+    codes, found, folder = [], {}, Path(run.output_dir)
+    if run.check:
+        dist.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    for name, main, Args, overrides, options in stages:
+        if dist.is_main():
+            print(f"\nstage {name}", flush=True)
+        if run.check and not overrides["dataset"]:
+            dist.from_main(lambda: print("not checked: its data are made by a stage before it", flush=True))
+            continue
+        with files.beside(str(folder)) if run.check else contextlib.nullcontext("unused") as own:
+            given = {"output_dir": own, "plan": run.plan, "check": run.check}
+            try:
+                main(args.with_fields(read_options(name, Args, options), **overrides | given))
+            except SystemExit as done:
+                codes.append(done.code)
+            if run.check:
+                found[name] = dist.from_main(lambda own=own: files.read_json(Path(own) / "check.json"))
+    if run.check and dist.is_main():
+        files.write(folder / "check.json", json.dumps(found, indent=2) + "\n")
+    dist.barrier()
+    sys.exit(int(any(codes)))
 
 
 def is_complete(folder: Path) -> bool:

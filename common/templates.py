@@ -57,11 +57,11 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
 
     folder, gguf = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        file = {"gguf_file": gguf} if gguf else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **file)
     except Exception as error:  # it has code of its own
-        problem = "its tokenizer cannot be read"
-        if not Path(folder).exists():
-            problem = "no such folder; as a hub id it could not be reached"
+        gone = "no such folder; as a hub id it could not be reached"
+        problem = "its tokenizer cannot be read" if Path(folder).exists() else gone
         raise dist.RunError(f"model {model}: {problem}: {first_line(error)}") from error
     try:
         if chat_template == "chatml":
@@ -234,7 +234,9 @@ def end_token(tokenizer: Any) -> int:
     """The token that ends an assistant turn: trained once per turn, and where generation stops."""
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
-        tail = render(tokenizer, PROBE, False).rpartition("zebra")[2]
+        _, reply, tail = render(tokenizer, PROBE, False).rpartition("zebra")
+        if not reply:
+            raise dist.RunError("cannot be encoded: the chat template does not show what the assistant says")
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [token for token in tokenize(tokenizer, tail) if token in special]
         if not ends:  # GLM's turns end where the next begins, with a token that its generation stops at

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def no_stop() -> Any:
+    """No test sees the stop that another asked for, and pytest keeps its own answers to signals."""
+    handlers = {number: signal.getsignal(number) for number in dist.STOP_SIGNALS}
+    dist._stop.update(signal=0, time=0.0, agreed=False)
+    dist.stop_after(0)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,12 @@
 """Exports that plain transformers and peft load, and checkpoints that fit or say why not."""
 
 import json
+import math
+import os
+import pickle
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +305,104 @@ def test_a_tensor_that_is_wider_on_disk_stays_so_in_the_export(
     train(str(tmp_path / "run"), str(few), model=str(folder))
     found = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in held.items()}
+
+
+@pytest.fixture(scope="module")
+def stepped(few: Path, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stepped") / "run"
+    train(str(folder), str(few), model=tiny_model, max_steps=1)
+    return folder
+
+
+def of_others(folder: Path, ran: Path) -> None:
+    """A checkpoint whose description of itself is a pickle that calls open."""
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return open, (str(ran), "w")
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
+def of_others_in_a_part(folder: Path, ran: Path) -> None:
+    """The same in a part that is no tensor, a number of the optimizer: torch would unpickle it."""
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return open, (str(ran), "w")
+
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(i for i in metadata.storage_data if i.fqn.endswith("weight_decay"))
+    torch.save(Evil(), folder / "__0_9.distcp")
+    metadata.storage_data[index].relative_path = "__0_9.distcp"
+    metadata.storage_data[index].offset = 0
+    metadata.storage_data[index].length = (folder / "__0_9.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def elsewhere(folder: Path, ran: Path) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../secret"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder, ran: (folder / ".metadata").unlink(),
+        lambda folder, ran: (folder / ".metadata").write_bytes(b""),
+        lambda folder, ran: (folder / "numbers.json").unlink(),
+        lambda folder, ran: (folder / "numbers.json").write_text(""),
+        lambda folder, ran: next(folder.glob("*.distcp")).unlink(),
+        lambda folder, ran: next(folder.glob("*.distcp")).write_bytes(b""),
+        lambda folder, ran: os.truncate(next(folder.glob("*.distcp")), 5000),
+        of_others,
+        of_others_in_a_part,
+        elsewhere,
+    ],
+)
+def test_a_checkpoint_that_is_damaged_or_runs_code_is_one_line_and_runs_none(
+    spoil: Callable, stepped: Path, few: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    shutil.copytree(stepped, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step_00000001"
+    spoil(folder, tmp_path / "ran")
+    with pytest.raises(dist.RunError, match=r"step_00000001: damaged, .*; delete it to go on") as error:
+        train(str(tmp_path / "run"), str(few), model=tiny_model, max_steps=2)
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_what_is_not_finite_is_neither_saved_nor_exported(few: Path, tmp_path: Path, tiny_model: str) -> None:
+    """A step of 1e30 gives weights that are finite and whose squares are not."""
+    with pytest.raises(dist.RunError, match=r"eval/loss is nan|is not finite, or too large to compute with"):
+        train(str(tmp_path / "a"), str(few), model=tiny_model, max_steps=1, learning_rate=1e30, eval_every=9)
+    train(str(tmp_path / "b"), str(few), model=tiny_model, max_steps=1)
+    policy = models.load(str(tmp_path / "b"), torch.device("cpu"), System(activation_checkpointing="off"))
+    run, tokenizer = Run(output_dir=str(tmp_path / "b")), data.load_tokenizer(tiny_model)
+    weight = policy.model.model.norm.weight
+    for value in (math.nan, math.inf, 1e30):
+        with torch.no_grad():
+            getattr(weight, "_local_tensor", weight)[0] = value
+        with pytest.raises(
+            dist.RunError,
+            match=r"norm.weight is not finite, .* after step 2, which is not saved; the last good .*01",
+        ):
+            checkpoint.save(run, 2, {"policy": (policy, None)})
+        before = (tmp_path / "b" / "model" / "model.safetensors").read_bytes()
+        with pytest.raises(
+            dist.RunError, match="model: not written, .*norm.weight is not finite in torch.float32"
+        ):
+            checkpoint.export(run, policy, tokenizer, tiny_model)
+        assert (tmp_path / "b" / "model" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step_00000001"]
+    assert not (tmp_path / "a" / "model").exists() and not checkpoint.newest(tmp_path / "a")
+
+
+def test_what_kills_left_of_other_checkpoints_is_cleared(few: Path, tmp_path: Path, tiny_model: str) -> None:
+    train(str(tmp_path), str(few), model=tiny_model, max_steps=1)
+    for name in ("step_00000007.tmp", "step_00000003.old.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "part").touch()
+    train(str(tmp_path), str(few), model=tiny_model, max_steps=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]

@@ -93,6 +93,42 @@ def test_the_stages_of_a_pipeline_are_compared(tmp_path: Path, capsys: Any) -> N
     assert code == 1 and "10 rows" in text and "the first at 2_sft/metrics.jsonl: step 1: train/loss" in text
 
 
+def settings(folder: Path, **changes: Any) -> Path:
+    options = {"seed": 1, "beta": 0.1, "output_dir": folder.name, "run_name": folder.name}
+    inputs = {"data": changes.pop("data", "d1"), "chat template": "t"}
+    kept = {**options, **changes, "num_steps": 2, "inputs": inputs, "versions": {"torch": "2.13.0"}}
+    (folder / "args.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_settings_and_fingerprints_that_differ_are_named(tmp_path: Path, capsys: Any) -> None:
+    one = settings(write(tmp_path / "a"))
+    other = settings(write(tmp_path / "b"), beta=0.3, data="d2")
+    code, text = run(one, other, capsys)
+    assert code == 0 and "\nbeta: 0.1 | 0.3\nfingerprint of data: d1 | d2\n" in text
+    assert "output_dir" not in text and "standard error" not in text
+
+
+def test_runs_of_several_seeds_have_a_mean_and_its_standard_error(tmp_path: Path, capsys: Any) -> None:
+    runs = []
+    for seed, last in ((1, 2.0), (2, 3.0), (3, 7.0)):
+        rows = [METRICS[0], {"step": 1, "eval/loss": last}]
+        runs.append(settings(write(tmp_path / f"s{seed}", rows), seed=seed))
+    code = compare.main(compare.Args(tuple(runs)))
+    text = capsys.readouterr().out
+    # 2, 3 and 7: their mean is 4, their standard deviation sqrt(7), over sqrt(3) runs 1.5
+    assert code == 1 and "seed: 1 | 2 | 3" in text
+    assert "0.5 -> 2" in text and "0.5 -> 7" in text and "0.5 +- 0 -> 4 +- 1.5" in text
+    settings(runs[0], seed=1, beta=0.2)
+    compare.main(compare.Args(tuple(runs)))
+    assert "+-" not in capsys.readouterr().out  # they differ by more than seeds
+
+
+def test_one_run_is_nothing_to_compare(tmp_path: Path, capsys: Any) -> None:
+    assert compare.main(compare.Args((write(tmp_path / "a"),))) == 2
+    assert capsys.readouterr().err == "error: 1 run folders; expected two or more\n"
+
+
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path, capsys: Any) -> None:
     one = write(tmp_path / "a")
     code, text = run(one, tmp_path / "none", capsys)

@@ -760,6 +760,40 @@ BAD = [
         ":2: found the fields prompt, responses",
     ),
     ("sft", '{"input_ids": [1, 2], "labels": [-100, 3]}', ":2: found labels that are other tokens"),
+    *[
+        ("sft", f'{{"input_ids": [1, 2], {given}}}', ":2: found (other input_ids or labels|labels that)")
+        for given in (
+            '"labels": ["-100", "2"]',
+            '"labels": [null, 2]',
+            '"labels": [-1, 2]',
+            '"labels": [0, 1]',
+            '"labels": [[1], [2]]',
+            '"labels": [[1], [2, 3]]',
+            '"loss_mask": ["0", "1"]',
+            '"loss_mask": [2, 1]',
+            '"loss_mask": [0, null]',
+        )
+    ],
+    (
+        "sft",
+        '{"instruction": "a", "input": NaN, "output": "b"}',
+        ":2: found the message of user with nan; exp",
+    ),
+    (
+        "sft",
+        '{"instruction": "a", "input": ["c"], "output": "b"}',
+        r":2: found the message of user with \['c'\]; exp",
+    ),
+    ("sft", '{"prompt": "a", "reasoning": {"b": 1}, "response": "c"}', ":2: found .*; expected a text"),
+    (
+        "sft",
+        '{"prompt": "what is <extra_id_1> here?", "response": "b"}',
+        ":2: found .*the mark <extra_id_1> at",
+    ),
+    ("sft", '{"text": "what is <extra_id_1> here?"}', ":2: found .*expected the mark <extra_id_1> at"),
+    ("prompts", '{"instruction": {"a": 1}, "input": "b"}', ":2: found the message of none"),
+    ("sft", "[" * 100_000, ":2: found no valid JSON"),
+    ("pairs", GOOD[:-2] + ', "margin": 1e300}', ":2: found margin 1e\\+300; expected a number below 1e15"),
     ("sft", '{"messages": "hello"}', ":2: found messages 'hello'; expected a list of role/content messages"),
     (
         "sft",

@@ -1,6 +1,7 @@
 """common/dist.py: every rank ends up with the same numbers, the same errors and the same decision to stop."""
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common import dist
 
@@ -151,8 +154,6 @@ def test_a_rank_whose_torchrun_was_killed_stops():
         "        break\n"
         "    time.sleep(0.1)\n"
     )
-    from conftest import free_port
-
     group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])"
     process = subprocess.Popen(
@@ -186,18 +187,15 @@ def test_a_mistake_ends_the_run_with_one_line_and_exit_code_1():
 def said(ranks: list[int], message: str) -> str:
     """Run on each rank: what this one prints when these find the same mistake."""
     dist.init(seed=1)
-    printed, code = io.StringIO(), None
+    printed = io.StringIO()
 
     def main(args: Any) -> None:
         if dist.rank() in ranks:
             raise dist.RunError(message)
 
     with contextlib.redirect_stderr(printed):
-        try:
-            dist.run(main, None)
-        except SystemExit as end:
-            code = end.code
-    assert code == (1 if dist.rank() in ranks else None)
+        code = dist.outcome(main, None)
+    assert code == (1 if dist.rank() in ranks else 0)
     dist.barrier()
     return printed.getvalue()
 
@@ -219,6 +217,108 @@ def test_too_little_memory_is_a_line_that_names_options(capsys: pytest.CaptureFi
         dist.run(main, None)
     said = "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower micro_batch_tokens or max_new_tokens"
     assert capsys.readouterr().err.startswith(said)
+
+
+def outcome_of(error: BaseException) -> int:
+    def main(args: Any) -> None:
+        raise error
+
+    return dist.outcome(main, None)
+
+
+def test_a_full_disk_is_one_line_whoever_met_it(capsys: pytest.CaptureFixture[str]):
+    """Libraries wrap the error, or keep only its text; torch's checkpoints hold those of each rank."""
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/dpo/metrics.jsonl")
+    wrapped = RuntimeError("write failed")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    of_torch = CheckpointException("save", {1: (full, None)})
+    text = RuntimeError("I/O error: No space left on device (os error 28)")
+    short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    for error in (full, wrapped, of_torch, text, CheckpointException("save", {0: (short, None)})):
+        assert outcome_of(error) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: No space left on device") and len(said.splitlines()) == 1
+        assert ("runs/dpo/metrics.jsonl" in said) == (error in (full, of_torch))
+    with pytest.raises(FileNotFoundError):  # of a name that is not there, a bug
+        outcome_of(FileNotFoundError(errno.ENOENT, "No such file or directory", "x"))
+
+
+def test_an_interrupt_that_does_not_wait_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]):
+    assert outcome_of(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err.startswith("error: interrupted before the step had ended")
+
+
+def test_a_signal_is_answered_at_once_and_only_once(capfd: pytest.CaptureFixture[str]):
+    dist.init(seed=1)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == "SIGTERM: the run will stop after this step; what is done is saved\n"
+
+
+def test_a_time_that_is_up_asks_for_a_stop():
+    dist.init(seed=1)
+    dist.stop_after(1e-9)
+    assert dist.is_told_to_stop() and dist.poll_stop()
+    dist.init(seed=1)  # of the next stage, which must stop too
+    assert dist.poll_stop()
+    dist.stop_after(60)
+    assert not dist.poll_stop()
+
+
+def as_rank(code: str, number: int, world: int, port: int, **more: str) -> subprocess.Popen:
+    """A process of a group, that runs this code."""
+    group = {
+        "RANK": str(number),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | group | more, **pipes)
+
+
+def test_a_rank_ends_before_python_closes_down_and_marks_that_it_was_stopped(tmp_path: Path):
+    """Python's own end stops the threads of gloo where they stand, and some abort."""
+    code = (
+        "import atexit, os, signal\n"
+        "from common import dist\n"
+        "class Late:\n"
+        "    def __del__(self): print('closed down', flush=True)\n"
+        "late = Late()\n"
+        "atexit.register(print, 'registered')\n"
+        "def main(args):\n"
+        "    dist.init(1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert dist.poll_stop()\n"
+        "dist.run(main, None)\n"
+    )
+    process = as_rank(code, 0, 1, free_port(), CLEANALIGN_STOPPED=str(tmp_path / "stopped"))
+    assert process.communicate()[0] == "registered\n" and process.returncode == 0
+    assert (tmp_path / "stopped").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others_within_the_time_that_was_set():
+    code = (
+        "import time\n"
+        "from common import dist\n"
+        "def main(args):\n"
+        "    dist.init(1)\n"
+        "    dist.barrier()\n"
+        "    time.sleep(600 * dist.rank())\n"
+        "    dist.barrier()\n"
+        "dist.run(main, None)\n"
+    )
+    port = free_port()
+    ranks = [as_rank(code, number, 2, port, CLEANALIGN_TIMEOUT_MINUTES="0.05") for number in range(2)]
+    said = ranks[0].communicate()[1]
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    assert said.splitlines()[-1].startswith(
+        "error: another rank has ended, or has not answered for 0.05 minutes"
+    )
+    assert "Traceback" not in said
 
 
 def test_a_bug_keeps_its_traceback():

@@ -144,6 +144,14 @@ def test_rows_of_a_torn_file(tmp_path: Path) -> None:
     assert files.cut_torn_line(path) == 2 and path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1}', '{"step": "a"}', "[1]", '{"st', "[" * 100_000, "\udcff"])
+def test_a_damaged_row_that_is_not_the_last_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'.encode(errors="surrogateescape"))
+    with pytest.raises(dist.RunError, match=r"metrics.jsonl:2: damaged, .*--overwrite starts anew"):
+        files.read_rows(path, "step")
+
+
 def test_lines_go_on_after_a_kill_and_begin_anew_for_other_items_or_another_key(
     tmp_path: Path, device: torch.device
 ) -> None:
@@ -311,6 +319,11 @@ def test_a_result_is_computed_once_for_each_key_and_each_state_of_the_model(
     assert len(calls) == 1
     files.cached(compute, "logps", str(model), "other key")
     assert len(calls) == 2
+    for store in (tmp_path / "cache").iterdir():  # cut, as by a full disk
+        os.truncate(store, 100)
+    for _ in range(2):
+        assert files.cached(compute, "logps", str(model), "key").tolist() == [0.0, 1.0, 2.0]
+    assert calls.pop() and len(calls) == 2
     os.utime(model / "model.safetensors", (1, 1))  # copied to another disk
     files.cached(compute, "logps", str(model), "key")
     assert len(calls) == 2

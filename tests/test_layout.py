@@ -131,7 +131,9 @@ def commands(path: Path) -> list[str]:
     return [
         line
         for line in lines
-        if re.search(rf"\b({'|'.join(SCRIPTS)})\.py\b", line) and " cp " not in f" {line}"
+        if re.search(rf"\b({'|'.join(SCRIPTS)})\.py\b", line)
+        and not re.search(r"\b(cp|tests/\w+\.py) ", line)
+        and "$" not in line  # of the shell
     ]
 
 

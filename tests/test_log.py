@@ -241,6 +241,14 @@ def test_a_damaged_file_of_options_is_said(few: Path, tmp_path: Path) -> None:
         dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=2)))
 
 
+@pytest.mark.parametrize("text", ["", "[]", "5", "[" * 100_000])
+def test_any_damage_to_the_file_of_options_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "args.json").write_text(text)
+    with pytest.raises(dist.RunError, match=r"args.json: damaged, .*--overwrite starts anew") as error:
+        files.read_json(tmp_path / "args.json")
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_does_not_live_beside_its_script(few: Path) -> None:
     with pytest.raises(dist.RunError, match="output_dir .*: found the folder of the script"):
         dpo.main(args_of(dpo.Args, **settings(few, ROOT)))
@@ -407,6 +415,33 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert not (tmp_path / "model").exists() and read_metrics(tmp_path)[-1]["step"] == 2
 
 
+def test_what_gives_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """Before the first update it cannot be the learning rate; the loss of the values counts as well."""
+    args = args_of(dpo.Args, output_dir=str(tmp_path))
+    run_log = log.Log(args.run, dpo.__file__, dpo.SHOWN, snapshot(args))
+    for step, name in ((0, "eval/loss"), (1, "train/loss"), (1, "train/grad_norm")):
+        with pytest.raises(dist.RunError, match=f"{name} is nan at step {step}; .*starts from, or the data"):
+            run_log(step, 9, {name: math.nan})
+    for step, name in ((1, "eval/loss"), (5, "train/loss/value_avg"), (5, "train/value_grad_norm")):
+        with pytest.raises(dist.RunError, match=f"{name} is inf at step {step}; .*a lower learning_rate"):
+            run_log(step, 9, {name: math.inf})
+    run_log(1, 9, {"train/loss": 1.0, "eval/follow/pearson/verbosity": math.nan})
+    files.unlock(tmp_path)
+
+
+def test_a_run_whose_time_is_up_saves_and_goes_on(few: Path, tmp_path: Path, capsys: Any) -> None:
+    options = settings(few, tmp_path, num_samples=0, eval_every=100, save_every=100)
+
+    dpo.main(args_of(dpo.Args, **options, max_minutes=1e4))
+    assert len(read_metrics(tmp_path)) == 7
+    shutil.rmtree(tmp_path)
+    with pytest.raises(dist.Stopped, match="stopped before a step; the same command goes on from there"):
+        dpo.main(args_of(dpo.Args, **options, max_minutes=1e-9))
+    files.unlock(tmp_path)
+    dpo.main(args_of(dpo.Args, **options))
+    assert "is finished" not in capsys.readouterr().out and (tmp_path / "model").exists()
+
+
 def test_sigterm_saves_says_how_to_resume_and_resuming_changes_no_number(few: Path, tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     more = {"save_every": 1000, "max_steps": 14, "num_samples": 0, "eval_every": 1000}
@@ -545,3 +580,91 @@ def test_a_sweep_agent_tracks_and_gets_folders_of_its_own(
     monkeypatch.setattr(sys, "argv", ["sft.py", "--output_dir=~/disk/", "--track=False"])
     run = parse(sft.Args, sft.TOY).run  # each run of the sweep has a folder, wherever it was asked for
     assert (run.output_dir, run.track) == (f"{Path.home()}/disk-run7", False)
+
+
+def fake_wandb(
+    monkeypatch: pytest.MonkeyPatch, dies: str = "", key: bool = True, network: bool = True
+) -> list:
+    """Play W&B: `dies` raises, as all do when its own process is gone. -> what it was told"""
+    import wandb
+
+    told: list = []
+
+    class Run:
+        id = "one"
+
+        def log(self, values: dict, step: int | None) -> None:
+            told.append(step)
+            if dies == "log":
+                raise BrokenPipeError("the service has gone")
+
+        def finish(self) -> None:
+            told.append("finish")
+            if dies == "finish":
+                raise BrokenPipeError("the service has gone")
+
+    def init(mode: str, **rest: Any) -> Run:
+        told.append(mode)
+        if mode == "online" and not network:
+            raise wandb.errors.CommError("no route to api.wandb.ai\nmore")
+        return Run()
+
+    monkeypatch.setattr(wandb, "login", lambda **_: key)
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("dies", "key", "network", "expected"),
+    [
+        ("", True, True, ["online", 0, 0, 1, 1, "finish"]),
+        ("", False, True, ["offline", 0, 0, 1, 1, "finish"]),
+        ("", True, False, ["online", "offline", 0, 0, 1, 1, "finish"]),
+        ("log", True, True, ["online", 0]),
+        ("finish", True, True, ["online", 0, 0, 1, 1, "finish"]),
+    ],
+)
+def test_what_happens_to_wandb_costs_no_run(
+    dies: str,
+    key: bool,
+    network: bool,
+    expected: list,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+) -> None:
+    told = fake_wandb(monkeypatch, dies, key, network)
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, track=True)))
+    assert told == expected and (tmp_path / "model").exists()
+    said = capsys.readouterr().err
+    assert (("W&B is off: the service has gone" in said) == (dies == "log")) and said.count("W&B") <= 1
+    assert ("W&B is not reached: no route to api.wandb.ai" in said) == (not network)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_process_of_wandb(few: Path, tmp_path: Path) -> None:
+    """Its own process is killed while the run goes on; the exit code and the model are as without it."""
+    options = settings(few, tmp_path, max_steps=12, num_samples=0, save_every=100, track=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
+        "WANDB_MODE": "offline"
+    }
+    process = subprocess.Popen(
+        [sys.executable, "dpo.py", *(f"--{k}={v}" for k, v in options.items())],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and (
+        not (tmp_path / "metrics.jsonl").exists() or len(read_metrics(tmp_path)) < 3
+    ):
+        time.sleep(0.01)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for child in found:
+        os.kill(int(child), signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert found and process.returncode == 0, out
+    assert (tmp_path / "model").exists() and len(read_metrics(tmp_path)) == 13

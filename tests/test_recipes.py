@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,39 @@ def test_the_last_number_counts(response: str, reward: float) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda p: p.stem)
 def test_shell_scripts_parse(path) -> None:
     assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "code", "queued"),
+    [
+        ("true", False, 0, False),
+        ("exit 3", False, 3, False),  # a mistake would come again and again
+        ('touch "$CLEANALIGN_STOPPED"', False, 0, True),  # its time was up
+        (
+            "touch ready; trap 'sleep 0.3; touch $CLEANALIGN_STOPPED; exit 1' TERM; sleep 60 & wait",
+            True,
+            0,
+            True,
+        ),
+    ],
+)
+def test_a_job_is_queued_again_if_it_was_stopped_and_not_if_it_failed(
+    command: str, told: bool, code: int, queued: bool, tmp_path: Path
+) -> None:
+    """Slurm's part is played by a script that writes down how it was called."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queued\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    job = subprocess.Popen(["bash", ROOT / "recipes/slurm.sh", "bash", "-c", command], env=environment)
+    while told and not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    if told:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait() == code
+    assert (tmp_path / "queued").exists() == queued
+    assert not list(tmp_path.glob(".stopped*"))
 
 
 @pytest.mark.slow

@@ -592,8 +592,14 @@ def score(model: str, path: str) -> list[dict]:
     """Runs here and on the session of two ranks."""
     folder = Path(path).parent / "run"
     reward_model.main(args_of(reward_model.Args, model=model, score=path, output_dir=str(folder)))
-    target = folder / "scored" / Path(path).name
-    return [json.loads(line) for line in target.read_text().splitlines()]
+    return [json.loads(line) for line in scored_file(path).read_text().splitlines()]
+
+
+def scored_file(path: str | Path) -> Path:
+    """What `score` has written; its name has a digest of the file and the model."""
+    folder, name = Path(path).parent / "run" / "scored", Path(path).name.removesuffix(".jsonl")
+    (found,) = folder.glob(f"{name}-*.jsonl")
+    return found
 
 
 def flat(value: dict, names: list[str]) -> list[float]:
@@ -614,7 +620,7 @@ def test_a_scored_file_has_the_direct_scores(
     scorer, args = load(scorer_run, device)
     direct = models.score(scorer, [packed.Example(sequences, "")], 0, device)[:, 0].tolist()
     assert [x for value in found for x in flat(value, names)] == pytest.approx(direct, abs=1e-5)
-    (tmp_path / "run" / "scored" / "file.jsonl").unlink()
+    scored_file(path).unlink()
     one, two = two_ranks("test_reward_model:score", model=scorer_run, path=str(path))
     assert one == two
     assert [x for v in one for x in flat(v, names)] == pytest.approx(direct, abs=1e-5)
@@ -628,7 +634,7 @@ def test_an_attribute_model_makes_a_file_of_ratings(
     found = score(str(attribute_run[0]), str(path))
     names = ["helpfulness", "correctness", "coherence", "complexity", "verbosity", "toxicity"]
     assert sorted(found[0]["label"]) == sorted(names)
-    again = str(tmp_path / "run" / "scored" / "sft.jsonl")
+    again = str(scored_file(path))
     assert data.load_ratings(tokenizer, again, again, 2048)[0][0].fields == found[0]["label"]
 
 
@@ -668,15 +674,16 @@ def test_scoring_goes_on_where_it_was_stopped(
     path = tmp_path / "file.jsonl"
     path.write_text("".join((line * 7)[:300]))
     score(scorer_run, str(path))
-    whole = (tmp_path / "run" / "scored" / "file.jsonl").read_bytes()
-    (tmp_path / "run" / "scored" / "file.jsonl").unlink()
+    target = scored_file(path)
+    whole = target.read_bytes()
+    target.unlink()
 
     with monkeypatch.context() as patch:
         patch.setattr(dist, "stop_requested", lambda: True)
         with pytest.raises(dist.RunError, match="stopped after 256"):
             score(scorer_run, str(path))
     (part,) = (tmp_path / "run" / "scored").glob("*.part")
-    assert not (tmp_path / "run" / "scored" / "file.jsonl").exists()
+    assert not target.exists()
     done = part.read_text().splitlines(keepends=True)
     assert len(done) == 256
     part.write_text("".join(done[:100]) + done[100][:17])  # as a kill would leave it
@@ -692,7 +699,7 @@ def test_scoring_goes_on_where_it_was_stopped(
     assert sum(counts) == 200 and not list((tmp_path / "run" / "scored").glob("*.part"))
     assert [json.loads(x) for x in whole.splitlines()] == [
         json.loads(x, parse_float=lambda x: pytest.approx(float(x), abs=1e-5))
-        for x in (tmp_path / "run" / "scored" / "file.jsonl").read_bytes().splitlines()
+        for x in target.read_bytes().splitlines()
     ]
 
 

@@ -127,7 +127,7 @@ def test_a_flag_and_its_opposite_a_value_with_blanks_and_several_values() -> Non
             "--lr_schedule up",
             "invalid choice 'up' for argument '--lr_schedule'. Expected one of ('constant', ",
         ),
-        ("--merge_lora 7", "sft: Unrecognized options: 7; --help lists all"),
+        ("--merge_lora 7", "sft: Unrecognized options: 7; --help lists all, docs/migrating.md those of TRL"),
         ("--seed 1", "sft: --seed is set by the pipeline; leave it out"),
         ("--learning_rate -1", "sft: learning_rate is -1.0; expected 0 or more"),
         ("--no_overwrite", "sft: --no_overwrite is set by the pipeline"),

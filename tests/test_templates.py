@@ -421,6 +421,16 @@ def test_without_a_template_nothing_but_text_can_be_trained(tmp_path: Path) -> N
         sft(tokenizer, tmp_path, {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]})
 
 
+def test_a_template_that_shows_no_reply_is_refused(tmp_path: Path) -> None:
+    """It would train end tokens only."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    with pytest.raises(
+        dist.RunError, match="mine.jinja: cannot be encoded: the chat template does not show what"
+    ):
+        templates.load_tokenizer("toy", str(tmp_path / "mine.jinja"))
+
+
 # ------------------------------------------------------------------- marks of other families, in what is said
 
 
