@@ -570,6 +570,11 @@ def fit(example: Example, kind: str, max_length: int, cut: str, option: str, apa
     return is_long
 
 
+def num_kept(size: int) -> int:
+    """How many of `size` examples are trained on where some are held out."""
+    return max(0, size - min(512, max(1, round(0.05 * size))))
+
+
 def question(example: Example) -> int:
     """A number that examples have in common which open with the same words of the user."""
     opening = [m["content"] for m in example.prompt if m["role"] == "user"][:1]
@@ -585,7 +590,7 @@ def hold_out(examples: Sequence[Example], source: str) -> tuple[Sequence[Example
     is_encoded = isinstance(examples, Encoded)
     keys = examples.keys if is_encoded else np.array([question(e) for e in examples], np.uint64)
     names, sizes = (found.tolist() for found in np.unique(keys, return_counts=True))
-    held, room = [], min(512, max(1, round(0.05 * len(examples))))
+    held, room = [], len(examples) - num_kept(len(examples))
     if len(names) == 1:
         raise wrong(f"dataset {source}", "a single prompt, none to hold out", "eval_dataset to be set")
     for name, size in zip(names, sizes, strict=True):

@@ -4,11 +4,11 @@
 # scripts write, data/oasst and data/helpsteer, as they are. SMOKE=1: a minute on a CPU, with a few steps of the toy world.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUNS=${RUNS:-runs}
+OUT=${OUT:-runs}
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
 RATINGS=${RATINGS:-nvidia/HelpSteer2}
 CHATS=${CHATS:-nvidia/Daring-Anteater}
-RUN=(torchrun --nproc_per_node=8 steerlm.py --model "$MODEL" --chat_template chatml --ratings "$RATINGS" --dataset "$CHATS"
+RUN=(torchrun --nproc_per_node="${NPROC:-8}" steerlm.py --model "$MODEL" --chat_template chatml --ratings "$RATINGS" --dataset "$CHATS"
   --num_bootstrap_rounds 1 --track)
 ATTRIBUTES=helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2
 if [ -n "${SMOKE:-}" ]; then
@@ -19,5 +19,5 @@ fi
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that torchrun gives a stop to save
 
-"${RUN[@]}" --output_dir "$RUNS/steerlm"
-python -m common.chat --model "$RUNS/steerlm" --attributes "$ATTRIBUTES" "What does a cow eat?"
+"${RUN[@]}" --output_dir "$OUT/steerlm"
+python -m common.chat --model "$OUT/steerlm" --attributes "$ATTRIBUTES" "What does a cow eat?"

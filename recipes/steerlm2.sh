@@ -4,12 +4,12 @@
 # with a file of its own. All steps resume when run again. SMOKE=1: a minute on a CPU, with a few steps of the toy world.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUNS=${RUNS:-runs}
+OUT=${OUT:-runs}
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
-STEERLM=${STEERLM:-$RUNS/steerlm}
-ATTRIBUTE_MODEL=${ATTRIBUTE_MODEL:-$RUNS/steerlm/1_attribute_model}
+STEERLM=${STEERLM:-$OUT/steerlm}
+ATTRIBUTE_MODEL=${ATTRIBUTE_MODEL:-$OUT/steerlm/1_attribute_model}
 CHATS=${CHATS:-nvidia/Daring-Anteater}
-RUN=(torchrun --nproc_per_node=8)
+RUN=(torchrun --nproc_per_node="${NPROC:-8}")
 SFT=(--chat_template chatml --learning_rate 5e-6 --num_epochs 2 --max_length 4096 --track)
 STEERLM2=(--num_prompts 20000 --num_responses 10 --batch_size 128 --max_new_tokens 1024 --track)
 GROUPS_ONLY=(--batch_size 128 --track)
@@ -22,8 +22,8 @@ fi
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that torchrun gives a stop to save
 
-"${RUN[@]}" sft.py --model "$MODEL" --dataset "$CHATS" --output_dir "$RUNS/sft" "${SFT[@]}"
-"${RUN[@]}" steerlm2.py --model "$STEERLM" --sft_model "$RUNS/sft" --attribute_model "$ATTRIBUTE_MODEL" \
-  --dataset "$CHATS" --output_dir "$RUNS/steerlm2" "${STEERLM2[@]}"
-"${RUN[@]}" steerlm2.py --model "$STEERLM" --groups "$RUNS/steerlm2/groups_1.jsonl" --attribute_model "$ATTRIBUTE_MODEL" \
-  --output_dir "$RUNS/steerlm2_groups" "${GROUPS_ONLY[@]}"
+"${RUN[@]}" sft.py --model "$MODEL" --dataset "$CHATS" --output_dir "$OUT/sft" "${SFT[@]}"
+"${RUN[@]}" steerlm2.py --model "$STEERLM" --sft_model "$OUT/sft" --attribute_model "$ATTRIBUTE_MODEL" \
+  --dataset "$CHATS" --output_dir "$OUT/steerlm2" "${STEERLM2[@]}"
+"${RUN[@]}" steerlm2.py --model "$STEERLM" --groups "$OUT/steerlm2/groups_1.jsonl" --attribute_model "$ATTRIBUTE_MODEL" \
+  --output_dir "$OUT/steerlm2_groups" "${GROUPS_ONLY[@]}"

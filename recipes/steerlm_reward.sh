@@ -5,14 +5,14 @@
 # Both steps resume when run again. SMOKE=1: half a minute on a CPU, on a few records with HelpSteer2's columns.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUNS=${RUNS:-runs}
+OUT=${OUT:-runs}
 MODEL=${MODEL:-meta-llama/Llama-3.1-70B-Instruct}
 DATA=${DATA:-data/HelpSteer2}
-RUN=(torchrun --nproc_per_node=8)
+RUN=(torchrun --nproc_per_node="${NPROC:-8}")
 REGRESSION=(--learning_rate 2e-6 --num_epochs 2 --batch_size 128 --track)
 SCALED_BT=(--learning_rate 1e-6 --batch_size 128 --track)
 if [ -n "${SMOKE:-}" ]; then
-  RUN=(python) MODEL=toy DATA=$RUNS/HelpSteer2
+  RUN=(python) MODEL=toy DATA=$OUT/HelpSteer2
   REGRESSION=(--learning_rate 1e-3 --batch_size 8 --max_steps 2) SCALED_BT=("${REGRESSION[@]}")
   mkdir -p "$DATA/preference"
   for i in $(seq 16); do
@@ -26,6 +26,6 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that torchrun gives a stop 
 
 PREFERENCES=$(ls "$DATA"/preference/preference.jsonl*)
 "${RUN[@]}" reward_model.py --model "$MODEL" --loss regression --dataset "$DATA" --max_length 4096 \
-  --lr_schedule constant --warmup_steps 10 --output_dir "$RUNS/helpsteer2" "${REGRESSION[@]}"
-"${RUN[@]}" reward_model.py --model "$RUNS/helpsteer2" --loss scaled_bt --attribute helpfulness --dataset "$PREFERENCES" \
-  --max_length 4096 --lr_schedule constant --warmup_steps 10 --output_dir "$RUNS/helpsteer2_preference" "${SCALED_BT[@]}"
+  --lr_schedule constant --warmup_steps 10 --output_dir "$OUT/helpsteer2" "${REGRESSION[@]}"
+"${RUN[@]}" reward_model.py --model "$OUT/helpsteer2" --loss scaled_bt --attribute helpfulness --dataset "$PREFERENCES" \
+  --max_length 4096 --lr_schedule constant --warmup_steps 10 --output_dir "$OUT/helpsteer2_preference" "${SCALED_BT[@]}"
