@@ -145,10 +145,8 @@ def noise(
     """Standard normal latents (B, C, h, w), each a function of (seed, step, its index in the batch, copy)."""
     side = size // pipe.vae_scale_factor
     shape = (pipe.vae.config.latent_channels, side, side)
-    streams = [np.random.default_rng((seed, step, index, copy)) for index in indices]
-    return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(
-        device
-    )
+    draws = [np.random.default_rng((seed, step, index, copy)) for index in indices]
+    return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in draws])).to(device)
 
 
 def decode(vae: nn.Module, latents: Tensor, recompute: bool) -> Tensor:
@@ -384,8 +382,7 @@ def _read_plain(source: str, paths: list[Path]) -> list[formats.Record]:
     how, options = READERS[paths[0].suffix]
     names = [str(path) for path in paths]
     table = streams.load_table(source, "load_dataset", how, data_files=names, split="train", **options)
-    if how == "webdataset":
-        own = ({name: x for name, x in row.items() if name[:2] != "__"} for row in table)  # not where it is
-        return [formats.Record(value, f"{source} row {i}") for i, value in enumerate(own)]
-    first = 1 if how == "text" else 2  # after a line of headings
-    return [formats.Record(value, f"{source}:{n}") for n, value in enumerate(table, first)]
+    first = {"text": 1, "csv": 2, "webdataset": 0}[how]  # the second after a line of headings
+    where = f"{source} row " if how == "webdataset" else f"{source}:"
+    own = ({name: x for name, x in row.items() if name[:2] != "__"} for row in table)  # not where it is
+    return [formats.Record(value, f"{where}{n}") for n, value in enumerate(own, first)]

@@ -7,7 +7,7 @@ KIND=${1:-sd15}
 PROMPTS=${PROMPTS:-prompts.txt}
 REWARD=${REWARD:-yuvalkirstain/PickScore_v1}
 OUT=${OUT:-runs/draftp_$KIND}
-GPUS=${GPUS:-8}
+NPROC=${NPROC:-8}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds that torchrun gives a stop to save
 case $KIND in  # model, steps and guidance it was made for, images in one forward
@@ -20,10 +20,10 @@ esac
 EXTRA=()
 if [ -n "${SMOKE:-}" ]; then
   WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
-  MODEL=$WORK/model PROMPTS=$WORK/prompts.txt REWARD=brightness OUT=$WORK/run GPUS=1
+  MODEL=$WORK/model PROMPTS=$WORK/prompts.txt REWARD=brightness OUT=$WORK/run NPROC=1
   PYTHONPATH=tests python -c "import sys, tiny_diffusion; tiny_diffusion.make_pipeline(sys.argv[1], sys.argv[2])" "$MODEL" "$TINY"
   printf '%s\n' "a cat" "a dog" "two cats" "a red house" {1..40}" birds" > "$PROMPTS"
   EXTRA=(--num_inference_steps 3 --image_size 16 --batch_size 2 --lora_rank 2 --lora_alpha 2 --max_steps 2 --num_samples 2 --images_per_prompt 2)
 fi
-torchrun --nproc_per_node="$GPUS" draftp.py --model "$MODEL" --dataset "$PROMPTS" --reward "$REWARD" \
+torchrun --nproc_per_node="$NPROC" draftp.py --model "$MODEL" --dataset "$PROMPTS" --reward "$REWARD" \
   "${SAMPLER[@]}" --max_steps 1000 --output_dir "$OUT" ${EXTRA[@]+"${EXTRA[@]}"}
