@@ -516,7 +516,7 @@ def test_only_one_rank_reads_a_pipeline_and_all_have_it(
     assert first["adapters"] == second["adapters"] and bool(first["adapters"]) == bool(lora_rank)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("name", "lora_rank"), [("sd3", 0), ("flux", 2)])
 def test_flows_are_the_same_on_two_ranks(
     tiny: Path, tmp_path: Path, two_ranks: Any, name: str, lora_rank: int
