@@ -75,13 +75,13 @@ def run(tiny: Path, folder: Path | str, name: str = "sd", **changes: Any) -> lis
     return read_metrics(folder)
 
 
-def move(sampler: draftp.Sampler) -> None:
+def move(sampler: draftp.Sampler, size: float = 0.3) -> None:
     """Change the trained weights, alike on every call."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in sampler.policy.parameters():
             if parameter.requires_grad:
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter += size * torch.randn_like(parameter)
 
 
 def trained(unet: torch.nn.Module) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ def test_bfloat16_computes_nearly_the_same(tiny: Path, device: torch.device, nam
     for dtype in ("float32", "bfloat16"):
         args = settings(tiny, name, dtype=dtype)
         sampler = prepare(args, device)
-        move(sampler)
+        move(sampler, 0.05)  # random weights moved far multiply what bfloat16 rounds
         loss, _ = one_batch(sampler, args)
         loss.backward()
         gradient = torch.cat(
@@ -220,7 +220,7 @@ def test_bfloat16_computes_nearly_the_same(tiny: Path, device: torch.device, nam
         # SDXL's decoder stays in float32, as its config asks for
         assert (sampler.pipe.vae.dtype == torch.float32) == (dtype == "float32" or name == "xl")
     (loss, gradient), (rough, other) = found
-    assert rough == pytest.approx(loss, rel=0.02)
+    assert rough == pytest.approx(loss, abs=0.01)  # a reward less a KL
     assert F.cosine_similarity(gradient, other, dim=0) > 0.9
 
 
