@@ -13,6 +13,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -45,6 +46,7 @@ COLUMNS: dict[str, Any] = {
     "keys": np.uint64,  # examples with one question have one key
 }
 DECIDING = ("data", "encoded", "formats", "streams", "templates", "tokenizing")  # modules, what tokens are
+MOST_TOUCHED = 16  # examples read before their pages are let go: each may bring 2 MiB of its neighbours
 MOST_ERRORS = 10  # lines that one error names
 CHECKED = 1 << 20  # bytes of each of the 64 pieces by which a damaged file is told; a small one is read whole
 
@@ -76,13 +78,22 @@ class Encoded(Sequence):
     def __init__(self, folder: Path):
         self.rows: np.ndarray | None = None
         self.contents = read_contents(folder)
-        self.columns = {name: _mapped(folder / name, kind) for name, kind in COLUMNS.items()}
+        self.areas = {name: _mapped(folder / name) for name in COLUMNS}
+        self.columns = {name: np.frombuffer(area, COLUMNS[name]) for name, area in self.areas.items()}
+        self.num_read = 0
         self.shapes: list[list] = self.contents["shapes"]
 
     def __len__(self) -> int:
         return len(self.columns["shapes"] if self.rows is None else self.rows)
 
     def __getitem__(self, i: int) -> Stored:
+        self.num_read += 1
+        if (
+            self.num_read % MOST_TOUCHED == 0
+        ):  # the system keeps the pages; this process need not map them all
+            for area in self.areas.values():
+                if area:
+                    area.madvise(mmap.MADV_DONTNEED)
         i = range(len(self))[i]
         row = i if self.rows is None else int(self.rows[i])
         of = self.columns
@@ -90,7 +101,8 @@ class Encoded(Sequence):
         at = itertools.pairwise(of["token_bounds"][first : last + 1].tolist())
         texts = itertools.pairwise(of["text_bounds"][3 * row : 3 * row + 4].tolist())
         example = Stored.__new__(Stored)  # whose prompt and record are not there yet
-        example.sequences = [Tokens(of["ids"][a:b], of["mask"][a:b]) for a, b in at]
+        # copies: views of a batch would hold the pages around each of its examples
+        example.sequences = [Tokens(of["ids"][a:b].copy(), of["mask"][a:b].copy()) for a, b in at]
         example.texts = [of["texts"][a:b] for a, b in texts]
         example.label = example.texts[2].tobytes().decode()
         example.fields, start = {}, int(of["number_bounds"][row])
@@ -142,9 +154,10 @@ class Encoded(Sequence):
         return hashlib.sha256(self.contents["digest"].encode() + rows).hexdigest()
 
 
-def _mapped(path: Path, kind: Any) -> np.ndarray:
-    """A read-only view of a file; one of no bytes cannot be mapped."""
-    return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.zeros(0, kind)
+def _mapped(path: Path) -> Any:
+    """A read-only file as memory that all who map it share; one of no bytes cannot be mapped."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if path.stat().st_size else b""
 
 
 def read_contents(folder: Path) -> dict[str, Any]:
