@@ -29,7 +29,7 @@ Metrics, results and departures from the paper: docs/cai.md
 import json
 import math
 import random
-import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,16 @@ import sft
 from common import chat, constitutions, data, dist, files, formats, stages, templates
 from common.args import Inference, PipelineRun, Sampling, block, parse, snapshot
 from common.chat import assistant, user
+from common.constitutions import ask_judge, clean, is_copy, with_shots
 from common.evaluate import answer, answer_metrics, describe, load_judge, refuses
 from common.log import Log
 from common.stages import stage
 
 SHOWN = ()
+# what a judge that names the best and the worst of several is asked after the principles
+EXTREMES = [
+    f"Which reply is the {x} by all of these? Answer with its letter alone." for x in ("best", "worst")
+]
 STAGES = {"sft": sft.Args, "reward_model": reward_model.Args, "ppo": ppo.Args, "dpo": dpo.Args}
 FOLDERS = {"sft": "2_sft", "reward_model": "4_preference_model", "ppo": "5_ppo", "dpo": "5_dpo"}
 RESERVED = stages.RESERVED | {"reward", "score"}  # options of stages that the pipeline sets or does not offer
@@ -113,10 +118,14 @@ class Args:
     """examples that go before a critique or a revision; empty: none"""
     judge_few_shots: str = "constitutions/judge_few_shots.json"
     """examples that go before a comparison; empty: none"""
+    judge_request: str = "Answer with the letter of that reply alone: (A) or (B)."
+    """how the judge shall answer, at the end of a comparison; cot and hard_labels have words of their own"""
     helpful_model: str = ""
     """model that gives the first replies and writes the revisions; default: model"""
+    critic_model: str = ""
+    """model that criticises, or its name at critic_url; default: helpful_model"""
     judge_model: str = ""
-    """critic and judge, a model or its name at judge_url; default: model"""
+    """model that compares replies, or its name at judge_url; default: model"""
 
     # algorithm
     num_red_team: int = 0
@@ -125,12 +134,18 @@ class Args:
     """rounds of critique and revision; the revisions of all rounds are trained on"""
     use_critique: bool = True
     """ask for a critique before each revision; off: ask for the revision at once"""
+    copy_retries: int = 1
+    """times that a revision which copies its reply is asked for again; one that stays a copy is counted"""
     samples_per_prompt: int = 2
     """responses to each prompt"""
     temperatures: str = "1.0"
     """temperatures of the replies to compare, joined by commas; each gives samples_per_prompt replies"""
     num_principles: int = 1
     """principles drawn for a comparison; the judge's probabilities are averaged over them"""
+    hard_labels: bool = False
+    """NeMo-Aligner's judge: told all principles, it names the best and the worst of a prompt's replies"""
+    num_human_pairs: int = 200
+    """people's preferences in the red-team data, where it has any, that the judge is tried on"""
     cot: bool = False
     """the judge reasons before it answers"""
     cot_clamp: float = 0.6
@@ -144,6 +159,7 @@ class Args:
     temperature: float = 1.0
     """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
+    decoding: OmitArgPrefixes[chat.Decoding] = block(chat.Decoding)
     stages: OmitArgPrefixes[Stages] = block(Stages)
     server: OmitArgPrefixes[chat.Server] = block(chat.Server)
     system: OmitArgPrefixes[Inference] = block(Inference)
@@ -174,41 +190,9 @@ def entropy(p: float) -> float:
     return -sum(x * math.log(x) for x in (p, 1 - p) if x > 0)
 
 
-# ------------------------------------------------------------------------------------- what is said and asked
-
-
 def random_for(seed: int, purpose: str, prompt: formats.Messages) -> random.Random:
     """Draws for a prompt: a function of these three, whatever its place in the data."""
     return random.Random(f"{seed} {purpose} {json.dumps(prompt)}")
-
-
-def with_shots(shots: formats.Messages, conversation: formats.Messages) -> formats.Messages:
-    """Examples before a conversation, after its system message."""
-    start = int(conversation[0]["role"] == "system")
-    return conversation[:start] + shots + conversation[start:]
-
-
-def clean(text: str, name: str) -> str:
-    """A critique or revision without its cue, repeated, and without turns that the model made up after it."""
-    return constitutions.MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
-
-
-def comparison(prompt: formats.Messages, principle: str, first: str, second: str) -> str:
-    """What the judge is asked."""
-    turns = [f"{m['role'].capitalize()}: {m['content']}" for m in prompt if m["role"] != "system"]
-    return "\n".join([*turns, principle, f"(A) {first}", f"(B) {second}"])
-
-
-def ask_judge(
-    prompt: formats.Messages, principle: str, first: str, second: str, shots: list, rng: random.Random
-) -> formats.Messages:
-    """A comparison after examples, whose orders are drawn: a judge must not learn that (A) is right."""
-    messages = []
-    for asked, right, wrong in shots:
-        letter = rng.choice("AB")
-        options = (right, wrong) if letter == "A" else (wrong, right)
-        messages += [user(comparison(asked, principle, *options)), assistant(f"({letter})")]
-    return [*messages, user(comparison(prompt, principle, first, second))]
 
 
 # ------------------------------------------------------------------------- who replies, criticises and judges
@@ -229,41 +213,56 @@ def load_tokenizer(path: str, args: Args) -> Any:
 
 def load_model(path: str, args: Args, device: torch.device, keep: Path | None = None) -> chat.Model:
     """A model to ask for replies, which the folder `keep` keeps, and for verdicts."""
-    tokenizer = load_tokenizer(path, args)
-    return chat.Model(path, tokenizer, device, args.system, args.max_new_tokens, args.seed, args.cot, keep)
+    tokenizer, how = load_tokenizer(path, args), (args.max_new_tokens, args.seed, args.decoding, args.cot)
+    return chat.Model(path, tokenizer, device, args.system, *how, keep)
 
 
-def load_judge_model(args: Args, own: chat.Model, device: torch.device) -> chat.Model | chat.Endpoint:
-    """The critic and the judge; `own`, the model that speaks anyway, where it is the same."""
-    if args.server.judge_url:
+def name_of(role: str, args: Args) -> tuple[str, str]:
+    """(url, model) of the critic or the judge; no url: a model in this process."""
+    if role == "critic":
+        return args.server.critic_url, args.critic_model or args.helpful_model or args.model
+    return args.server.judge_url, args.judge_model or args.model
+
+
+def load_other(
+    role: str, own: chat.Model, args: Args, device: torch.device, reasons: bool = False
+) -> chat.Model | chat.Endpoint:
+    """The critic or the judge; `own`, the model that speaks anyway, where it is the same."""
+    url, path = name_of(role, args)
+    if url:
         folder = Path(args.run.output_dir) / "answers"
-        return chat.Endpoint(args.judge_model, args.server, folder, args.max_new_tokens, args.cot)
-    path = args.judge_model or args.model
-    return own if path == own.path else load_model(path, args, device, own.keep)
+        return chat.Endpoint(url, path, args.server, folder, args.max_new_tokens, reasons)
+    return own if path == own.path else load_model(path, args, device, own.how["keep"])
 
 
 def stream_of(kind: str, number: int = 0) -> int:
     """Tells the random numbers of one kind of replies to a prompt from those of the others.
 
-    number: round of a critique or revision, from 1; temperature of a candidate for a pair, from 0.
+    number: round of a critique or revision, from 1, 1000 more with each try; temperature of a candidate for
+        a pair, from 0.
     """
     streams = {"reply": 0, "critique": 2 * number - 1, "revision": 2 * number, "candidate": 10_000 + number}
     return streams[kind]
 
 
-def inputs_key(speaker: str, args: Args) -> tuple:
+def inputs_key(speaker: str, role: str, args: Args) -> tuple:
     """What replies and verdicts depend on besides prompts and requests: models, precision, template, seed."""
-    judge: Any = (args.server.judge_url, args.judge_model)
-    if not args.server.judge_url:
-        judge = files.fingerprint(args.judge_model or args.model)
-    who = (
+    url, path = name_of(role, args)
+    other = (url, path, args.server.judge_body) if url else files.fingerprint(path)
+    return (
         files.fingerprint(speaker),
-        judge,
+        other,
         args.system.dtype,
         args.chat_template,
         args.chat_template_kwargs,
+        args.decoding,
+        args.seed,
     )
-    return (*who, args.seed, args.max_new_tokens)
+
+
+def kept_in(path: Path, items: list, key: tuple) -> Path:
+    """The folder of a stage's replies, which stay till the run ends, for one with another max_new_tokens."""
+    return files.part_name(path, items, key).with_suffix(".replies")
 
 
 # -------------------------------------------------------------------------------- 1. critiques and revisions
@@ -274,48 +273,61 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
 
     A round goes on from the last good revision; the conversation before it is the prompt and that reply, so
     it does not grow with the rounds. A revision that is empty, cut off, or a copy of the critique or of an
-    example is not kept.
+    example is not kept, nor one whose critique the server has refused.
     """
     constitution = constitutions.read_constitution(args.constitution)
     shots = constitutions.read_few_shots(args.few_shots)
     examples, items = {turn["content"] for turn in shots}, list(enumerate(prompts))
-    speaker, options = args.helpful_model or args.model, (args.num_revisions, args.use_critique)
-    key = (inputs_key(speaker, args), (*options, args.temperature), constitution, shots)
-    helper = load_model(speaker, args, device, files.part_name(path, items, key).with_suffix(".replies"))
-    critic = load_judge_model(args, helper, device)
+    speaker = args.helpful_model or args.model
+    options = (args.num_revisions, args.use_critique, args.copy_retries, args.temperature)
+    key = (inputs_key(speaker, "critic", args), options, constitution, shots)
+    helper = load_model(speaker, args, device, kept_in(path, items, key))
+    critic = load_other("critic", helper, args, device)
+
+    def revise(talks: list, current: list[str], number: int, first: int) -> list[chat.Reply]:
+        """Revisions of the current replies; those that copy them are asked for again."""
+        revised = helper.replies(talks, stream_of("revision", number), first, args.temperature)
+        for attempt in range(1, args.copy_retries + 1):
+            again = [i for i, x in enumerate(revised) if is_copy(clean(x.text, "Revision"), current[i])]
+            asked, stream = [talks[i] for i in again], stream_of("revision", number + 1000 * attempt)
+            found = helper.replies(asked, stream, first, args.temperature) if again else []
+            for i, reply in zip(again, found, strict=True):
+                revised[i] = reply
+        return revised
 
     def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
         first, asked = chunk[0][0], [prompt for _, prompt in chunk]
         replies = helper.replies(asked, stream_of("reply"), first, args.temperature)
+        made = {"max_new_tokens": args.max_new_tokens}
         records = [
-            {"prompt": prompt, "initial": reply.text, "ended": reply.ended, "rounds": []}
+            {"prompt": prompt, "initial": reply.text, "ended": reply.ended, **made, "rounds": []}
             for prompt, reply in zip(asked, replies, strict=True)
         ]
         current = [reply.text for reply in replies]
         for number in range(1, args.num_revisions + 1):
-            talks, requests, drawn = [], [], []
-            for prompt, reply in zip(asked, current, strict=True):
-                rng = random_for(args.seed, f"round {number}", prompt)
-                drawn.append(rng.randrange(len(constitution)))
-                requests.append(constitution[drawn[-1]])
-                talks.append(with_shots(shots, [*prompt, assistant(reply)]))
-            critiques = [""] * len(talks)
+            rngs = [random_for(args.seed, f"round {number}", prompt) for prompt in asked]
+            drawn = [rng.randrange(len(constitution)) for rng in rngs]
+            talks = [with_shots(shots, [*p, assistant(r)]) for p, r in zip(asked, current, strict=True)]
+            critiques = [chat.Reply("", True)] * len(talks)
             if args.use_critique:
-                talks = [[*talk, user(request)] for talk, (request, _) in zip(talks, requests, strict=True)]
-                found = critic.replies(talks, stream_of("critique", number), first, args.temperature)
-                critiques = [clean(reply.text, "Critique") for reply in found]
-                talks = [[*talk, assistant(text)] for talk, text in zip(talks, critiques, strict=True)]
-            talks = [[*talk, user(request)] for talk, (_, request) in zip(talks, requests, strict=True)]
-            revised = helper.replies(talks, stream_of("revision", number), first, args.temperature)
-            for i, reply in enumerate(revised):
-                text = clean(reply.text, "Revision")
-                kept = reply.ended and text not in {"", critiques[i], *examples}
-                step = {"principle": drawn[i], "critique": critiques[i], "revision": text, "kept": kept}
-                records[i]["rounds"].append({**step, "cue": text != reply.text})
+                talks = [[*talk, user(constitution[k][0])] for talk, k in zip(talks, drawn, strict=True)]
+                critiques = critic.replies(talks, stream_of("critique", number), first, args.temperature)
+                critiques = [x._replace(text=clean(x.text, "Critique")) for x in critiques]
+                talks = [[*talk, assistant(x.text)] for talk, x in zip(talks, critiques, strict=True)]
+            talks = [[*talk, user(constitution[k][1])] for talk, k in zip(talks, drawn, strict=True)]
+            for i, reply in enumerate(revise(talks, current, number, first)):
+                text, critique = clean(reply.text, "Revision"), critiques[i]
+                kept = reply.ended and not critique.refused and text not in {"", critique.text, *examples}
+                step = {"principle": drawn[i], "critique": critique.text, "revision": text, "kept": kept}
+                step |= {"cue": text != reply.text, "ended": reply.ended, "copied": is_copy(text, current[i])}
+                records[i]["rounds"].append(
+                    step | ({"refused": critique.refused} if critique.refused else {})
+                )
                 current[i] = text if kept else current[i]
         return records
 
-    files.write_lines(path, items, key, work, size=len(items))
+    files.write_lines(path, items, (key, args.max_new_tokens), work, size=len(items))
+    stages.say(*dict.fromkeys((helper.report(), critic.report())))
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -327,16 +339,18 @@ def demonstrations_of(record: dict) -> list[dict]:
 def revision_metrics(records: list[dict]) -> dict[str, float]:
     """Shares and means over prompts or over rounds."""
     steps = [step for record in records for step in record["rounds"]]
-    kept = [step["revision"] for step in steps if step["kept"]]
+    each = max(1, len(steps))
     last = [next((s["revision"] for s in r["rounds"][::-1] if s["kept"]), r["initial"]) for r in records]
     changed = [text != record["initial"] for text, record in zip(last, records, strict=True)]
     metrics = {
-        "revisions/kept_frac": len(kept) / max(1, len(steps)),
+        "revisions/kept_frac": sum(step["kept"] for step in steps) / each,
+        "revisions/ended_frac": sum(step.get("ended", step["kept"]) for step in steps) / each,
+        "revisions/copied_frac": sum(step.get("copied", False) for step in steps) / each,
         "revisions/changed_frac": sum(changed) / len(records),
         "revisions/refusal_frac": sum(map(refuses, last)) / len(records),
         "revisions/length_initial": sum(len(r["initial"].split()) for r in records) / len(records),
         "revisions/length_revised": sum(len(text.split()) for text in last) / len(records),
-        "revisions/cue_frac": sum(step["cue"] for step in steps) / max(1, len(steps)),
+        "revisions/cue_frac": sum(step["cue"] for step in steps) / each,
     }
     return metrics
 
@@ -345,47 +359,96 @@ def revision_metrics(records: list[dict]) -> dict[str, float]:
 
 
 def compare_replies(
-    prompts: list[formats.Messages], sl_model: str, path: Path, args: Args, device: torch.device
+    prompts: list[formats.Messages],
+    sl_model: str,
+    path: Path,
+    args: Args,
+    device: torch.device,
+    human_pairs: list[tuple[formats.Messages, str, str]] = (),
 ) -> None:
     """Stage 3: a line for each prompt with replies of SL-CAI, compared two by two in random order.
 
     p_ab and p_ba have one number for each principle drawn. A reply that was cut off is not compared.
+
+    Args:
+        human_pairs: (prompt, chosen, rejected) by people, which the judge compares too, in human_pairs.jsonl.
     """
     principles = constitutions.read_comparisons(args.comparisons)
     shots = constitutions.read_judge_few_shots(args.judge_few_shots)
-    items, options = list(enumerate(prompts)), (args.temperatures, args.samples_per_prompt)
-    key = (inputs_key(sl_model, args), (*options, args.num_principles, args.cot), principles, shots)
-    policy = load_model(sl_model, args, device, files.part_name(path, items, key).with_suffix(".replies"))
-    judge = load_judge_model(args, policy, device)
+    items, options = list(enumerate(prompts)), (args.temperatures, args.samples_per_prompt, args.hard_labels)
+    options += (args.num_principles, args.cot, args.judge_request)
+    key = (inputs_key(sl_model, "judge", args), options, principles, shots)
+    policy = load_model(sl_model, args, device, kept_in(path, items, key))
+    judge = load_other("judge", policy, args, device, args.cot)
     found = candidates(policy, prompts, args)
 
     def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
-        records, questions = [], []
+        records, groups = [], []
         for place, prompt in chunk:
-            replies = found[place]
             rng = random_for(args.seed, "comparisons", prompt)
-            usable = [reply for reply in replies if reply["ended"] and reply["text"]]
+            usable = [reply for reply in found[place] if reply["ended"] and reply["text"]]
             rng.shuffle(usable)
-            record = {"prompt": prompt, "cut_off": len(replies) - len(usable), "comparisons": []}
-            for i in range(0, len(usable) - 1, 2):
-                item = {"a": usable[i], "b": usable[i + 1]}
-                item["principles"] = rng.sample(range(len(principles)), args.num_principles)
-                a, b = item["a"]["text"], item["b"]["text"]
-                item["asked"] = len(questions)  # where its questions begin: two for each principle
-                for k in item["principles"] if a != b else ():
-                    questions.append(ask_judge(prompt, principles[k], a, b, shots, rng))
-                    questions.append(ask_judge(prompt, principles[k], b, a, shots, rng))
-                item["answered"] = len(questions)
-                record["comparisons"].append(item)
-            records.append(record)
-        probs = judge.verdicts(questions)
-        for record in records:
-            for item in record["comparisons"]:
-                own = probs[item.pop("asked") : item.pop("answered")]
-                item["p_ab"], item["p_ba"] = own[::2], own[1::2]
+            cut_off, size = len(found[place]) - len(usable), len(usable) if args.hard_labels else 2
+            record = {"prompt": prompt, "cut_off": cut_off, "max_new_tokens": args.max_new_tokens}
+            records.append(record | {"comparisons": []})
+            for i in range(0, len(usable) - 1, max(2, size)):
+                groups.append((records[-1], usable[i : i + size], rng))
+        for (record, *_), item in zip(groups, compare(judge, groups, principles, shots, args), strict=True):
+            record["comparisons"].append(item)
         return records
 
-    files.write_lines(path, items, key, work)
+    def try_out(chunk: list[tuple[formats.Messages, str, str]]) -> list[dict]:
+        groups = []
+        for prompt, *sides in chunk:
+            replies, rng = [{"text": text} for text in sides], random_for(args.seed, "human", prompt)
+            rng.shuffle(replies)
+            groups.append(({"prompt": prompt, "chosen": sides[0]}, replies, rng))
+        found = compare(judge, groups, principles, shots, args)
+        return [record | item for (record, *_), item in zip(groups, found, strict=True)]
+
+    tried = path.with_name("human_pairs.jsonl")  # first: with the other file the stage is complete
+    if human_pairs and not dist.from_main(tried.exists):
+        files.write_lines(tried, human_pairs, key, try_out)
+    files.write_lines(path, items, (key, args.max_new_tokens), work)
+    stages.say(*dict.fromkeys((policy.report(), judge.report())))
+
+
+def compare(judge: Any, groups: list, principles: list[str], shots: list, args: Args) -> list[dict]:
+    """A comparison of each group, (record with its prompt, replies, random numbers).
+
+    Of two replies under drawn principles, in both orders; with hard_labels of the best with the worst of all.
+    """
+    items, questions, most = [], [], max([2, *(len(replies) for _, replies, _ in groups)])
+    for record, replies, rng in groups:
+        texts, item = [reply["text"] for reply in replies], {"a": replies[0], "b": replies[1]}
+        if args.hard_labels:
+            item |= {"principles": [*range(len(principles))], "candidates": replies}
+            asked = [ask_judge(record["prompt"], "\n".join([*principles, x]), texts) for x in EXTREMES]
+        else:
+            item["principles"] = rng.sample(range(len(principles)), args.num_principles)
+            how = (shots, "".join(rng.choice("AB") for _ in shots), "" if args.cot else args.judge_request)
+            orders = [(principles[k], order) for k in item["principles"] for order in (texts, texts[::-1])]
+            asked = [ask_judge(record["prompt"], principle, order, *how) for principle, order in orders]
+        asked = asked if len(set(texts)) > 1 else []
+        items.append((item, len(questions), len(questions) + len(asked)))
+        questions += asked
+    probs = judge.verdicts(questions, string.ascii_uppercase[:most])
+    for item, start, end in items:
+        settle(item, probs[start:end])
+    return [item for item, _, _ in items]
+
+
+def settle(item: dict, answers: list[list[float] | None]) -> None:
+    """Write the judge's answers into a comparison."""
+    if "candidates" in item and answers:
+        count = range(len(item["candidates"]))
+        best, worst = (max(count, key=p.__getitem__) if p else None for p in answers)
+        readable = best is not None and worst is not None
+        if readable and best != worst:
+            item["a"], item["b"] = item["candidates"][best], item["candidates"][worst]
+        answers = [None, None] if not readable else [[1.0], [0.0]] if best != worst else []
+    letters = [p and p[0] for p in answers]  # P(the first is better)
+    item["p_ab"], item["p_ba"] = letters[::2], letters[1::2]
 
 
 def candidates(policy: chat.Model, prompts: list[formats.Messages], args: Args) -> list[list[dict]]:
@@ -446,18 +509,14 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
     """Means over the comparisons that give a label; shares of all comparisons for those that give none."""
     items = [item for record in records for item in record["comparisons"]]
     labels = [p for p in (read_comparison(item, args) for item in items) if p is not None]
-    biases = [
-        position_bias(ab, ba)
-        for item in items
-        if not has_failed(item)
-        for ab, ba in zip(item["p_ab"], item["p_ba"], strict=True)
-    ]
+    readable = [item for item in items if not has_failed(item)]
+    orders = [both for item in readable for both in zip(item["p_ab"], item["p_ba"], strict=True)]
     metrics = {
         "judge/num_pairs": float(len(labels)),
         "judge/p_a_mean": sum(labels) / max(1, len(labels)),
         "judge/label_prob": sum(max(p, 1 - p) for p in labels) / max(1, len(labels)),
         "judge/entropy": sum(map(entropy, labels)) / max(1, len(labels)),
-        "judge/position_bias": sum(biases) / max(1, len(biases)),
+        "judge/position_bias": sum(position_bias(*both) for both in orders) / max(1, len(orders)),
         "judge/ties": sum(map(is_tie, items)) / max(1, len(items)),
         "judge/parse_failures": sum(map(has_failed, items)) / max(1, len(items)),
         "judge/cut_off": float(sum(record["cut_off"] for record in records)),
@@ -465,15 +524,30 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
     return metrics
 
 
+def agreement(items: list[dict], args: Args) -> dict[str, float]:
+    """How often the judge prefers the reply that people chose, of those of their pairs it has a label for."""
+    labels = [(item, p) for item in items if (p := read_comparison(item, args)) is not None]
+    right = sum(item["a" if p > 0.5 else "b"]["text"] == item["chosen"] for item, p in labels)
+    share, sure = (x / max(1, len(labels)) for x in (right, sum(max(p, 1 - p) for _, p in labels)))
+    found = {"agreement_with_humans": share, "calibration_error": abs(share - sure)}
+    return {f"judge/{k}": x for k, x in {**found, "num_human_pairs": float(len(labels))}.items()}
+
+
 # -------------------------------------------------------------------------------------------------- pipeline
 
 
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
-    if args.server.judge_url and not args.judge_model:
-        raise dist.RunError("judge_url needs judge_model, the name of a model there")
-    if args.samples_per_prompt * len(read_temperatures(args)) < 2:
-        raise formats.wrong("samples_per_prompt", args.samples_per_prompt, "2 or more replies to compare")
+    for role in ("critic", "judge"):
+        if getattr(args.server, f"{role}_url") and not getattr(args, f"{role}_model"):
+            raise dist.RunError(f"{role}_url needs {role}_model, the name of a model there")
+    chat.read_body(args.server.judge_body)
+    if not 2 <= args.samples_per_prompt * len(read_temperatures(args)) <= 26:  # the letters of hard_labels
+        raise formats.wrong("samples_per_prompt", args.samples_per_prompt, "2 to 26 replies to compare")
+    if args.hard_labels and (args.cot or args.num_principles != 1):
+        raise dist.RunError(
+            "hard_labels asks for letters, by all principles: leave out cot and num_principles"
+        )
     constitutions.read_constitution(args.constitution)
     constitutions.read_few_shots(args.few_shots)
     constitutions.read_judge_few_shots(args.judge_few_shots)
@@ -487,11 +561,10 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
 
     That is a model without a chat template, data that cannot be read, and a batch larger than the data.
     """
-    judge_model, num_prompts = "" if args.server.judge_url else args.judge_model, len(prompts)
-    speakers = [path for path in (args.model, args.helpful_model, args.sl_model, judge_model) if path]
-    tokenizer, *others = [load_tokenizer(path, args) for path in speakers]
-    for path, other in zip(speakers[1:], others, strict=True):
-        templates.check_prompts(other, prompts, f"model {path}")
+    others = [path for url, path in (name_of(role, args) for role in ("critic", "judge")) if not url]
+    tokenizer = load_tokenizer(args.model, args)
+    for path in {args.helpful_model, args.sl_model, *others} - {"", args.model}:
+        templates.check_prompts(load_tokenizer(path, args), prompts, f"model {path}")
     load_judge(args.run.judge, args.dataset)
     if args.rl == "ppo":
         ppo.check(options["ppo"])
@@ -503,22 +576,24 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
         """`given` is what the user adds to a stage's data, and is read; num_own comes from stages before."""
         if not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
             train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
-            stages.refuse_large_batch(name, options[name], num_own + train.epoch_size)
+            stages.refuse_large_batch(name, options[name], data.num_kept(num_own) + train.epoch_size)
 
     if not args.sl_model:
-        num = num_prompts * args.num_revisions
+        num = len(prompts) * args.num_revisions
         if args.revisions:
             num = sum(len(demonstrations_of(record)) for record in stages.read_lines(args.revisions))
         refuse_large_batch("sft", data.load_sft, args.helpful_demonstrations, num)
     if args.rl == "dpo" or not args.preference_model:
-        num_pairs = args.samples_per_prompt * len(read_temperatures(args)) // 2
-        num = 0 if args.pairs else num_prompts * num_pairs
+        num_pairs = 1 if args.hard_labels else args.samples_per_prompt * len(read_temperatures(args)) // 2
+        num = 0 if args.pairs else len(prompts) * num_pairs
         name = "dpo" if args.rl == "dpo" else "reward_model"
         refuse_large_batch(name, data.load_pairs, stages.mixed(args.pairs, args.helpful_pairs), num)
 
 
-def load_red_team(args: Args, tokenizer: Any) -> tuple[list[formats.Messages], data.Dataset]:
-    """num_red_team prompts to train on, and held-out examples none of which is among the data's prompts."""
+def load_red_team(args: Args, tokenizer: Any) -> tuple[list[formats.Messages], data.Dataset, list]:
+    """num_red_team prompts to train on, held-out examples none of which is among the data's prompts, and
+    num_human_pairs preferences of people, (prompt, chosen, rejected), where the data have them.
+    """
     train, held_out = data.load_prompts(
         tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length, "red_team"
     )
@@ -529,9 +604,16 @@ def load_red_team(args: Args, tokenizer: Any) -> tuple[list[formats.Messages], d
         print(f"red team: {len(held_out) - len(unseen)} held-out prompts left out, they are trained on too")
     if not unseen:
         raise formats.wrong("eval_dataset", "prompts of the training data only", "some that are not in it")
+    draw = random.Random(args.seed)
     if args.num_red_team:
-        prompts = random.Random(args.seed).sample(prompts, min(len(prompts), args.num_red_team))
-    return prompts, data.Dataset([(unseen, 1.0)])
+        prompts = draw.sample(prompts, min(len(prompts), args.num_red_team))
+    having = [e for e in train if formats.first(e.record, formats.REJECTED) is not None]
+    pairs = []
+    for example in draw.sample(having, min(len(having), args.num_human_pairs)):
+        prompt, *sides, _ = formats.read_pair(tokenizer, example.record, "a preference")
+        if all(len(side) == 1 for side in sides):
+            pairs.append((prompt, *(side[0]["content"] for side in sides)))
+    return prompts, data.Dataset([(unseen, 1.0)]), pairs
 
 
 def revise(
@@ -540,30 +622,36 @@ def revise(
     """Stage 1, or the file that replaces it. -> (demonstrations for fine-tuning, metrics)"""
     folder = Path(args.run.output_dir) / "1_revisions"
     path = Path(args.revisions or folder / "revisions.jsonl")
-    if not args.revisions and stages.begin(path):
+    next_stage = Path(args.run.output_dir) / FOLDERS["sft"]
+    if not args.revisions and stages.begin_again(path, next_stage, "max_new_tokens", args.max_new_tokens):
         make_revisions(prompts, path, args, device)
     records = stages.read_lines(path)
     metrics = revision_metrics(records)
     stages.show(metrics)
     if not metrics["revisions/kept_frac"]:
-        raise formats.wrong(str(path), "no revision to keep", "a better critic, or more max_new_tokens")
+        more = "a better critic, or more max_new_tokens, which makes again only what was cut off"
+        raise formats.wrong(str(path), "no revision to keep", more)
     stages.write_lines(folder / "sft.jsonl", [x for record in records for x in demonstrations_of(record)])
     return folder / "sft.jsonl", metrics
 
 
 def ask_for_feedback(
-    prompts: list[formats.Messages], sl_model: str, args: Args, device: torch.device
+    prompts: list[formats.Messages], sl_model: str, args: Args, device: torch.device, human_pairs: list
 ) -> tuple[Path, dict[str, float]]:
     """Stage 3. -> (preferences, metrics of the judge)"""
     folder = Path(args.run.output_dir) / "3_pairs"
     path = folder / "comparisons.jsonl"
-    if stages.begin(path):
-        compare_replies(prompts, sl_model, path, args, device)
+    next_stage = Path(args.run.output_dir) / FOLDERS["dpo" if args.rl == "dpo" else "reward_model"]
+    if stages.begin_again(path, next_stage, "max_new_tokens", args.max_new_tokens):
+        compare_replies(prompts, sl_model, path, args, device, human_pairs)
     records = stages.read_lines(path)
     metrics = judge_metrics(records, args)
+    if human_pairs:
+        metrics |= agreement(stages.read_lines(folder / "human_pairs.jsonl"), args)
     stages.show(metrics)
     if not metrics["judge/num_pairs"]:
-        raise formats.wrong(str(path), "no pair with a label", "a judge that prefers one of two replies")
+        more = "a judge that prefers one of two replies, or more max_new_tokens"
+        raise formats.wrong(str(path), "no pair with a label", more)
     stages.write_lines(folder / "pairs.jsonl", [x for r in records for x in preferences_of(r, args)])
     return folder / "pairs.jsonl", metrics
 
@@ -622,6 +710,8 @@ TOY = dict(
     judge_few_shots="",
     num_red_team=768,
     num_revisions=2,
+    copy_retries=0,  # where nothing is wrong with a reply, the toy's revision is the reply
+    judge_request="",
     max_new_tokens=48,
     num_samples=200,
     sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60 "
@@ -642,14 +732,19 @@ def main(args: Args) -> None:
     columns = ("before", "SL-CAI", "RL-CAI")
     common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     stages.before(args.run, stages_before(args, common))
-    log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True, columns=columns)
-    folder = Path(args.run.output_dir)
+    folder, given = Path(args.run.output_dir), snapshot(args, TOY)
+    later = [folder / FOLDERS[name] for name in ("reward_model", args.rl)]
+    if not dist.from_main(lambda: any(map(stages.has_begun, later))):
+        given.fixed.discard("max_new_tokens")  # see stages.begin_again
+    log = Log(args.run, __file__, SHOWN, given, is_pipeline=True, columns=columns)
+    if args.server.forget_answers:
+        dist.from_main(lambda: files.remove(folder / "answers"))
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 
     # data
     tokenizer = load_tokenizer(args.model, args)
-    prompts, red_team = load_red_team(args, tokenizer)
+    prompts, red_team, human_pairs = load_red_team(args, tokenizer)
     held_out = {"red_team": red_team, "ordinary": data.Dataset([])}
     if args.helpful_prompts:
         helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
@@ -675,7 +770,7 @@ def main(args: Args) -> None:
     # 3. AI feedback
     pairs, metrics = args.pairs, {}
     if not pairs:
-        pairs, metrics = ask_for_feedback(prompts, sl_model, args, device)
+        pairs, metrics = ask_for_feedback(prompts, sl_model, args, device, human_pairs)
     overrides = dict(model=sl_model, dataset=stages.mixed(pairs, args.helpful_pairs), **common)
 
     # 4. preference model, 5. RL-CAI
@@ -692,6 +787,9 @@ def main(args: Args) -> None:
     evaluate(2, str(last), metrics, held_out, log, args, device)
 
     stages.export(last, folder)
+    dist.from_main(
+        lambda: [files.remove(path) for x in ("replies", "part") for path in folder.glob(f"*/*.{x}")]
+    )
     log.finish()
 
 

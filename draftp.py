@@ -1,15 +1,15 @@
 """DRaFT+: reward gradients through a diffusion sampler (Clark et al., 2023), https://arxiv.org/abs/2309.17400
 
 A differentiable reward r of the finished image is raised by gradients through the last K sampler steps, while
-the noise predictions stay near those of the base model at the same latents (the +, from NeMo-Aligner):
+the predictions p stay near those of the base model at the same latents (the +, from NeMo-Aligner):
 
-    x      = sqrt(alpha') (x - sqrt(1 - alpha) eps) / sqrt(alpha) + sqrt(1 - alpha') eps     a step of DDIM
-    loss   = -r(decode(x_0), prompt) + kl_coef * mean (eps - eps_base)^2      over the K steps and dimensions
+    x      = s' x_0(p, x) + n' eps(p, x)     a step of DDIM or of a flow, to shares s' of image, n' of noise
+    loss   = -r(decode(x_0), prompt) + kl_coef * mean (p - p_base)^2        over the K steps and dimensions
 
 and its relatives: DRaFT through all steps, DRaFT-K, DRaFT-LV, random K (AlignProp). At inference, annealed
 importance guidance, https://arxiv.org/abs/2409.06493, moves from the base to the tuned model step by step:
 
-    eps    = (1 - w_i) eps_base + w_i eps
+    p      = (1 - w_i) p_base + w_i p
 
     python draftp.py --help
     torchrun --nproc_per_node=8 draftp.py --model sd15 --reward PickScore_v1 --dataset prompts.txt
@@ -21,14 +21,13 @@ Metrics, results and departures from the papers: docs/draftp.md
 """
 
 import json
-import math
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +35,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import OmitArgPrefixes
 
-from common import certificate, checkpoint, data, diffusion, dist, files, formats, models, pictures, plan
+from common import certificate, checkpoint, data, diffusion, dist, files, formats, models, pictures, pipelines
 from common.args import Optimization, Run, Weights, block, parse, snapshot
 from common.evaluate import load_judge, mean_scores
+from common.image_rewards import Reward, load_reward
 from common.log import Log
+from common.packed import Example
+from common.plan import image_need
+from common.plan import show as show_plan
 
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
+SHOWN_PROMPTS = 16  # in the grid of draw_prompts
 
 
 @dataclass
@@ -52,6 +56,8 @@ class ImageSystem(Weights):
     """images in one forward on one rank, memory not result"""
     step_checkpointing: bool = True
     """keep latents only and recompute each denoising step and decoded image in backward"""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """recompute activations in backward; auto: where they would not fit into memory"""
 
 
 @dataclass
@@ -65,7 +71,9 @@ class ImageRun(Run):
     judge: str = ""
     """package.module:function, (prompt, image) -> a number or a dict; default: exact for toy, else none"""
     draw_prompts: str = ""
-    """do not train, but draw this file's prompts with the model in output_dir, under each of `schedules`"""
+    """draw this prompt, or this file's, with the model in output_dir by each of `schedules`; do not train"""
+    lora_scale: float = 1.0
+    """share of what adapters have learned that draw_prompts adds to the base model"""
     schedules: str = "base,power_4.0,power_2.0,linear,step_0.5,draft"
     """shares of the tuned model over the steps of the sampler: base, draft, linear, power_p, step_p"""
 
@@ -75,7 +83,7 @@ class Args:
     """DRaFT+: fine-tune a diffusion model through a differentiable reward."""
 
     model: str = "toy"
-    """policy to start from: toy, a run folder, folder or hub id of a diffusers SD 1.x, 2.x or XL pipeline"""
+    """policy to start from: toy, run folder, folder or hub id of a diffusers pipeline, SD 1 to 3 or FLUX.1"""
     dataset: str = "toy"
     """prompts: toy, .txt, .tsv, .tar, .jsonl/.json/.parquet, folder, hub/name[:config[:split]]; a,b mixes"""
     eval_dataset: str = ""
@@ -97,7 +105,7 @@ class Args:
     num_inference_steps: int = 50
     """S, steps of the sampler"""
     guidance_scale: float = 7.5
-    """weight of the prompt in classifier-free guidance; 1 is none"""
+    """weight of the prompt in classifier-free guidance, 1 is none; FLUX is told the number"""
     image_size: int = 0
     """pixels of a side; 0: what the model was trained for"""
     ema_decay: float = 0.0
@@ -122,37 +130,42 @@ class Sampler(NamedTuple):
     ref_policy: nn.Module | None  # a frozen copy; None: the policy with adapters off
     has_reference: bool  # False: the policy is trained whole and nothing compares it with the base model
     schedule: diffusion.Schedule
-    reward: diffusion.Reward
+    reward: Reward
     size: int  # pixels of a side
     device: torch.device
+    encoded: diffusion.Encoded  # prompts so far
 
 
-def ddim_step(eps: Tensor, x: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
-    """Eq. 12 of DDIM, https://arxiv.org/abs/2010.02502, with sigma 0: no noise is added.
+def image_and_noise(p: Tensor, x: Tensor, schedule: diffusion.Schedule, i: int) -> tuple[Tensor, Tensor]:
+    """x_0 and eps of x = s x_0 + n eps before step i, from the prediction p at x; all of one shape.
 
-    Args:
-        eps: predicted noise in x, of x's shape.
-        alpha, alpha_next: alpha-bar at x and where the step leads, scalars.
+    p is eps itself, v = s eps - n x_0 where s^2 + n^2 = 1, or a flow's eps - x_0 where s + n = 1. Only the
+    first divides by s, which is 0 where a flow begins.
     """
-    x_0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
-    return alpha_next.sqrt() * x_0 + (1 - alpha_next).sqrt() * eps
+    s, n = schedule.signal[i], schedule.noise[i]
+    if schedule.predicts == "noise":
+        return (x - n * p) / s, p
+    if schedule.predicts == "v":
+        return s * x - n * p, s * p + n * x
+    return x - n * p, x + s * p
 
 
-def guided(eps_empty: Tensor, eps_prompt: Tensor, scale: float) -> Tensor:
+def sampler_step(p: Tensor, x: Tensor, schedule: diffusion.Schedule, i: int) -> Tensor:
+    """Step i, without noise of its own: DDIM's with eta 0, https://arxiv.org/abs/2010.02502, or a flow's."""
+    x_0, eps = image_and_noise(p, x, schedule, i)
+    return schedule.signal[i + 1] * x_0 + schedule.noise[i + 1] * eps
+
+
+def guided(p_empty: Tensor, p_prompt: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, https://arxiv.org/abs/2207.12598, with scale counted as in diffusers."""
-    return eps_empty + scale * (eps_prompt - eps_empty)
-
-
-def noise_from_v(v: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
-    """The noise that a prediction of v = sqrt(alpha) eps - sqrt(1 - alpha) x_0 stands for."""
-    return alpha.sqrt() * v + (1 - alpha).sqrt() * x
+    return p_empty + scale * (p_prompt - p_empty)
 
 
 def denoise(
-    eps: Callable[[Tensor, int], Tensor],
-    eps_base: Callable[[Tensor, int], Tensor] | None,
+    predict: Callable[[Tensor, int], Tensor],
+    predict_base: Callable[[Tensor, int], Tensor] | None,
     x: Tensor,
-    alphas: Tensor,
+    schedule: diffusion.Schedule,
     num_grad_steps: int,
     step_checkpointing: bool = False,
     first: int = 0,
@@ -160,49 +173,48 @@ def denoise(
     """DRaFT-K: from noise x to the sample x_0, gradients through the last num_grad_steps steps only.
 
     Args:
-        eps, eps_base: (x, i) -> predicted noise at sampler step i of S, of the policy and of the base model.
-        alphas: (S + 1,) alpha-bar before each step and after the last.
+        predict, predict_base: (x, i) -> prediction at sampler step i of S, of the policy and the base model.
         step_checkpointing: keep only the latents between steps; predict again in backward.
         first: the step that x is the latent of.
 
     Returns:
-        x_0, and (B,) the mean of (eps - eps_base)^2 over these steps and all dimensions, both at the policy's
-        latents. Gradients of eps_base with respect to x are left out (departure 2); zero without eps_base.
+        x_0, and (B,) the mean of (p - p_base)^2 over these steps and all dimensions, both at the policy's
+        latents. Gradients of p_base with respect to x are left out (departure 2); zero without predict_base.
     """
-    num_steps = len(alphas) - 1
+    num_steps = len(schedule.signal) - 1
     kl = x.new_zeros(len(x))
     with torch.no_grad():
         for i in range(first, num_steps - num_grad_steps):
-            x = ddim_step(eps(x, i), x, alphas[i], alphas[i + 1])
+            x = sampler_step(predict(x, i), x, schedule, i)
     for i in range(max(first, num_steps - num_grad_steps), num_steps):
-        e = recompute(eps, x, i, **diffusion.RECOMPUTE) if step_checkpointing else eps(x, i)
-        if eps_base is not None:
+        p = recompute(predict, x, i, **diffusion.RECOMPUTE) if step_checkpointing else predict(x, i)
+        if predict_base is not None:
             with torch.no_grad():
-                e_base = eps_base(x, i)
-            kl = kl + (e - e_base).square().flatten(1).mean(1) / num_grad_steps
-        x = ddim_step(e, x, alphas[i], alphas[i + 1])
+                p_base = predict_base(x, i)
+            kl = kl + (p - p_base).square().flatten(1).mean(1) / num_grad_steps
+        x = sampler_step(p, x, schedule, i)
     return x, kl
 
 
-def renoise(x_0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """DRaFT-LV: another latent before the last step, from the finished sample and without its gradient."""
-    return alpha.sqrt() * x_0.detach() + (1 - alpha).sqrt() * noise
+def renoise(x_0: Tensor, noise: Tensor, schedule: diffusion.Schedule, i: int) -> Tensor:
+    """DRaFT-LV: another latent before step i, from the finished sample and without its gradient."""
+    return schedule.signal[i] * x_0.detach() + schedule.noise[i] * noise
 
 
 def annealed(
-    eps: Callable[[Tensor, int], Tensor],
-    eps_base: Callable[[Tensor, int], Tensor],
+    predict: Callable[[Tensor, int], Tensor],
+    predict_base: Callable[[Tensor, int], Tensor],
     x: Tensor,
-    alphas: Tensor,
+    schedule: diffusion.Schedule,
     weights: list[float],
 ) -> Tensor:
     """Annealed importance guidance: x_0 when step i follows weights[i] of the policy and the rest base."""
     for i, w in enumerate(weights):
         if w in (0.0, 1.0):  # exactly one of the models, and half the work
-            e = eps(x, i) if w else eps_base(x, i)
+            p = predict(x, i) if w else predict_base(x, i)
         else:
-            e = (1 - w) * eps_base(x, i) + w * eps(x, i)
-        x = ddim_step(e, x, alphas[i], alphas[i + 1])
+            p = (1 - w) * predict_base(x, i) + w * predict(x, i)
+        x = sampler_step(p, x, schedule, i)
     return x
 
 
@@ -229,43 +241,40 @@ def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
 
 
 def predictors(sampler: Sampler, prompts: list[str], scale: float) -> tuple[Callable, Callable | None]:
-    """eps(x, i) of the policy for these prompts, and eps_base of the base model, None if that is not at hand.
+    """Predictions (x, i) -> p of the policy for these prompts, and of the base model, None if not at hand.
 
     Both are guided, and float32 whatever the compute dtype.
     """
-    is_guided = scale != 1
-    conditions = diffusion.encode(sampler.pipe, prompts, sampler.size, is_guided, sampler.device)
-    alphas = sampler.schedule.alphas
+    pipe, device = sampler.pipe, sampler.device
+    diffusion.encode_all(pipe, prompts, sampler.encoded, len(prompts), device)
+    given = diffusion.conditions(pipe, sampler.encoded, prompts, sampler.size, scale, device)
+    is_guided = diffusion.has_guidance(pipe, scale)
 
-    def predict(unet: nn.Module, x: Tensor, i: int) -> Tensor:
+    def predict(x: Tensor, i: int, denoiser: nn.Module = sampler.policy) -> Tensor:
         rows = torch.cat([x, x]) if is_guided else x  # without and with the prompt
-        out = unet(rows, sampler.schedule.timesteps[i], **conditions, return_dict=False)[0].float()
-        out = guided(*out.chunk(2), scale) if is_guided else out
-        return noise_from_v(out, x, alphas[i]) if sampler.schedule.predicts_v else out
+        p = diffusion.prediction(denoiser, rows, sampler.schedule.timesteps[i], given)
+        return guided(*p.chunk(2), scale) if is_guided else p
 
-    def eps(x: Tensor, i: int) -> Tensor:
-        return predict(sampler.policy, x, i)
+    def predict_base(x: Tensor, i: int) -> Tensor:
+        with models.reference(sampler.policy, sampler.ref_policy) as denoiser:
+            return predict(x, i, denoiser)
 
-    def eps_base(x: Tensor, i: int) -> Tensor:
-        with models.reference(sampler.policy, sampler.ref_policy) as unet:
-            return predict(unet, x, i)
-
-    return eps, eps_base if sampler.has_reference else None
+    return predict, predict_base if sampler.has_reference else None
 
 
 def losses_and_images(
-    sampler: Sampler, x_0: Tensor, kl: Tensor, prompts: list[str], args: Args
+    sampler: Sampler, x_0: Tensor, kl: Tensor, micro_batch: diffusion.MicroBatch, args: Args
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Losses (B,) and metrics (B,) of finished samples, and their images (B, 3, H, W) in [0, 1]."""
     pixels = diffusion.decode(sampler.pipe.vae, x_0, args.system.step_checkpointing)
     images = pixels.clamp(0, 1)  # a clamped pixel passes no gradient
-    parts = sampler.reward(images, prompts)  # (B, R)
+    parts = sampler.reward(micro_batch.prompts, images, micro_batch.records)  # (B, R)
     rewards = parts @ sampler.reward.weights
     losses = draft_loss(rewards, kl, args.kl_coef)
     metrics = {
         "loss": losses.detach(),
         "reward": rewards.detach(),
-        "reward_std": rewards.detach() ** 2,  # made a standard deviation by `conclude`
+        "reward_std": rewards.detach() ** 2,  # made a standard deviation by conclude()
         "kl": kl.detach(),
         "saturated_pixels_frac": (pixels != images).float().mean((1, 2, 3)),
     }
@@ -286,94 +295,46 @@ def loss_and_metrics(
         at, shape = (args.seed, step, micro_batch.indices), (sampler.pipe, sampler.size)
         return diffusion.noise(*at, *shape, sampler.device, copy)
 
-    eps, eps_base = predictors(sampler, micro_batch.prompts, args.guidance_scale)
-    alphas, last = sampler.schedule.alphas, args.num_inference_steps - 1
-    samples = [denoise(eps, eps_base, noise(0), alphas, num_grad_steps, args.system.step_checkpointing)]
+    both, schedule = predictors(sampler, micro_batch.prompts, args.guidance_scale), sampler.schedule
+    last = args.num_inference_steps - 1
+    samples = [denoise(*both, noise(0), schedule, num_grad_steps, args.system.step_checkpointing)]
     for copy in range(1, args.num_lv):
-        x = renoise(samples[0][0], noise(copy), alphas[last])
-        samples.append(denoise(eps, eps_base, x, alphas, 1, args.system.step_checkpointing, first=last))
+        x = renoise(samples[0][0], noise(copy), schedule, last)
+        samples.append(denoise(*both, x, schedule, 1, args.system.step_checkpointing, first=last))
     loss, totals = 0.0, Counter()
     for x_0, kl in samples:
-        losses, metrics, _ = losses_and_images(sampler, x_0, kl, micro_batch.prompts, args)
+        losses, metrics, _ = losses_and_images(sampler, x_0, kl, micro_batch, args)
         loss = loss + losses @ micro_batch.weights / len(samples)
         totals.update({name: value @ micro_batch.weights / len(samples) for name, value in metrics.items()})
     num_images = micro_batch.weights.sum()
     return loss, {name: (total, num_images) for name, total in totals.items()}
 
 
-def conclude(metrics: dict[str, float], prefix: str, sampler: Sampler) -> dict[str, float]:
-    """Metrics with the standard deviation of the rewards, of which they hold the mean square.
-
-    Raises:
-        RunError: a reward is not finite.
-    """
-    mean = metrics[f"{prefix}reward"]
-    if not math.isfinite(mean):
-        raise formats.wrong(
-            f"reward {'+'.join(sampler.reward.names)}", f"{mean} on average", "finite numbers; the run stops"
-        )
-    return metrics | {f"{prefix}reward_std": max(0.0, metrics[f"{prefix}reward_std"] - mean**2) ** 0.5}
-
-
-class Image(NamedTuple):
-    """One image of a batch."""
-
-    index: int  # its place in the batch
-    pixels: Tensor  # (3, H, W) uint8
-    reward: Tensor  # scalar
-    features: Tensor  # (F,)
-
-
-class Drawn(NamedTuple):
-    """Images to look at, images_per_prompt in a row of each prompt; alike on every rank."""
-
-    images: Tensor  # (N, 3, H, W) uint8
-    rewards: Tensor  # (N,)
-    features: Tensor  # (N, F)
-
-
 @torch.no_grad()
 def draw_images(
-    sampler: Sampler, prompts: list[str], args: Args, weights: list[float] | None = None
-) -> tuple[Drawn, dist.Totals]:
-    """Draw each prompt from the noises of step 0, by the policy or annealed; also this rank's metrics."""
-    totals, found = dist.Totals(), []
-    items = [prompt for prompt in prompts for _ in range(args.run.images_per_prompt)]
+    sampler: Sampler, examples: list[Example], args: Args, name: str = "", first: int = 0
+) -> tuple[pictures.Drawn, dist.Totals]:
+    """Draw prompts from the noises of step 0, by the policy or a schedule's name; also this rank's metrics.
+
+    The prompts are a piece of a list, from its prompt `first` on."""
+    totals, found, count = dist.Totals(), [], args.run.images_per_prompt
+    items = [example for example in examples for _ in range(count)]
     for micro_batch in diffusion.micro_batches(items, args.system.micro_batch_size, sampler.device):
-        eps, eps_base = predictors(sampler, micro_batch.prompts, args.guidance_scale)
-        x = diffusion.noise(args.seed, 0, micro_batch.indices, sampler.pipe, sampler.size, sampler.device)
-        if weights is None:
-            x_0, kl = denoise(eps, eps_base, x, sampler.schedule.alphas, most_grad_steps(args))
+        both = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+        indices = [first * count + i for i in micro_batch.indices]
+        x = diffusion.noise(args.seed, 0, indices, sampler.pipe, sampler.size, sampler.device)
+        if not name:
+            x_0, kl = denoise(*both, x, sampler.schedule, most_grad_steps(args))
         else:
-            x_0, kl = annealed(eps, eps_base, x, sampler.schedule.alphas, weights), x.new_zeros(len(x))
-        _, metrics, images = losses_and_images(sampler, x_0, kl, micro_batch.prompts, args)
+            weights = annealing_weights(name, args.num_inference_steps)
+            x_0, kl = annealed(*both, x, sampler.schedule, weights), x.new_zeros(len(x))
+        _, metrics, images = losses_and_images(sampler, x_0, kl, micro_batch, args)
         num_images = micro_batch.weights.sum()
         totals.update({name: (value @ micro_batch.weights, num_images) for name, value in metrics.items()})
-        pixels = images.mul(255).round().byte().cpu()
-        rewards, features = metrics["reward"].cpu(), sampler.reward.features(images).cpu()
         if num_images > 0:  # else it only keeps collectives matched
-            columns = zip(micro_batch.indices, pixels, rewards, features, strict=True)
-            found += [Image(*image) for image in columns]
-    found = sorted(dist.gather(found), key=lambda image: image.index)
-    drawn = Drawn(
-        torch.stack([image.pixels for image in found]),
-        torch.stack([image.reward for image in found]),
-        torch.stack([image.features for image in found]),
-    )
-    return drawn, totals
-
-
-def draw_schedules(sampler: Sampler, prompts: list[str], args: Args, folder: Path) -> dict[str, Drawn]:
-    """Draw the prompts under each of run.schedules; write a grid and the curve."""
-    points, columns = {}, {}
-    for name in args.run.schedules.split(","):
-        drawn, _ = draw_images(sampler, prompts, args, annealing_weights(name, args.num_inference_steps))
-        spread = diffusion.diversity(drawn.features, args.run.images_per_prompt)
-        points[name] = {"diversity": spread, "reward": drawn.rewards.mean().item()}
-        columns[name] = drawn
-    pictures.save_grid(folder / "grid.png", prompts, columns)
-    pictures.save_curve(folder / "curve.png", points)
-    return columns
+            parts = (images.mul(255).round().byte(), metrics["reward"], sampler.reward.features(images))
+            found += zip(micro_batch.indices, *(part.cpu() for part in parts), strict=True)
+    return pictures.gathered(found), totals
 
 
 def most_grad_steps(args: Args) -> int:
@@ -396,18 +357,22 @@ def check(args: Args) -> None:
         raise formats.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
     if args.run.num_samples < 1:
         raise formats.wrong("num_samples", args.run.num_samples, "at least 1: images are compared")
+    if args.run.lora_scale != 1 and not args.run.draw_prompts:
+        raise formats.wrong(
+            "lora_scale", args.run.lora_scale, "1, or draw_prompts: training has no such scale"
+        )
     for name in args.run.schedules.split(","):
         annealing_weights(name, args.num_inference_steps)
 
 
-def setup(
-    args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None, device: torch.device
-) -> Sampler:
-    schedule = diffusion.schedule(pipe, args.num_inference_steps)
-    schedule = schedule._replace(alphas=schedule.alphas.to(device))
-    reward, size = diffusion.load_reward(args.reward, device), diffusion.image_size(pipe, args.image_size)
-    has_reference = ref_policy is not None or diffusion.has_adapters(policy)
-    return Sampler(pipe, policy, ref_policy, has_reference, schedule, reward, size, device)
+def setup(args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None, examples: list) -> Sampler:
+    """Everything else that images are drawn with; rewards are tried on the first of the examples."""
+    size, device = diffusion.image_size(pipe, args.image_size), next(policy.parameters()).device
+    diffusion.has_guidance(pipe, args.guidance_scale)  # refuses a scale that means nothing
+    schedule = diffusion.schedule(pipe, args.num_inference_steps, size, device)
+    reward = load_reward(args.reward, device, examples)
+    has_reference = ref_policy is not None or pipelines.has_adapters(policy)
+    return Sampler(pipe, policy, ref_policy, has_reference, schedule, reward, size, device, {})
 
 
 def beside(args: Args) -> dict[str, str]:
@@ -417,52 +382,64 @@ def beside(args: Args) -> dict[str, str]:
 
 def load_reference(args: Args, device: torch.device) -> nn.Module:
     """A frozen copy of the model that training begins with."""
-    return diffusion.load(args.model, device, args.system, args.seed, trainable=False)[1]
+    return pipelines.load(args.model, device, args.system, args.seed, trainable=False)[1]
 
 
 def checks(sampler: Sampler, prompts: list[str], args: Args) -> Iterator[certificate.Line]:
     """What --check tries: the gradient of a reward, sampling against diffusers, and the export."""
     device, scale, num_steps = sampler.device, args.guidance_scale, args.num_inference_steps
-    is_low, chosen, K = sampler.pipe.vae.dtype != torch.float32, prompts[:2], most_grad_steps(args)
-    alphas, eps = sampler.schedule.alphas, predictors(sampler, chosen, scale)[0]
-    start = diffusion.noise(args.seed, 0, [*range(len(chosen))], sampler.pipe, sampler.size, device)
+    schedule, predict = sampler.schedule, predictors(sampler, prompts[:2], scale)[0]
+    part = diffusion.as_micro_batch([diffusion.as_example(x, {"prompt": x}) for x in prompts[:2]], device)
+    is_low, K = models.resolve_dtype(args.system.dtype, device) != torch.float32, most_grad_steps(args)
+    start = diffusion.noise(args.seed, 0, part.indices, sampler.pipe, sampler.size, device)
     yield certificate.of_duplicates(prompts)
     with torch.no_grad():
-        ours, middle = denoise(eps, None, start, alphas, 0)[0], start
+        ours, middle = denoise(predict, None, start, schedule, 0)[0], start
         for i in range(num_steps - K):
-            middle = ddim_step(eps(middle, i), middle, alphas[i], alphas[i + 1])
-    theirs = diffusion.drawn_by_diffusers(sampler.pipe, chosen, start, num_steps, scale)
+            middle = sampler_step(predict(middle, i), middle, schedule, i)
+    theirs = diffusion.drawn_by_diffusers(sampler.pipe, part.prompts, start, num_steps, scale)
     gap = ((ours - theirs).abs().mean() / ours.std()).item()
     yield certificate.at_most("latents against those of diffusers, relative", gap, 0.1 if is_low else 1e-2)
 
     def loss() -> Tensor:  # of the last K steps alone, as their gradient is
-        x_0, kl = denoise(eps, None, middle, alphas, K, args.system.step_checkpointing, num_steps - K)
-        return losses_and_images(sampler, x_0, kl, chosen, args)[0].sum()
+        x_0, kl = denoise(predict, None, middle, schedule, K, args.system.step_checkpointing, num_steps - K)
+        return losses_and_images(sampler, x_0, kl, part, args)[0].sum()
 
     slope = certificate.slope_over_norm(loss, sampler.policy, 0.05 if is_low else 2e-3)
     yield certificate.near("slope along the gradient over its norm", slope, 1.0, 0.5 if is_low else 0.05)
     with files.beside(args.run.output_dir) as folder, torch.no_grad():
-        diffusion.export(folder, sampler.pipe, sampler.policy, args.model, args.run.merge_lora)
+        pipelines.export(folder, sampler.pipe, sampler.policy, args.model, args.run.merge_lora)
         dist.from_main(lambda: files.write(Path(folder) / "args.json", json.dumps({"model": args.model})))
-        pipe = diffusion.read_pipeline(f"{folder}/model").to(device, sampler.pipe.vae.dtype)
-        again = predictors(sampler._replace(pipe=pipe, policy=pipe.unet), chosen, scale)[0]
-        far = (eps(start, 0) - again(start, 0)).abs().max().item()
-    yield certificate.at_most("export, loaded again, most of a predicted noise", far, 0.1 if is_low else 1e-2)
+        pipe = pipelines.read_pipeline(f"{folder}/model").to(device, sampler.pipe.text_encoder.dtype)
+        read = sampler._replace(pipe=pipe, policy=pipelines.denoiser_of(pipe), encoded={})
+        again = predictors(read, part.prompts, scale)[0]
+        far = (predict(start, 0) - again(start, 0)).abs().max().item()
+    yield certificate.at_most("export, loaded again, most of a prediction", far, 0.1 if is_low else 1e-2)
 
 
 def draw_finished(args: Args, device: torch.device) -> None:
-    """Draw the prompts of run.draw_prompts with the model a finished run left in output_dir; no training."""
-    prompts = diffusion.read_prompts(args.run.draw_prompts)
-    began = diffusion.trained_from(args.run.output_dir)
-    if began != args.model:
-        raise formats.wrong(
-            f"output_dir {args.run.output_dir}", f"a run that began with {began}", f"--model {began}"
-        )
-    pipe, policy = diffusion.load(args.run.output_dir, device, args.system, args.seed, False, fuse=False)
-    ref_policy = None if diffusion.has_adapters(policy) else load_reference(args, device)
-    folder = Path(args.run.output_dir) / "annealed" / Path(args.run.draw_prompts).stem
-    columns = draw_schedules(setup(args, pipe, policy, ref_policy, device), prompts, args, folder)
-    pictures.save_images(folder, prompts, columns)
+    """Draw run.draw_prompts with the model that a finished run left in output_dir; no training."""
+    run, fixed = args.run, ("model", "guidance_scale", "num_inference_steps", "image_size")
+    pipelines.check_finished(
+        run.output_dir, {name: getattr(args, name) for name in fixed}, run.accept_changes
+    )
+    examples, title = diffusion.prompts_to_draw(run.draw_prompts)
+    pipe, policy = pipelines.load(run.output_dir, device, args.system, args.seed, False, fuse=False)
+    pipelines.scale_adapters(policy, run.lora_scale)
+    ref_policy = None if pipelines.has_adapters(policy) else load_reference(args, device)
+    sampler = setup(args, pipe, policy, ref_policy, examples)
+    folder, texts = Path(run.output_dir) / "annealed" / title, diffusion.texts(examples)
+    columns: dict[str, list] = {name: [] for name in run.schedules.split(",")}
+    for part, first in pictures.in_pieces(examples, args.system.micro_batch_size * dist.world_size()):
+        sampler.encoded.clear()
+        for name, drawn in columns.items():
+            piece, _ = draw_images(sampler, part, args, name, first)
+            pictures.save_images(folder / name, piece.images, first, run.images_per_prompt)
+            shown = len(texts[first:SHOWN_PROMPTS]) * run.images_per_prompt
+            drawn.append(piece._replace(images=piece.images[:shown]))  # the others are on disk
+    joined = {name: pictures.joined(pieces) for name, pieces in columns.items()}
+    pictures.save_schedules(folder, texts[:SHOWN_PROMPTS], joined, run.images_per_prompt)
+    pictures.save_prompts(folder, texts)
 
 
 TOY = dict(num_inference_steps=20, guidance_scale=3.0, kl_coef=1.0, learning_rate=3e-4, warmup_steps=5)
@@ -473,7 +450,7 @@ def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     check(args)
-    plan.show(args, beside, plan.image_need)
+    show_plan(args, beside, image_need)
     if args.run.draw_prompts:
         return draw_finished(args, device)
     optimization, run = args.optimization, args.run
@@ -482,37 +459,47 @@ def main(args: Args) -> None:
     # data
     train_set, eval_set = diffusion.load_prompts(args.dataset, args.eval_dataset)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
-    shown = [*dict.fromkeys(diffusion.texts(eval_set))][: run.num_samples]
+    shown = [*dict(zip(diffusion.texts(eval_set), eval_set, strict=True)).values()][: run.num_samples]
+    prompts = diffusion.texts(shown)
+
+    def batch(step: int) -> list[Example]:
+        return data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+
     if log.is_finished(num_steps, files.inputs(args.model, None, train_set, eval_set)):
         return
     log.start(num_steps, optimization)
 
     # models
-    pipe, policy = diffusion.load(args.model, device, args.system, args.seed)
+    pipe, policy = pipelines.load(args.model, device, args.system, args.seed)
     ref_policy = load_reference(args, device) if beside(args) else None
-    sampler = setup(args, pipe, policy, ref_policy, device)
+    sampler = setup(args, pipe, policy, ref_policy, train_set)
     certificate.run(run, checks(sampler, diffusion.texts(train_set), args))
+    batches = [batch(step) for step in range(1, num_steps + 1)]
+    batches.append([example for example in shown for _ in range(run.images_per_prompt)])
+    sampler.encoded.update(diffusion.encode_ahead(pipe, batches, args.system.micro_batch_size, device))
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     ema, parts = None, {"policy": (policy, optimizer)}
     if args.ema_decay > 0:
-        ema = diffusion.average(policy, args.ema_decay)
+        ema = pipelines.average(policy, args.ema_decay)
         parts["ema"] = (nn.ParameterList(ema.shadow_params), None)  # the same memory under names
-    base, _ = draw_images(sampler, shown, args)  # before resume() changes the policy
+    base, base_totals = draw_images(sampler, shown, args)  # before resume() changes the policy
+    columns = {"base": base}  # drawn already, of the schedules at the end
     start_step = checkpoint.resume(run.output_dir, parts)["step"]
 
     def evaluate(step: int) -> dict[str, float]:
-        with diffusion.averaged(policy, ema):
-            drawn, totals = draw_images(sampler, shown, args)
-        metrics = conclude(totals.reduce("eval/"), "eval/", sampler)
+        with pipelines.averaged(policy, ema):
+            drawn, totals = draw_images(sampler, shown, args) if step else (base, base_totals)
+        columns["draft"] = drawn
+        metrics = sampler.reward.conclude(totals.reduce("eval/"), "eval/")
         metrics["eval/reward/base"] = base.rewards.mean().item()
         metrics["eval/reward/gain"] = (drawn.rewards - base.rewards).mean().item()
-        metrics["eval/diversity"] = diffusion.diversity(drawn.features, run.images_per_prompt)
-        metrics["eval/diversity/base"] = diffusion.diversity(base.features, run.images_per_prompt)
+        metrics["eval/diversity"] = pictures.diversity(drawn.features, run.images_per_prompt)
+        metrics["eval/diversity/base"] = pictures.diversity(base.features, run.images_per_prompt)
         picture = log.folder / "images" / f"step_{step:08d}.png"
-        pictures.save_grid(picture, shown, {"base": base, "tuned": drawn})
+        pictures.save_grid(picture, prompts, {"base": base, "tuned": drawn})
         log.picture(step, picture)
-        rows, scores = pictures.judged(shown, drawn, base, judge)
+        rows, scores = pictures.judged(prompts, drawn, base, judge)
         log.samples(step, rows)
         return metrics | {f"eval/judge/{name}": mean for name, mean in mean_scores(scores).items()}
 
@@ -522,32 +509,30 @@ def main(args: Args) -> None:
 
     for step in range(start_step + 1, num_steps + 1):
         # update
-        step_start = time.perf_counter()  # the batch is the same on every rank
-        batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+        step_start, examples = time.perf_counter(), batch(step)  # the same on every rank
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals, num_grad_steps = dist.Totals(), grad_steps(step, args)
-        for micro_batch in diffusion.micro_batches(
-            diffusion.texts(batch), args.system.micro_batch_size, device
-        ):
+        for micro_batch in diffusion.micro_batches(examples, args.system.micro_batch_size, device):
             loss, metrics = loss_and_metrics(sampler, micro_batch, step, num_grad_steps, args)
-            (loss / len(batch)).backward()  # gradients add over micro-batches and ranks: the batch's mean
+            (loss / len(examples)).backward()  # gradients add over micro-batches and ranks: the batch's mean
             totals.update(metrics)
         grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
             ema.optimization_step = step - 1  # the decay grows with the steps of the run, resumed or not
-            ema.step(diffusion.trained(policy))
+            ema.step(pipelines.trained(policy))
         totals.update({"grad_norm": (grad_norm, 1)})
-        metrics = conclude(totals.reduce("train/"), "train/", sampler)  # the step's one synchronisation
+        metrics = sampler.reward.conclude(totals.reduce("train/"), "train/")  # the step's one synchronisation
 
         # evaluate
         metrics |= {
             "train/epoch": step * optimization.batch_size / train_set.epoch_size,
             "train/learning_rate": lr,
             "train/num_grad_steps": num_grad_steps,
-            "train/images_per_second": len(batch) / (time.perf_counter() - step_start),
+            "train/images_per_second": len(examples) / (time.perf_counter() - step_start),
+            **diffusion.memory(device),
         }
         stop = dist.stop_requested()
         if step % run.eval_every == 0 or step == num_steps:
@@ -560,11 +545,14 @@ def main(args: Args) -> None:
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 
-    with diffusion.averaged(policy, ema):
+    with pipelines.averaged(policy, ema):
         if sampler.has_reference:
-            draw_schedules(sampler, shown, args, log.folder / "annealed")
+            names = run.schedules.split(",")
+            columns |= {n: draw_images(sampler, shown, args, n)[0] for n in names if n not in columns}
+            drawn = {name: columns[name] for name in names}
+            pictures.save_schedules(log.folder / "annealed", prompts, drawn, run.images_per_prompt)
             log.picture(num_steps, log.folder / "annealed" / "curve.png")
-        diffusion.export(run.output_dir, pipe, policy, args.model, run.merge_lora)
+        pipelines.export(run.output_dir, pipe, policy, args.model, run.merge_lora)
     log.finish()
 
 

@@ -35,7 +35,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, templates
+from common import (
+    certificate,
+    checkpoint,
+    data,
+    dist,
+    files,
+    formats,
+    labels,
+    models,
+    packed,
+    plan,
+    templates,
+)
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate
@@ -176,7 +188,7 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
         prompt, response = formats.read_exchange(tokenizer, value, where)
-        formats.attach_labels(value, prompt + response, where)
+        labels.attach_labels(value, prompt + response, where)
         if response and not formats.says_something(response[-1]):
             raise formats.LeftOut("an empty reply")
         tokens, mask = yield from templates.response_steps(tokenizer, prompt, response)

@@ -20,12 +20,13 @@ Metrics, results and departures from the papers: docs/steerlm.md
 
 import gc
 import json
+import math
 import random
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -33,16 +34,19 @@ from tyro.conf import OmitArgPrefixes
 
 import reward_model
 import sft
-from common import data, dist, files, formats, models, packed, stages
-from common.args import Inference, PipelineRun, block, parse, snapshot, with_fields
+from common import checkpoint, data, dist, files, formats, labels, models, packed, stages
+from common.args import Inference, PipelineRun, block, parse, snapshot
 from common.evaluate import agreement, load_judge
 from common.generate import generate
+from common.loading import config_of
 from common.log import Log
-from common.rewards import read_where_trained
+from common.rewards import Rater, load_rater
 from common.stages import stage
 
 SHOWN = ("follow/mae", "follow/pearson")
 STAGES = {"reward_model": reward_model.Args, "sft": sft.Args}
+TRAINED = ("1_attribute_model", "3_sft")
+LABELLING = ("dataset", "annotated", "attribute_model", "attributes")  # options that decide labels
 RESERVED = stages.RESERVED | {"loss", "score"}  # options of stages that the pipeline sets or does not offer
 EXTENSION = (
     "{%- if add_generation_prompt and attributes is defined -%}"
@@ -56,9 +60,15 @@ class Stages:
 
     fixed: ClassVar[tuple[str, ...]] = ()  # those of a stage that has begun are compared with its own run
 
-    reward_model: str = "--learning_rate 2e-6 --num_epochs 2"
+    reward_model: str = (
+        "--learning_rate 2e-6 --lr_schedule constant --warmup_steps 10 --num_epochs 2 --batch_size 128 "
+        "--max_length 4096"
+    )
     """options of reward_model.py, as --reward_model "--num_epochs 2"; --reward_model --help lists them"""
-    sft: str = "--learning_rate 5e-6 --num_epochs 2 --num_samples 0"
+    sft: str = (
+        "--learning_rate 5e-6 --lr_schedule constant --weight_decay 0.01 --num_epochs 2 --max_length 4096 "
+        "--num_samples 0"
+    )
     """options of fine-tuning by sft.py, as --sft "--lora_rank 16"; --sft --help lists them"""
 
 
@@ -87,7 +97,7 @@ class Args:
     conditioned_model: str = ""
     """policy that follows label lines already, a run or a model folder; replaces stage 3"""
     attributes: str = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
-    """attributes to condition on, and the values that a question about another one keeps, 0 to 4"""
+    """attributes to condition on, and the values that a question about another one keeps, 0 to 4 or null"""
     num_bootstrap_rounds: int = 0
     """bootstrap rounds: times to sample from the model, annotate and train again"""
     num_bootstrap_prompts: int = 20000
@@ -106,31 +116,8 @@ class Args:
     )
 
 
-class Scorer(NamedTuple):
-    """The attribute model, its own tokenizer, and the names of its outputs."""
-
-    model: nn.Module
-    tokenizer: Any
-    names: list[str]
-
-    def __call__(self, replies: list[packed.Tokens], args: Args, device: torch.device) -> list[dict]:
-        """Attribute values of encoded replies, before rounding; a collective."""
-        examples = [packed.Example([reply], "") for reply in replies]
-        outputs = models.score(self.model, examples, args.system.micro_batch_tokens, device, centred=False)
-        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
-
-
-def load_attribute_model(path: str, args: Args, device: torch.device) -> Scorer:
-    """A regression model of the attributes, whose outputs are on the scale of the labels."""
-    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
-    model = models.load_scorer(path, device, args.system, trainable=False)
-    tokenizer = data.load_tokenizer(path)
-    read_where_trained(model, tokenizer)
-    return Scorer(model, tokenizer, models.output_names(model))
-
-
 def load_policy(path: str, args: Args, device: torch.device) -> nn.Module:
-    gc.collect()  # as above
+    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
     return models.load(path, device, args.system, trainable=False)
 
 
@@ -142,28 +129,31 @@ def clamp_and_round(score: float) -> int:
     return round(min(4.0, max(0.0, score)))
 
 
-def wanted(args: Args, names: list[str]) -> dict[str, float]:
-    """`attributes` as numbers, in the order of the attribute model's outputs.
+def read_replies(
+    tokenizer: Any, reader: Any, record: formats.Record
+) -> tuple[formats.Messages, list[packed.Tokens]]:
+    """A conversation, and each reply of the assistant in it as the attribute model reads it, without labels.
 
-    Raises:
-        RunError: one is no output of the model, or its value is not 0 to 4.
+    Args:
+        reader: the attribute model's tokenizer.
     """
-    line = formats.read_line(args.attributes, "attributes", names).strip()
-    if not line:
-        raise formats.wrong(
-            "attributes", "none", f"name:value of some of {', '.join(names)}, joined by commas"
-        )
-    given = dict(item.split(":") for item in line.split(","))
-    return {name: float(given[name]) for name in names if name in given}
+    value, where = record
+    with data.encoding(where):
+        formats.refuse_fields(value, where)
+        prompt, response = formats.read_exchange(tokenizer, value, where)
+        turns, is_reply = prompt + response, [turn["role"] == "assistant" for turn in prompt + response]
+        trained = data.trained_turns(value, turns, where)
+        trained = trained or [False] * len(prompt) + is_reply[len(prompt) :]
+        for turn, is_trained, usual in zip(turns, trained, is_reply, strict=True):
+            turn |= {"trained": is_trained} if is_trained != usual else {}
+        places = [i for i, found in enumerate(is_reply) if found]
+        return turns, [
+            data.encode_response(reader, turns[:i], [turns[i] | {"trained": True}]) for i in places
+        ]
 
 
 def annotate(
-    attribute_model: str,
-    tokenizer: Any,
-    records: list[formats.Record],
-    target: Path,
-    args: Args,
-    device: torch.device,
+    attribute_model: str, tokenizer: Any, records: list, target: Path, args: Args, device: torch.device
 ) -> None:
     """Write conversations with a label on every reply of the assistant, in our form and in NeMo-Aligner's.
 
@@ -174,28 +164,22 @@ def annotate(
     """
     if dist.from_main(target.exists):
         return
-    scorer = load_attribute_model(attribute_model, args, device)
-    kept = wanted(args, scorer.names)
+    rater = load_rater(attribute_model, device, args.system)
+    kept = labels.read_wanted(args.attributes, rater.names)
     key = (args.attributes, files.fingerprint(attribute_model))  # what labels depend on besides the records
 
-    def read(record: formats.Record) -> tuple[list[dict], list[packed.Tokens]]:
-        with data.encoding(record.where):
-            prompt, response = formats.read_exchange(tokenizer, *record)
-            turns = prompt + response
-            replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            return turns, [data.encode_response(scorer.tokenizer, turns[:i], [turns[i]]) for i in replies]
-
     def label(chunk: list[formats.Record]) -> list[dict]:
-        conversations = dist.parallel_map(read, chunk)
+        conversations = dist.parallel_map(lambda r: read_replies(tokenizer, rater.tokenizer, r), chunk)
         said = [turn for turns, _ in conversations for turn in turns if turn["role"] == "assistant"]
-        found = scorer([reply for _, replies in conversations for reply in replies], args, device)
-        for turn, values in zip(said, found, strict=True):
-            rounded = {name: clamp_and_round(values[name]) for name in kept}
-            turn["label"] = formats.label_line(rounded).strip()
+        replies = [reply for _, replies in conversations for reply in replies]
+        outputs = rater(replies, args.system.micro_batch_tokens, device).tolist()
+        for turn, values in zip(said, outputs, strict=True):
+            rounded = {n: clamp_and_round(x) for n, x in zip(rater.names, values, strict=True) if n in kept}
+            turn["label"] = labels.label_line(rounded).strip()
         return [{"messages": turns, "type": "VALUE_TO_TEXT"} for turns, _ in conversations]
 
     if dist.is_main():
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     files.write_lines(target, records, key, label)
     if dist.is_main():
@@ -203,8 +187,8 @@ def annotate(
         twin = target.parent / "nemo" / target.name
         twin.parent.mkdir(exist_ok=True)
         twin.write_text("".join(json.dumps(in_nemo_form(messages)) + "\n" for messages in written))
-        labels = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
-        counts = Counter(item for items in labels for item in items)
+        lines = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
+        counts = Counter(item for items in lines for item in items)
         for name in kept:
             histogram = "  ".join(f"{value}: {counts[f'{name}:{value}']:,}" for value in range(5))
             print(f"annotated {target.parent.name}/{target.name}  {name:<12} {histogram}", flush=True)
@@ -218,20 +202,27 @@ def in_nemo_form(messages: list[dict]) -> dict:
     return {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
 
 
-def load_annotated(options: sft.Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) conversations to condition on.
+def check_labels(dataset: str) -> None:
+    """Count the replies of annotated data that have no label, and are trained without one.
 
     Raises:
-        RunError: a reply without a label; it would be trained without the line that users ask with.
+        RunError: labels that nothing would read, or no label at all.
     """
-    for record, where in formats.read_records(options.dataset, "train", "sft"):
-        turns = next((record[name] for name in formats.CONVERSATIONS if name in record), [])
-        replies = [t for t in turns if str(t.get("role", t.get("from"))).lower() in ("assistant", "gpt")]
-        if record.get("type") != "VALUE_TO_TEXT" or not all(turn.get("label") for turn in replies):
-            raise formats.wrong(
-                where, "a reply without label", "type VALUE_TO_TEXT and a label on each reply"
-            )
-    return data.load_sft(tokenizer, options.dataset, options.eval_dataset, options.max_length)
+    given = []
+    for source, _ in formats.read_sources(dataset):
+        for record, where in formats.read_records(source, "train", "sft") or ():
+            turns = next((record[name] for name in formats.CONVERSATIONS if name in record), [])
+            roles = [formats.ROLES.get(str(formats.first(t, ("role", "from"))).lower()) for t in turns]
+            found = [formats.first(t, ("label", "attributes")) for t in turns]
+            own = [label for label, role in zip(found, roles, strict=True) if role == "assistant"]
+            if any(own) and record.get("type") != "VALUE_TO_TEXT":
+                raise formats.wrong(where, f"labels and type {record.get('type')}", "type VALUE_TO_TEXT")
+            given += own
+    if not any(given):
+        raise formats.wrong(f"annotated {dataset}", "no reply with a label", "some, and type VALUE_TO_TEXT")
+    num_bare = sum(not label for label in given)
+    if dist.is_main() and num_bare:
+        print(f"{dataset}: {num_bare:,} of {len(given):,} replies have no label, trained without one")
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -240,7 +231,7 @@ def load_annotated(options: sft.Args, tokenizer: Any) -> tuple[data.Dataset, dat
 def high_quality(examples: list[packed.Example]) -> list[str]:
     """Distinct label lines of the data with the best quality (helpfulness), of these the least toxicity."""
     turns = [turn for e in examples for name in formats.CONVERSATIONS for turn in e.record.get(name, ())]
-    lines = sorted({formats.read_line(turn["label"], "label") for turn in turns if turn.get("label")})
+    lines = sorted({labels.read_line(turn.get("label"), "label") for turn in turns} - {""})
 
     def goodness(line: str) -> tuple[int, int]:
         values = dict(item.split(":") for item in line.strip().split(","))
@@ -250,31 +241,45 @@ def high_quality(examples: list[packed.Example]) -> list[str]:
     return [line for line in lines if goodness(line) == best]
 
 
+def fits(tokenizer: Any, tokens: list[int]) -> bool:
+    """Whether a prompt leaves the model room for a reply."""
+    return len(tokens) < packed.position_limit(config_of(tokenizer.name_or_path))
+
+
 def sample_best(
-    model: str, examples: list[packed.Example], tokenizer: Any, number: int, args: Args, device: torch.device
+    model: str, examples: list, tokenizer: Any, number: int, keep: Path, args: Args, device: torch.device
 ) -> list[formats.Record]:
-    """New replies to prompts of the data, each asked for by one of its lines of high quality.       Eq. 3"""
+    """New replies to prompts of the data, each asked for by one of its lines of high quality.       Eq. 3
+
+    Stopped, the same call goes on from the replies that are in the folder `keep`.
+    """
     lines, rng = high_quality(examples), random.Random(f"{args.seed} {number}")
     examples = [example for example in examples if example.prompt]
     chosen = rng.sample(examples, min(len(examples), args.num_bootstrap_prompts))
-    tokens = [data.encode_prompt(tokenizer, e.prompt, rng.choice(lines)) for e in chosen]
+    asked = [(e, data.encode_prompt(tokenizer, e.prompt, rng.choice(lines))) for e in chosen]
+    short = [(e, tokens) for e, tokens in asked if fits(tokenizer, tokens)]
     samples = generate(
         load_policy(model, args, device),
         tokenizer,
-        tokens,
+        [tokens for _, tokens in short],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.bootstrap_top_k,
         seed=args.seed,
         step=number,
+        keep=keep,
     )
     records = []
-    for example, sample in zip(chosen, samples, strict=True):
+    for (example, _), sample in zip(short, samples, strict=True):
         turns = [*example.prompt, {"role": "assistant", "content": sample.text}]
         records += [formats.Record({"messages": turns}, "bootstrap")] if sample.ended else []
     if dist.is_main():
-        print(
-            f"bootstrap {number}: {len(chosen) - len(records):,} of {len(chosen):,} replies cut off, left out"
+        cut = f"{len(short) - len(records):,} of {len(chosen):,} replies cut off, left out"
+        long = f"; {len(chosen) - len(short):,} prompts too long" * (len(short) < len(chosen))
+        print(f"bootstrap {number}: {cut}{long}", flush=True)
+    if not records:
+        raise formats.wrong(
+            f"bootstrap {number}", "no reply that ended", "some; raise max_new_tokens, --accept_changes"
         )
     return records
 
@@ -283,21 +288,16 @@ def sample_best(
 
 
 def follow(
-    policy: nn.Module,
-    scorer: Scorer,
-    tokenizer: Any,
-    examples: list[packed.Example],
-    args: Args,
-    device: torch.device,
+    policy: nn.Module, rater: Rater, tokenizer: Any, examples: list, args: Args, device: torch.device
 ) -> list[dict]:
     """Ask for every value of every attribute, the others as in `attributes`, and score the greedy answers.
 
     Returns:
         rows of what was asked and what was found, by the judge if there is one, else by the attribute model.
     """
-    usual = wanted(args, scorer.names)
+    usual = labels.read_wanted(args.attributes, rater.names)
     asked = [(name, value, example) for name in usual for value in range(5) for example in examples]
-    lines = [formats.label_line({**usual, name: float(value)}) for name, value, _ in asked]
+    lines = [labels.label_line({**usual, name: float(value)}) for name, value, _ in asked]
     tokens = [
         data.encode_prompt(tokenizer, e.prompt, line) for (_, _, e), line in zip(asked, lines, strict=True)
     ]
@@ -306,13 +306,9 @@ def follow(
         (example.prompt, sample.text) for (_, _, example), sample in zip(asked, samples, strict=True)
     ]
     if judge := load_judge(args.run.judge, args.dataset):
-        found = [judge(prompt[-1]["content"], text) for prompt, text in exchanges]
-        if missing := usual.keys() - found[0].keys():
-            where, lacking = f"judge {args.run.judge}", f"no {', '.join(missing)} in its scores"
-            raise formats.wrong(where, lacking, "all of `attributes`")
+        found = dist.from_main(lambda: [judge(prompt[-1]["content"], text) for prompt, text in exchanges])
     else:
-        replies = [(prompt, [{"role": "assistant", "content": text}]) for prompt, text in exchanges]
-        found = scorer([data.encode_response(scorer.tokenizer, *reply) for reply in replies], args, device)
+        found = rater.judge(exchanges, args.system.micro_batch_tokens, device)
     rows = []
     for (name, value, example), line, sample, scores in zip(asked, lines, samples, found, strict=True):
         row = {"prompt": example.prompt[-1]["content"], "label": line, "response": sample.text}
@@ -323,6 +319,8 @@ def follow(
 def follow_metrics(rows: list[dict]) -> dict[str, float]:
     """For each attribute, over the answers in which its value was varied: MAE, Pearson's and Spearman's r."""
     metrics, names = {}, [*dict.fromkeys(row["varied"] for row in rows)]
+    if not rows:
+        return metrics
     for name in names:
         part = [row for row in rows if row["varied"] == name]
         found = agreement([row["asked"] for row in part], [row[name] for row in part])
@@ -341,16 +339,14 @@ def follow_metrics(rows: list[dict]) -> dict[str, float]:
 
 def save_heat_map(rows: list[dict], path: Path) -> None:
     """Heat map: mean score of the answers, for each attribute and value asked for."""
-    import matplotlib
     import pandas as pd
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     parts = pd.DataFrame(rows).groupby("varied", sort=False)
     means = {name: part.groupby("asked")[name].mean() for name, part in parts}
     table = pd.DataFrame(means).T  # attributes x values
-    figure, axis = plt.subplots(figsize=(6, 0.6 * len(table) + 1.4))
+    figure = Figure(figsize=(6, 0.6 * len(table) + 1.4))  # drawn without a display
+    axis = figure.subplots()
     image = axis.imshow(table, vmin=0, vmax=4, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(table.columns)), table.columns)
     axis.set_yticks(range(len(table)), table.index)
@@ -361,7 +357,6 @@ def save_heat_map(rows: list[dict], path: Path) -> None:
     figure.colorbar(image, label="mean score of the answers")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------------------- pipeline
@@ -374,63 +369,87 @@ def stage_folders(args: Args) -> dict[Path, str]:
     return {folder / "1_attribute_model": "reward_model", folder / "3_sft": "sft", **rounds}
 
 
-def read_to_annotate(args: Args, split: str) -> list[formats.Record]:
-    """The conversations of a split of the data; none if there is no such split."""
-    # of the toy world its ratings: their replies are good and bad
-    parts = [formats.read_records(name, split, "ratings") for name, _ in formats.read_sources(args.dataset)]
-    return [record for part in parts for record in part or ()]
+def sources(args: Args) -> list[tuple[str, float]]:
+    """The data sets to annotate and their weights; of the toy world its ratings, replies good and bad."""
+    toy = str(files.toy_folder() / "ratings")
+    return [(toy if name == "toy" else name, x) for name, x in formats.read_sources(args.dataset)]
 
 
-def check_stages(
-    args: Args, options: dict[str, Any], records: dict[str, list], tokenizer: Any, device: torch.device
-) -> None:
+def read_to_annotate(args: Args) -> dict[str, dict[Path, list[formats.Record]]]:
+    """Each data set as it will be annotated, with its weight -> the files of that, and their conversations.
+
+    Several data sets have folders of their own, so that each keeps its weight and its share to hold out.
+    """
+    given, folder, found = sources(args), Path(args.run.output_dir) / "2_annotated", {}
+    for k, (name, weight) in enumerate(given, 1):
+        place = folder / str(k) if len(given) > 1 else folder
+        parts = {place / f"{s}.jsonl": formats.read_records(name, s, "ratings") for s in ("train", "test")}
+        key = str(place) if weight == 1 else f"{place}*{weight:f}"
+        found[key] = {path: records for path, records in parts.items() if records}
+    return found
+
+
+def may_change(args: Args) -> set[str]:
+    """The options that decide numbers of nothing that is in the folder: of stages that have not begun."""
+    folder = Path(args.run.output_dir)
+    rows, rounds = files.read_rows(folder / "metrics.jsonl"), [*folder.glob("4_*")]
+    first, second = (checkpoint.newest(folder / x) or (folder / x / "model").is_dir() for x in TRAINED)
+    begun = dict.fromkeys(LABELLING, bool(rows or [*folder.glob("2_annotated/**/*.jsonl")]))
+    begun |= dict.fromkeys(("num_bootstrap_prompts", "bootstrap_top_k", "temperature"), bool(rounds))
+    begun |= {"ratings": first, "conditioned_model": second or len(rows) > 1, "max_new_tokens": bool(rows)}
+    begun |= {"num_bootstrap_rounds": len(rounds) > args.num_bootstrap_rounds}
+    return {name for name, is_begun in begun.items() if not is_begun}
+
+
+def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device: torch.device) -> None:
     """Refuse what a later stage would refuse, as far as it can be known before the first begins.
 
-    That is an attribute that the attribute model will not have, a model that is not there, data that cannot
-    be read or have no labels, and a batch larger than the data.
+    That is an attribute that the attribute model or the judge will not have, ratings on another scale than 0
+    to 4, a model that is not there, data that cannot be read or have no labels, and a batch larger than them.
     """
     given, folder = args.conditioned_model, Path(args.run.output_dir)
     if given and not dist.from_main(lambda: Path(files.model_folder(given)[0]).is_dir()):
         raise formats.wrong("conditioned_model", given, "a run or a model's folder")
-    load_judge(args.run.judge, args.dataset)
-    trained = args.attribute_model or str(folder / "1_attribute_model")
-    if args.attribute_model or stages.is_complete(Path(trained)):
-        wanted(args, load_attribute_model(trained, args, device).names)
+    trained = args.attribute_model or folder / "1_attribute_model"
+    if args.attribute_model or stages.is_complete(trained):
+        _, reader, names = load_rater(str(trained), device, args.system)
+        for records in (records for parts in found.values() for records in parts.values()):
+            dist.parallel_map(lambda record: read_replies(tokenizer, reader, record), records)
     else:
         own = options["reward_model"]
         ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
-        wanted(args, list(ratings[0].fields))
+        names = ratings.field_names()
+        for name, value in ((n, x) for n in names for x in ratings.field(n).tolist()):
+            if not (math.isnan(value) or 0 <= value <= 4):
+                raise formats.wrong(f"ratings {args.ratings}", f"{name} {value:g}", "values from 0 to 4")
         stages.refuse_large_batch("reward_model", own, ratings.epoch_size)
-    if stages.is_complete(folder / "3_sft"):
-        return
-    if args.annotated:
-        num = load_annotated(with_fields(options["sft"], dataset=args.annotated), tokenizer)[0].epoch_size
-    else:
-        reader = data.load_tokenizer(args.attribute_model) if args.attribute_model else tokenizer
-        both = [record for split in records.values() for record in split]
-        dist.parallel_map(lambda record: data.read_responses(reader, *record), both)
-        num = len(records["train"])
-    if not args.conditioned_model:
-        stages.refuse_large_batch("sft", options["sft"], num)
+    asked = labels.read_wanted(args.attributes, names).keys()
+    judge = load_judge(args.run.judge, args.dataset)
+    missing = asked - dist.from_main(lambda: judge("2+2?", "4")).keys() if judge else ()
+    if missing:
+        lacking = f"no {', '.join(missing)} in its scores"
+        raise formats.wrong(f"judge {args.run.judge}", lacking, "all of `attributes`")
+    own = options["sft"]
+    for dataset in filter(None, (args.annotated, own.eval_dataset)):
+        check_labels(dataset)
+    if not stages.is_complete(folder / "3_sft"):
+        dataset = args.annotated or ",".join(f"{name}*{weight:f}" for name, weight in sources(args))
+        num = data.load_sft(tokenizer, dataset, own.eval_dataset, own.max_length)[0].epoch_size
+        stages.refuse_large_batch("sft", own, num if not args.conditioned_model else math.inf)
 
 
 def evaluate(
-    step: int,
-    model: str,
-    attribute_model: str,
-    tokenizer: Any,
-    prompts: list[packed.Example],
-    log: Log,
-    args: Args,
-    device: torch.device,
+    step: int, model: str, rated_by: str, tokenizer: Any, prompts: list, log: Log, args: Args, device: Any
 ) -> None:
     """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
     if step in log.steps:
         return
-    scorer = load_attribute_model(attribute_model, args, device)
-    rows = follow(load_policy(model, args, device), scorer, tokenizer, prompts, args, device)
+    rows = []
+    if prompts:
+        rater = load_rater(rated_by, device, args.system)
+        rows = follow(load_policy(model, args, device), rater, tokenizer, prompts, args, device)
     log.samples(step, rows)
-    if dist.is_main():
+    if dist.is_main() and rows:
         save_heat_map(rows, log.folder / "follow.png")
     log(step, args.num_bootstrap_rounds + 1, follow_metrics(rows))
 
@@ -470,17 +489,21 @@ def main(args: Args) -> None:
     fine_tuned = dict(model=args.model, dataset=args.dataset, **shared)  # before it is annotated
     todo = [("reward_model", reward_model.main, reward_model.Args, rated, args.stages.reward_model)]
     stages.before(args.run, [*todo, ("sft", sft.main, sft.Args, fine_tuned, args.stages.sft)])
-    log = Log(args.run, __file__, SHOWN, snapshot(args, TOY), is_pipeline=True)
+    free, decided = dist.from_main(lambda: may_change(args)), snapshot(args, TOY)
+    decided = decided._replace(fixed=decided.fixed - free)
+    log = Log(args.run, __file__, SHOWN, decided, is_pipeline=True)
+    if "dataset" in free:
+        log.before.get("inputs", {}).pop("data", None)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
     begun = {path: options[name] for path, name in stage_folders(args).items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    splits = () if args.annotated else ("train", "test")
-    records = {split: read_to_annotate(args, split) for split in splits}
-    values = [record.value for split in records.values() for record in split]
+    found = {} if args.annotated else read_to_annotate(args)
+    targets = {path: records for parts in found.values() for path, records in parts.items()}
+    values = [record.value for records in targets.values() for record in records]
     if log.is_finished(num_rounds + 1, files.inputs(args.model, tokenizer, values)):
         return
-    check_stages(args, options, records, tokenizer, device)
+    check_stages(args, options, found, tokenizer, device)
     log.start(num_rounds + 1)
 
     # 1. attribute model
@@ -490,30 +513,34 @@ def main(args: Args) -> None:
         stage(reward_model.main, reward_model.Args, Path(attribute_model), rated, own, log)
 
     # 2. annotate
-    annotated = Path(args.annotated or folder / "2_annotated")
-    for split, found in records.items():
-        if found:
-            annotate(attribute_model, tokenizer, found, annotated / f"{split}.jsonl", args, device)
-    train_set, eval_set = load_annotated(with_fields(options["sft"], dataset=str(annotated)), tokenizer)
-    prompts = [example for example in eval_set if example.prompt][: args.run.num_samples]
+    for target, records in targets.items():
+        annotate(attribute_model, tokenizer, records, target, args, device)
+    annotated = args.annotated or ",".join(found)
+    own, line = options["sft"], labels.read_line(args.attributes, "attributes")
+    train_set, eval_set = data.load_sft(tokenizer, annotated, own.eval_dataset, own.max_length)
+    prompts = [e for e in eval_set if e.prompt]
+    prompts = [e for e in prompts if fits(tokenizer, data.encode_prompt(tokenizer, e.prompt, line))]
+    prompts = prompts[: args.run.num_samples]
     asked = (attribute_model, tokenizer, prompts, log, args, device)
     evaluate(0, args.model, *asked)
 
     # 3. fine-tune
     last = args.conditioned_model or str(folder / "3_sft")
     if not args.conditioned_model:
-        overrides = dict(model=args.model, dataset=str(annotated), **shared)
+        overrides = dict(model=args.model, dataset=annotated, **shared)
         stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)
     evaluate(1, last, *asked)
 
     # 4. bootstrap
     for number in range(1, num_rounds + 1):
-        sampled = folder / f"4_bootstrap_{number}"
-        if not dist.from_main((sampled / "train.jsonl").exists):
-            found = sample_best(last, train_set, tokenizer, number, args, device)
-            annotate(attribute_model, tokenizer, found, sampled / "train.jsonl", args, device)
+        sampled = folder / f"4_bootstrap_{number}" / "train.jsonl"
+        if not dist.from_main(sampled.exists):
+            keep = files.part_name(sampled, [], files.fingerprint(last)).with_suffix(".replies")
+            records = sample_best(last, train_set, tokenizer, number, keep, args, device)
+            annotate(attribute_model, tokenizer, records, sampled, args, device)
+            dist.from_main(lambda keep=keep: files.remove(keep))
         before, last = last, str(folder / f"5_sft_{number}")
-        overrides = dict(model=before, dataset=f"{annotated},{sampled}", **shared)
+        overrides = dict(model=before, dataset=f"{annotated},{sampled.parent}", **shared)
         stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)
         evaluate(number + 1, last, *asked)
 

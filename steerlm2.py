@@ -11,13 +11,18 @@ from Q', the policy of the last iteration, each has the weight it should have an
     python steerlm2.py --help
     torchrun --nproc_per_node=8 steerlm2.py --model runs/steerlm --sft_model runs/sft \
         --attribute_model runs/reward_model --dataset prompts.jsonl
+    torchrun --nproc_per_node=8 steerlm2.py --model runs/steerlm --groups groups.jsonl
 
-Shapes: G groups, n responses each; A attributes; a micro-batch packs whole groups, n sequences each.
+Shapes: G groups of at most n responses, NaN in the place of one that a smaller group lacks; A attributes; a
+micro-batch packs whole groups.
 
 Metrics, results and departures from the papers: docs/steerlm2.md
 """
 
 import functools
+import hashlib
+import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,16 +34,30 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, templates
-from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
+from common import (
+    certificate,
+    checkpoint,
+    data,
+    dist,
+    files,
+    formats,
+    labels,
+    models,
+    packed,
+    plan,
+    templates,
+)
+from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate, to_example
 from common.log import Log
 from common.packed import Example, MicroBatch
-from common.rewards import read_where_trained
+from common.rewards import load_rater
 
 SHOWN = ("loss", "ess", "w_max", "grad_norm")
 GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
+OF_SAMPLING = ("dataset", "sft_model", "attributes", "num_responses", "num_prompts", "max_prompt_length")
+OF_SAMPLING += ("beta_concentration", "bin_edges")
 SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # what NeMo-Aligner's files call them
 
 
@@ -79,7 +98,7 @@ class Args:
     attributes: str = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2"
     """wanted attributes and values, 0 to 4; several sets, which prompts take in turn, are joined by ;"""
     groups: str = ""
-    """file of groups scored before, NeMo-Aligner's records, instead of sampling; one iteration"""
+    """groups scored before, in NeMo-Aligner's records: a file or a folder; nothing is sampled"""
     num_responses: int = 10
     """responses to each prompt"""
     num_prompts: int = 20000
@@ -130,9 +149,18 @@ def attribute_logps(predicted: Tensor, wanted: Tensor, args: Args) -> Tensor:
 
 
 def group_loss(logps: Tensor, sampler_logps: Tensor, log_weights: Tensor) -> Tensor:
-    """Eq. 12: KL(w' || b') of each group; all (G, n). -> (G,)"""
-    log_w, log_b = log_weights.log_softmax(1), (logps - sampler_logps).log_softmax(1)
-    return (log_w.exp() * (log_w - log_b)).sum(1)
+    """Eq. 12: KL(w' || b') of each group; all (G, n), log_weights NaN where there is no response. -> (G,)"""
+    missing = log_weights.isnan()
+    log_w = log_weights.masked_fill(missing, -math.inf).log_softmax(1)
+    log_b = (logps - sampler_logps).masked_fill(missing, -math.inf).log_softmax(1)
+    return (log_w.exp() * (log_w - log_b).masked_fill(missing, 0)).sum(1)
+
+
+def as_table(values: Tensor, log_weights: Tensor) -> Tensor:
+    """Values of all responses in turn, 0 where log_weights (G, n) says that there is none. -> (G, n)"""
+    present = ~log_weights.isnan()
+    places = (present.flatten().cumsum(0) - 1).clamp(min=0)  # found without a wait for the device
+    return torch.where(present, values[places].view(present.shape), 0)
 
 
 def response_logps(policy: models.Policy, micro_batch: MicroBatch, args: Args) -> Tensor:
@@ -141,27 +169,25 @@ def response_logps(policy: models.Policy, micro_batch: MicroBatch, args: Args) -
     return packed.segment_sum(logps, micro_batch.target_segments, micro_batch.num_segments)
 
 
-def loss_and_metrics(
-    policy: models.Policy, micro_batch: MicroBatch, args: Args
-) -> tuple[Tensor, dict[str, tuple]]:
+def loss_and_metrics(policy: models.Policy, micro_batch: MicroBatch, args: Args) -> tuple[Tensor, dict]:
     """Loss of a micro-batch, a sum over its groups that the caller divides, and metrics as (sum, count)."""
     sampler_logps, log_weights = (micro_batch.fields[name] for name in GROUP_FIELDS)  # (G, n) each
-    logps = response_logps(policy, micro_batch, args).view(log_weights.shape)  # a dummy has G = 0
+    logps = as_table(response_logps(policy, micro_batch, args), log_weights)  # a dummy has G = 0
     loss = group_loss(logps, sampler_logps, log_weights).sum()
     return loss, group_metrics(loss, logps, sampler_logps, log_weights)
 
 
-def group_metrics(
-    loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_weights: Tensor
-) -> dict[str, tuple]:
+def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_weights: Tensor) -> dict:
     """Metrics of groups as (sum, count); all but the loss, which is summed, (G, n)."""
-    weights, num_groups = log_weights.softmax(1), len(log_weights)
+    missing, num_groups = log_weights.isnan(), len(log_weights)
+    weights = log_weights.masked_fill(missing, -math.inf).softmax(1)
+    ratios, counts = (logps - sampler_logps).masked_fill(missing, 0), (~missing).sum(1)
     metrics = {
         "loss": (loss, num_groups),
         "ess": ((1 / weights.square().sum(1)).sum(), num_groups),
         "w_max": (weights.amax(1).sum(), num_groups),
-        "logps/mean": (logps.mean(1).sum(), num_groups),
-        "kl": ((logps - sampler_logps).mean(1).sum(), num_groups),
+        "logps/mean": ((logps.sum(1) / counts).sum(), num_groups),
+        "kl": ((ratios.sum(1) / counts).sum(), num_groups),
     }
     return metrics
 
@@ -181,18 +207,14 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
         (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     if large:
-        sequences = [sequence for group in large for sequence in group.sequences]
-        alone = [Example([sequence], "") for sequence in sequences]
-        sampler_logps, log_weights = (
-            torch.from_numpy(np.stack([group.fields[name] for group in large])).to(device)
-            for name in GROUP_FIELDS
-        )
-        logps = sequence_logps(policy, sequences, args, device).view(log_weights.shape).requires_grad_()
-        loss = group_loss(logps, sampler_logps, log_weights).sum()
+        logps, sampler_logps, log_weights = group_logps(policy, large, args, device)
+        alone = [Example([sequence], "") for group in large for sequence in group.sequences]
+        loss = group_loss(logps.requires_grad_(), sampler_logps, log_weights).sum()
         # -(w' - b') / groups: known before any activation is kept, so responses can go one by one
         (gradient,) = torch.autograd.grad(loss / len(batch), logps)
+        gradient = gradient[~log_weights.isnan()]  # (responses,)
         for micro_batch in packed.micro_batches(alone, micro_batch_tokens, device):
-            coefficients = gradient.flatten()[micro_batch.example_ids]
+            coefficients = gradient[micro_batch.example_ids]
             (response_logps(policy, micro_batch, args) * coefficients).sum().backward()
         size = dist.world_size()  # every rank has all the large groups: a share of each sum and count
         metrics = group_metrics(loss, logps, sampler_logps, log_weights)
@@ -200,62 +222,69 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
     return totals
 
 
-def wanted_sets(args: Args, names: list[str]) -> list[dict[str, float]]:
-    """The sets of wanted attributes, each of them an output of the attribute model, in its order."""
-    sets = []
-    for text in args.attributes.split(";"):
-        if not text.strip():
-            raise formats.wrong("attributes", repr(args.attributes), "name:value joined by commas")
-        line = formats.read_line(text.strip(), "attributes", names)
-        given = dict(item.split(":") for item in line.strip().split(","))
-        sets.append({name: float(given[name]) for name in names if name in given})
-    return sets
+def group_logps(
+    policy: models.Policy, groups: list[Example], args: Args, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log Q(y|a, x) of groups, without gradient, log Q' and log w, alike on every rank. -> (G, n) each"""
+    columns = [
+        packed.stack([e.fields[name] for e in groups], groups[0].fields[name]) for name in GROUP_FIELDS
+    ]
+    sampler_logps, log_weights = (torch.from_numpy(column).to(device) for column in columns)
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    return as_table(sequence_logps(policy, sequences, args, device), log_weights), sampler_logps, log_weights
+
+
+def ask(prompts: list[Example], wanted: list[dict[str, float]]) -> list[Example]:
+    """The prompts with the sets of wanted attributes as their labels, in turn."""
+    lines = [labels.label_line(attributes) for attributes in wanted]
+    return [replace(example, label=lines[i % len(lines)]) for i, example in enumerate(prompts)]
 
 
 def sample_groups(
-    policy: models.Policy, tokenizer: Any, prompts: list[Example], number: int, args: Args
+    policy: models.Policy, tokenizer: Any, prompts: list[Example], number: int, args: Args, keep: Path
 ) -> list[dict]:
     """num_responses of the policy to each prompt after its label, in NeMo-Aligner's records, not yet scored.
 
-    A group with a response cut off at max_new_tokens is dropped: its log P(y|x) would be that of a prefix.
+    A response cut off at max_new_tokens is left out, since its log P(y|x) would be that of a prefix, and a
+    group of fewer than two others too: one response alone has no gradient. `keep` is a folder of these
+    weights, from which the same call goes on if it was stopped.
     """
+    n, length = args.num_responses, args.max_new_tokens
     tokens = [data.encode_prompt(tokenizer, prompt.prompt, prompt.label) for prompt in prompts]
-    length, sampling = args.max_new_tokens, {"samples_per_prompt": args.num_responses, "seed": args.seed}
-    samples = generate(
-        policy,
-        tokenizer,
-        tokens,
-        max_new_tokens=length,
-        temperature=args.temperature,
-        step=number,
-        **sampling,
-    )
+    sampling = {"temperature": args.temperature, "samples_per_prompt": n, "seed": args.seed, "step": number}
+    samples = generate(policy, tokenizer, tokens, max_new_tokens=length, keep=keep, **sampling)
     groups = []
     for i, prompt in enumerate(prompts):
-        replies = samples[i * args.num_responses : (i + 1) * args.num_responses]
-        if not all(reply.ended for reply in replies):
-            continue
+        replies = [reply.text for reply in samples[i * n : (i + 1) * n] if reply.ended]
         turns = [{"from": m["role"].capitalize(), "value": m["content"]} for m in prompt.prompt]
-        system = turns.pop(0)["value"] if turns[0]["from"] == "System" else ""
-        responses = [{"from": "Assistant", "value": reply.text} for reply in replies]
-        groups.append(
-            {"system": system, "prompt_turns": turns, "label": prompt.label.strip(), "responses": responses}
-        )
-    if dist.is_main() and len(groups) < len(prompts):
-        print(f"groups: {len(prompts) - len(groups):,} dropped, a response was cut off", flush=True)
-    if not groups:
-        raise dist.RunError(f"no group is left: every one has a response longer than max_new_tokens {length}")
+        group = {"system": turns.pop(0)["value"] if turns[0]["from"] == "System" else ""}
+        group |= {"prompt_turns": turns, "label": prompt.label.strip()}
+        group["responses"] = [{"from": "Assistant", "value": text} for text in replies]
+        groups += [group] if len(replies) > 1 else []
+    num_cut = sum(not reply.ended for reply in samples)
+    found = f"{len(groups):,} of {len(prompts):,} groups have two responses of at most {length} tokens"
+    if dist.is_main() and num_cut:
+        print(f"{found}; {num_cut:,} of {len(samples):,} were cut off and are left out", flush=True)
+    if len(groups) < args.optimization.batch_size:
+        expected = f"batch_size, {args.optimization.batch_size}, or more; raise max_new_tokens"
+        raise formats.wrong("groups", found, expected)
     return groups
+
+
+def prompt_of(group: dict, where: str) -> formats.Messages:
+    turns = group.get("prompt_turns")
+    if not isinstance(turns, list) or len(turns) % 2 == 0:
+        raise formats.wrong(where, group, "prompt_turns, an odd number of them, and responses")
+    turns = [{"role": "system", "content": group["system"]}] * bool(group.get("system")) + turns
+    return formats.as_messages(turns, where)
 
 
 def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -> list[packed.Tokens]:
     """The responses of a group after its prompt, with or without the label line; one span, the response's."""
-    turns, replies = group.get("prompt_turns"), group.get("responses")
-    if not isinstance(turns, list) or not isinstance(replies, list) or len(turns) % 2 == 0:
-        raise formats.wrong(where, group, "prompt_turns, an odd number of them, and responses")
-    turns = [{"role": "system", "content": group["system"]}] * bool(group.get("system")) + turns
-    prompt = formats.as_messages(turns, where)
-    label = formats.read_line(group.get("label"), where) if labelled else ""
+    replies, prompt = group.get("responses"), prompt_of(group, where)
+    if not isinstance(replies, list):
+        raise formats.wrong(where, group, "responses")
+    label = labels.read_line(group.get("label"), where) if labelled else ""
     sequences = []
     for reply in formats.as_messages(replies, where):
         if reply["role"] != "assistant":
@@ -277,91 +306,104 @@ def sequence_logps(
 
 
 def score_groups(
-    policy: models.Policy, tokenizer: Any, groups: list[dict], args: Args, device: torch.device
-) -> None:
-    """Write into the groups log P(a|x,y), log P(y|x) and log Q'(y|a,x), all over the same tokens."""
-    scorer = models.load_scorer(args.attribute_model, device, args.system, trainable=False)
-    theirs, names = data.load_tokenizer(args.attribute_model), models.output_names(scorer)
-    read_where_trained(scorer, theirs)
-    sft_policy = models.load(args.sft_model or args.model, device, args.system, trainable=False)
+    scorers: tuple, tokenizer: Any, args: Args, device: torch.device, groups: list[dict]
+) -> list[dict]:
+    """The groups with the SCORES of each response, all over the same tokens.
+
+    Args:
+        scorers: the attribute model, the SFT policy P, and the policy that was sampled, Q'.
+    """
+    rater, sft_policy, policy = scorers
 
     def encode(using: Any, labelled: bool) -> list[packed.Tokens]:
         parts = dist.parallel_map(lambda group: read_group(using, group, "groups", labelled), groups)
         return [sequence for part in parts for sequence in part]
 
-    plain = [Example([sequence], "") for sequence in encode(theirs, False)]
+    attribute, start = [], 0
     # (responses, A), on the scale of the labels
-    predicted = models.score(scorer, plain, args.system.micro_batch_tokens, device, centred=False)
-    n = args.num_responses
-    attribute = torch.zeros(len(groups), n, device=device)
-    for i, (group, outputs) in enumerate(zip(groups, predicted.view(len(groups), n, -1), strict=True)):
-        given = dict(item.split(":") for item in group["label"].split(","))
-        chosen = [names.index(name) for name in given]
-        wanted = torch.tensor([float(x) for x in given.values()], device=device).expand(n, -1)
-        attribute[i] = attribute_logps(outputs[:, chosen], wanted, args)
+    predicted = rater(encode(rater.tokenizer, False), args.system.micro_batch_tokens, device)
+    for group in groups:
+        outputs = predicted[start : (start := start + len(group["responses"]))]
+        given = dict(item.split(":") for item in group["label"].split(",") if item)  # none: log P is 0
+        wanted = torch.tensor([float(x) for x in given.values()], device=device).expand(len(outputs), -1)
+        attribute.append(attribute_logps(outputs[:, [rater.names.index(n) for n in given]], wanted, args))
     sft_logps = sequence_logps(sft_policy, encode(tokenizer, False), args, device)
     sampler_logps = sequence_logps(policy, encode(tokenizer, True), args, device)
-    scores = torch.stack([attribute, sft_logps.view(-1, n), sampler_logps.view(-1, n)], 2)  # (groups, n, 3)
-    for group, rows in zip(groups, scores.tolist(), strict=True):
-        for reply, row in zip(group["responses"], rows, strict=True):
-            reply |= dict(zip(SCORES, row, strict=True))
+    scores = torch.stack([torch.cat(attribute), sft_logps, sampler_logps], 1).tolist()  # (responses, 3)
+    rows = iter(dict(zip(SCORES, row, strict=True)) for row in scores)
+    return [g | {"responses": [reply | next(rows) for reply in g["responses"]]} for g in groups]
 
 
-def read_groups(path: Path, tokenizer: Any, args: Args) -> data.Dataset:
-    """A file of groups as examples of n sequences, with the fields of GROUP_FIELDS.
-
-    Raises:
-        RunError: a group without its scores or its label, or of another size than the first.
-    """
-    records = formats.read_file(path)
-    any_label = any(record.value.get("label") for record in records)
+def encode_groups(records: list[formats.Record], tokenizer: Any, args: Args) -> list[Example]:
+    """Groups as examples with GROUP_FIELDS; one without scores or with a single response is an error."""
 
     def encode(record: formats.Record) -> Example:
         group, where = record
-        sequences = read_group(tokenizer, group, where)
-        if any_label and not group.get("label"):
-            raise formats.wrong(where, "no label", "one, as in other groups")
-        found = [
-            [formats.number(reply.get(name), where, name) for name in SCORES] for reply in group["responses"]
-        ]
-        attribute, plain, sampler = np.array(found).reshape(-1, 3).T  # (n,) float64 each
+        sequences, label = read_group(tokenizer, group, where), labels.read_line(group.get("label"), where)
+        if len(sequences) < 2:
+            raise formats.wrong(where, f"{len(sequences)} responses", "two or more, of which to learn")
+        rows = [[formats.number(reply.get(x), where, x) for x in SCORES] for reply in group["responses"]]
+        attribute, plain, sampler = np.array(rows).T  # (n,) float64 each
         log_weights = (attribute + plain - sampler) / args.weight_temperature
         arrays = (sampler.astype(np.float32), log_weights.astype(np.float32))
-        size = len(records[0].value.get("responses") or ())
-        if len(sequences) != size:
-            raise formats.wrong(where, f"{len(sequences)} responses", f"{size}, as in the first group")
-        return Example(sequences, "", dict(zip(GROUP_FIELDS, arrays, strict=True)))
+        fields = dict(zip(GROUP_FIELDS, arrays, strict=True))
+        return Example(sequences, prompt_of(group, where), fields, label=label)
 
-    return data.Dataset([(dist.parallel_map(encode, records), 1.0)])
+    return dist.parallel_map(encode, records)
+
+
+def describe(name: str, groups: list[Example]) -> None:
+    """Say how many responses count, and warn of groups that teach little."""
+    weights = [torch.from_numpy(group.fields["log_weights"]).double().softmax(0) for group in groups]
+    ess, size = [1 / w.square().sum().item() for w in weights], sum(map(len, weights)) / len(weights)
+    few, bare = sum(x < 1.5 for x in ess), sum(not group.label for group in groups)
+    alike = sum(len({ids.tobytes() for ids, _ in group.sequences}) == 1 for group in groups)
+    text = f"{name}: {len(groups):,}, effective sample size {sum(ess) / len(ess):.2f} of {size:.1f} responses"
+    text += f"; {few:,} below 1.5, nearly all weight on one response" * bool(few)
+    text += f"; {alike:,} uniform, without a gradient" * bool(alike)
+    text += f"; {bare:,} without a label, trained without one" * bool(bare)
+    text += "; warning: raise weight_temperature or num_responses" * (2 * few > len(groups))
+    if dist.is_main():
+        print(text, flush=True)
+
+
+def load_groups(args: Args, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """(train, eval) of --groups; held out is eval_dataset or its test split, else 5 % of its prompts."""
+
+    def read(source: str, split: str) -> list[Example]:
+        return encode_groups(formats.read_records(source, split, "groups") or [], tokenizer, args)
+
+    given, train = args.eval_dataset, read(args.groups, "train")
+    if not train:
+        raise formats.wrong(f"groups {args.groups}", "none to train on", "NeMo-Aligner's records")
+    held_out = read(given or args.groups, "test") or (read(given, "train") if given else [])
+    return (train, held_out) if held_out else data.hold_out(train, args.groups)
+
+
+def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
+    """(train, eval) prompts that NeMo-Aligner's records can hold; another is an error."""
+    datasets = data.load_prompts(tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length)
+    for example in datasets[0]:
+        found = f"the prompt {example.prompt}"
+        if sum(turn["role"] != "system" for turn in example.prompt) % 2 == 0:
+            raise formats.wrong("dataset", found, "turns of user and assistant in turn")
+        if any(turn.keys() - {"role", "content"} for turn in example.prompt):
+            raise formats.wrong("dataset", found, "turns of text alone, without tools")
+    return datasets
 
 
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.temperature <= 0:
         raise dist.RunError("temperature 0 is greedy and has no probabilities to weigh; expected more than 0")
-    if not args.attribute_model:
-        raise dist.RunError(
-            "attribute_model is not set: a run of reward_model.py --loss regression, or its folder"
-        )
+    refuse_ignored(args, TOY, "--groups", {x: not (args.groups and getattr(args, x)) for x in OF_SAMPLING})
+    if not args.attribute_model and not args.groups:
+        raise dist.RunError("attribute_model is not set: a run of reward_model.py --loss regression")
 
 
-def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) prompts that NeMo-Aligner's records can hold.
-
-    Raises:
-        RunError: a prompt that ends with a turn of the assistant.
-    """
-    datasets = data.load_prompts(tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length)
-    for example in datasets[0]:
-        if sum(turn["role"] != "system" for turn in example.prompt) % 2 == 0:
-            raise formats.wrong(
-                "dataset", f"the prompt {example.prompt}", "turns of user and assistant in turn"
-            )
-        if any(turn.keys() - {"role", "content"} for turn in example.prompt):
-            raise formats.wrong(
-                "dataset", f"the prompt {example.prompt}", "turns of text alone, without tools"
-            )
-    return datasets
+def steps_of(sizes: list[int], args: Args) -> int:
+    """Optimizer steps of iterations with so many groups; the last step of each may be small."""
+    return sum(-(-args.run.num_epochs * size // args.optimization.batch_size) for size in sizes)
 
 
 def checks(
@@ -384,20 +426,43 @@ def checks(
 
 def beside(args: Args) -> dict[str, str]:
     """The models that a run holds beside the policy while it scores, and where they are."""
-    return {"reward": args.attribute_model, "SFT model": args.sft_model or args.model}
+    scorers = {"reward": args.attribute_model, "SFT model": args.sft_model or args.model}
+    return {} if args.groups else scorers
 
 
-def count_groups(prompts: data.Dataset, args: Args) -> int:
-    """Groups of an iteration, before any is dropped.
+def count_steps(sizes: list[int], num_groups: int, args: Args) -> int:
+    """Steps of a run; an iteration that has not begun counts as if none of num_groups were left out.
 
     Raises:
         RunError: there are fewer than a batch.
     """
-    given, batch_size = args.groups, args.optimization.batch_size
-    num_groups = len(formats.read_file(Path(given))) if given else min(args.num_prompts, len(prompts))
-    if num_groups < batch_size:
-        raise formats.wrong("groups", f"{num_groups} an iteration", f"batch_size, {batch_size}, or more")
-    return num_groups
+    run, size = args.run, args.optimization.batch_size
+    if num_groups < size:
+        raise formats.wrong("groups", f"{num_groups} an iteration", f"batch_size, {size}, or more")
+    later = [num_groups] * ((1 if args.groups else run.num_iterations) - len(sizes))
+    return steps_of(sizes + later, args) if run.max_steps < 0 else run.max_steps
+
+
+def begun(output_dir: str) -> list[int]:
+    """The number of groups of each iteration that the run in this folder has begun."""
+    last = checkpoint.newest(output_dir)
+    return json.loads((last / "numbers.json").read_text())["sizes"] if last else []
+
+
+def batch_of(groups: data.Dataset, number: int, k: int, args: Args) -> list[Example]:
+    """The groups of step k, from 1, of an iteration: a function of (seed, step), alike on every rank."""
+    size, num_epochs, batch_size = len(groups), args.run.num_epochs, args.optimization.batch_size
+    positions = range((k - 1) * batch_size, min(k * batch_size, num_epochs * size))
+    return [groups[groups.order(args.seed, number * num_epochs + p // size)[p % size]] for p in positions]
+
+
+def origin_of(prompts: list[Example], number: int, args: Args) -> str:
+    """Tells the groups of an iteration from those of other settings, models or prompts, on every rank."""
+    options, asked = snapshot(args), [(e.prompt, e.label) for e in prompts]
+    named = (args.model, args.attribute_model, args.sft_model or args.model)
+    settings = sorted((name, str(x)) for name, x in options.values.items() if name in options.fixed)
+    key = dist.from_main(lambda: repr([[*map(files.fingerprint, named)], settings, asked, number]))
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 TOY = dict(
@@ -423,62 +488,79 @@ def main(args: Args) -> None:
 
     # data
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    prompts, eval_set = load_prompts(args, tokenizer)
-    num_iterations = 1 if args.groups else run.num_iterations
-    num_groups = count_groups(prompts, args)
-    steps_each = run.num_epochs * -(-num_groups // optimization.batch_size)
-    num_steps = num_iterations * steps_each if run.max_steps < 0 else run.max_steps
-    judge = load_judge(run.judge, args.dataset)
-    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, prompts, eval_set)):
+    train_set, eval_set = (load_groups if args.groups else load_prompts)(args, tokenizer)
+    num_groups = len(train_set) if args.groups else min(args.num_prompts, len(train_set))
+    sizes = dist.from_main(lambda: begun(run.output_dir))  # groups of the iterations so far
+    num_steps = count_steps(sizes, num_groups, args)
+    judge = load_judge(run.judge, "" if args.groups else args.dataset)
+    if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
     log.start(num_steps, optimization)
 
     # models
     policy = models.load(args.model, device, system)
-    names = models.output_names(models.load_scorer(args.attribute_model, device, system, trainable=False))
-    reader = data.load_tokenizer(args.attribute_model)
-    templates.check_prompts(reader, [e.prompt for e in prompts], f"attribute_model {args.attribute_model}")
-    wanted = [formats.label_line(attributes) for attributes in wanted_sets(args, names)]
-    eval_set = [replace(example, label=wanted[i % len(wanted)]) for i, example in enumerate(eval_set)]
+    attribute_model = (args.attribute_model, device, system)
+    if not args.groups:
+        rater = load_rater(*attribute_model)
+        prompts = [e.prompt for e in train_set]
+        templates.check_prompts(rater.tokenizer, prompts, f"attribute_model {args.attribute_model}")
+        wanted = [labels.read_wanted(text, rater.names) for text in args.attributes.split(";")]
+        eval_set = ask(eval_set, wanted)
+        del rater  # until it is needed
     trained = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95))
-    certificate.run(run, checks(policy, tokenizer, prompts, args, device))
+    certificate.run(run, checks(policy, tokenizer, train_set, args, device))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
-    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
+    step, num_tokens = resumed["step"], resumed["num_tokens"]
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
         answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
+        if answers and args.attribute_model and not judge:
+            exchanges, rater = [(a.example.prompt, a.text) for a in answers], load_rater(*attribute_model)
+            found = rater.judge(exchanges, system.micro_batch_tokens, device)
+            answers = [replace(a, scores=scores) for a, scores in zip(answers, found, strict=True)]
         log.samples(step, [a.row() for a in answers])
-        return answer_metrics(answers)
+        metrics = answer_metrics(answers)
+        if args.groups:
+            metrics["eval/distance"] = group_loss(*group_logps(policy, eval_set, args, device)).mean().item()
+        return metrics
 
-    def make_groups(number: int) -> Path:
-        """Sample and score an iteration's groups with the policy as it is; a file that exists is kept."""
-        path = Path(args.groups or f"{run.output_dir}/groups_{number + 1}.jsonl")
-        if dist.from_main(lambda: path.exists() and bool(args.groups or start_step)):
-            return path  # one without a checkpoint may be of other settings
-        drawn = data.batch(prompts, number + 1, num_groups, args.seed)
-        chosen = [replace(e, label=wanted[i % len(wanted)]) for i, e in enumerate(drawn)]
-        groups = sample_groups(policy, tokenizer, chosen, number, args)
-        score_groups(policy, tokenizer, groups, args, device)
-        if dist.is_main():
-            files.write(path, files.as_lines(groups))
-        dist.barrier()
-        return path
+    def make_groups(number: int) -> list[Example]:
+        """The groups of an iteration: given, on file, or sampled and scored with the policy as it is."""
+        path = Path(run.output_dir) / f"groups_{number + 1}.jsonl"
+        if number == len(sizes) and not args.groups:
+            prompts = ask(data.batch(train_set, number + 1, num_groups, args.seed), wanted)
+            origin = origin_of(prompts, number, args)
+            keep = path.with_name(f"{path.name}.{origin}.replies")
+            if dist.from_main(lambda: next(iter(files.read_rows(path)), {}).get("origin")) != origin:
+                groups = sample_groups(policy, tokenizer, prompts, number, args, keep)
+                groups = [{**group, "origin": origin} for group in groups]
+                sft_policy = models.load(args.sft_model or args.model, device, system, trainable=False)
+                scorers = (load_rater(*attribute_model), sft_policy, policy)
+                score = functools.partial(score_groups, scorers, tokenizer, args, device)
+                files.write_lines(path, groups, origin, score)
+            dist.from_main(lambda: files.remove(keep))
+        return train_set if args.groups else encode_groups(formats.read_file(path), tokenizer, args)
 
-    if start_step == 0:
+    if step == 0:
         log(0, num_steps, evaluate(step=0))
 
-    iteration = None
-    for step in range(start_step + 1, num_steps + 1):
-        number = (step - 1) // steps_each
-        if number != iteration:  # Q' <- Q
-            iteration, groups = number, read_groups(make_groups(number), tokenizer, args)
+    first = end = 0  # steps before an iteration, and at its end
+    while step < num_steps:
+        if step == end or not end:  # Q' <- Q; where a run goes on within an iteration, its groups again
+            number = len(sizes) - (step < steps_of(sizes, args))
+            groups = data.Dataset([(make_groups(number), 1.0)])
+            describe(f"groups of iteration {number + 1}", groups)
+            sizes[number:] = [len(groups)]
+            first, end = steps_of(sizes[:-1], args), steps_of(sizes, args)
+            num_steps = count_steps(sizes, num_groups, args)
 
         # update
+        step += 1
         step_start = time.perf_counter()
-        batch = data.batch(groups, step, optimization.batch_size, args.seed)  # the same on every rank
+        batch = batch_of(groups, number, step - first, args)
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = backward(policy, batch, args, device)
@@ -491,8 +573,9 @@ def main(args: Args) -> None:
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
+        passes = min((step - first) * optimization.batch_size / len(groups), run.num_epochs)
         metrics |= {
-            "train/epoch": step / steps_each * run.num_epochs,
+            "train/epoch": number * run.num_epochs + passes,
             "train/num_tokens": num_tokens,
             "train/learning_rate": lr,
         }
@@ -503,8 +586,8 @@ def main(args: Args) -> None:
 
         # log and save: always before the policy becomes the sampler
         log(step, num_steps, metrics)
-        if step % run.save_every == 0 or step % steps_each == 0 or step == num_steps or stop:
-            checkpoint.save(run, step, parts, num_tokens=num_tokens)
+        if step % run.save_every == 0 or step in (end, num_steps) or stop:
+            checkpoint.save(run, step, parts, num_tokens=num_tokens, sizes=sizes)
         if stop and step < num_steps:
             return log.finish(stopped_at=step)
 

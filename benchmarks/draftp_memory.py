@@ -44,18 +44,19 @@ class Args:
 def measure(k: int, step_checkpointing: bool, images: int) -> dict[str, float]:
     """MiB above the loaded models and seconds of a step, in this process."""
     import draftp
-    from common import diffusion, dist
+    from common import diffusion, dist, pipelines
     from common.args import with_fields
 
     device = dist.init(1)
     changes = draftp.TOY | {"num_grad_steps": k, "step_checkpointing": step_checkpointing}
     args = with_fields(draftp.Args(), **changes)
-    pipe, policy = diffusion.load("toy", device, args.system, args.seed)
-    sampler = draftp.setup(args, pipe, policy, None, device)
+    pipe, policy = pipelines.load("toy", device, args.system, args.seed)
+    example = diffusion.as_example("a red circle", {})
+    sampler = draftp.setup(args, pipe, policy, None, [example])
 
     def step(count: int) -> float:
         start = time.perf_counter()
-        for micro_batch in diffusion.micro_batches(["a red circle"] * count, count, device):
+        for micro_batch in diffusion.micro_batches([example] * count, count, device):
             loss, _ = draftp.loss_and_metrics(sampler, micro_batch, 1, k, args)
             loss.backward()
         return time.perf_counter() - start

@@ -19,11 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import harness
 from harness import did_job, in_process, llama, peak_mib, record, write_tokenizer
-
-# freed blocks go back to the system, or what is measured is what glibc keeps of them: a tenth to a fifth more
-MALLOC = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"
 
 SHAPES = {
     "40M": {"vocab_size": 16_000, "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4},
@@ -191,7 +187,7 @@ def main() -> None:
         return write_data(Path(folder) / "data", script, SHAPES[shape]["vocab_size"])
     if did_job({"case": run_case}):
         return None
-    small, harness.MALLOC = "--small" in sys.argv, MALLOC
+    small = "--small" in sys.argv
     for name in CASES if "all" in sys.argv else [x for x in sys.argv[1:] if x in CASES]:
         script, shape = CASES[name]
         if small and shape == "300M":

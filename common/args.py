@@ -271,7 +271,8 @@ RANGES = {
     (0, math.inf): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps "
     "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
     "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
-    "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries",
+    "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries "
+    "num_human_pairs copy_retries top_k judge_price",
     (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
     "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
     "num_inference_steps num_lv micro_batch_size images_per_prompt num_revisions num_principles "
@@ -281,7 +282,10 @@ RANGES = {
     (0, 1): "min_lr_ratio gamma gae_lambda ema_decay top_p label_smoothing",
     (0.5, 1): "cot_clamp",
 }
-POSITIVE = "beta lora_alpha top_p kl_horizon beta_concentration weight_temperature reward_scale judge_timeout"
+POSITIVE = (
+    "beta lora_alpha top_p kl_horizon beta_concentration weight_temperature reward_scale judge_timeout "
+)
+POSITIVE += "repetition_penalty"
 
 
 def refuse_numbers(values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, data, dist, files, loading, models, packed
+from common import checkpoint, data, dist, files, formats, loading, models, packed
 from common.args import Training
 from common.generate import generate, sampled_logps, to_example
 from common.packed import Example, MicroBatch
@@ -111,20 +111,19 @@ def marked(tokenizer: Any, sequence: packed.Tokens) -> str:
 
 
 def begins_right(tokenizer: Any, example: Example) -> bool | None:
-    """Whether the last scored part begins where a generation for this prompt would; None without a prompt."""
+    """Whether what is scored begins where a generation for this prompt would; None if that cannot be said."""
     if not example.prompt or isinstance(example.prompt, str):
         return None
     expected = data.encode_prompt(tokenizer, example.prompt, example.label)
-    for ids, mask in example.sequences:
-        if not mask.any():
-            return None
-        last = int(mask.nonzero()[0][-1])
-        start = last - int(mask[: last + 1][::-1].argmin()) + 1 if not mask[: last + 1].all() else 0
-        begin = next(
-            (i for i, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), len(expected)
-        )
-        between = tokenizer.decode(ids[begin:start])
-        if start < begin or not (start == begin or LABEL_LINE.fullmatch(between)):
+    # a template that rewrites earlier turns gives a sequence for each; the last one has the whole prompt
+    sides = example.sequences if {"label_prob", "ranks"} & example.fields.keys() else example.sequences[-1:]
+    for ids, mask in sides:
+        begin = formats.common_prefix(expected, ids)
+        if mask[1:].all() or not mask[begin:].any():
+            return None  # scored whole, or cut before the reply
+        first = begin + int(mask[begin:].argmax())
+        between = tokenizer.decode(ids[begin:first])
+        if mask[begin - 1] or (between and not LABEL_LINE.fullmatch(between)):
             return False
     return True
 

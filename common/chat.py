@@ -1,6 +1,6 @@
 """Who answers a conversation: a model in this process, or one behind a server with OpenAI's chat API.
 
-Both give replies, and both say which of two options, (A) or (B), is the better one, as a probability. The
+Both give replies, and both say which of the options (A), (B), ... is the best one, as probabilities. The
 first can be talked with:
 
     python -m common.chat --model runs/sft "What does the cat say?"
@@ -15,46 +15,74 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import httpx
+import numpy as np
 import torch
 import tyro
-from huggingface_hub import InferenceClient, get_session
-from huggingface_hub.errors import HfHubHTTPError
-from torch import Tensor
 
-from common import data, dist, files, formats, models, packed
+from common import data, dist, files, formats, labels, models, packed
 from common.args import Inference
 from common.generate import Sample, generate, rollout
 
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
-REFUSED = (400, 401, 403, 404, 405, 422)  # the same request would be refused again
+REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
+# what a server says of a prompt that it will not have, in distinction to a request that it does not know
+UNWANTED = re.compile(
+    r"content.{0,20}(filter|policy|polic|manag)|moderation|safety|inappropriate|inspection|context.length"
+    r"|too long|maximum.context",
+    re.I | re.S,
+)
+
+
+@dataclass
+class Decoding:
+    """How first replies, critiques, revisions and replies to compare are drawn, besides their temperature."""
+
+    top_k: int = 0
+    """replies, critiques and revisions are drawn from the top_k likeliest tokens; 0: from all"""
+    top_p: float = 1.0
+    """replies, critiques and revisions are drawn from the fewest tokens that hold this share of the mass"""
+    repetition_penalty: float = 1.0
+    """logits of tokens that prompt or reply already have are divided by this; NeMo-Aligner's is 1.2"""
+    stop: tuple[str, ...] = ()
+    """strings that end a reply, critique or revision, which is cut before them"""
 
 
 @dataclass
 class Server:
-    """A model behind a server that criticises and judges in place of one in this process."""
+    """Models behind a server that criticise or judge in place of ones in this process."""
 
-    fixed: ClassVar[tuple[str, ...]] = ("judge_url",)
+    fixed: ClassVar[tuple[str, ...]] = ("judge_url", "critic_url", "judge_body")
 
     judge_url: str = ""
     """server that has judge_model, as https://host/v1, OpenAI's chat API; the key is in $OPENAI_API_KEY"""
+    critic_url: str = ""
+    """server that has critic_model, likewise"""
+    judge_body: str = "{}"
+    """JSON that each request has besides; null leaves a field out: {"temperature": null, "logprobs": null}"""
     judge_timeout: float = 60.0
-    """seconds that the server of judge_url has for an answer"""
+    """seconds that the server has for an answer"""
     judge_retries: int = 8
     """times to ask the server again, after waits that grow to a minute, before the run stops"""
     judge_threads: int = 16
     """requests to the server under way at once from each rank"""
+    judge_price: tuple[float, float] = (0.0, 0.0)
+    """of a million tokens that the server reads, and of a million that it writes; for the cost of a stage"""
+    forget_answers: bool = False
+    """ask everything again; else the server's answers in output_dir are used, with --overwrite too"""
 
 
 class Reply(NamedTuple):
     text: str
-    ended: bool  # False: cut off at max_new_tokens
+    ended: bool  # False: cut off at max_new_tokens, or refused
+    refused: str = ""  # what a server said that would not have the prompt
 
 
 def user(text: str) -> dict[str, str]:
@@ -84,13 +112,15 @@ class Model:
         system: Inference,
         max_new_tokens: int,
         seed: int,
+        decoding: Decoding,
         reasons: bool = False,
         keep: Path | None = None,
     ):
-        """reasons: before it says which option is better; keep: a folder for replies, see `generate`."""
+        """reasons: before it says which option is best; keep: a folder for replies, see `generate`."""
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
         self.path, self.tokenizer, self.device, self.system = path, tokenizer, device, system
-        self.max_new_tokens, self.seed, self.reasons, self.keep = max_new_tokens, seed, reasons, keep
+        self.how = {"max_new_tokens": max_new_tokens, "seed": seed, "keep": keep, **asdict(decoding)}
+        self.reasons, self.tokens, self.seconds = reasons, 0, 0.0
         self.policy = models.load(path, device, system, trainable=False)
         self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
 
@@ -106,91 +136,103 @@ class Model:
 
         A conversation too long for the model gets an empty one that has not ended.
         """
+        start = time.monotonic()
         prompts = dist.parallel_map(lambda turns: data.encode_prompt(self.tokenizer, turns), conversations)
         fits = [len(tokens) < self.limit for tokens in prompts]
         samples = generate(
             self.policy,
             self.tokenizer,
             [tokens if ok else tokens[-1:] for tokens, ok in zip(prompts, fits, strict=True)],
-            max_new_tokens=self.max_new_tokens,
             temperature=temperature,
             samples_per_prompt=samples_per_prompt,
-            seed=self.seed,
             step=stream,
             first_index=first,
-            keep=self.keep,
+            **self.how,
         )
+        self.tokens += sum(len(s.tokens) for s in samples)
+        self.seconds += time.monotonic() - start
         return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
 
-    def verdicts(self, questions: list[formats.Messages]) -> list[float | None]:
-        """P(A) of each question; None where the reasoning was cut off, or all is too long for the model."""
+    def verdicts(self, questions: list[formats.Messages], letters: str = "AB") -> list[list[float] | None]:
+        """P(letter) of each question; None where the reasoning was cut off, or all is too long."""
         leads = [Reply("", True)] * len(questions)
         if self.reasons:
             questions = [with_reasoning(question) for question in questions]
             thoughts = self.replies(questions, stream=0, first=0, temperature=0.0)  # greedy: nothing is drawn
             leads = [Reply(thought.text + CONCLUSION, thought.ended) for thought in thoughts]
-
-        def encode(item: tuple[formats.Messages, Reply]) -> packed.Example:
-            return packed.Example(encode_options(self.tokenizer, item[0], item[1].text), "")
-
-        examples = dist.parallel_map(encode, list(zip(questions, leads, strict=True)))
-        short = [example.num_tokens < 2 * self.limit for example in examples]
-        usable = [i for i, lead in enumerate(leads) if lead.ended and short[i]]
-        probs: list[float | None] = [None] * len(questions)
-        limit = self.system.micro_batch_tokens
-        found = letter_probs(self.policy, [examples[i] for i in usable], limit, self.device)
+        examples = dist.parallel_map(
+            lambda item: encode_options(self.tokenizer, item[0], item[1].text, letters),
+            list(zip(questions, leads, strict=True)),
+        )
+        usable = [i for i, e in enumerate(examples) if leads[i].ended and e.num_tokens < self.limit]
+        chosen = [examples[i] for i in usable]
+        probs: list[list[float] | None] = [None] * len(questions)
+        found = letter_probs(self.policy, chosen, self.system.micro_batch_tokens, self.device, len(letters))
         for i, p in zip(usable, found, strict=True):
             probs[i] = p
         return probs
 
+    def report(self) -> str:
+        """What has been generated, in words."""
+        return f"{self.tokens:,} tokens generated in {self.seconds:.0f} s"
 
-def option_prob(logps: Tensor) -> Tensor:
-    """P(the option listed first), from log-probabilities of the letters A and B, nats; (..., 2) -> (...)"""
-    return torch.sigmoid(logps[..., 0] - logps[..., 1])
 
+def encode_options(tokenizer: Any, question: formats.Messages, lead: str, letters: str) -> packed.Example:
+    """The answer (A) up to the first token in which it differs from the others; only that one is scored.
 
-def encode_options(tokenizer: Any, question: formats.Messages, lead: str) -> list[packed.Tokens]:
-    """The answers (A) and (B), up to the first token in which they differ; only that one is scored."""
-    sides = [data.encode_response(tokenizer, question, [assistant(f"{lead}({x})")])[0] for x in "AB"]
-    at = formats.common_prefix(*sides)
-    return [(tokens[: at + 1], torch.arange(at + 1).eq(at).numpy()) for tokens in sides]
+    Its fields have the token that each letter has there: one forward of the question serves all of them.
+    """
+    sides = [data.encode_response(tokenizer, question, [assistant(f"{lead}({x})")])[0] for x in letters]
+    at = min(formats.common_prefix(sides[0], side) for side in sides[1:])
+    tokens = packed.Tokens(sides[0][: at + 1], np.arange(at + 1) == at)
+    return packed.Example([tokens], "", {"letters": np.array([side[at] for side in sides], np.float32)})
 
 
 @torch.no_grad()
 def letter_probs(
-    policy: Any, examples: list[packed.Example], micro_batch_tokens: int, device: torch.device
-) -> list[float]:
-    """P(A) of each example, from one packed forward for both of its options."""
-    table = torch.zeros(len(examples), 2, device=device)
+    policy: Any, examples: list[packed.Example], micro_batch_tokens: int, device: torch.device, count: int
+) -> list[list[float]]:
+    """P(letter) among `count` letters, of each example."""
+    table = torch.zeros(len(examples), count, device=device)
     for row in packed.micro_batches(examples, micro_batch_tokens, device, "verdicts") if examples else ():
-        logps = packed.segment_sum(models.token_logps(policy, row), row.target_segments, row.num_segments)
-        table[row.example_ids] = logps.view(-1, 2)
-    return option_prob(dist.sum_over_ranks(table)).tolist()  # each example was scored by one rank
+        table[row.example_ids] = policy.logits(row).gather(1, row.fields["letters"].long())
+    return dist.sum_over_ranks(table).softmax(-1).tolist()  # each example was scored by one rank
 
 
 # ----------------------------------------------------------------------------------- a model behind a server
 
 
 class Endpoint:
-    """A model behind a server with OpenAI's chat API, which may fail or stall; nothing is asked twice."""
+    """A model behind a server with OpenAI's chat API, which may fail or stall; nothing is asked twice.
 
-    def __init__(self, model: str, server: Server, folder: Path, max_new_tokens: int, reasons: bool = False):
-        """folder: of the answers, which all ranks see; reasons: before it says which option is better."""
-        self.model, self.server, self.url = model, server, server.judge_url.rstrip("/") + "/chat/completions"
-        self.max_new_tokens, self.reasons = max_new_tokens, reasons
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # left out, the user's hub token would be sent
-        self.client = InferenceClient(base_url=self.url, api_key=key, timeout=server.judge_timeout)
-        self.answers = files.Journal(folder)
+    A prompt that the server will not have costs that prompt: no critique, or no verdict.
+    """
+
+    def __init__(
+        self, url: str, model: str, server: Server, folder: Path, max_new_tokens: int, reasons: bool = False
+    ):
+        """folder: of the answers, which all ranks see; reasons: before it says which option is best."""
+        self.model, self.server, self.url = model, server, url.rstrip("/") + "/chat/completions"
+        self.max_new_tokens, self.reasons, self.used = max_new_tokens, reasons, []
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(timeout=server.judge_timeout, headers=headers)  # follows no redirect
+        self.extra, self.answers = read_body(server.judge_body), files.Journal(folder)
 
     def ask(self, conversations: list[formats.Messages], read: Callable, **how: Any) -> list[dict]:
         """read(choice) of the first choice of each answer; every rank passes the same conversations."""
+        how = {name: x for name, x in {**how, **self.extra}.items() if x is not None}
         bodies = [{"model": self.model, "messages": turns, **how} for turns in conversations]
         keys = [hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()[:32] for body in bodies]
         wanted = dict(zip(keys, bodies, strict=True))  # equal ones are asked once
-        with not_the_hub():
-            found = self.answers.collect(
-                wanted, lambda body: self.post(body, read), self.server.judge_threads
+        found = self.answers.collect(wanted, lambda body: self.post(body, read), self.server.judge_threads)
+        refused = [answer["refused"] for answer in found if answer.get("refused")]
+        if refused and len(refused) == len(found) > 1:
+            raise dist.RunError(
+                f"{self.url}: refused all of {len(found)} prompts, the first with {refused[0]}; "
+                "--judge_body changes the request, --forget_answers asks the same again"
             )
+        self.used += found
         answers = dict(zip(wanted, found, strict=True))
         return [answers[key] for key in keys]
 
@@ -205,16 +247,22 @@ class Endpoint:
             time.sleep(min(60.0, wait))
             wait = BACKOFF * 2**attempt
             try:
-                return read(self.client.chat_completion(**body).choices[0])
-            except HfHubHTTPError as error:
-                code, after = error.response.status_code, error.response.headers.get("Retry-After", "")
-                problem = f"HTTP status {code}"
-                if code in REFUSED:
-                    said = formats.first_line(error)[:200]
-                    raise dist.RunError(f"{self.url}: {problem}: {said}") from error
-                wait = max(wait, float(after)) if after.isdigit() else wait
+                response = self.client.post(self.url, json=body)
+                if response.status_code == 200:
+                    return read_answer(response.json(), read)
             except Exception as error:  # no connection, no answer in time, or an answer of another form
                 problem = f"{type(error).__name__}: {formats.first_line(error)}"
+                continue
+            code, after = response.status_code, response.headers.get("Retry-After", "")
+            problem, said = f"HTTP status {code}", " ".join(response.text.split())[:200]
+            if code == 422 or (code in (400, 413) and UNWANTED.search(response.text)):
+                return {"refused": f"{problem}: {said}"}
+            if response.is_redirect:  # followed, it could take the key to another host
+                where = response.headers.get("Location")
+                raise formats.wrong(self.url, f"a redirect to {where}", "the address itself as judge_url")
+            if code in REFUSED:
+                raise dist.RunError(f"{self.url}: {problem}: {said}")
+            wait = max(wait, float(after)) if after.isdigit() else wait
         raise dist.RunError(
             f"{self.url}: gave up after {self.server.judge_retries + 1} tries, the last with {problem}; what "
             "was answered is kept, the same command goes on from there"
@@ -223,53 +271,77 @@ class Endpoint:
     def replies(
         self, conversations: list[formats.Messages], stream: int, first: int, temperature: float
     ) -> list[Reply]:
-        def read(choice: dict) -> dict:
-            text = (choice["message"]["content"] or "").strip()
-            return {"text": text, "ended": choice.get("finish_reason") == "stop"}
+        def read(text: str, ended: bool, choice: dict) -> dict:
+            return {"text": text.strip(), "ended": ended}
 
-        how = {"max_tokens": self.max_new_tokens, "temperature": temperature}
-        return [Reply(**answer) for answer in self.ask(conversations, read, **how)]
+        answers = self.ask(conversations, read, max_tokens=self.max_new_tokens, temperature=temperature)
+        return [Reply(x.get("text", ""), x.get("ended", False), x.get("refused", "")) for x in answers]
 
-    def verdicts(self, questions: list[formats.Messages]) -> list[float | None]:
-        """P(A) of each question; None for an answer that names no letter."""
+    def verdicts(self, questions: list[formats.Messages], letters: str = "AB") -> list[list[float] | None]:
+        """P(letter) of each question; None for an answer that names none, is cut off, or was refused."""
 
-        def read(choice: dict) -> dict:
+        def read(text: str, ended: bool, choice: dict) -> dict:
             tokens = (choice.get("logprobs") or {}).get("content") or []
-            return {"p": read_verdict(choice["message"]["content"] or "", tokens, self.reasons)}
+            return {"probs": read_verdict(text, tokens, self.reasons, letters) if ended else None}
 
         asked = [with_reasoning(question) for question in questions] if self.reasons else questions
         how = {"max_tokens": self.max_new_tokens if self.reasons else 8, "temperature": 0.0}
-        return [x["p"] for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
+        return [x.get("probs") for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
+
+    def report(self) -> str:
+        """What has been asked, refused and paid, in words."""
+        refused = [x["refused"] for x in self.used if x.get("refused")]
+        read, written = (sum(x.get("tokens", (0, 0))[i] for x in self.used) for i in (0, 1))
+        cost = (read * self.server.judge_price[0] + written * self.server.judge_price[1]) / 1e6
+        text = f"{len(self.used):,} answers of the server, {read:,} tokens read and {written:,} written"
+        text += f", {cost:.2f} paid" if cost else ""
+        return text + (f"; {len(refused)} prompts refused, the first with {refused[0]}" if refused else "")
 
 
-@contextlib.contextmanager
-def not_the_hub() -> Iterator[None]:
-    """Requests go out though HF_HUB_OFFLINE is set: its client refuses them all by a hook on the session."""
-    session = get_session()
-    hooks, session.event_hooks = session.event_hooks, {}
+def read_body(text: str) -> dict[str, Any]:
+    """The fields of --judge_body; max_completion_tokens takes the place of max_tokens."""
     try:
-        yield
-    finally:
-        session.event_hooks = hooks
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise formats.wrong("judge_body", repr(text), 'JSON, as {"max_completion_tokens": 4096}')
+    return ({"max_tokens": None} if "max_completion_tokens" in body else {}) | body
 
 
-def read_verdict(text: str, tokens: list[dict], reasons: bool) -> float | None:
-    """P(A) from the letter an answer gives, and from the log-probabilities at its token if there are any.
+def read_answer(answer: dict, read: Callable) -> dict:
+    """read(text, whether it has ended, first choice) of an answer, with the tokens that were paid for."""
+    choice, usage = answer["choices"][0], answer.get("usage") or {}
+    reason, text = choice.get("finish_reason"), choice["message"].get("content") or ""
+    is_refused = reason == "content_filter"
+    found = {"refused": f"finish_reason {reason}"} if is_refused else read(text, reason != "length", choice)
+    return {**found, "tokens": [usage.get(f"{name}_tokens") or 0 for name in ("prompt", "completion")]}
+
+
+def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "AB") -> list[float] | None:
+    """P(letter) from the letter an answer gives, and from the log-probabilities at its token if it has any.
+
+    The letter stands where an answer does: at the start, alone or before a mark, and no other option is
+    named after it; at the end where reasoning comes first.
 
     Args:
-        tokens: OpenAI's logprobs.content. Without it the probability is 0 or 1.
+        tokens: OpenAI's logprobs.content. Without it a probability is 0 or 1.
     """
-    letters = re.findall(r"\(([AB])\)", text) or re.findall(r"^\W*([AB])\b", text)
-    if not letters or (not reasons and len(set(letters)) > 1):
+    lead = r"(?i:(?:the )?(?:final )?(?:answer|better reply|best reply|reply|option|choice)\W*(?:is\W*)?)"
+    if reasons:
+        found = re.search(rf"(?:{lead}|\()([{letters}])\W*$", text)
+    else:
+        found = re.match(rf"\W*{lead}?([{letters}])(?:\W*$|\W*\n|\)?\W*[.,:;])", text)
+    if not found or (not reasons and re.search(rf"\([{letters}]\)", text[found.end(1) + 1 :])):
         return None
-    probs = {"A": 0.0, "B": 0.0}
-    named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letters[-1]]
-    for top in (named[-1].get("top_logprobs") or []) if named else []:
-        letter = re.sub(r"\W", "", top["token"])
-        if letter in probs:
-            probs[letter] += math.exp(top["logprob"])
+    letter, probs = found[1], dict.fromkeys(letters, 0.0)
+    named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letter]
+    for top in (named[-reasons].get("top_logprobs") or []) if named else []:
+        name = re.sub(r"\W", "", top["token"])
+        if name in probs:
+            probs[name] += math.exp(top["logprob"])
     total = sum(probs.values())
-    return probs["A"] / total if total > 0 else float(letters[-1] == "A")
+    return [p / total if total > 0 else float(x == letter) for x, p in probs.items()]
 
 
 # ------------------------------------------------------------------------------------------- in the terminal
@@ -303,7 +375,7 @@ def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, "", args.chat_template_kwargs)
     policy = models.load(args.model, device, Inference(), trainable=False)
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    label = formats.read_line(args.attributes, "attributes")
+    label = labels.read_line(args.attributes, "attributes")
     shown = ""
 
     def show(sample: Sample) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_gib)")
+IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_\w+)")
 FREE = {"output_dir", "overwrite", "accept_changes", "track", "wandb_project", "run_name", "plan", "check"}
 FREE |= {"max_minutes", "finished_at", "accepted_changes"}  # in args.json, and of no weight
 Rows = dict[tuple[int, int], dict[str, Any]]  # (step, place among the rows of that step) -> name -> value

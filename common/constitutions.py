@@ -1,8 +1,13 @@
-"""Constitutions: principles to criticise, revise and compare by, and examples of it, from JSON files."""
+"""Constitutions: principles to criticise, revise and compare by, and examples of it, from JSON files.
 
+And what is made of them: what a judge is asked, what of a revision is kept.
+"""
+
+import difflib
 import json
 import re
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +109,53 @@ def read_judge_few_shots(name: str) -> list[tuple[Messages, str, str]]:
             raise wrong(where, repr(error), "prompt, corrects and incorrects") from error
         shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
     return shots
+
+
+# ------------------------------------------------------------------------------------- what is asked and said
+
+
+def with_shots(shots: Messages, conversation: Messages) -> Messages:
+    """Examples before a conversation, after its system message."""
+    start = int(conversation[0]["role"] == "system")
+    return conversation[:start] + shots + conversation[start:]
+
+
+def clean(text: str, name: str) -> str:
+    """A critique or revision without its cue, repeated, and without turns that the model made up after it."""
+    return MARK.split(re.sub(rf"^\s*{name}:", "", text))[0].strip()
+
+
+def is_copy(text: str, source: str) -> bool:
+    """Whether a text has the words of another, but for one in twenty at most."""
+    words = [re.findall(r"\w+", x.lower()) for x in (text, source)]
+    return difflib.SequenceMatcher(None, *words, autojunk=False).ratio() >= 0.95
+
+
+def comparison(prompt: Messages, principle: str, options: Sequence[str], request: str = "") -> str:
+    """What a judge is asked: which of the options, lettered (A), (B), ..."""
+    turns = [f"{m['role'].capitalize()}: {m['content']}" for m in prompt if m["role"] != "system"]
+    lettered = [f"({string.ascii_uppercase[i]}) {option}" for i, option in enumerate(options)]
+    return "\n".join([*turns, principle, *lettered, *([request] if request else [])])
+
+
+def ask_judge(
+    prompt: Messages,
+    principle: str,
+    options: Sequence[str],
+    shots: Sequence[tuple[Messages, str, str]] = (),
+    right: str = "",
+    request: str = "",
+) -> Messages:
+    """A comparison after examples of two options each.
+
+    Args:
+        right: the letter of the better option in each example, drawn at random: a judge must not learn that
+            (A) is right. Both orders of two replies get the same, so that all before the replies is the same.
+        request: how to answer, at the end of each comparison.
+    """
+    messages = []
+    for (asked, better, worse), letter in zip(shots, right, strict=True):
+        pair = (better, worse) if letter == "A" else (worse, better)
+        said = comparison(asked, principle, pair, request)
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": f"({letter})"}]
+    return [*messages, {"role": "user", "content": comparison(prompt, principle, options, request)}]

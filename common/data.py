@@ -34,7 +34,6 @@ from common.formats import (
     Stream,
     as_messages,
     as_turns,
-    attach_labels,
     common_prefix,
     first,
     is_transcript,
@@ -43,7 +42,6 @@ from common.formats import (
     number,
     open_records,
     read_exchange,
-    read_label,
     read_pair,
     read_prompt,
     read_sources,
@@ -52,6 +50,7 @@ from common.formats import (
     says_something,
     wrong,
 )
+from common.labels import attach_labels, rated_records, read_label
 from common.loading import config_of
 from common.packed import Example, Tokens
 from common.templates import (  # noqa: F401, all that scripts need to encode
@@ -455,7 +454,8 @@ def load(
         if not len(stream):
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
         two_lined = is_two_lined(stream, kind)
-        rows = functools.partial(encode_rows, stream, two_lined, tokenizer, attempt)
+        split = rated_records if kind == "ratings" else functools.partial(regroup, two_lined=two_lined)
+        rows = functools.partial(encode_rows, stream, 1 + two_lined, split, tokenizer, attempt)
         name = hashlib.sha256(f"{key} {stream.digest} {stream.split}".encode()).hexdigest()[:32]
         found = encoded.make(dist.from_main(lambda: name), len(stream), rows, f"{kind}: {source}")
         tell_counts(found, source, option, max_length, cut, tell)
@@ -488,20 +488,27 @@ def note(kind: str, notes: list[str], text: str) -> None:
 
 
 def encode_rows(
-    stream: Stream, two_lined: bool, tokenizer: Any, attempt: Callable, start: int, stop: int, exactly: bool
+    stream: Stream,
+    size: int,
+    split: Callable,
+    tokenizer: Any,
+    attempt: Callable,
+    start: int,
+    stop: int,
+    exactly: bool,
 ) -> Iterator[Made | str | dist.RunError | None]:
     """What `encoded.make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
 
     The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
     """
-    rows, size, count = stream.rows(start, stop), 1 + two_lined, itertools.count()
+    rows, count = stream.rows(start, stop), itertools.count()
     while chunk := list(itertools.islice(rows, 256)):
         jobs: list[Any] = []
         for i in range(0, len(chunk), size):
             try:
                 found = [stream.record(*row) for row in chunk[i : i + size]]
                 found = [record for record in found if record]
-                for record in regroup(found, two_lined) if found else ():
+                for record in split(found) if found else ():
                     is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
                     text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
                     jobs.append((record, text))
@@ -563,6 +570,11 @@ def fit(example: Example, kind: str, max_length: int, cut: str, option: str, apa
     return is_long
 
 
+def num_kept(size: int) -> int:
+    """How many of `size` examples are trained on where some are held out."""
+    return max(0, size - min(512, max(1, round(0.05 * size))))
+
+
 def question(example: Example) -> int:
     """A number that examples have in common which open with the same words of the user."""
     opening = [m["content"] for m in example.prompt if m["role"] == "user"][:1]
@@ -578,7 +590,7 @@ def hold_out(examples: Sequence[Example], source: str) -> tuple[Sequence[Example
     is_encoded = isinstance(examples, Encoded)
     keys = examples.keys if is_encoded else np.array([question(e) for e in examples], np.uint64)
     names, sizes = (found.tolist() for found in np.unique(keys, return_counts=True))
-    held, room = [], min(512, max(1, round(0.05 * len(examples))))
+    held, room = [], len(examples) - num_kept(len(examples))
     if len(names) == 1:
         raise wrong(f"dataset {source}", "a single prompt, none to hold out", "eval_dataset to be set")
     for name, size in zip(names, sizes, strict=True):

@@ -40,7 +40,8 @@ class Sample:
     tokens: list[int]
     """of the response, with its end token if it has one"""
     logps: list[float]
-    """log p of each of `tokens` under softmax(logits / temperature), before top_k and top_p; greedy: at 1"""
+    """log p of each of `tokens` under softmax(logits / temperature), before top_k and top_p; greedy: at 1.
+    A repetition penalty has changed these logits."""
     ended: bool
     """by an end token or a stop string; False: cut off at max_new_tokens"""
     text: str
@@ -54,6 +55,7 @@ class Settings(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
+    repetition_penalty: float
     stop: tuple[str, ...]
     seed: int
     step: int
@@ -81,6 +83,12 @@ def draw(
         weights = logps.exp()
         tokens = invert(keep_top(weights, top_k, top_p) if top_k or top_p < 1 else weights, uniforms)
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (n, V) after a repetition penalty on the tokens `seen`, (n, V), as transformers applies it."""
+    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, lower, logits)
 
 
 def keep_top(weights: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -205,13 +213,16 @@ class Batch:
         self.uniforms = zeros(num_rows, columns, LEVELS, dtype=torch.float64)
         self.tokens = zeros(num_rows, columns)
         self.logps = zeros(num_rows, columns, dtype=torch.float32)
+        self.seen = None  # the tokens of each row, prompt included, where they are penalized
+        if settings.repetition_penalty != 1:
+            self.seen = zeros(num_rows, len(replica.model.get_output_embeddings().weight), dtype=torch.bool)
         self.state = [x for x in vars(self).values() if isinstance(x, Tensor)]
         self.ends = torch.tensor(settings.ends, device=self.device)
         self.cache = Cache(num_rows, num_slots)
         self.graphs: dict[tuple[int, int], Any] = {}
         self.use_graphs = can_capture(replica)
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.drawn = settings.temperature, settings.top_k, settings.top_p, settings.ends  # part of the graphs
+        self.drawn = drawing_of(settings)
 
     def ids(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor:
         """To the device, in its queue: the host does not wait for what stands before."""
@@ -234,6 +245,11 @@ class Batch:
         index = self.ids(rows)
         self.starts[index], self.budgets[index] = self.ids(lengths), self.ids(budgets)
         self.counts[index], self.alive[index] = 0, True
+        if self.seen is not None:
+            self.seen[index] = False
+            for sample, row in zip(samples, rows, strict=True):
+                self.seen[row, self.ids(sample.prompt_tokens)] = True
+                self.seen[row, self.ends] = False  # a template ends each turn with one: replies would go on
         self.uniforms[index, : streams.shape[1]] = self.ids(streams, torch.float64)
         takers = list(takers.values())
         prompts = [np.array(self.owners[rows[0]].prompt_tokens) for rows in takers]
@@ -282,7 +298,11 @@ class Batch:
         """Draw the next token of `rows`; a row that has finished stands still."""
         s, counts, alive = self.settings, self.counts[rows], self.alive[rows]
         logits, uniforms = self.replica.logits(hidden), self.uniforms[rows, counts]
+        if self.seen is not None:
+            logits = penalize(logits, self.seen[rows], s.repetition_penalty)
         tokens, logps = draw(logits, uniforms, s.temperature, s.top_k, s.top_p)
+        if self.seen is not None:
+            self.seen[rows, tokens] = True
         self.tokens[rows, counts], self.logps[rows, counts], self.last[rows] = tokens, logps, tokens
         counts = counts + alive
         ended = (tokens[:, None] == self.ends).any(-1) | (counts >= self.budgets[rows])
@@ -323,6 +343,11 @@ class Batch:
         self.cache.move(a, b)
 
 
+def drawing_of(settings: Settings) -> tuple:
+    """How tokens are drawn, which is part of the graphs of a batch."""
+    return settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty, settings.ends
+
+
 def can_capture(replica: Any) -> bool:
     """Whether a step of this model can be a CUDA graph."""
     rope = getattr(replica.config, "rope_parameters", None) or {}
@@ -339,13 +364,8 @@ def make_batch(replica: Any, settings: Settings, num_rows: int, num_slots: int) 
 
     They are those of the call before, with its graphs, if they are enough and it drew alike.
     """
-    s, old = settings, replica.batch
-    sizes = (num_rows, num_slots, s.max_new_tokens)
-    if (
-        old is None
-        or old.drawn != (s.temperature, s.top_k, s.top_p, s.ends)
-        or any(map(lt, old.sizes, sizes))
-    ):
+    old, sizes = replica.batch, (num_rows, num_slots, settings.max_new_tokens)
+    if old is None or old.drawn != drawing_of(settings) or any(map(lt, old.sizes, sizes)):
         old = replica.batch = None  # its memory is free for the next
         most = rows_in_memory(replica, num_slots) if replica.device.type == "cuda" else num_rows
         old = Batch(replica, settings, min(num_rows, most), num_slots)

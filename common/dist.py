@@ -299,7 +299,7 @@ def progress(items: Iterable, what: str, total: int, size: Callable[[Any], int] 
 def run(main: Any, args: Any) -> None:
     """Call main(args); a mistake, a full disk or a lost rank ends it with one line instead of a traceback."""
     code = outcome(main, args)
-    if stop_requested() and is_main() and os.environ.get("CLEANALIGN_STOPPED"):
+    if not code and stop_requested() and is_main() and os.environ.get("CLEANALIGN_STOPPED"):
         Path(os.environ["CLEANALIGN_STOPPED"]).touch()  # for who starts it again, as recipes/slurm.sh
     sys.exit(code) if "RANK" not in os.environ else leave(code)
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import numbers
 import re
 from collections import Counter
@@ -64,8 +65,8 @@ def scores_of(judge: Callable, name: str, prompt: str, response: Any) -> dict[st
     except Exception as error:  # a user's function may raise anything
         raise dist.RunError(f"judge {name} raised {what_happened(error)}; it was asked {prompt!r}") from error
     scores = found if isinstance(found, dict) else {"score": found}
-    if not all(isinstance(score, numbers.Real) for score in scores.values()):
-        raise wrong(f"judge {name}", repr(found), "a number, or a dict of numbers")
+    if not all(isinstance(score, numbers.Real) and math.isfinite(score) for score in scores.values()):
+        raise wrong(f"judge {name}", repr(found), "a finite number, or a dict of them")
     return scores
 
 

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import functools
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -378,67 +377,6 @@ def reward_names(value: dict) -> str:
 def common_prefix(a: Any, b: Any) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def read_label(value: dict, where: str) -> dict[str, float]:
-    """The attributes of a reply: a label (a dict, NeMo-Aligner's list or line), or columns by their names."""
-    turns = first(value, CONVERSATIONS)
-    label = first(value, ("label", "attributes"))
-    if label is None and isinstance(turns, list):
-        label = first(turns[-1], ("label", "attributes"))
-    if label is None:
-        label = {name: value[name] for name in ATTRIBUTES if name in value}
-    if isinstance(label, str):
-        try:
-            label = {name.strip(): float(x) for name, x in (item.split(":") for item in label.split(","))}
-        except ValueError as error:
-            raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
-    if isinstance(label, list) and len(label) == len(ATTRIBUTES):
-        label = dict(zip(ATTRIBUTES, label, strict=True))
-    if not isinstance(label, dict) or not label:
-        raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
-    for name in label.keys() | (value.keys() if label.keys() <= value.keys() else set()):
-        meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
-        if meant and name not in ATTRIBUTES:
-            raise wrong(where, f"the attribute {name}", meant[0])
-    return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
-
-
-def label_line(attributes: dict[str, float]) -> str:
-    """The line before a conditioned reply: name:value of each attribute that is known, joined by commas."""
-    known = {name: value for name, value in attributes.items() if not math.isnan(value)}
-    return ",".join(f"{name}:{value:.0f}" for name, value in known.items()) + "\n"
-
-
-def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -> str:
-    """A label line from NeMo-Aligner's string or a dict; "" without a label.
-
-    Raises:
-        RunError: a value outside 0 to 4, or an attribute that is none of `names`, where these are given.
-    """
-    if not label:
-        return ""
-    attributes = read_label({"label": label}, where)
-    if isinstance(label, dict):  # a dict has no order of its own
-        known = [*names] or [*ATTRIBUTES, *sorted(attributes.keys() - set(ATTRIBUTES))]
-        attributes = {name: attributes.pop(name) for name in known if name in attributes} | attributes
-    for name, value in attributes.items():
-        if value not in range(5):
-            raise wrong(where, f"{name}:{value:g}", "a whole number from 0 to 4")
-        if names and name not in names:
-            raise wrong(where, f"the attribute {name}", f"one of {', '.join(names)}")
-    return label_line(attributes)
-
-
-def attach_labels(value: dict, turns: Messages, where: str) -> None:
-    """Put the label line of each reply with it, in a record that NeMo-Aligner calls VALUE_TO_TEXT."""
-    given = first(value, CONVERSATIONS)
-    if value.get("type") != "VALUE_TO_TEXT" or not isinstance(given, list):
-        return
-    for turn, source in zip(turns[len(turns) - len(given) :], given, strict=True):
-        line = read_line(first(source, ("label", "attributes")), where)
-        if line and turn["role"] == "assistant":
-            turn["label"] = line
 
 
 def is_two_lined(stream: Stream, kind: str) -> bool:

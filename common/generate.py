@@ -29,6 +29,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     samples_per_prompt: int = 1,
     stop: Sequence[str] = (),
     seed: int = 1,
@@ -48,12 +49,15 @@ def generate(
         prompts: token lists; a reply also ends where the model's positions do.
         temperature: 0 takes the most likely token.
         top_k, top_p: draw from the top_k likeliest tokens; of these, the fewest that hold top_p of the mass.
+        repetition_penalty: logits of tokens that prompt or reply already have are divided by it, multiplied
+            where they are below 0, but for end tokens, which chat templates put into every prompt; 1 is off.
         stop: strings that end a reply, which is cut after the token completing one.
         first_index: the first prompt's place in a longer list, of which these are a part; in the seeds only.
         max_batch: most rows decoded together on a rank, 0: 64 on CPU, 256 on GPU; speed and memory only.
         stream: called with each reply of this rank as it grows.
-        keep: a folder, of these weights only, for replies that have ended: stopped or killed, the same call
-            goes on from them, on any number of ranks. They come without logps.
+        keep: a folder, of these weights only, for replies: stopped or killed, the same call goes on from
+            them, on any number of ranks, and one with more max_new_tokens from those that have ended. They
+            come without logps.
 
     Raises:
         RunError: a setting out of range, an empty prompt, one too long for the model, or too little memory.
@@ -64,7 +68,17 @@ def generate(
     limit = packed.position_limit(policy.config)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = Settings(
-        max_new_tokens, temperature, top_k, top_p, stop, seed, step, first_index, sorted(ends), limit
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+        step=step,
+        first_index=first_index,
+        ends=sorted(ends),
+        max_positions=limit,
     )
     check(settings, samples_per_prompt, prompts)
     samples = [
@@ -73,10 +87,12 @@ def generate(
         for k in range(samples_per_prompt)
     ]
     if keep:
-        call = hashlib.sha256(repr((settings, [s.prompt_tokens for s in samples])).encode()).hexdigest()[:16]
-        journal = files.Journal(keep / call)
+        call = repr(settings._replace(max_new_tokens=0))  # with more of them, what has ended stays the same
+        journal = files.Journal(keep / hashlib.sha256(call.encode()).hexdigest()[:16])
         for sample in samples:
-            vars(sample).update(journal.records.get(f"{sample.prompt_index} {sample.sample_index}", {}))
+            found = journal.records.get(key_of(sample), {"tokens": [], "ended": False})
+            room = min(max_new_tokens, limit - len(sample.prompt_tokens)) - len(found["tokens"])
+            vars(sample).update(found if room == 0 or (found["ended"] and room > 0) else {})
     known, wanted = ([s for s in samples if bool(s.tokens) == is_known] for is_known in (True, False))
     groups = [[*group] for _, group in itertools.groupby(wanted, key=lambda s: s.prompt_index)]
     costs = [len(group[0].prompt_tokens) + max_new_tokens for group in groups]
@@ -89,8 +105,14 @@ def generate(
             for s in ended if keep else ():
                 s.logps = []
                 reply = {"tokens": s.tokens, "ended": s.ended, "text": s.text}
-                journal.add(f"{s.prompt_index} {s.sample_index}", reply)
+                journal.add(key_of(s), reply)
     return sorted(known + dist.gather(mine), key=lambda s: (s.prompt_index, s.sample_index))
+
+
+def key_of(sample: Sample) -> str:
+    """What a kept reply is known by."""
+    digest = hashlib.sha256(repr(sample.prompt_tokens).encode()).hexdigest()[:16]
+    return f"{sample.prompt_index} {sample.sample_index} {digest}"
 
 
 def check(settings: Settings, samples_per_prompt: int, prompts: Sequence[Sequence[int]]) -> None:
@@ -100,6 +122,7 @@ def check(settings: Settings, samples_per_prompt: int, prompts: Sequence[Sequenc
         ("samples_per_prompt", samples_per_prompt, samples_per_prompt >= 1, "1 or more"),
         ("top_k", settings.top_k, settings.top_k >= 0, "0 (off) or more"),
         ("top_p", settings.top_p, 0 < settings.top_p <= 1, "more than 0 and at most 1 (off)"),
+        ("repetition_penalty", settings.repetition_penalty, settings.repetition_penalty > 0, "more than 0"),
         ("stop", settings.stop, all(settings.stop), "strings that are not empty"),
     ):
         if not good:
@@ -234,11 +257,3 @@ def rollout(policy: models.Policy) -> Iterator[Replica]:
         if outermost:
             policy.replica.in_use = False
             policy.replica.rest(policy.room)
-
-
-if __name__ == "__main__":
-    import tyro
-
-    from common import chat  # which holds the conversation, and imports this file
-
-    dist.run(chat.main, tyro.cli(chat.Args, use_underscores=True))

@@ -1,11 +1,50 @@
 """Pictures to look at: images in a grid or one by one, reward over diversity; only rank 0 writes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from common import dist
+
+
+class Drawn(NamedTuple):
+    """Images to look at, as many in a row of each prompt; alike on every rank."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+    rewards: Tensor  # (N,)
+    features: Tensor  # (N, F)
+
+
+def gathered(found: list[tuple]) -> Drawn:
+    """All ranks' (index, image, reward, features), in order."""
+    rows = sorted(dist.gather(found), key=lambda row: row[0])
+    return Drawn(*(torch.stack(column) for column in list(zip(*rows, strict=True))[1:]))
+
+
+def joined(pieces: list[Drawn]) -> Drawn:
+    return Drawn(*map(torch.cat, zip(*pieces, strict=True)))
+
+
+def save_schedules(folder: Path, prompts: list[str], columns: dict[str, Drawn], count: int) -> None:
+    """The grid of images, and the curve of reward over diversity, of `count` images a prompt."""
+    points = {}
+    for name, drawn in columns.items():
+        spread = diversity(drawn.features, count)
+        points[name] = {"diversity": spread, "reward": drawn.rewards.mean().item()}
+    save_grid(folder / "grid.png", prompts, columns)
+    save_curve(folder / "curve.png", points)
+
+
+def diversity(features: Tensor, images_per_prompt: int) -> float:
+    """Mean distance between two images of one prompt; features (prompts * images_per_prompt, F)."""
+    groups = features.view(-1, images_per_prompt, features.shape[1])
+    distances = torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist")
+    pairs = images_per_prompt * (images_per_prompt - 1)
+    return distances.sum().item() / (len(groups) * pairs) if pairs else 0.0
 
 
 def save_grid(path: Path, prompts: list[str], columns: dict[str, Any]) -> None:
@@ -43,19 +82,32 @@ def save_grid(path: Path, prompts: list[str], columns: dict[str, Any]) -> None:
     sheet.save(path)
 
 
-def save_images(folder: Path, prompts: list[str], columns: dict[str, Any]) -> None:
-    """Each image in a PNG of its own, <heading>/<prompt>_<image>.png, and the prompts in prompts.txt."""
+def save_images(folder: Path, images: Any, first: int, count: int) -> None:
+    """Each image in a PNG of its own, <prompt>_<image>.png: count of each prompt, which count from first."""
     if not dist.is_main():
         return
     from PIL import Image
 
-    for heading, drawn in columns.items():
-        (folder / heading).mkdir(parents=True, exist_ok=True)
-        count = len(drawn.images) // len(prompts)
-        for i, image in enumerate(drawn.images):
-            name = f"{i // count:05d}_{i % count}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / heading / name)
-    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        name = f"{first + i // count:05d}_{i % count}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name)
+
+
+def save_prompts(folder: Path, prompts: list[str]) -> None:
+    """The prompts of these images, one a line."""
+    if dist.is_main():
+        (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def in_pieces(items: list, size: int) -> Iterator[tuple[list, int]]:
+    """Pieces of a list and the place of each one's first item, with a bar that shows how far it is."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(items), unit="prompt", disable=not dist.is_main()) as bar:
+        for first in range(0, len(items), size):
+            yield items[first : first + size], first
+            bar.update(len(items[first : first + size]))
 
 
 def judged(

@@ -21,6 +21,7 @@ from common.args import flat, with_fields
 
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
 MFU = 0.4  # share of these that a plan counts on
+KEPT = 0.05  # share of what is held, see Need.kept
 NODE = 8  # GPUs that --sharding hybrid shards over
 
 
@@ -159,8 +160,17 @@ class Need(NamedTuple):
     unit: str  # "tokens" or "images"
 
     @property
-    def total(self) -> float:
+    def kept(self) -> float:
+        """What libraries load with a first step and allocators keep of freed blocks, measured on CPUs."""
+        return KEPT * self.held + 100 * 2**20
+
+    @property
+    def held(self) -> float:
         return sum(self.always.values()) + max(sum(x.values()) for x in (self.training, self.generation))
+
+    @property
+    def total(self) -> float:
+        return self.held + self.kept
 
 
 class Model(NamedTuple):
@@ -271,36 +281,34 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import AutoConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-    from common import diffusion
+    from common import pipelines
 
     diffusers.utils.logging.set_verbosity_error()
     options, folder = flat(args), files.pipeline_folder(args.model)
     dtype = torch.float32 if options["dtype"] == "float32" else torch.bfloat16
     itemsize, num_shards = dtype.itemsize, shards(options["sharding"], machine.count)
+    sources = [name for name, _ in formats.read_sources(args.reward, "reward")]
+    toy = str(files.toy_folder("images") / "reward_model") if "toy" in sources else ""
+    clips = [toy if x == "toy" else x for x in sources if x != "brightness" and ":" not in x]
     try:
         with torch.device("meta"):
-            parts = [
-                kind.from_config(kind.load_config(folder, subfolder=name))
+            unet, vae = (
+                kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
                 for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-            ]
-            unet, vae = (part.to(dtype) for part in parts)
+            )
             is_xl = unet.config.addition_embed_type == "text_time"
-            text = [("text_encoder", CLIPTextModel)]
-            text += [("text_encoder_2", CLIPTextModelWithProjection)] * is_xl
-            encoders = [kind(AutoConfig.from_pretrained(folder, subfolder=name)) for name, kind in text]
-            names = [name for name, _ in formats.read_sources(args.reward, "reward")]
-            names = [name for name in names if name != "brightness" and ":" not in name]
-            toy = str(files.toy_folder("images") / "reward_model") if "toy" in names else ""
-            rewards = [CLIPModel(AutoConfig.from_pretrained(toy if x == "toy" else x)) for x in names]
+            kinds = [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)]
+            kinds = kinds[: 1 + is_xl]
+            encoders = [kind(AutoConfig.from_pretrained(folder, subfolder=x)) for x, kind in kinds]
+            rewards = [CLIPModel(AutoConfig.from_pretrained(x)) for x in clips]
+            for part in (vae, *encoders, *rewards, *([unet] if options["lora_rank"] else [])):
+                part.requires_grad_(False)
+            if options["lora_rank"]:
+                pipelines.add_lora(unet, args.system, 1)
     except (OSError, ValueError, KeyError) as error:
-        raise dist.RunError(f"model {args.model}: {formats.first_line(error)}") from error
-    for part in (vae, *encoders, *rewards):
-        part.requires_grad_(False)
-    if options["lora_rank"]:
-        unet.requires_grad_(False)
-        with torch.device("meta"):
-            diffusion.add_lora(unet, args.system, 1)
-    size, trained = sizes(unet), sum(p.numel() for p in unet.parameters() if p.requires_grad)
+        reason = f"{formats.first_line(error)}; plans know pipelines with a U-Net"
+        raise dist.RunError(f"model {args.model}: {reason}") from error
+    size, trained = (sum(p.numel() for p in unet.parameters() if not x or p.requires_grad) for x in (0, 1))
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = options["image_size"] or unet.config.sample_size * scale
     images, guided = options["micro_batch_size"], 1 + (options["guidance_scale"] != 1)
@@ -310,8 +318,11 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
         return torch.empty(shape, dtype=kind, device="meta", requires_grad=True)
 
     def predict() -> torch.Tensor:
-        added = {"text_embeds": empty(rows, 1280), "time_ids": empty(rows, 6)} if is_xl else None
-        states = empty(rows, 77, unet.config.cross_attention_dim)
+        c, added = unet.config, None
+        if is_xl:  # the embedded text, and six numbers of sizes and crops
+            width = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+            added = {"text_embeds": empty(rows, width), "time_ids": empty(rows, 6)}
+        states = empty(rows, 77, c.cross_attention_dim)
         return unet(empty(rows, channels, side, side), 1, states, added_cond_kwargs=added, return_dict=False)
 
     a_step, step_flops = traced(predict, unet)
@@ -422,6 +433,7 @@ def as_lines(need: Need, machine: Machine) -> list[str]:
     groups = {"": need.always, "training: ": need.training, "generating: ": need.generation}
     for head, parts in groups.items():
         lines += [f"  {head + name:<36}{size / gib:9.2f}" for name, size in parts.items() if size]
+    lines.append(f"  {'libraries and allocator':<36}{need.kept / gib:9.2f}")
     verdict = "fits into" if need.total <= machine.memory else "does not fit into"
     lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
     pace = MFU * PEAK_FLOPS * machine.count / need.flops

@@ -4,17 +4,18 @@ A function is any importable package.module:function, (prompts, replies, records
 one that takes what TRL's take. A reward model reads the decoded text under its own template and tokenizer.
 """
 
+import gc
 import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import data, dist, formats, models, templates
-from common.args import System, load_function, what_happened
-from common.packed import Example
+from common.args import Inference, System, load_function, what_happened
+from common.packed import Example, Tokens
 
 
 class Reward(NamedTuple):
@@ -198,3 +199,37 @@ def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
     square = (count * square + scores.square().sum().item()) / total
     running.update(count=total, mean=mean, square=square)
     return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
+
+
+class Rater(NamedTuple):
+    """An attribute model, its own tokenizer, and the names of its outputs."""
+
+    model: nn.Module
+    tokenizer: Any
+    names: list[str]
+
+    def __call__(self, replies: list[Tokens], micro_batch_tokens: int, device: torch.device) -> Tensor:
+        """Attribute values of encoded replies, on the scale of the labels; a collective. -> (replies, A)"""
+        examples = [Example([reply], "") for reply in replies]
+        return models.score(self.model, examples, micro_batch_tokens, device, centred=False)
+
+    def judge(
+        self, exchanges: list[tuple[formats.Messages, str]], micro_batch_tokens: int, device: torch.device
+    ) -> list[dict[str, float]]:
+        """Attribute values of replies by name, each after its prompt without the label lines in it."""
+        replies = []
+        for prompt, text in exchanges:
+            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in prompt]
+            reply = [{"role": "assistant", "content": text}]
+            replies.append(data.encode_response(self.tokenizer, turns, reply))
+        outputs = self(replies, micro_batch_tokens, device)
+        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
+
+
+def load_rater(path: str, device: torch.device, system: Inference) -> Rater:
+    """A regression model of attributes, whose outputs are on the scale of the labels."""
+    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
+    model = models.load_scorer(path, device, system, trainable=False)
+    tokenizer = data.load_tokenizer(path)
+    read_where_trained(model, tokenizer)
+    return Rater(model, tokenizer, models.output_names(model))

@@ -42,7 +42,13 @@ def stage(
         given = read_options(folder.name, Args, options)
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
         own = {"output_dir": str(folder), "accept_changes": pipeline.run.accept_changes}
-        main(args.with_fields(given, **overrides | own), pipeline)
+        try:
+            main(args.with_fields(given, **overrides | own), pipeline)
+        except dist.RunError as error:
+            if isinstance(error, dist.Stopped) or has_begun(folder):
+                raise
+            hint = "its options may still change, what is done stays"
+            raise dist.RunError(f"stage {folder.name}: {error}; {hint}") from error
         gc.collect()
         dist.poll_stop()  # a signal that came after the last step of the stage
     if dist.stop_requested():
@@ -84,6 +90,11 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
 def is_complete(folder: Path) -> bool:
     """Whether the stage in this folder is done."""
     return dist.from_main((folder / "model").is_dir)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the stage in this folder has a checkpoint or a model/, which others must go on from."""
+    return bool(checkpoint.newest(folder)) or (folder / "model").is_dir()
 
 
 def read_all(strings: Any, stages: dict[str, type], reserved: Collection[str]) -> dict[str, Any]:
@@ -136,7 +147,7 @@ def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], a
     def compare() -> None:
         for folder, options in folders.items() if not accept else ():
             is_finished = (folder / "model").is_dir()
-            if (is_finished or checkpoint.newest(folder)) and (folder / "args.json").exists():
+            if has_begun(folder) and (folder / "args.json").exists():
                 before, now = files.read_json(folder / "args.json"), args.snapshot(options)
                 names = now.fixed | set(args.Training.final if is_finished else ())
                 args.refuse_changes(folder, args.changes(before, now.values, names - reserved))
@@ -166,10 +177,36 @@ def begin(path: Path) -> bool:
     return True
 
 
+def begin_again(path: Path, later: Path, option: str, value: Any) -> bool:
+    """`begin`, also where the file was made with another value of an option, which its records have.
+
+    Its folder's files are then removed first, but not once the stage in the folder `later` has begun to
+    train on them.
+    """
+
+    def set_aside() -> None:
+        made = [record.get(option, value) for record in read_lines(path)[:1]] if path.exists() else []
+        if made in ([], [value]):
+            return
+        if has_begun(later):
+            say(f"{path.parent.name} stays as it was made, with {option} {made[0]}")
+            return
+        for old in path.parent.glob("*.jsonl"):
+            files.remove(old)
+
+    dist.from_main(set_aside)
+    return begin(path)
+
+
+def say(*lines: str) -> None:
+    """Lines of the console."""
+    for line in lines if dist.is_main() else ():
+        print(line, flush=True)
+
+
 def show(metrics: dict[str, float]) -> None:
     """A line of the console."""
-    if dist.is_main():
-        print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()), flush=True)
+    say("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 
 def read_lines(path: str | Path) -> list[dict]:

@@ -161,11 +161,16 @@ def refuse_twice(found: list[Path], folder: Path) -> None:
 
 
 def open_hub(source: str, names: tuple[str, ...]) -> Stream | None:
-    """The rows of the split that source names, else of the first of `names` that the data set has."""
+    """The rows of the split that source names, else of the first of `names` that the data set has.
+
+    Some keep their parts in folders: hub/name:data_dir=folder, as Anthropic/hh-rlhf:data_dir=harmless-base.
+    """
     name, config, chosen = (*source.split(":", 2), "", "")[:3]
+    inside = {"data_dir": config[len("data_dir=") :]} if config.startswith("data_dir=") else {}
     if chosen and "train" not in names:
         return None
-    table = load_table(source, "load_dataset", name, config or None, split=chosen or None)
+    own = None if inside else config or None
+    table = load_table(source, "load_dataset", name, own, split=chosen or None, **inside)
     if not chosen:
         split = next((n for n in names if n in table), None)
         if split is None and "train" in names:
@@ -181,7 +186,9 @@ def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
     try:
         return getattr(datasets, how)(*given, **options)
     except Exception as error:  # the library raises many kinds
-        raise dist.RunError(f"dataset {source}: cannot be loaded: {first_line(error)}") from error
+        is_hollow = isinstance(error, datasets.exceptions.DatasetGenerationError)  # the cause says more
+        reason = first_line((is_hollow and error.__cause__) or error)
+        raise dist.RunError(f"dataset {source}: cannot be loaded: {reason}") from error
 
 
 def open_table(table: Any, where: str) -> Stream:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --requeue --open-mode=append --signal=B:USR1@300
 # A command as a Slurm job that is queued again until it has finished:
-#   sbatch --nodes=1 --gpus-per-node=8 --time=4:00:00 recipes/slurm.sh bash recipes/sft_dpo_8gpu.sh
+#   sbatch --nodes=1 --gpus-per-node=8 --time=4:00:00 recipes/slurm.sh bash recipes/sft_chat.sh
 # Five minutes before the limit Slurm signals; the ranks save, and the job is queued again. The same happens when
 # --max_minutes of the command is over, for clusters that send no signal. A command that fails is not queued again.
 set -uo pipefail

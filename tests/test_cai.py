@@ -44,7 +44,7 @@ def read(path: Path) -> list[dict]:
 
 def test_probabilities_of_the_options_by_hand() -> None:
     # 1 / (1 + e^-1.6) = .832018; with p_ba = .4: (.832018 + .6) / 2 = .716009, and .832018 - .6 = .232018
-    p_ab = chat.option_prob(torch.tensor([-0.4, -2.0])).item()
+    p_ab = torch.tensor([-0.4, -2.0]).softmax(-1)[0].item()
     assert p_ab == pytest.approx(0.832018, abs=1e-6)
     assert cai.average_orders(p_ab, 0.4) == pytest.approx(0.716009, abs=1e-6)
     assert cai.position_bias(p_ab, 0.4) == pytest.approx(0.232018, abs=1e-6)
@@ -120,34 +120,82 @@ def test_principles_are_drawn_by_seed_round_and_prompt_and_all_of_them_alike() -
     ],
 )
 def test_a_revision_loses_its_cue_and_made_up_turns(text: str, expected: str) -> None:
-    assert cai.clean(text, "Revision") == expected
+    assert constitutions.clean(text, "Revision") == expected
 
 
 # what the judge is asked
 
 
 def test_a_comparison_is_in_the_words_that_the_toy_model_knows() -> None:
-    text = cai.comparison(ASK, RULES[0], KIND, RUDE)
+    text = constitutions.comparison(ASK, RULES[0], [KIND, RUDE])
     assert text == f"User: {ASK[0]['content']}\n{RULES[0]}\n(A) {KIND}\n(B) {RUDE}"
     turns = [{"role": "system", "content": "S"}, cai.user("U"), cai.assistant("V"), cai.user("W")]
-    assert cai.comparison(turns, "P", "1", "2") == "User: U\nAssistant: V\nUser: W\nP\n(A) 1\n(B) 2"
+    expected = "User: U\nAssistant: V\nUser: W\nP\n(A) 1\n(B) 2\n(C) 3\nWhich?"
+    assert constitutions.comparison(turns, "P", "123", "Which?") == expected
 
 
-def test_the_right_letter_of_the_examples_is_drawn() -> None:
-    shots = [([cai.user(str(i))], "right", "wrong") for i in range(64)]
-    turns = cai.ask_judge(ASK, "P", KIND, RUDE, shots, random.Random(1))
-    asked, answers = turns[:-1:2], turns[1::2]
+def test_examples_are_alike_in_both_orders_and_their_letters_are_drawn(monkeypatch: Any) -> None:
+    """What stands before the replies is the same in both: a server that keeps prefixes reads it once."""
+    shots, seen = [([cai.user(str(i))], "right", "wrong") for i in range(64)], []
+
+    def verdicts(questions: list, letters: str) -> list:
+        seen.extend(questions)
+        return [[0.7, 0.3]] * len(questions)
+
+    judge = type("Judge", (), {"verdicts": staticmethod(verdicts)})
+    group = ({"prompt": ASK}, [{"text": KIND}, {"text": RUDE}], random.Random(1))
+    args = args_of(cai.Args, judge_request="Which?")
+    (item,) = cai.compare(judge, [group], ["P"], shots, args)
+    assert item["p_ab"] == item["p_ba"] == [0.7] and len(seen) == 2
+    asked, answers = seen[0][:-1:2], seen[0][1::2]
     assert 16 < sum(turn["content"] == "(A)" for turn in answers) < 48
     for turn, answer in zip(asked, answers, strict=True):
-        assert f"{answer['content']} right" in turn["content"]
-    assert turns[-1]["content"] == cai.comparison(ASK, "P", KIND, RUDE)
+        assert f"{answer['content']} right" in turn["content"] and turn["content"].endswith("Which?")
+    assert seen[0][:-1] == seen[1][:-1]
+    first, second = (constitutions.comparison(ASK, "P", x, "Which?") for x in ([KIND, RUDE], [RUDE, KIND]))
+    assert [talk[-1]["content"] for talk in seen] == [first, second]
+
+
+def test_a_judge_of_hard_labels_names_the_best_and_the_worst_by_all_principles() -> None:
+    """As NeMo-Aligner's, but the order is drawn, and one reply named twice is a tie, not a random pair."""
+    seen: list = []
+    texts = ["middling", "best", "worst", "dull"]
+
+    def verdicts(questions: list, letters: str) -> list:
+        seen.extend(questions)
+        found = []
+        for question in questions:
+            text = question[-1]["content"]
+            wanted = "best" if "the best" in text else "worst"
+            order = re.findall(r"^\(([A-Z])\) (\w+)$", text, re.M)
+            letter = next((x for x, reply in order if reply == wanted), "A")
+            found.append([float(x == letter) for x in letters])
+        return found
+
+    judge = type("Judge", (), {"verdicts": staticmethod(verdicts)})
+    args = args_of(cai.Args, hard_labels=True)
+
+    def groups() -> list:
+        for i, some in enumerate([texts, texts[::-1], ["dull", "middling"]]):
+            yield {"prompt": [cai.user(str(i))]}, [{"text": x} for x in some], random.Random(i)
+
+    first, second, third = cai.compare(judge, list(groups()), ["One.", "Two."], [], args)
+    assert "One.\nTwo." in seen[0][0]["content"] and "(D) dull" in seen[0][0]["content"] and len(seen) == 6
+    for item in (first, second):
+        assert (item["a"]["text"], item["b"]["text"]) == ("best", "worst")
+        assert cai.read_comparison(item, args) == 1.0
+    assert cai.is_tie(third) and cai.read_comparison(third, args) is None
+    mute = type("Mute", (), {"verdicts": lambda asked, letters: [None] * len(asked)})
+    (item,) = cai.compare(mute, list(groups())[:1], ["P"], [], args)
+    assert cai.has_failed(item)
 
 
 @pytest.mark.parametrize("lead", ["", "The first is rude." + chat.CONCLUSION])
-def test_both_options_are_scored_at_one_token_after_the_same_context(tokenizer: Any, lead: str) -> None:
-    (a, mask_a), (b, mask_b) = chat.encode_options(tokenizer, ASK, lead)
-    assert len(a) == len(b) and mask_a.sum() == mask_b.sum() == 1 and mask_a[-1] and mask_b[-1]
-    assert (a[:-1] == b[:-1]).all() and tokenizer.decode(a[-1:]) == "A" and tokenizer.decode(b[-1:]) == "B"
+def test_a_question_is_read_once_for_all_letters(tokenizer: Any, lead: str) -> None:
+    example = chat.encode_options(tokenizer, ASK, lead, "ABC")
+    ((ids, mask),) = example.sequences
+    assert mask.sum() == 1 and mask[-1] and tokenizer.decode(ids[-2:]) == "(A"
+    assert [tokenizer.decode([int(x)]) for x in example.fields["letters"]] == ["A", "B", "C"]
 
 
 def judge_args(**more: Any) -> cai.Args:
@@ -156,13 +204,13 @@ def judge_args(**more: Any) -> cai.Args:
 
 def questions() -> list[formats.Messages]:
     pairs = [(KIND, RUDE), (RUDE, KIND), (KIND, KIND)]
-    return [cai.ask_judge(ASK, rule, a, b, [], random.Random(1)) for rule in RULES for a, b in pairs]
+    return [constitutions.ask_judge(ASK, rule, pair) for rule in RULES for pair in pairs]
 
 
 def judged(**more: Any) -> list[float]:
     """P(A) of twelve comparisons by the toy's base model; called here and on the two ranks."""
     args = judge_args(**more)
-    return cai.load_model("toy", args, dist.init(args.seed)).verdicts(questions())
+    return [p[0] for p in cai.load_model("toy", args, dist.init(args.seed)).verdicts(questions())]
 
 
 def test_letters_are_read_as_plain_transformers_reads_them(toy: Path, tokenizer: Any) -> None:
@@ -204,15 +252,15 @@ def test_reasoning_comes_before_the_letter_and_a_cut_off_one_is_no_verdict(
         seen.extend(conversations)
         return [chat.Reply("The reply is kind.", i != 1) for i in range(len(conversations))]
 
-    def letter_probs(policy: Any, examples: list, *rest: Any) -> list[float]:
+    def letter_probs(policy: Any, examples: list, *rest: Any) -> list[list[float]]:
         assert len(examples) == 2 and seen[0][-1]["content"].endswith(chat.THINK)
         text = model.tokenizer.decode(examples[0].sequences[0][0])
         assert text.endswith(f"{chat.THINK}<|end|><|assistant|>The reply is kind.{chat.CONCLUSION}(A")
-        return [0.99] * len(examples)
+        return [[0.99, 0.01]] * len(examples)
 
     monkeypatch.setattr(chat.Model, "replies", replies)
     monkeypatch.setattr(chat, "letter_probs", letter_probs)
-    assert model.verdicts(questions()[:3]) == [0.99, None, 0.99]
+    assert model.verdicts(questions()[:3]) == [[0.99, 0.01], None, [0.99, 0.01]]
     item = {"a": {"text": "x"}, "b": {"text": "y"}, "p_ab": [0.99], "p_ba": [0.01]}
     assert cai.read_comparison(item, args) == 0.6 and cai.read_comparison(item, judge_args()) > 0.98
 
@@ -222,7 +270,7 @@ def test_what_is_too_long_for_the_model_gets_no_reply_and_no_verdict(device: tor
     model = cai.load_model("toy", args, device)
     long = [cai.user("Hi. " * 1100)]
     replies = model.replies([ASK, long, ASK], 0, 0, 0.0)
-    assert replies[1] == ("", False) and replies[0] == replies[2] and replies[0].text
+    assert replies[1] == chat.Reply("", False) and replies[0] == replies[2] and replies[0].text
     probs = model.verdicts([questions()[0], long, questions()[0]])
     assert probs[1] is None and probs[0] == pytest.approx(probs[2], abs=1e-6)
 
@@ -277,15 +325,25 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
         ("(B).", False, 0.0),
         ("B", False, 0.0),
         (" A: it is kind", False, 1.0),
+        ("**B**\n\nIt is kinder.", False, 0.0),
+        ("The better reply is (A).", False, 1.0),
+        ("Answer: B", False, 0.0),
         ("(A) or (B)", False, None),
+        ("(A). Not (B)", False, None),
+        ("Reply (B) is worse because", False, None),
+        ("(B) is worse", False, None),
+        ("A reply like that", False, None),
         ("Both are fine.", False, None),
         ("", False, None),
         ("(A) is rude. So (B)", True, 0.0),
+        ("(A) is rude, so the better reply is **B**.", True, 0.0),
+        ("(B) is worse than I thought", True, None),
         ("I cannot say.", True, None),
     ],
 )
-def test_a_letter_is_read_from_text(text: str, cot: bool, expected: float | None) -> None:
-    assert chat.read_verdict(text, [], cot) == expected
+def test_a_letter_counts_where_an_answer_stands(text: str, cot: bool, expected: float | None) -> None:
+    found = chat.read_verdict(text, [], cot)
+    assert (found and found[0]) == expected
 
 
 def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
@@ -293,8 +351,9 @@ def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
     tops = [{"token": token, "logprob": math.log(p)} for token, p in tops]
     tokens = [{"token": "(", "top_logprobs": []}, {"token": "A", "top_logprobs": tops}, {"token": ")"}]
     # (.5 + .1) / (.5 + .1 + .15) = .8
-    assert chat.read_verdict("(A)", tokens, False) == pytest.approx(0.8)
-    assert chat.read_verdict("(A)", [{"token": "A", "top_logprobs": None}], False) == 1.0
+    assert chat.read_verdict("(A)", tokens, False) == pytest.approx([0.8, 0.2])
+    assert chat.read_verdict("(A)", tokens, False, "ABC") == pytest.approx([0.6, 0.15, 0.25])
+    assert chat.read_verdict("(A)", [{"token": "A", "top_logprobs": None}], False) == [1.0, 0.0]
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -302,22 +361,31 @@ class Stub(BaseHTTPRequestHandler):
 
     plan: list[str] = []
     seen: Counter = Counter()
-    keys: list[str] = []
+    keys: list[str | None] = []
+    bodies: list[dict] = []
+    elsewhere = ""
     lock = threading.Lock()
 
     def do_POST(self) -> None:  # noqa: N802
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with Stub.lock:
             Stub.keys.append(self.headers["Authorization"])
+            Stub.bodies.append(json.loads(body))
             fault = Stub.plan.pop(0) if Stub.plan else ""
+            if b"forbidden" in body:
+                fault = "filter"
             Stub.seen[fault or body] += 1
         if fault == "slow":
             time.sleep(0.6)
-        if fault.isdigit():
-            self.send_response(int(fault))
+        if fault.isdigit() or fault == "filter":
+            said = b'{"error": {"code": "content_filter", "message": "The prompt was filtered"}}'
+            said = said if fault == "filter" else b""
+            self.send_response(400 if said else int(fault))
             self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
+            self.send_header("Location", Stub.elsewhere)
+            self.send_header("Content-Length", str(len(said)))
             self.end_headers()
+            self.wfile.write(said)
             return
         if fault == "drop":
             self.connection.close()
@@ -331,7 +399,10 @@ class Stub(BaseHTTPRequestHandler):
             tops = [{"token": token, "logprob": math.log(p)} for token, p in (("A", 0.6), ("B", 0.2))]
             choice["logprobs"] = {"content": [{"token": "A", "logprob": -0.5, "top_logprobs": tops}]}
         garbage = {"garbage": b"<html>", "empty": b'{"choices": []}', "null": b"null"}
-        content = garbage.get(fault, json.dumps({"choices": [choice]}).encode())
+        if fault in ("content_filter", "length"):
+            choice["finish_reason"] = fault
+        usage = {"prompt_tokens": 100, "completion_tokens": 3}
+        content = garbage.get(fault, json.dumps({"choices": [choice], "usage": usage}).encode())
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -344,7 +415,7 @@ class Stub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(chat, "BACKOFF", 0.01)
-    Stub.plan, Stub.seen, Stub.keys = [], Counter(), []
+    Stub.plan, Stub.seen, Stub.keys, Stub.bodies, Stub.elsewhere = [], Counter(), [], [], ""
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
@@ -359,7 +430,7 @@ def endpoint_args(url: str, folder: Any, **more: Any) -> cai.Args:
 
 
 def endpoint(args: cai.Args) -> chat.Endpoint:
-    return cai.load_judge_model(args, own=None, device=None)
+    return cai.load_other("judge", None, args, None, args.cot)
 
 
 def ask(url: str, folder: str, texts: list[str], **more: Any) -> list[str]:
@@ -390,7 +461,7 @@ def test_a_verdict_of_a_server_uses_its_log_probabilities_if_it_sends_any(
     Stub.plan = ["log-probs"]
     judge = endpoint(endpoint_args(server, tmp_path, judge_threads=1))
     asked = [[cai.user(f"{question} (A) yes (B) no")] for question in ("Is it so?", "Is it not?")]
-    assert judge.verdicts(asked) == [pytest.approx(0.75), 1.0]  # .6 / (.6 + .2)
+    assert judge.verdicts(asked) == [pytest.approx([0.75, 0.25]), [1.0, 0.0]]  # .6 / (.6 + .2)
 
 
 def test_a_torn_line_of_answers_is_asked_again_and_harms_no_other(server: str, tmp_path: Path) -> None:
@@ -458,9 +529,64 @@ def test_a_server_is_no_hub_it_gets_no_hub_token_and_is_asked_offline_too(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert ask(server, str(tmp_path), ["a"]) == ["to a"] and Stub.keys == ["Bearer none"]
-    with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):  # the hub stays out of reach
-        huggingface_hub.get_session().get(server)
+    assert ask(server, str(tmp_path), ["a"]) == ["to a"] and Stub.keys == [None]
+
+
+def test_a_prompt_that_is_refused_costs_that_prompt_and_is_asked_once(server: str, tmp_path: Path) -> None:
+    """By a content filter before or after, or as unfit; counted, shown, and the same after a restart."""
+    Stub.plan = ["", "422", "content_filter", "length"]
+    texts = ["a", "b", "c", "d", "forbidden"]
+    settings = {"judge_threads": 1, "judge_price": (2.0, 1000.0)}
+    for _ in range(2):
+        judge = endpoint(endpoint_args(server, tmp_path, **settings))
+        found = judge.replies([[cai.user(text)] for text in texts], 0, 0, 1.0)
+        assert [(r.text, r.ended, bool(r.refused)) for r in found] == [
+            ("to a", True, False),
+            ("", False, True),
+            ("", False, True),
+            ("to d", False, False),
+            ("", False, True),
+        ]
+        assert sum(Stub.seen.values()) == 5
+        # three answers of 100 + 3 tokens: 300 * 2e-6 + 9 * 1000e-6
+        assert re.search(r"300 tokens read and 9 written, 0.01 paid; 3 prompts refused", judge.report())
+    with pytest.raises(
+        dist.RunError, match=r"refused all of 2 prompts, the first with HTTP status 400: .*filter"
+    ):
+        ask(server, str(tmp_path), ["forbidden 1", "forbidden 2"])
+
+
+def test_a_verdict_that_is_cut_off_or_refused_is_none(server: str, tmp_path: Path) -> None:
+    Stub.plan = ["length", "422", ""]
+    judge = endpoint(endpoint_args(server, tmp_path, judge_threads=1))
+    asked = [[cai.user(f"{i} (A) yes (B) no")] for i in range(3)]
+    assert judge.verdicts(asked) == [None, None, [1.0, 0.0]]
+
+
+def test_the_fields_of_a_request_are_options(server: str, tmp_path: Path) -> None:
+    """Reasoning models refuse max_tokens, a temperature and log-probabilities."""
+    body = (
+        '{"max_completion_tokens": 4096, "temperature": null, "logprobs": null, "top_logprobs": null, "n": 1}'
+    )
+    judge = endpoint(endpoint_args(server, tmp_path, judge_body=body))
+    judge.verdicts(questions()[:1])
+    assert Stub.bodies[0].keys() == {"model", "messages", "max_completion_tokens", "n"}
+    for wrong in ("[1]", "{"):
+        with pytest.raises(dist.RunError, match="judge_body: found"):
+            cai.check(endpoint_args(server, tmp_path, judge_body=wrong))
+
+
+@pytest.mark.parametrize("code", ["301", "307", "308"])
+def test_a_redirect_is_not_followed_so_the_key_stays_where_it_was_sent(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    Stub.plan, Stub.elsewhere = [code], server.replace("127.0.0.1", "localhost")
+    with pytest.raises(
+        dist.RunError, match="found a redirect to http://localhost.*expected the address itself"
+    ):
+        ask(server, str(tmp_path), ["a"])
+    assert Stub.keys == ["Bearer sesame"]  # one request, and none from the other name
 
 
 # the whole of it
@@ -601,7 +727,7 @@ def test_held_out_prompts_that_are_trained_on_are_left_out(tmp_path: Path, token
     for split, texts in (("train", "ab"), ("test", "bc")):
         lines = [json.dumps({"prompt": text}) for text in texts]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    prompts, held_out = cai.load_red_team(args_of(cai.Args, dataset=str(tmp_path)), tokenizer)
+    prompts, held_out, _ = cai.load_red_team(args_of(cai.Args, dataset=str(tmp_path)), tokenizer)
     assert len(prompts) == 2 and [e.prompt[0]["content"] for e in held_out] == ["c"]
     (tmp_path / "test.jsonl").write_text('{"prompt": "a"}')
     with pytest.raises(dist.RunError, match="prompts of the training data only"):
@@ -684,13 +810,19 @@ def test_a_kill_while_generating_repeats_no_line_and_changes_none(
         cai.main(small(folder, world))
     (kept,) = (folder / stage).glob("*.replies")
     (call,) = kept.iterdir()
-    if stage == "3_pairs":  # as if killed again in the midst of a line
+    if stage == "3_pairs":  # as if killed again, by the judge, and in the midst of a line
         lines = (whole / name).read_text().splitlines(keepends=True)
-        kept.with_suffix(".part").write_text("".join(lines[:10]) + lines[10][:30])
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die(patch, chat.Model, "verdicts", lambda self, n: True)
+            counts = count_samples(patch)
+            cai.main(small(folder, world))
+        assert counts.count(call.name) == NUM_REPLIES[stage] - 7
+        (part,) = (folder / stage).glob("*.part")
+        part.write_text("".join(lines[:10]) + lines[10][:30])
     with monkeypatch.context() as patch:
         folders = count_samples(patch)
         cai.main(small(folder, world))
-    assert folders.count(call.name) == NUM_REPLIES[stage] - 7
+    assert folders.count(call.name) == (0 if stage == "3_pairs" else NUM_REPLIES[stage] - 7)
     assert not [*(folder / stage).glob("*.replies"), *(folder / stage).glob("*.part")]
     assert_alike(numbers(folder), numbers(whole))
 
@@ -762,6 +894,7 @@ def test_generated_files_are_the_same_on_two_ranks(tmp_path: Path, world: Path, 
 def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: Path) -> None:
     Stub.plan = ["429", "garbage", "slow"]
     settings = {"judge_url": server, "judge_model": "m", "judge_timeout": 0.3, "judge_retries": 12}
+    settings |= {"critic_url": server, "critic_model": "m"}
     args = small(tmp_path, world, num_red_team=12, **settings)
     prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
     device = dist.init(args.seed)
@@ -810,6 +943,60 @@ def test_a_revision_that_is_cut_off_or_echoes_the_critique_or_an_example_is_not_
     assert starts == ["You fool.", "You fool.", "Meow.", "Meow."]
 
 
+def test_a_revision_that_copies_its_reply_is_asked_for_again_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    asked: list = []
+
+    def replies(self: Any, conversations: list, step: int, *rest: Any) -> list[chat.Reply]:
+        asked.append((step, len(conversations)))
+        texts = [talk[0]["content"] for talk in conversations]
+        if step == 4 + 2 * 1000:  # of the second round, the first try after the copies
+            texts = ["better" if text == "a b c" else text for text in texts]
+        return [chat.Reply("It is rude." if step % 2 else text, True) for text in texts]
+
+    monkeypatch.setattr(chat.Model, "replies", replies)
+    args = judge_args(num_revisions=2, copy_retries=2, few_shots="")
+    prompts = [[cai.user("a b c")], [cai.user("d e f")]]
+    cai.make_revisions(prompts, tmp_path / "r.jsonl", args, device)
+    records = read(tmp_path / "r.jsonl")
+    assert [[s["copied"] for s in r["rounds"]] for r in records] == [[True, False], [True, True]]
+    assert records[0]["rounds"][1]["revision"] == "better"
+    assert cai.revision_metrics(records)["revisions/copied_frac"] == 0.75
+    # both copies twice, then both once and the one that still is
+    assert [n for step, n in asked if step > 1000] == [2, 2, 2, 1]
+
+
+def test_a_copy_has_the_words_of_its_source_but_for_one_in_twenty() -> None:
+    words = [f"w{i}" for i in range(40)]
+    assert constitutions.is_copy("Sure! Here: it is.", "sure, here it IS")
+    assert constitutions.is_copy(" ".join([*words[:-1], "other"]), " ".join(words))
+    assert not constitutions.is_copy(" ".join([*words[:-3], "all", "is", "new"]), " ".join(words))
+
+
+def test_no_example_that_is_shipped_teaches_to_copy() -> None:
+    turns = constitutions.read_few_shots(cai.Args.few_shots)
+    examples = [[turn["content"] for turn in turns[i + 1 : i + 6 : 2]] for i in range(0, len(turns), 6)]
+    assert len(examples) == 4
+    for reply, critique, revision in examples:
+        assert not constitutions.is_copy(revision, reply) and not constitutions.is_copy(revision, critique)
+
+
+def test_a_prompt_whose_critique_is_refused_is_left_as_it_was(
+    server: str, tmp_path: Path, device: torch.device
+) -> None:
+    Stub.plan = ["422"]
+    settings = {"critic_url": server, "critic_model": "m", "judge_threads": 1, "output_dir": str(tmp_path)}
+    args = judge_args(num_revisions=1, max_new_tokens=16, **settings)
+    cai.make_revisions([ASK, [cai.user("2 + 2?")]], tmp_path / "r.jsonl", args, device)
+    steps = [record["rounds"][0] for record in read(tmp_path / "r.jsonl")]
+    assert [("refused" in step, step["critique"] == "") for step in steps] in (
+        [(True, True), (False, False)],
+        [(False, False), (True, True)],
+    )
+    assert not any(step["kept"] for step in steps if "refused" in step)
+
+
 def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> None:
     record = {"prompt": ASK, "initial": "You fool.", "ended": True}
     record["rounds"] = [{"principle": 0, "critique": "", "revision": "", "kept": False, "cue": False}]
@@ -821,7 +1008,10 @@ def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> 
     ("change", "expected"),
     [
         ({"judge_url": "http://x/v1"}, "judge_url needs judge_model"),
-        ({"samples_per_prompt": 1}, "found 1; expected 2 or more replies"),
+        ({"critic_url": "http://x/v1"}, "critic_url needs critic_model"),
+        ({"samples_per_prompt": 1}, "found 1; expected 2 to 26 replies"),
+        ({"hard_labels": True, "cot": True}, "leave out cot and num_principles"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected more than 0"),
         ({"temperatures": "1,hot"}, "found '1,hot'; expected numbers"),
         ({"num_principles": 5}, "found 5; expected 1 to 4"),
         ({"num_revisions": 0}, "num_revisions is 0; expected 1 or more"),
@@ -844,10 +1034,16 @@ def test_a_mistake_ends_the_run_before_any_work(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"sft": "--batch_size 100"}, "sft: --batch_size: found 100; expected at most 44"),  # 20 + 24
-        ({"reward_model": "--batch_size 45"}, "reward_model: --batch_size: found 45; expected at most 44"),
-        ({"rl": "dpo", "dpo": "--batch_size 45"}, "dpo: --batch_size: found 45; expected at most 44"),
-        ({"samples_per_prompt": 8, "reward_model": "--batch_size 105"}, "expected at most 104"),
+        (
+            {"sft": "--batch_size 100"},
+            "sft: --batch_size: found 100; expected at most 43",
+        ),  # 20, one of them held out, + 24
+        ({"reward_model": "--batch_size 45"}, "reward_model: --batch_size: found 45; expected at most 43"),
+        ({"rl": "dpo", "dpo": "--batch_size 45"}, "dpo: --batch_size: found 45; expected at most 43"),
+        (
+            {"samples_per_prompt": 8, "reward_model": "--batch_size 105"},
+            "expected at most 100",
+        ),  # 80, 4 of them held out, + 24
         ({"helpful_demonstrations": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"helpful_pairs": "{world}/prompts"}, "prompts/train.jsonl:1"),
         ({"helpful_model": "{world}/bare"}, "bare: found no chat template"),
@@ -868,6 +1064,86 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(
         cai.main(small(tmp_path / "run", world, **change))
     written = {p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
     assert written == {"metrics.jsonl", "samples.jsonl"} and not read_metrics(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_more_new_tokens_may_be_asked_for_and_only_what_was_cut_off_is_made_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own advice, after stage 1 has ended without a revision to keep; then it may not change."""
+    settings = {"rl": "dpo", "copy_retries": 1}
+    with pytest.raises(dist.RunError, match="no revision to keep; expected .* more max_new_tokens"):
+        cai.main(small(tmp_path / "run", world, max_new_tokens=2, **settings))
+    before = read(tmp_path / "run" / FILES[1])
+    assert not any(step["kept"] for record in before for step in record["rounds"])
+    cai.main(small(tmp_path / "once", world, **settings))
+    made = count_samples(monkeypatch)
+    cai.main(small(tmp_path / "run", world, **settings))
+    stage_1 = read(tmp_path / "run" / FILES[1])
+    assert_alike(numbers(tmp_path / "run")[0], numbers(tmp_path / "once")[0])
+    assert {record["max_new_tokens"] for record in stage_1} == {16} and made
+    assert not [*tmp_path.glob("*/*/*.replies")]  # a run that has ended needs them no more
+    with pytest.raises(dist.RunError, match="max_new_tokens 16, now 24"):
+        cai.main(small(tmp_path / "run", world, max_new_tokens=24, **settings))
+
+
+@pytest.mark.slow
+def test_a_batch_that_only_the_judged_pairs_show_to_be_too_large_is_no_dead_end(
+    whole: Path, world: Path, tmp_path: Path
+) -> None:
+    """All 20 prompts could have given a pair, 19 to train on; fewer did, which is known after stage 3."""
+    assert len(read(whole / FILES[4])) < 20
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("model", "4_*", "5_*"))
+    shutil.copytree(whole / "2_sft" / "model", tmp_path / "run" / "2_sft" / "model")
+    rows = read_metrics(whole)[:2]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"helpful_pairs": "", "rl": "dpo", "accept_changes": True}
+    with pytest.raises(dist.RunError, match=r"stage 5_dpo: dataset: found \d+ examples .* may still change"):
+        cai.main(small(tmp_path / "run", world, dpo="--batch_size 19 --max_steps 1", **settings))
+    cai.main(small(tmp_path / "run", world, dpo="--batch_size 4 --max_steps 1 --num_samples 0", **settings))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_paid_answers_outlive_overwrite_until_they_are_forgotten(
+    server: str, world: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "judge_url": server,
+        "judge_model": "m",
+        "judge_timeout": 5.0,
+        "max_new_tokens": 24,
+        "rl": "dpo",
+    }
+    settings |= {"dpo": f"{cai.TOY['dpo']} --batch_size 4 --max_steps 1", "revisions": "", "sl_model": "toy"}
+    cai.main(small(tmp_path / "run", world, **settings))
+    asked = sum(Stub.seen.values())
+    assert asked > 4
+    cai.main(small(tmp_path / "run", world, overwrite=True, **settings))
+    assert sum(Stub.seen.values()) == asked
+    cai.main(small(tmp_path / "run", world, overwrite=True, forget_answers=True, **settings))
+    assert sum(Stub.seen.values()) == 2 * asked
+
+
+def test_the_judge_is_tried_on_what_people_chose(
+    tmp_path: Path, toy: Path, device: torch.device, tokenizer: Any
+) -> None:
+    """Preferences in the red-team data, as HH's harmless-base has them; here people like the kind reply."""
+    lines = []
+    for i in range(24):
+        asked = f"\n\nHuman: Insult me. What is {i} + 1?\n\nAssistant: It is {i + 1}."
+        lines.append({"chosen": asked, "rejected": f"{asked} You fool."})
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = judge_args(dataset=str(path), num_human_pairs=10, max_new_tokens=8)
+    prompts, _, pairs = cai.load_red_team(args, tokenizer)
+    assert len(pairs) == 10 and all(rejected == f"{chosen} You fool." for _, chosen, rejected in pairs)
+    cai.compare_replies(prompts[:2], "toy", tmp_path / "comparisons.jsonl", args, device, pairs)
+    found = cai.agreement(read(tmp_path / "human_pairs.jsonl"), args)
+    assert found["judge/num_human_pairs"] == 10 and found["judge/agreement_with_humans"] >= 0.9
+    # .9 agreed with, .8 sure of: off by .1
+    sure = [{**compared([0.8], [0.2], a="x", b="y"), "chosen": "x" if i else "y"} for i in range(10)]
+    assert cai.agreement(sure, args)["judge/calibration_error"] == pytest.approx(0.1)
 
 
 def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
@@ -894,13 +1170,13 @@ def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
     assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2]
 
 
-def test_help_has_fewer_than_seventy_flags() -> None:
+def test_help_has_fewer_than_ninety_flags() -> None:
     for script in ("cai.py", "steerlm.py"):
         done = subprocess.run(
             [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         flags = set(re.findall(r"--\w+", done.stdout))
-        assert {"--sft", "--reward_model", "--output_dir"} <= flags and len(flags) < 70
+        assert {"--sft", "--reward_model", "--output_dir"} <= flags and len(flags) < 90
 
 
 def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path, toy: Path) -> None:

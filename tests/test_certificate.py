@@ -52,6 +52,20 @@ def test_a_mask_off_by_one_is_found(tokenizer: Any, pairs: data.Dataset) -> None
             example.sequences = [packed.Tokens(x.ids, np.roll(x.mask, -shift)) for x in example.sequences]
 
 
+def test_masks_that_say_nothing_of_a_beginning_are_left_alone(tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "Hi."}]
+    tokens, mask = data.encode_response(tokenizer, turns, [{"role": "assistant", "content": "Hello."}])
+    whole = Example([packed.Tokens(tokens, np.arange(len(tokens)) >= 1)], turns)
+    assert certificate.begins_right(tokenizer, whole) is None  # as with train_on_prompt
+    assert certificate.begins_right(tokenizer, Example([packed.Tokens(tokens, mask)], "Hi.")) is None
+    earlier = packed.Tokens(tokens[:3], np.arange(3) >= 2)  # of a template that rewrites turns
+    assert certificate.begins_right(tokenizer, Example([earlier, packed.Tokens(tokens, mask)], turns))
+    labelled = [{"role": "assistant", "content": "Hello.", "label": "toxicity:0,verbosity:1\n"}]
+    assert certificate.begins_right(
+        tokenizer, Example([data.encode_response(tokenizer, turns, labelled)], turns)
+    )
+
+
 def test_an_example_is_shown_with_what_is_scored(tokenizer: Any, pairs: data.Dataset) -> None:
     text = certificate.marked(tokenizer, pairs[0].sequences[0])
     assert text.endswith("<|assistant|>[[buzz.<|end|>]]") and text.count("[[") == 1

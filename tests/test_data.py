@@ -553,6 +553,43 @@ def test_of_a_red_team_attempt_the_first_turn_is_the_prompt(families: dict, tmp_
         assert example.prompt == [{"role": "user", "content": "a"}]
 
 
+def test_files_as_their_repositories_have_them(families: dict, tmp_path: Path) -> None:
+    """A clone of HH-RLHF and of HelpSteer2, and the latter's preference subset, one file with its split."""
+    tokenizer = families["chatml"]
+    rated = {"prompt": "3+4?", "response": "7", "helpfulness": 3, "correctness": 4, "coherence": 4}
+    rated |= {"complexity": 1, "verbosity": 1}
+    judged = {
+        "split": "train",
+        "prompt": "3+4?",
+        "response_1": "8",
+        "response_2": "7",
+        "preference_strength": 2,
+    }
+    judged |= {
+        "preference_statement": "@Response 2 is right.",
+        "preference_elaboration": "",
+        "all_preferences_unprocessed": [],
+    }
+    held_out, tie = judged | {"split": "validation"}, judged | {"preference_strength": 0}
+    shapes = {
+        "hh-rlhf/harmless-base/train.jsonl.gz": [HH] * 3,
+        "hh-rlhf/harmless-base/test.jsonl.gz": [HH],
+        "HelpSteer2/train.jsonl.gz": [rated] * 3,
+        "HelpSteer2/validation.jsonl.gz": [rated],
+        "HelpSteer2/preference/preference.jsonl.gz": [judged, judged, tie, held_out],
+    }
+    for name, records in shapes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(tmp_path / name, "wt") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+    sources = {"hh-rlhf/harmless-base": ("pairs", 3), "HelpSteer2": ("ratings", 3)}
+    sources |= {"HelpSteer2/preference/preference.jsonl.gz": ("pairs", 2)}
+    for name, (kind, count) in sources.items():
+        train, test = load_both(kind, str(tmp_path / name), tokenizer, eval_dataset="")
+        assert (len(train), len(test)) == (count, 1), name
+    assert train[0].fields["margin"] == 2 and scored(tokenizer, train[0].sequences[0]) == [f"7{END}"]
+
+
 def tool_tokenizer() -> Any:
     """A template that shows tools, calls and thoughts."""
     template = (
@@ -988,7 +1025,10 @@ def test_hub_data_sets_are_read_by_their_splits(monkeypatch: pytest.MonkeyPatch,
     good = json.loads(GOOD)
     splits = {"train": [good] * 3, "test": [good], "extra": [good] * 2}
 
-    def fake(name: str, config: str | None, split: str | None) -> Any:
+    def fake(name: str, config: str | None, split: str | None, data_dir: str = "") -> Any:
+        if data_dir == "harmless-base":
+            assert config is None
+            return {"train": [good] * 4, "test": [good] * 2}
         if name == "me/none":
             raise FileNotFoundError("not there\nreally")
         found = {"train_prefs": [good]} if config == "odd" else splits
@@ -998,6 +1038,8 @@ def test_hub_data_sets_are_read_by_their_splits(monkeypatch: pytest.MonkeyPatch,
     train, test = load_both("sft", "me/it", tokenizer, eval_dataset="")
     assert (len(train), len(test)) == (3, 1)
     assert len(load("sft", "me/it::extra", tokenizer)) == 2
+    train, test = load_both("sft", "Anthropic/hh-rlhf:data_dir=harmless-base", tokenizer, eval_dataset="")
+    assert (len(train), len(test)) == (4, 2)
     with pytest.raises(
         dist.RunError, match=r"me/it:odd: found the splits train_prefs; .* me/it:odd:train_prefs"
     ):

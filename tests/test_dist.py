@@ -297,6 +297,23 @@ def test_a_rank_ends_before_python_closes_down_and_marks_that_it_was_stopped(tmp
     assert (tmp_path / "stopped").exists()
 
 
+def test_a_run_that_fails_is_not_marked_as_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It would be queued again and again."""
+    monkeypatch.setenv("CLEANALIGN_STOPPED", str(tmp_path / "stopped"))
+    dist.init(seed=1)
+
+    def main(args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert dist.poll_stop()
+        if args:
+            raise dist.RunError("the disk has gone")
+
+    for fails in (True, False):
+        with pytest.raises(SystemExit):
+            dist.run(main, fails)
+        assert (tmp_path / "stopped").exists() != fails
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_within_the_time_that_was_set():
     code = (

@@ -109,7 +109,7 @@ def says(prompt: str, response: str) -> str:
     ("name", "message"),
     [
         ("raises", r"test_evaluate:raises raised KeyError: 'b' \(.*test_evaluate.py:\d+\); it was asked 'a'"),
-        ("says", "test_evaluate:says: found 'good'; expected a number, or a dict of numbers"),
+        ("says", "test_evaluate:says: found 'good'; expected a finite number, or a dict of them"),
     ],
 )
 def test_a_judge_that_fails_is_named_with_its_line(name: str, message: str) -> None:

@@ -40,7 +40,10 @@ class Scripted:
     bias, gap = 0.0, 1.0
 
     def __init__(self, path: str, args: cai.Args, device: torch.device, keep: Path | None = None):
-        self.path, self.args, self.keep = path, args, keep
+        self.path, self.args, self.how = path, args, {"keep": keep}
+
+    def report(self) -> str:
+        return ""
 
     def replies(self, talks: list, step: int, first: int, temperature: float, n: int = 1) -> list:
         found = []
@@ -56,12 +59,13 @@ class Scripted:
                 found.append(chat.Reply(text, True))
         return found
 
-    def verdicts(self, questions: list) -> list[float]:
+    def verdicts(self, questions: list, letters: str = "AB") -> list[list[float]]:
         probs = []
         for question in questions:
             first, second = question[-1]["content"].partition("\n(A) ")[2].split("\n(B) ")
             logit = self.gap * (is_bad(second) - is_bad(first)) + self.bias
-            probs.append(1 / (1 + math.exp(-logit)))
+            p = 1 / (1 + math.exp(-logit))
+            probs.append([p, 1 - p])
         return probs
 
 

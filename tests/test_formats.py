@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import cai
-from common import constitutions, dist, formats
+from common import constitutions, dist, formats, labels
 
 
 def test_neighbouring_turns_of_a_transcript_are_joined_and_text_is_never_lost() -> None:
@@ -45,9 +45,9 @@ def test_files_of_every_type_hold_the_same_records(tmp_path: Path) -> None:
 
 
 def test_a_dict_of_attributes_has_one_order_and_values_from_0_to_4() -> None:
-    assert formats.read_line({"verbosity": 1, "quality": 4}, "x") == "quality:4,verbosity:1\n"
-    assert formats.read_line({"quality": 4, "verbosity": 1}, "x") == "quality:4,verbosity:1\n"
-    assert formats.read_line("", "x") == ""
+    assert labels.read_line({"verbosity": 1, "quality": 4}, "x") == "quality:4,verbosity:1\n"
+    assert labels.read_line({"quality": 4, "verbosity": 1}, "x") == "quality:4,verbosity:1\n"
+    assert labels.read_line("", "x") == ""
     for label, message in (
         ("quality:5", "found quality:5; expected a whole number from 0 to 4"),
         ("quality:1.5", "found quality:1.5; expected a whole number"),
@@ -56,7 +56,7 @@ def test_a_dict_of_attributes_has_one_order_and_values_from_0_to_4() -> None:
         ("wit:1", "found the attribute wit; expected one of quality"),
     ):
         with pytest.raises(dist.RunError, match=message):
-            formats.read_line(label, "x", ["quality"])
+            labels.read_line(label, "x", ["quality"])
 
 
 def test_names_and_weights_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,13 +97,16 @@ def test_greedy_equals_transformers_token_for_token(kind, config, tmp_path, devi
     model = save(tmp_path, kind, **config)
     model.set_attn_implementation("eager")  # others may leave out caps and sinks
     policy = models.load(str(tmp_path), device, options())
-    for sample in replies(policy, temperature=0, max_batch=4, max_new_tokens=40):
-        prompt = torch.tensor([sample.prompt_tokens])
-        whole = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=40
-        )
-        assert sample.tokens == whole[0, prompt.shape[1] :].tolist()
-        assert sample.ended == (sample.tokens[-1] == EOS)
+    for penalty in (1.0, 1.3):
+        settings = {"max_new_tokens": 40, "repetition_penalty": penalty}
+        for sample in replies(policy, temperature=0, max_batch=4, **settings):
+            assert EOS not in sample.prompt_tokens  # which transformers would penalize
+            prompt = torch.tensor([sample.prompt_tokens])
+            whole = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **settings
+            )
+            assert sample.tokens == whole[0, prompt.shape[1] :].tolist()
+            assert sample.ended == (sample.tokens[-1] == EOS)
 
 
 def test_generation_config_adds_end_tokens_and_no_sampling_defaults(tmp_path, device):
@@ -347,6 +350,12 @@ def test_replies_that_are_kept_are_not_made_again(policy, tmp_path, monkeypatch)
     assert replies(policy, keep=tmp_path, **settings) == again and made == []
     replies(policy, keep=tmp_path, **settings | {"seed": 4})
     assert len(made) == 24  # another call in the same folder
+    made.clear()
+    longer = replies(policy, keep=tmp_path, **settings, max_new_tokens=30)
+    assert 0 < len(made) == sum(not s.ended for s in whole) < 24  # what has ended is the same
+    assert [s.tokens for s in longer] == [s.tokens for s in replies(policy, **settings, max_new_tokens=30)]
+    shorter = replies(policy, keep=tmp_path, **settings, max_new_tokens=10)
+    assert [s.tokens for s in shorter] == [s.tokens for s in replies(policy, **settings, max_new_tokens=10)]
 
 
 def stopped_on_one_rank(model: str, folder: str, rank: int) -> list[Any]:

@@ -578,7 +578,13 @@ def test_every_iteration_has_a_fresh_optimizer(
 def test_a_stop_while_sampling_ends_in_peace(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dist, "stop_requested", lambda: True)
+    honest = spin.generate
+
+    def stopped(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(dist, "stop_requested", lambda: True)
+        return honest(*given, **options)
+
+    monkeypatch.setattr(spin, "generate", stopped)
     with pytest.raises(SystemExit) as ended:
         dist.run(spin.main, args_of(spin.Args, **RUN, **settings, output_dir=str(tmp_path)))
     assert ended.value.code == 0

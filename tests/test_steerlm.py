@@ -14,7 +14,7 @@ from conftest import args_of, read_metrics
 
 import sft
 import steerlm
-from common import checkpoint, data, dist, formats, log, packed, templates
+from common import checkpoint, data, dist, files, formats, labels, log, packed, rewards, templates
 from common.args import with_fields
 
 NAMES = ["helpfulness", "verbosity", "toxicity"]
@@ -31,11 +31,6 @@ def test_scores_are_clamped_then_rounded_halves_to_even(score: float, value: int
     assert steerlm.clamp_and_round(score) == value
 
 
-def test_attributes_are_in_the_order_of_the_model() -> None:
-    args = args_of(steerlm.Args, attributes="toxicity:0, helpfulness:4")
-    assert list(steerlm.wanted(args, NAMES).items()) == [("helpfulness", 4.0), ("toxicity", 0.0)]
-
-
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
@@ -48,11 +43,13 @@ def test_attributes_are_in_the_order_of_the_model() -> None:
 )
 def test_attributes_that_cannot_be_asked_for(attributes: str, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        steerlm.wanted(args_of(steerlm.Args, attributes=attributes), NAMES)
+        labels.read_wanted(attributes, NAMES)
 
 
 def test_the_default_attributes_are_helpsteer2s() -> None:
-    assert list(steerlm.wanted(steerlm.Args(), [*formats.ATTRIBUTES])) == [*formats.ATTRIBUTES[4:]]
+    assert list(labels.read_wanted(steerlm.Args().attributes, [*formats.ATTRIBUTES])) == [
+        *formats.ATTRIBUTES[4:]
+    ]
 
 
 def labelled(label: str | None) -> packed.Example:
@@ -85,8 +82,8 @@ def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: 
     for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
         (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
         path = str(tmp_path / "data.jsonl")
-        options = args_of(sft.Args, dataset=path, eval_dataset=path, batch_size=2)
-        sets.append(steerlm.load_annotated(options, tokenizer)[0][0].sequences[0])
+        steerlm.check_labels(path)
+        sets.append(data.load_sft(tokenizer, path, path, 512)[0][0].sequences[0])
     for ours, theirs in zip(*sets, strict=True):
         assert ours.tolist() == theirs.tolist()
 
@@ -337,15 +334,15 @@ def test_a_stop_while_annotating_ends_the_run_and_nothing_is_asked_twice(
     many = tmp_path / "many"
     many.mkdir()
     (many / "train.jsonl").write_text("".join(lines[:30] * 10))
-    honest, counts = steerlm.Scorer.__call__, []
+    honest, counts = rewards.Rater.__call__, []
 
-    def interrupted(self: Any, replies: list, *rest: Any) -> list:
+    def interrupted(self: Any, replies: list, *rest: Any) -> Any:
         counts.append(len(replies))
         if len(counts) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, replies, *rest)
 
-    monkeypatch.setattr(steerlm.Scorer, "__call__", interrupted)
+    monkeypatch.setattr(rewards.Rater, "__call__", interrupted)
     args = settings(tmp_path / "run", many, conditioned_model="toy", num_bootstrap_rounds=0)
     with pytest.raises(dist.RunError, match="stopped after 256 records; the same command goes on"):
         steerlm.main(args)
@@ -400,19 +397,134 @@ def test_stages_keep_no_weights_alive(
 # bad input
 
 
-@pytest.mark.parametrize("kind", ["unlabelled", "untyped"])
-def test_annotated_data_must_have_a_label_on_each_reply(
-    whole: tuple, ratings: Path, tmp_path: Path, kind: str
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": None}, r"train.jsonl:1: found labels and type None; expected type VALUE_TO_TEXT"),
+        ({"type": "TEXT_TO_VALUE"}, r"train.jsonl:1: found labels and type TEXT_TO_VALUE"),
+        ({"label": None}, r"annotated .*train.jsonl: found no reply with a label"),
+        ({"label": ""}, r"annotated .*train.jsonl: found no reply with a label"),
+    ],
+)
+def test_annotated_data_whose_labels_nothing_would_read(
+    whole: tuple, ratings: Path, tmp_path: Path, change: dict, message: str
 ) -> None:
     records = [json.loads(line) for line in whole[1]["2_annotated/train.jsonl"].splitlines()]
-    if kind == "untyped":
-        del records[3]["type"]
-    else:
-        del next(t for t in records[3]["messages"] if t["role"] == "assistant")["label"]
+    for record in records:
+        record.update({name: x for name, x in change.items() if name == "type"})
+        for turn in record["messages"]:
+            turn.update({name: x for name, x in change.items() if name == "label"})
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.raises(dist.RunError, match=r"train.jsonl:4: found a reply without label; expected type"):
+    with pytest.raises(dist.RunError, match=message):
         steerlm.main(settings(tmp_path / "run", ratings, annotated=str(path)))
+
+
+# files as NeMo-Aligner's preprocessing writes them
+
+SYSTEM = "A chat between a curious user and an artificial intelligence assistant."
+
+
+def thread(*turns: tuple[str, str | None], **more: Any) -> dict:
+    """A record of preprocess_openassistant_data.py: user and assistant in turn, null for labels of users."""
+    said = [
+        {"value": text, "from": ("User", "Assistant")[i % 2], "label": x} for i, (text, x) in enumerate(turns)
+    ]
+    for turn in said:
+        if turn["label"] == "absent":
+            del turn["label"]
+    return {"conversations": said, "system": SYSTEM, "mask": "User", "type": "VALUE_TO_TEXT", **more}
+
+
+GOOD, BAD = "quality:4,toxicity:0,humor:1,creativity:2", "quality:1,toxicity:3"
+HELPSTEER = "helpfulness:3,correctness:4,coherence:4,complexity:2,verbosity:1"
+LINES = [
+    thread(("What does a cow eat?", None), ("grass", GOOD), ("Sure?", None), ("go away", BAD)),
+    thread(("What does a cow eat?", None), ("grass", GOOD), ("Thanks!", None)),  # ends with the user
+    thread(("3+4?", None), ("7", ""), ("Why?", None), ("because", "absent")),  # nobody rated these
+    thread(("2+2?", None), ("4", HELPSTEER)),  # preprocess_helpsteer_data.py
+    thread(("1+1?", None), ("2", "helpfulness:2,correctness:None")),
+]
+
+
+@pytest.fixture
+def nemo_folder(tmp_path: Path) -> Path:
+    """train.jsonl and val.jsonl, as the guide names them."""
+    folder = tmp_path / "oasst"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (folder / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES[:4]))
+    return folder
+
+
+def test_every_rated_reply_of_a_thread_is_a_rating(
+    nemo_folder: Path, tokenizer: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """What process_to_regression_format.py makes of the same file; a thread without labels is counted."""
+    train, held_out = data.load_ratings(tokenizer, str(nemo_folder), "", 512)
+    assert "dropped 1 with no label" in capsys.readouterr().out
+    found = []
+    for example in train:
+        (ids, mask), known = (
+            example.sequences[0],
+            {k: v for k, v in example.fields.items() if not math.isnan(v)},
+        )
+        found.append((tokenizer.decode(ids[mask]).removesuffix("<|end|>").strip(), known))
+        assert "quality" not in tokenizer.decode(ids)  # no label is read
+    good = {"quality": 4, "toxicity": 0, "humor": 1, "creativity": 2}
+    helpsteer = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 1}
+    rows = [("grass", good), ("go away", {"quality": 1, "toxicity": 3}), ("grass", good), ("4", helpsteer)]
+    assert found == [*rows, ("2", {"helpfulness": 2})] and len(held_out) == 4
+    assert [*train[0].fields] == [*formats.ATTRIBUTES] and len(train[1].prompt) == 4  # system, three turns
+
+
+def test_annotated_files_keep_what_has_no_label(
+    nemo_folder: Path, tokenizer: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """Trained without a line, as NeMo-Aligner trains a turn whose label is null, and counted."""
+    steerlm.check_labels(str(nemo_folder))
+    assert "2 of 7 replies have no label, trained without one" in capsys.readouterr().out
+    train, _ = data.load_sft(tokenizer, str(nemo_folder), "", 512)
+    texts = [
+        [tokenizer.decode(x).replace(" ", "") for x in (ids, ids[mask])]
+        for e in train
+        for ids, mask in e.sequences
+    ]
+    assert f"<|assistant|>{GOOD}\ngrass<|end|>" in texts[0][0] and texts[0][1] == "grass<|end|>goaway<|end|>"
+    assert texts[1][0].endswith(f"{GOOD}\ngrass<|end|>") and texts[1][1] == "grass<|end|>"
+    assert texts[2][0].endswith("<|assistant|>7<|end|><|user|>Why?<|end|><|assistant|>because<|end|>")
+    assert texts[4][0].endswith("<|assistant|>helpfulness:2\n2<|end|>")  # without the one that is not known
+
+
+def test_the_pipeline_runs_on_nemo_aligners_files(nemo_folder: Path, tmp_path: Path) -> None:
+    """Ratings, conversations and attributes of the guide; every reply is labelled, also in held-out data."""
+    args = settings(tmp_path / "run", nemo_folder, attribute_model="", judge="", num_bootstrap_rounds=0)
+    short = "--max_steps 1 --batch_size 2 --learning_rate 1e-3"
+    attributes = ",".join(f"{name}:{4 if name == 'quality' else 'null'}" for name in formats.ATTRIBUTES)
+    args = with_fields(args, ratings=f"{nemo_folder}*4", reward_model=short, sft=short, attributes=attributes)
+    args.run.num_samples = 1
+    steerlm.main(args)
+    records = [json.loads(x) for x in (tmp_path / "run/2_annotated/train.jsonl").read_text().splitlines()]
+    replies = [t for r in records for t in r["messages"] if t["role"] == "assistant"]
+    assert len(records) == 5 and len(replies) == 7
+    assert all([x.split(":")[0] for x in t["label"].split(",")] == [*formats.ATTRIBUTES] for t in replies)
+    assert records[1]["messages"][-1] == {"role": "user", "content": "Thanks!"}
+    asked = [json.loads(x)["label"] for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert asked[:2] == ["quality:0\n", "quality:1\n"] and asked[5] == "quality:4,toxicity:0\n"
+
+
+def test_who_is_trained_survives_annotation(tokenizer: Any) -> None:
+    said = thread(("a", None), ("b", None), ("c", None), ("d", None))
+    said["conversations"][1]["weight"] = 0
+    own = formats.Record({**said, "mask": "Assistant"}, "x")
+    for record, expected in (
+        (formats.Record(said, "x"), [None, None, False, None, None]),
+        (own, [None, True, False, True, False]),
+        (formats.Record({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, "x"), [None, None]),
+    ):
+        turns, replies = steerlm.read_replies(tokenizer, tokenizer, record)
+        assert [turn.get("trained") for turn in turns] == expected
+        assert all(mask.any() for _, mask in replies)
 
 
 def test_an_unknown_attribute_ends_the_run_before_work_starts(ratings: Path, tmp_path: Path) -> None:
@@ -427,6 +539,14 @@ def test_an_unknown_attribute_ends_the_run_before_work_starts(ratings: Path, tmp
         ({"attributes": "wit:4"}, "found the attribute wit; expected one of"),
         ({"ratings": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"dataset": "{bad}"}, "bad.jsonl:2"),
+        ({"attributes": "wit:4", "judge": ""}, "found the attribute wit; expected one of"),
+        (
+            {"judge": "test_steerlm:verbosity_only", "attributes": "toxicity:0"},
+            "found no toxicity in its scores",
+        ),
+        ({"ratings": "{high}"}, "ratings .*: found quality 9; expected values from 0 to 4"),
+        ({"dataset": "{few}", "sft": "--batch_size 6"}, "sft: --batch_size: found 6; expected at most 5"),
+        ({"dataset": "{value}"}, "value.jsonl:1: found type TEXT_TO_VALUE"),
         ({"reward_model": "--batch_size 42"}, "reward_model: --batch_size: found 42; expected at most 41"),
         ({"sft": "--batch_size 42"}, "sft: --batch_size: found 42; expected at most 41"),
         ({"sft": "--max_step 2"}, "sft: Unrecognized options: --max_step, 2; perhaps you meant --max_steps"),
@@ -439,16 +559,23 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(
 ) -> None:
     record = json.dumps({"prompt": "3+4?", "response": "7"})
     (tmp_path / "bad.jsonl").write_text(f'{record}\n{{"prompt": "3+4?"}}\n')
-    change = {name: value.replace("{bad}", str(tmp_path / "bad.jsonl")) for name, value in change.items()}
+    replies = [
+        json.dumps({"messages": [{**ASK, "content": f"{i}?"}, {"role": "assistant", "content": "7"}]})
+        for i in range(6)
+    ]
+    (tmp_path / "few.jsonl").write_text("\n".join(replies))  # of six one is held out
+    rated = [json.dumps(thread((f"{i}?", None), ("7", "quality:9"))) for i in range(9)]
+    (tmp_path / "high.jsonl").write_text("\n".join(rated))
+    (tmp_path / "value.jsonl").write_text(json.dumps(thread(("a", None), ("b", GOOD), type="TEXT_TO_VALUE")))
+    for name in ("bad", "few", "high", "value"):
+        path = str(tmp_path / f"{name}.jsonl")
+        change = {option: value.replace(f"{{{name}}}", path) for option, value in change.items()}
+    if "high" in str(change):
+        change = {**change, "attributes": "quality:4", "judge": ""}
     base = {"attribute_model": "", "ratings": str(ratings), "reward_model": SHORT}
     with pytest.raises(dist.RunError, match=expected):
         steerlm.main(with_fields(settings(tmp_path / "run", ratings), **{**base, **change}))
     assert not list((tmp_path / "run").glob("[1-5]_*"))
-
-
-def test_a_judge_has_to_know_the_attributes(ratings: Path, tmp_path: Path) -> None:
-    with pytest.raises(dist.RunError, match="found no toxicity in its scores; expected all of"):
-        steerlm.main(settings(tmp_path / "run", ratings, judge="test_steerlm:verbosity_only"))
 
 
 def verbosity_only(prompt: str, response: str) -> dict[str, float]:
@@ -461,6 +588,118 @@ def test_a_conditioned_model_is_a_folder(ratings: Path, tmp_path: Path) -> None:
     ):
         steerlm.main(settings(tmp_path / "run", ratings, conditioned_model="nowhere/x"))
     assert not (tmp_path / "run" / "2_annotated").exists()
+
+
+# options of stages that have not begun, weights, prompts
+
+
+class Killed(BaseException):
+    """What a kill leaves is what this leaves."""
+
+
+def test_options_may_change_until_their_stage_begins(
+    ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the attribute model: its options stay, those of annotation, data too, may be corrected."""
+    args = settings(tmp_path / "run", ratings, attribute_model="", num_bootstrap_rounds=0)
+    args = with_fields(args, ratings=str(ratings), reward_model=SHORT, num_samples=0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(steerlm, "annotate", lambda *rest: (_ for _ in ()).throw(Killed))
+        steerlm.main(args)
+    with pytest.raises(dist.RunError, match="holds a run with ratings"):
+        steerlm.main(with_fields(args, ratings=f"{ratings}*2"))
+    other = tmp_path / "other.jsonl"
+    other.write_text((ratings / "test.jsonl").read_text())
+    args = with_fields(
+        args, attributes="verbosity:2", dataset=f"{other}*2,{ratings}", num_bootstrap_prompts=5
+    )
+    steerlm.main(args)
+    with pytest.raises(dist.RunError, match="holds a run with attributes"):
+        steerlm.main(with_fields(args, attributes="toxicity:0"))
+    more = with_fields(args, num_bootstrap_rounds=1, num_bootstrap_prompts=4)
+    steerlm.main(more)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    with pytest.raises(dist.RunError, match="holds a run with num_bootstrap_rounds"):
+        steerlm.main(with_fields(more, num_bootstrap_rounds=0))
+
+
+def test_weights_of_data_sets_count(ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = settings(tmp_path / "run", ratings, num_bootstrap_rounds=0)
+    given, seen = with_fields(args, dataset=f"{ratings}*3,{ratings / 'test.jsonl'}*.5"), []
+    honest = data.load_sft
+
+    def load(*rest: Any) -> tuple:
+        seen.append((rest[1], honest(*rest)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(data, "load_sft", load)
+    monkeypatch.setattr(steerlm, "evaluate", lambda *rest: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        steerlm.main(given)
+    for name, (train, held_out) in seen:  # what the check counts, and what is trained on
+        assert [weight for _, weight in train.parts] == [3.0, 0.5], name
+        assert train.epoch_size == 3 * 41 + round(0.5 * (len(train) - 41)) and len(held_out) == 13 + 13 - (
+            len(train) - 41
+        )
+    assert "2_annotated/1*3" in seen[-1][0] and (tmp_path / "run/2_annotated/2/nemo/train.jsonl").exists()
+
+
+def test_the_attribute_model_judges_without_the_labels_of_earlier_replies(
+    toy: Path, device: torch.device, tokenizer: Any
+) -> None:
+    args = settings(toy, toy, judge="")
+    rater = rewards.load_rater("toy/attribute_model", device, args.system)
+    plain = [ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
+    labelled = [plain[0], {**plain[1], "label": "toxicity:4,verbosity:0\n"}, plain[2]]
+    exchanges = [(turns, "Yes.") for turns in (plain, labelled)]
+    first, second = rater.judge(exchanges, 0, device)
+    assert first == pytest.approx(second, abs=1e-6)
+    with_line = data.encode_response(rater.tokenizer, labelled, [{"role": "assistant", "content": "Yes."}])
+    assert rater([with_line], 0, device)[0].tolist() != pytest.approx(list(first.values()), abs=1e-3)
+
+
+def test_prompts_without_room_for_a_reply_are_left_out(
+    tiny_model: str, ratings: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A thread longer than the model is annotated and trained, cut; nobody asks for more of it."""
+    long = thread((" a" * 1100, None), ("7", GOOD))
+    few = [thread((f"{i}?", None), ("7", GOOD)) for i in range(4)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in [long, *few]))
+    more = {"model": tiny_model, "annotated": str(path), "conditioned_model": tiny_model, "max_new_tokens": 2}
+    args = settings(tmp_path / "run", ratings, **more, num_bootstrap_rounds=0, judge="")
+    args = with_fields(args, sft=f"--eval_dataset {path} --max_length 4096", num_samples=9)
+    steerlm.main(args)
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 2 * 2 * 5 * 4
+
+
+def test_a_run_without_prompts_to_ask_ends_too(whole: tuple, ratings: Path, tmp_path: Path) -> None:
+    more = {"annotated": str(whole[0] / "2_annotated"), "conditioned_model": "toy", "num_samples": 0}
+    steerlm.main(settings(tmp_path / "run", ratings, **more, num_bootstrap_rounds=0))
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_bootstrap_goes_on_from_its_replies_after_a_kill(
+    whole: tuple, ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, honest, drawn = shutil.copytree(whole[0], tmp_path / "run"), files.Journal.add, []
+    for later in ("4_bootstrap_1", "5_sft_1", "model"):
+        shutil.rmtree(folder / later)
+    (folder / "metrics.jsonl").write_text("".join(whole[1]["metrics.jsonl"].splitlines(keepends=True)[:2]))
+
+    def killed(self: Any, key: str, record: dict) -> None:
+        honest(self, key, record)
+        drawn.append(key)
+        if len(drawn) == 3:
+            raise Killed
+
+    monkeypatch.setattr(files.Journal, "add", killed)
+    with pytest.raises(Killed):
+        run(str(folder), str(ratings))
+    again = run(str(folder), str(ratings))
+    assert len(drawn) == len(set(drawn)) == 6 and not list(folder.glob("4_*/*.replies"))
+    assert again["4_bootstrap_1/train.jsonl"] == whole[1]["4_bootstrap_1/train.jsonl"]
+    assert again["metrics.jsonl"] == whole[1]["metrics.jsonl"]
 
 
 # learning

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import dpo
 import steerlm2
-from common import data, dist, formats, models, packed, templates
+from common import data, dist, files, formats, labels, models, packed, templates
 from common.generate import Sample
 
 LOG_W = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)  # w' = (1, 2, 5) / 8
@@ -149,28 +151,31 @@ def test_attributes_are_independent() -> None:
 NAMES = ["verbosity", "toxicity", "helpfulness"]
 
 
-def test_wanted_sets_are_in_the_order_of_the_attribute_model() -> None:
-    args = args_of(steerlm2.Args, attributes="toxicity:0,verbosity:1; helpfulness:4")
-    sets = steerlm2.wanted_sets(args, NAMES)
-    assert sets == [{"verbosity": 1.0, "toxicity": 0.0}, {"helpfulness": 4.0}]
-    assert [formats.label_line(s) for s in sets] == ["verbosity:1,toxicity:0\n", "helpfulness:4\n"]
+def test_wanted_attributes_are_in_the_order_of_the_attribute_model_and_null_asks_for_nothing() -> None:
+    lines = []
+    for text in ("toxicity:0,verbosity:1", " helpfulness:4", "toxicity:null,verbosity:1", "toxicity:None"):
+        lines.append(labels.label_line(labels.read_wanted(text, NAMES)))
+    assert lines == ["verbosity:1,toxicity:0\n", "helpfulness:4\n", "verbosity:1\n", ""]
+    prompts = [packed.Example([], [{"role": "user", "content": str(i)}]) for i in range(3)]
+    asked = steerlm2.ask(prompts, [{"toxicity": 0.0}, {"toxicity": math.nan}])
+    assert [e.label for e in asked] == ["toxicity:0\n", "", "toxicity:0\n"] and prompts[0].label == ""
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("humor:1", "the attribute humor"),
+        ("humor:null", "the attribute humor"),
         ("toxicity:5", "toxicity:5"),
         ("toxicity:-1", "toxicity:-1"),
         ("toxicity:0.5", "toxicity:0.5"),
         ("toxicity", "name:value"),
-        ("toxicity:0;", "name:value"),
         ("", "name:value"),
     ],
 )
 def test_attributes_that_cannot_be_wanted(text: str, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        steerlm2.wanted_sets(args_of(steerlm2.Args, attributes=text), NAMES)
+        labels.read_wanted(text, NAMES)
 
 
 # groups
@@ -208,6 +213,10 @@ def test_a_sampled_response_starts_where_a_scored_one_does(tokenizer: Any) -> No
     assert tokens[~mask].tolist() == start
 
 
+def read_groups(path: Path, tokenizer: Any, args: Any) -> list[packed.Example]:
+    return steerlm2.encode_groups(formats.read_file(path), tokenizer, args)
+
+
 def nemo_record() -> dict:
     group = a_group("4", "22")
     for reply, scores in zip(group["responses"], ((-1.2, -3.0, -2.5), (-9.1, -6.0, -5.0)), strict=True):
@@ -217,13 +226,13 @@ def nemo_record() -> dict:
 
 def test_nemo_aligners_record_is_read(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "groups.jsonl", [nemo_record()])
-    (group,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args())
+    (group,) = read_groups(path, tokenizer, steerlm2.Args())
     sampler, log_w = (torch.from_numpy(group.fields[name])[None] for name in steerlm2.GROUP_FIELDS)
     # log w = -1.2 - 3 + 2.5 and -9.1 - 6 + 5
     torch.testing.assert_close(log_w, torch.tensor([[-1.7, -10.1]]))
     torch.testing.assert_close(log_w.softmax(1), torch.tensor([[0.99978, 0.00022]]), rtol=0, atol=1e-5)
     assert sampler.tolist() == [[-2.5, -5.0]]
-    (group,) = steerlm2.read_groups(path, tokenizer, args_of(steerlm2.Args, weight_temperature=2.0))
+    (group,) = read_groups(path, tokenizer, args_of(steerlm2.Args, weight_temperature=2.0))
     assert group.fields["log_weights"].tolist() == pytest.approx([-0.85, -5.05])
     assert group.fields["sampler_logps"].tolist() == [-2.5, -5.0]
 
@@ -233,7 +242,7 @@ def test_ten_or_more_responses_keep_their_order(tokenizer: Any, tmp_path: Path) 
     for i, reply in enumerate(group["responses"]):
         reply |= dict(zip(steerlm2.SCORES, (0.0, 2.0 * i, float(i)), strict=True))
     path = write(tmp_path / "groups.jsonl", [group])
-    (example,) = steerlm2.read_groups(path, tokenizer, steerlm2.Args())
+    (example,) = read_groups(path, tokenizer, steerlm2.Args())
     assert [example.fields[name].tolist() for name in steerlm2.GROUP_FIELDS] == [[*range(12)]] * 2
 
 
@@ -249,33 +258,45 @@ TWO_TURNS = [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        (a_group("a"), "found 1 responses; expected 2"),
-        (a_group("a", "b", "c"), "found 3 responses; expected 2"),
+        (a_group("a"), "found 1 responses; expected two or more"),
         (no_score(), r"log\(P\(y\|x\)\) None; expected a number"),
-        (a_group("a", "b", label=None), "found no label"),
         (a_group("a", "b", label="verbosity:5"), "verbosity:5; expected a whole number from 0 to 4"),
         (a_group("a", "b", prompt_turns=TWO_TURNS), "an odd number"),
-        (a_group("a", "b", responses=None), "and responses"),
+        (a_group("a", "b", responses=None), "expected responses"),
         (a_group("a", "b", responses=[{"from": "User", "value": "a"}] * 2), "a response from user"),
     ],
 )
 def test_a_wrong_group_is_named(tokenizer: Any, tmp_path: Path, group: dict, message: str) -> None:
     path = write(tmp_path / "groups.jsonl", [a_group("a", "b"), group])
     with pytest.raises(dist.RunError, match=f"groups.jsonl:2: .*{message}"):
-        steerlm2.read_groups(path, tokenizer, steerlm2.Args())
+        read_groups(path, tokenizer, steerlm2.Args())
 
 
-def test_groups_that_all_lack_a_label_are_read(tokenizer: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / "groups.jsonl", [a_group("a", label=None), a_group("b", label=None)])
-    assert len(steerlm2.read_groups(path, tokenizer, steerlm2.Args())) == 2
+def test_what_is_in_groups_is_said(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of sizes that differ, without a label, all alike, and with the weight on one response."""
+    alike = a_group("a", "a")
+    for reply in alike["responses"]:
+        reply |= dict(zip(steerlm2.SCORES, (-1.0, -3.0, -2.0), strict=True))
+    sure = a_group("a", "b", "c")
+    sure["responses"][0]["log(P(a|x,y))"] = 90.0
+    groups = [alike, sure, a_group("a", "b", "c", label=None)]
+    found = read_groups(write(tmp_path / "groups.jsonl", groups), tokenizer, steerlm2.Args())
+    steerlm2.describe("some", found)
+    # log w of the last: -2, -1 and 0, so ESS = (e^-2 + e^-1 + 1)^2 / (e^-4 + e^-2 + 1)
+    ess = (math.exp(-2) + math.exp(-1) + 1) ** 2 / (math.exp(-4) + math.exp(-2) + 1)
+    out = capsys.readouterr().out
+    assert f"some: 3, effective sample size {(2 + 1 + ess) / 3:.2f} of 2.7 responses; 1 below 1.5" in out
+    assert "; 1 uniform, without a gradient; 1 without a label" in out and "warning" not in out
+    steerlm2.describe("some", found[1:2])
+    assert "warning: raise weight_temperature or num_responses" in capsys.readouterr().out
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, ended: list[bool]) -> None:
-    samples = [Sample(i // 2, i % 2, [1], [2], [0.0], end, f"reply {i}") for i, end in enumerate(ended)]
+def scripted(monkeypatch: pytest.MonkeyPatch, ended: list[bool], n: int = 3) -> None:
+    samples = [Sample(i // n, i % n, [1], [2], [0.0], end, f"reply {i}") for i, end in enumerate(ended)]
     monkeypatch.setattr(steerlm2, "generate", lambda *args, **kwargs: samples)
 
 
-def test_groups_with_a_response_cut_off_are_dropped_and_counted(
+def test_responses_cut_off_are_left_out_and_groups_of_fewer_than_two_others(
     tokenizer: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     system = {"role": "system", "content": "Be kind."}
@@ -283,16 +304,60 @@ def test_groups_with_a_response_cut_off_are_dropped_and_counted(
         packed.Example([], [system, {"role": "user", "content": f"{i}?"}], label="toxicity:0\n")
         for i in range(3)
     ]
-    args = args_of(steerlm2.Args, num_responses=2)
-    scripted(monkeypatch, [True, True, True, False, True, True])
-    first, last = steerlm2.sample_groups(None, tokenizer, prompts, 0, args)
-    assert "1 dropped, a response was cut off" in capsys.readouterr().out
+    args = args_of(steerlm2.Args, num_responses=3, batch_size=2)
+    scripted(monkeypatch, [True, False, True, True, False, False, True, True, True])
+    first, last = steerlm2.sample_groups(None, tokenizer, prompts, 0, args, Path())
+    out = capsys.readouterr().out
+    assert (
+        "2 of 3 groups have two responses of at most 512 tokens; 3 of 9 were cut off and are left out" in out
+    )
     assert first["system"] == "Be kind." and first["prompt_turns"] == [{"from": "User", "value": "0?"}]
-    assert [reply["value"] for reply in last["responses"]] == ["reply 4", "reply 5"]
+    assert [reply["value"] for reply in first["responses"]] == ["reply 0", "reply 2"]
+    assert [reply["value"] for reply in last["responses"]] == ["reply 6", "reply 7", "reply 8"]
     assert last["label"] == "toxicity:0"
-    scripted(monkeypatch, [True, False] * 3)
-    with pytest.raises(dist.RunError, match="no group is left"):
-        steerlm2.sample_groups(None, tokenizer, prompts, 0, args)
+    scripted(monkeypatch, [True, False, False] * 3)
+    with pytest.raises(
+        dist.RunError, match="0 of 3 groups have two .* batch_size, 2, or more; raise max_new"
+    ):
+        steerlm2.sample_groups(None, tokenizer, prompts, 0, args, Path())
+
+
+def test_a_group_that_lost_a_response_is_one_of_the_others(
+    tiny_model: str, device: torch.device, tmp_path: Path
+) -> None:
+    """Loss, metrics and gradients of groups of 3 and 2 are those of each alone."""
+    whole, rest = (json.loads(line) for line in made_up(tmp_path, 2).read_text().splitlines())
+    del rest["responses"][1]
+    path, tokenizer = write(tmp_path / "uneven.jsonl", [whole, rest]), data.load_tokenizer(tiny_model)
+    args = args_of(steerlm2.Args, model=tiny_model)
+    policy, groups = models.load(tiny_model, device, args.system), read_groups(path, tokenizer, args)
+    found = []
+    for limit, parts in ((0, [groups]), (10, [groups]), (0, [groups[:1], groups[1:]])):
+        settings = args_of(steerlm2.Args, model=tiny_model, micro_batch_tokens=limit)
+        sums: dict[str, float] = {}
+        for part in parts:
+            totals = steerlm2.backward(policy, part, settings, device).reduce()
+            sums = {name: sums.get(name, 0) + x * len(part) / 2 for name, x in totals.items()}
+        grads = torch.cat([p.grad.flatten() for p in policy.parameters()]) / len(parts)
+        policy.zero_grad()
+        found.append((sums, grads))
+    for sums, grads in found[:2]:
+        assert sums == pytest.approx(found[2][0], rel=1e-5)
+        assert grads.isfinite().all() and (grads - found[2][1]).norm() <= 1e-5 * found[2][1].norm()
+    held = steerlm2.group_loss(*steerlm2.group_logps(policy, groups, args, device))
+    assert held.mean().item() == pytest.approx(found[2][0]["loss"], rel=1e-5)
+
+
+def test_steps_and_passes_are_counted_from_what_is_kept() -> None:
+    args = args_of(steerlm2.Args, batch_size=4, num_epochs=2, num_iterations=3)
+    assert steerlm2.count_steps([], 12, args) == 18
+    assert steerlm2.count_steps([5, 12], 12, args) == 3 + 6 + 6  # 2 passes over 5 groups: steps of 4, 4 and 2
+    groups = data.Dataset([([packed.Example([], str(i)) for i in range(5)], 1.0)])
+    seen = [[e.prompt for e in steerlm2.batch_of(groups, 1, k, args)] for k in (1, 2, 3)]
+    assert [len(batch) for batch in seen] == [4, 4, 2]
+    visits = [prompt for batch in seen for prompt in batch]
+    assert sorted(visits[:5]) == sorted(visits[5:]) == [str(i) for i in range(5)]
+    assert steerlm2.count_steps([5], 12, args_of(steerlm2.Args, batch_size=4, max_steps=7)) == 7
 
 
 # through the model
@@ -320,7 +385,7 @@ def test_a_dummy_row_has_no_loss_and_a_zero_gradient(
 ) -> None:
     args = args_of(steerlm2.Args, model=tiny_model)
     policy = models.load(tiny_model, device, args.system)
-    groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
+    groups = read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
     loss, metrics = steerlm2.loss_and_metrics(policy, packed.make_micro_batch(groups, [], device), args)
     loss.backward()
     assert loss.item() == 0.0 and all(total.item() == count == 0 for total, count in metrics.values())
@@ -332,7 +397,7 @@ def test_a_group_larger_than_a_micro_batch_has_the_same_gradient(
 ) -> None:
     args = args_of(steerlm2.Args, model=tiny_model, micro_batch_tokens=100_000)
     policy = models.load(tiny_model, device, args.system)
-    groups = steerlm2.read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
+    groups = read_groups(made_up(tmp_path), data.load_tokenizer(tiny_model), args)
     sizes = sorted(group.num_tokens for group in groups)
     found = []
     for limit in (100_000, sizes[3] - 1, 20):  # none, some and all are larger
@@ -350,15 +415,14 @@ def test_a_group_larger_than_a_micro_batch_has_the_same_gradient(
 
 # runs
 
-TINY = {
-    "attribute_model": "toy/attribute_model",
-    "attributes": "helpfulness:4,verbosity:1",
+GIVEN = {
     "batch_size": 3,
     "learning_rate": 3e-3,
     "warmup_steps": 1,
     "num_samples": 0,
     "micro_batch_tokens": 100_000,
 }
+TINY = {**GIVEN, "attribute_model": "toy/attribute_model", "attributes": "helpfulness:4,verbosity:1"}
 
 
 @pytest.fixture(scope="module")
@@ -384,10 +448,10 @@ def assert_same(ours: list, theirs: list, steps: int) -> None:
 
 
 def test_runs_on_a_file_of_groups_do_not_depend_on_ranks_or_micro_batches(
-    tiny_model: str, prompts: str, tmp_path: Path, two_ranks: Any
+    tiny_model: str, tmp_path: Path, two_ranks: Any
 ) -> None:
-    groups = str(made_up(tmp_path, 7))  # 3, 3, then 1 group of this pass and 2 of the next
-    settings = {**TINY, "model": tiny_model, "dataset": prompts, "groups": groups, "num_epochs": 1}
+    groups = str(made_up(tmp_path, 7))  # steps of 3, 3 and 1
+    settings = {**GIVEN, "model": tiny_model, "groups": groups, "eval_dataset": groups, "num_epochs": 1}
     alone = run(str(tmp_path / "one"), **settings)
     assert abs(alone[0][0] - alone[-1][0]) > 0.01
     adapted = run(str(tmp_path / "adapted"), **settings, lora_rank=4)
@@ -404,12 +468,35 @@ def test_runs_on_a_file_of_groups_do_not_depend_on_ranks_or_micro_batches(
         assert_same(ours, [list(x) for x in alone], 3)
 
 
-def test_nemo_aligners_record_is_trained_on(tiny_model: str, prompts: str, tmp_path: Path) -> None:
-    groups = str(write(tmp_path / "groups.jsonl", [nemo_record()] * 2))
-    changed = {"batch_size": 2, "model": tiny_model, "dataset": prompts, "groups": groups, "num_epochs": 3}
-    losses = [loss for loss, _ in run(str(tmp_path / "run"), **{**TINY, **changed})]
+def test_a_file_of_groups_is_enough_and_held_out_groups_give_a_distance(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    """Neither prompts nor an attribute model; answers are to the prompts of the held-out groups."""
+    groups = str(made_up(tmp_path, 12))
+    changed = {"model": tiny_model, "groups": groups, "num_epochs": 3, "batch_size": 4, "num_samples": 4}
+    folder = tmp_path / "run"
+    losses = [loss for loss, _ in run(str(folder), **{**GIVEN, **changed}, max_new_tokens=4)]
+    # 2 or 3 groups have one of the five prompts, more than 5 %: the smallest prompt is held out
+    assert len(losses) == -(-3 * 10 // 4)
+    rows = read_metrics(folder)
+    assert rows[0]["step"] == 0 and rows[0]["eval/distance"] > rows[-1]["eval/distance"]
+    sample = json.loads((folder / "samples.jsonl").read_text().split("\n")[0])
+    assert sample["label"] == "helpfulness:4,verbosity:1\n" and not list(folder.glob("groups*"))
+    judged = run(
+        str(tmp_path / "b"), **{**GIVEN, **changed}, attribute_model="toy/attribute_model", max_steps=1
+    )
+    assert judged and "eval/follow/mae/helpfulness" in read_metrics(tmp_path / "b")[-1]
+    with pytest.raises(dist.RunError, match="attributes is .*, which --groups ignores"):
+        run(str(tmp_path / "c"), **{**GIVEN, **changed}, attributes="toxicity:0")
+
+
+def test_nemo_aligners_record_is_trained_on(tiny_model: str, tmp_path: Path) -> None:
+    """The distance by hand at step 0, where Q is not Q': KL(w' || b') of one group, w' = (.99978, .00022)."""
+    path = write(tmp_path / "groups.jsonl", [nemo_record()] * 2)
+    changed = {"batch_size": 2, "model": tiny_model, "groups": str(path), "eval_dataset": str(path)}
+    losses = [loss for loss, _ in run(str(tmp_path / "run"), **{**GIVEN, **changed}, num_epochs=3)]
     assert len(losses) == 3 and losses[-1] < losses[0]
-    assert not list((tmp_path / "run").glob("groups*"))
+    assert read_metrics(tmp_path / "run")[0]["eval/distance"] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +575,7 @@ def test_the_stored_logps_of_the_sampler_are_those_of_the_training_forward(
 ) -> None:
     args = steerlm2.Args()
     policy = models.load("toy", device, args.system)
-    groups = steerlm2.read_groups(sampled / "groups_1.jsonl", data.load_tokenizer("toy"), args)
+    groups = read_groups(sampled / "groups_1.jsonl", data.load_tokenizer("toy"), args)
     for micro_batch in packed.micro_batches(list(groups), 0, device):
         sampler = micro_batch.fields["sampler_logps"]
         logps = steerlm2.response_logps(policy, micro_batch, args).view(sampler.shape)
@@ -499,13 +586,12 @@ def test_an_iteration_starts_at_its_sampler(sampled: Path) -> None:
     rows = {row["step"]: row for row in read_metrics(sampled)}
     settings = args_of(steerlm2.Args, **SAMPLED, max_steps=6)
     for number, step in ((1, 1), (2, 4)):
-        groups = steerlm2.read_groups(
-            sampled / f"groups_{number}.jsonl", data.load_tokenizer("toy"), settings
-        )
-        batch = data.batch(groups, step, settings.optimization.batch_size, settings.seed)
+        groups = read_groups(sampled / f"groups_{number}.jsonl", data.load_tokenizer("toy"), settings)
+        batch = steerlm2.batch_of(data.Dataset([(groups, 1.0)]), number - 1, 1, settings)
         log_w = torch.tensor(np.stack([e.fields["log_weights"] for e in batch]))
         entropy = torch.distributions.Categorical(logits=log_w).entropy().mean().item()
         assert rows[step]["train/kl"] == pytest.approx(0, abs=1e-5)
+        assert rows[step]["train/epoch"] == pytest.approx(step / 3)
         assert rows[step]["train/loss"] == pytest.approx(math.log(4) - entropy, abs=1e-5)
     assert abs(rows[2]["train/kl"]) > 1e-4  # and moves away from it
 
@@ -522,6 +608,81 @@ def test_a_run_stopped_within_an_iteration_resumes_on_its_groups(
     assert ours == straight and len(ours) == 6
     with pytest.raises(dist.RunError, match="num_epochs"):
         run(str(folder), **{**SAMPLED, "num_epochs": 2}, dataset=prompts)
+
+
+class Killed(BaseException):
+    """What a kill leaves is what this leaves: nothing is caught, nothing is written after it."""
+
+
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_sampling_goes_on_after_a_kill(
+    sampled: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
+) -> None:
+    """Killed after 20 replies, and again in scoring: no reply is sampled twice, the numbers are the same."""
+    folder, honest, drawn = tmp_path / "run", files.Journal.add, []
+
+    def killed(self: Any, key: str, record: dict) -> None:
+        honest(self, key, record)
+        drawn.append((str(self.folder), key))
+        if sum(f"groups_{iteration}" in folder for folder, _ in drawn) == 20:
+            raise Killed
+
+    monkeypatch.setattr(files.Journal, "add", killed)
+    with pytest.raises(Killed):
+        run(str(folder), **SAMPLED, dataset=prompts)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(steerlm2, "score_groups", lambda *rest: (_ for _ in ()).throw(Killed))
+        run(str(folder), **SAMPLED, dataset=prompts)
+    ours = run(str(folder), **SAMPLED, dataset=prompts)
+    assert len(drawn) == len(set(drawn)) and not list(folder.glob("groups*replies"))
+    straight = [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(sampled) if row["step"]]
+    assert ours == straight
+
+
+def test_a_stop_is_looked_at_while_sampling(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, count = files.Journal.add, []
+
+    def stopped(self: Any, key: str, record: dict) -> None:
+        honest(self, key, record)
+        count.append(key)
+        if len(count) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(files.Journal, "add", stopped)
+    monkeypatch.setattr(dist, "POLL_SECONDS", 0.0)
+    with pytest.raises(dist.Stopped, match="stopped while generating; the same command goes on"):
+        run(str(tmp_path / "run"), **SAMPLED, dataset=prompts)
+    assert len(count) < 48
+
+
+def test_groups_of_other_settings_are_sampled_anew_and_those_of_the_run_are_not_lost_in_silence(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(steerlm2, "backward", lambda *rest: (_ for _ in ()).throw(Killed))
+        run(str(folder), **SAMPLED, dataset=prompts)
+    first = (folder / "groups_1.jsonl").read_text()
+    run(str(folder), **{**SAMPLED, "seed": 2}, dataset=prompts, max_steps=1)
+    assert (folder / "groups_1.jsonl").read_text() != first
+    (folder / "groups_1.jsonl").unlink()
+    with pytest.raises(dist.RunError, match=r"groups_1.jsonl: cannot be read: .*No such file"):
+        run(str(folder), **{**SAMPLED, "seed": 2}, dataset=prompts, max_steps=2)
+
+
+def test_a_run_that_lost_responses_ends_and_is_finished(prompts: str, tmp_path: Path) -> None:
+    """Replies of at most 9 tokens: groups of uneven size, fewer steps than were planned."""
+    short = {**SAMPLED, "max_new_tokens": 9, "num_prompts": 16, "num_iterations": 1, "num_epochs": 2}
+    losses = run(str(tmp_path / "run"), **short, dataset=prompts)
+    groups = [json.loads(x) for x in (tmp_path / "run" / "groups_1.jsonl").read_text().splitlines()]
+    sizes = [len(group["responses"]) for group in groups]
+    assert len({*sizes}) > 1 and len(groups) >= 4 and min(sizes) >= 2
+    assert len(losses) == -(-2 * len(groups) // 4) and read_metrics(tmp_path / "run")[-1]["train/epoch"] == 2
+    stamp = (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns
+    assert run(str(tmp_path / "run"), **short, dataset=prompts) == losses
+    assert (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns == stamp
 
 
 def test_two_ranks_sample_score_and_train_alike(

@@ -10,7 +10,7 @@ import torch
 from conftest import args_of, read_metrics
 
 import draftp
-from common import diffusion
+from common import diffusion, image_rewards, pipelines
 from toy import images
 
 
@@ -91,7 +91,7 @@ def world() -> Path:
 
 @pytest.mark.slow
 def test_the_base_model_often_errs_and_is_small(world: Path) -> None:
-    pipe = diffusion.read_pipeline("toy")
+    pipe = pipelines.read_pipeline("toy")
     assert sum(p.numel() for p in pipe.unet.parameters()) <= 500_000
     assert pipe.unet.config.sample_size == 8
     prompts = images.all_prompts("test")
@@ -104,7 +104,7 @@ def test_the_base_model_often_errs_and_is_small(world: Path) -> None:
 
 @pytest.mark.slow
 def test_the_reward_model_knows_right_from_wrong(world: Path) -> None:
-    reward = diffusion.load_reward("toy", torch.device("cpu"))
+    reward = image_rewards.load_reward("toy", torch.device("cpu"), [diffusion.as_example("a red circle", {})])
     pictures, words = images.draw(torch.Generator().manual_seed(7), 100)
     right = [images.prompt(colour, shape) for colour, shape, *_ in words]
     for k, options in ((0, list(images.COLOURS)), (1, list(images.SHAPES))):

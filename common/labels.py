@@ -1,0 +1,114 @@
+"""Labels: the attributes of replies, as ratings to learn and as the line that a reply is conditioned on."""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, Record, first, number, wrong
+
+LABELS = ("label", "attributes")
+NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
+
+
+def read_label(value: dict, where: str) -> dict[str, float]:
+    """The attributes of a reply: a label (a dict, NeMo-Aligner's list or line), or columns by their names."""
+    turns = first(value, CONVERSATIONS)
+    label = first(value, LABELS)
+    if label is None and isinstance(turns, list):
+        label = first(turns[-1], LABELS)
+    if label is None:
+        label = {name: value[name] for name in ATTRIBUTES if name in value}
+        if not label and isinstance(turns, list) and any("label" in turn for turn in turns):
+            label = ""  # null everywhere
+    if label == "":
+        raise LeftOut("no label")
+    if isinstance(label, str):
+        items = [item.split(":") for item in label.split(",")]
+        try:
+            label = {name.strip(): None if x.strip().lower() in NULLS else float(x) for name, x in items}
+        except ValueError as error:
+            raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
+    if isinstance(label, list) and len(label) == len(ATTRIBUTES):
+        label = dict(zip(ATTRIBUTES, label, strict=True))
+    if not isinstance(label, dict) or not label:
+        raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
+    for name in label.keys() | (value.keys() if label.keys() <= value.keys() else set()):
+        meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
+        if meant and name not in ATTRIBUTES:
+            raise wrong(where, f"the attribute {name}", meant[0])
+    return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
+
+
+def rated_parts(value: dict) -> list[dict]:
+    """The part of a conversation up to each reply that has a label; all of it if the record has its own."""
+
+    def is_rated(turn: Any) -> bool:
+        role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
+        return role == "assistant" and bool(first(turn, LABELS))
+
+    for name in CONVERSATIONS if first(value, LABELS) is None else ():
+        turns = value.get(name) if isinstance(value.get(name), list) else []
+        if ends := [i for i, turn in enumerate(turns, 1) if is_rated(turn)]:
+            return [{name: turns[:end]} for end in ends]
+    return [{}]
+
+
+def rated_records(records: list[Record]) -> Iterator[Record]:
+    """A record for each rated reply."""
+    for value, where in records:
+        for part in rated_parts(value):
+            yield Record({**value, **part} if part else value, where)
+
+
+def label_line(attributes: dict[str, float]) -> str:
+    """The line before a conditioned reply: name:value of each attribute that is known, joined by commas."""
+    known = {name: value for name, value in attributes.items() if not math.isnan(value)}
+    return ",".join(f"{name}:{value:.0f}" for name, value in known.items()) + "\n" * bool(known)
+
+
+def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -> str:
+    """A label line from NeMo-Aligner's string or a dict; "" without a label.
+
+    Raises:
+        RunError: a value outside 0 to 4, or an attribute that is none of `names`, where these are given.
+    """
+    if not label:
+        return ""
+    attributes = read_label({"label": label}, where)
+    if isinstance(label, dict):  # a dict has no order of its own
+        known = [*names] or [*ATTRIBUTES, *sorted(attributes.keys() - set(ATTRIBUTES))]
+        attributes = {name: attributes.pop(name) for name in known if name in attributes} | attributes
+    for name, value in attributes.items():
+        if value not in range(5):
+            raise wrong(where, f"{name}:{value:g}", "a whole number from 0 to 4")
+        if names and name not in names:
+            raise wrong(where, f"the attribute {name}", f"one of {', '.join(names)}")
+    return label_line(attributes)
+
+
+def read_wanted(text: str, names: list[str]) -> dict[str, float]:
+    """The attributes of an option, in the order of `names`; NaN for one that has a place but no value, null.
+
+    Raises:
+        RunError: none is there, one is none of `names`, or a value is not 0 to 4.
+    """
+    given = [item.partition(":")[0].strip() for item in text.split(",") if item.strip()]
+    if not given:
+        known = ", ".join(names)
+        raise wrong("attributes", "none", f"name:value of some of {known}, joined by commas")
+    if unknown := next((name for name in given if name not in names), None):
+        raise wrong("attributes", f"the attribute {unknown}", f"one of {', '.join(names)}")
+    values = dict(item.split(":") for item in read_line(text, "attributes", names).strip().split(",") if item)
+    return {name: float(values.get(name, "nan")) for name in names if name in given}
+
+
+def attach_labels(value: dict, turns: Messages, where: str) -> None:
+    """Put the label line of each reply with it, in a record that NeMo-Aligner calls VALUE_TO_TEXT."""
+    given = first(value, CONVERSATIONS)
+    if value.get("type") != "VALUE_TO_TEXT" or not isinstance(given, list):
+        return
+    for turn, source in zip(turns[len(turns) - len(given) :], given, strict=True):
+        line = read_line(first(source, LABELS), where)
+        if line and turn["role"] == "assistant":
+            turn["label"] = line
