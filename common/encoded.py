@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common import dist, files
+from common.formats import LeftOut, Stream
 from common.packed import Example, Tokens
 from common.templates import end_token
-from common.tokenizing import num_rows
+from common.tokenizing import num_rows, together
 
 # of bounds there is one more than of what they bound, the first is 0; while a rank writes, they are lengths
 COLUMNS: dict[str, Any] = {
@@ -312,6 +313,44 @@ def alike(one: Example, other: Example) -> bool:
     """Whether two examples have the same tokens and masks."""
     pairs = itertools.zip_longest(one.sequences, other.sequences, fillvalue=((), ()))
     return all(np.array_equal(a, b) for both in pairs for a, b in zip(*both, strict=True))
+
+
+def encode_rows(
+    stream: Stream,
+    size: int,
+    split: Callable,
+    tokenizer: Any,
+    attempt: Callable,
+    start: int,
+    stop: int,
+    exactly: bool,
+) -> Iterator[Made | str | dist.RunError | None]:
+    """What `make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
+
+    The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
+    """
+    rows, count = stream.rows(start, stop), itertools.count()
+    while chunk := list(itertools.islice(rows, 256)):
+        jobs: list[Any] = []
+        for i in range(0, len(chunk), size):
+            try:
+                found = [stream.record(*row) for row in chunk[i : i + size]]
+                found = [record for record in found if record]
+                for record in split(found) if found else ():
+                    is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
+                    text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
+                    jobs.append((record, text))
+            except dist.RunError as error:
+                jobs.append(error)
+        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
+        made = iter(together(tokenizer, steps, exactly))
+        for job in jobs:
+            found, n = next(made) if isinstance(job, tuple) else job, next(count)
+            if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
+                (again,) = together(tokenizer, [attempt(*job)], exactly=True)
+                if not (isinstance(again, Made) and alike(again.example, found.example)):
+                    found = None
+            yield str(found) if isinstance(found, LeftOut) else found
 
 
 def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], what: str) -> Encoded:

@@ -146,7 +146,7 @@ def test_what_is_encoded_once_is_mapped_again_and_tells_the_same(
     first, first_eval = load_both("pairs", source, tokenizer, eval_dataset="", max_length=90)
     said = capsys.readouterr().out
     assert "cut at the end" in said and "dropped 1 with no preference" in said
-    monkeypatch.setattr(data, "encode_rows", lambda *x: 1 / 0)
+    monkeypatch.setattr(encoded, "encode_rows", lambda *x: 1 / 0)
     again, again_eval = load_both("pairs", source, tokenizer, eval_dataset="", max_length=90)
     assert capsys.readouterr().out == said and len(folders(cache)) == 1
     assert (again.fingerprint(), again_eval.fingerprint()) == (first.fingerprint(), first_eval.fingerprint())
