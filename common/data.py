@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ from common.formats import (
     LeftOut,
     Messages,
     Record,
-    Stream,
     as_messages,
     as_turns,
     common_prefix,
@@ -65,7 +64,7 @@ from common.templates import (  # noqa: F401, all that scripts need to encode
     response_steps,
     template_notes,
 )
-from common.tokenizing import Steps, encoding, in_turn, together
+from common.tokenizing import Steps, encoding, in_turn
 
 
 class Dataset(Sequence):
@@ -455,7 +454,7 @@ def load(
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
         two_lined = is_two_lined(stream, kind)
         split = rated_records if kind == "ratings" else functools.partial(regroup, two_lined=two_lined)
-        rows = functools.partial(encode_rows, stream, 1 + two_lined, split, tokenizer, attempt)
+        rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, split, tokenizer, attempt)
         name = hashlib.sha256(f"{key} {stream.digest} {stream.split}".encode()).hexdigest()[:32]
         found = encoded.make(dist.from_main(lambda: name), len(stream), rows, f"{kind}: {source}")
         tell_counts(found, source, option, max_length, cut, tell)
@@ -485,44 +484,6 @@ def note(kind: str, notes: list[str], text: str) -> None:
     notes.append(text)
     if dist.is_main():
         print(f"{kind}: {text}", flush=True)
-
-
-def encode_rows(
-    stream: Stream,
-    size: int,
-    split: Callable,
-    tokenizer: Any,
-    attempt: Callable,
-    start: int,
-    stop: int,
-    exactly: bool,
-) -> Iterator[Made | str | dist.RunError | None]:
-    """What `encoded.make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
-
-    The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
-    """
-    rows, count = stream.rows(start, stop), itertools.count()
-    while chunk := list(itertools.islice(rows, 256)):
-        jobs: list[Any] = []
-        for i in range(0, len(chunk), size):
-            try:
-                found = [stream.record(*row) for row in chunk[i : i + size]]
-                found = [record for record in found if record]
-                for record in split(found) if found else ():
-                    is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
-                    text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
-                    jobs.append((record, text))
-            except dist.RunError as error:
-                jobs.append(error)
-        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
-        made = iter(together(tokenizer, steps, exactly))
-        for job in jobs:
-            found, n = next(made) if isinstance(job, tuple) else job, next(count)
-            if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
-                (again,) = together(tokenizer, [attempt(*job)], exactly=True)
-                if not (isinstance(again, Made) and encoded.alike(again.example, found.example)):
-                    found = None
-            yield str(found) if isinstance(found, LeftOut) else found
 
 
 def tell_counts(found: Encoded, source: str, option: str, max_length: int, cut: str, tell: Callable) -> None:

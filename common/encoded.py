@@ -13,6 +13,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -27,9 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common import dist, files
+from common.formats import LeftOut, Stream
 from common.packed import Example, Tokens
 from common.templates import end_token
-from common.tokenizing import num_rows
+from common.tokenizing import num_rows, together
 
 # of bounds there is one more than of what they bound, the first is 0; while a rank writes, they are lengths
 COLUMNS: dict[str, Any] = {
@@ -45,6 +47,7 @@ COLUMNS: dict[str, Any] = {
     "keys": np.uint64,  # examples with one question have one key
 }
 DECIDING = ("data", "encoded", "formats", "streams", "templates", "tokenizing")  # modules, what tokens are
+MOST_TOUCHED = 16  # examples read before their pages are let go: each may bring 2 MiB of its neighbours
 MOST_ERRORS = 10  # lines that one error names
 CHECKED = 1 << 20  # bytes of each of the 64 pieces by which a damaged file is told; a small one is read whole
 
@@ -76,13 +79,22 @@ class Encoded(Sequence):
     def __init__(self, folder: Path):
         self.rows: np.ndarray | None = None
         self.contents = read_contents(folder)
-        self.columns = {name: _mapped(folder / name, kind) for name, kind in COLUMNS.items()}
+        self.areas = {name: _mapped(folder / name) for name in COLUMNS}
+        self.columns = {name: np.frombuffer(area, COLUMNS[name]) for name, area in self.areas.items()}
+        self.num_read = 0
         self.shapes: list[list] = self.contents["shapes"]
 
     def __len__(self) -> int:
         return len(self.columns["shapes"] if self.rows is None else self.rows)
 
     def __getitem__(self, i: int) -> Stored:
+        self.num_read += 1
+        if (
+            self.num_read % MOST_TOUCHED == 0
+        ):  # the system keeps the pages; this process need not map them all
+            for area in self.areas.values():
+                if area:
+                    area.madvise(mmap.MADV_DONTNEED)
         i = range(len(self))[i]
         row = i if self.rows is None else int(self.rows[i])
         of = self.columns
@@ -90,7 +102,8 @@ class Encoded(Sequence):
         at = itertools.pairwise(of["token_bounds"][first : last + 1].tolist())
         texts = itertools.pairwise(of["text_bounds"][3 * row : 3 * row + 4].tolist())
         example = Stored.__new__(Stored)  # whose prompt and record are not there yet
-        example.sequences = [Tokens(of["ids"][a:b], of["mask"][a:b]) for a, b in at]
+        # copies: views of a batch would hold the pages around each of its examples
+        example.sequences = [Tokens(of["ids"][a:b].copy(), of["mask"][a:b].copy()) for a, b in at]
         example.texts = [of["texts"][a:b] for a, b in texts]
         example.label = example.texts[2].tobytes().decode()
         example.fields, start = {}, int(of["number_bounds"][row])
@@ -142,9 +155,10 @@ class Encoded(Sequence):
         return hashlib.sha256(self.contents["digest"].encode() + rows).hexdigest()
 
 
-def _mapped(path: Path, kind: Any) -> np.ndarray:
-    """A read-only view of a file; one of no bytes cannot be mapped."""
-    return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.zeros(0, kind)
+def _mapped(path: Path) -> Any:
+    """A read-only file as memory that all who map it share; one of no bytes cannot be mapped."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if path.stat().st_size else b""
 
 
 def read_contents(folder: Path) -> dict[str, Any]:
@@ -299,6 +313,44 @@ def alike(one: Example, other: Example) -> bool:
     """Whether two examples have the same tokens and masks."""
     pairs = itertools.zip_longest(one.sequences, other.sequences, fillvalue=((), ()))
     return all(np.array_equal(a, b) for both in pairs for a, b in zip(*both, strict=True))
+
+
+def encode_rows(
+    stream: Stream,
+    size: int,
+    split: Callable,
+    tokenizer: Any,
+    attempt: Callable,
+    start: int,
+    stop: int,
+    exactly: bool,
+) -> Iterator[Made | str | dist.RunError | None]:
+    """What `make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
+
+    The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
+    """
+    rows, count = stream.rows(start, stop), itertools.count()
+    while chunk := list(itertools.islice(rows, 256)):
+        jobs: list[Any] = []
+        for i in range(0, len(chunk), size):
+            try:
+                found = [stream.record(*row) for row in chunk[i : i + size]]
+                found = [record for record in found if record]
+                for record in split(found) if found else ():
+                    is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
+                    text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
+                    jobs.append((record, text))
+            except dist.RunError as error:
+                jobs.append(error)
+        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
+        made = iter(together(tokenizer, steps, exactly))
+        for job in jobs:
+            found, n = next(made) if isinstance(job, tuple) else job, next(count)
+            if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
+                (again,) = together(tokenizer, [attempt(*job)], exactly=True)
+                if not (isinstance(again, Made) and alike(again.example, found.example)):
+                    found = None
+            yield str(found) if isinstance(found, LeftOut) else found
 
 
 def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], what: str) -> Encoded:
