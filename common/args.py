@@ -272,7 +272,7 @@ RANGES = {
     "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
     "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
     "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries "
-    "num_human_pairs copy_retries top_k judge_price",
+    "num_human_pairs copy_retries top_k judge_price lora_scale",
     (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
     "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
     "num_inference_steps num_lv micro_batch_size images_per_prompt num_revisions num_principles "
@@ -359,8 +359,8 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
     With another model the toy's data are used only if they are asked for, as in --dataset toy.
-    A boolean is set by --flag, --no_flag, --flag=True or --flag True. A mistake ends the process with one
-    line, from one rank.
+    A boolean is set by --flag, --no_flag, --flag=True or --flag True; --help lists the one that changes it.
+    A mistake ends the process with one line, from one rank.
 
     Args:
         stages: the fields that are the options of a stage, a string, and the Args of its script. What is
@@ -431,6 +431,7 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
     words, said = tyro_words(words, defaults), io.StringIO()
     try:
         with contextlib.nullcontext() if "--help" in words else contextlib.redirect_stderr(said):
+            how |= {"config": (tyro.conf.FlagCreatePairsOff,)}  # of a boolean the flag that changes it
             return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
     except SystemExit:
         # tyro prints a box of parts between rules; its title stands in the upper edge, or is the first part
@@ -446,20 +447,27 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
 
 
 def tyro_words(words: list[str], defaults: Any) -> list[str]:
-    """--flag True and --flag=True, which W&B agents write, as tyro takes it: --flag, or --no_flag."""
-    booleans = {name for name, value in flat(defaults).items() if isinstance(value, bool)}
-    read: list[str] = []
+    """A command line in which booleans stand last, once, by the one flag that --help lists of each.
+
+    --flag, --no_flag, --flag=True and --flag True, the last two as W&B agents write them, are all taken.
+    """
+    booleans = {name: value for name, value in flat(defaults).items() if isinstance(value, bool)}
+    others: list[str] = []
+    chosen: dict[str, bool] = {}
+    name = ""  # of the boolean before, whose value may follow
     for word in words:
-        name, _, value = word.rpartition("=")
-        if word.lower() in ("true", "false") and read:
-            name, value = read[-1], word
-        if value.lower() not in ("true", "false") or name[2:].replace("-", "_") not in booleans:
-            read.append(word)
-            continue
-        if value is word:
-            read.pop()
-        read.append(name if value.lower() == "true" else f"--no_{name[2:]}")
-    return read
+        flag, _, value = word.partition("=")
+        key, says = flag.removeprefix("--").replace("-", "_"), value.lower()
+        if name and word.lower() in ("true", "false"):
+            chosen[name], name = word.lower() == "true", ""
+        elif flag.startswith("--") and key.removeprefix("no_") in booleans and says in ("", "true", "false"):
+            name = key if key in booleans else ""
+            chosen[key.removeprefix("no_")] = bool(name) == (says != "false")
+        else:
+            others.append(word)
+            name = ""
+    told = (f"--{'' if x else 'no_'}{n}" for n, x in chosen.items() if x != booleans[n])
+    return [*others, *told]
 
 
 def under_an_agent(args: Any, words: list[str]) -> Any:

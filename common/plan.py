@@ -41,7 +41,10 @@ class Memory(NamedTuple):
 
 
 def attention_widths(config: Any) -> tuple[int, int]:
-    """Numbers of a token in all query heads of a layer, and in its key heads."""
+    """Numbers of a token in all query heads of a layer, and in its key heads; means where layers differ."""
+    if getattr(config, "is_heterogeneous", False):
+        layers = [attention_widths(config.per_layer_config[i]) for i in range(config.num_hidden_layers)]
+        return sum(q for q, _ in layers) // len(layers), sum(k for _, k in layers) // len(layers)
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width

@@ -196,8 +196,8 @@ def test_help_names_every_field(script: str) -> None:
         [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for name in args.flat(importlib.import_module(script).Args()):
-        assert f"--{name}" in done.stdout
+    for name, value in args.flat(importlib.import_module(script).Args()).items():
+        assert f"--{'no_' if value is True else ''}{name}" in done.stdout  # of a boolean what changes it
     assert "optimization options" in done.stdout or script in PIPELINES
 
 

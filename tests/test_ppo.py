@@ -834,9 +834,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rollout of two, by a stop asked for while it was being used."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
+    folder, honest = tmp_path_factory.mktemp("stopped") / "run", ppo.make_rollout
+
+    def stopped(*given: Any, **options: Any) -> Any:
         patch.setattr(dist, "stop_requested", lambda: True)
+        return honest(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_rollout", stopped)
         run(folder, **HALF, max_steps=8)
     return folder
 
