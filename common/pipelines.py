@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,17 @@ PARTS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "Flu
 PARTS += ("FluxSingleTransformerBlock",)
 
 # ------------------------------------------------------------------------------------------------ parts
+
+
+def fill_frozen(part: nn.Module, dtype: torch.dtype, device: torch.device, full: nn.Module | None) -> None:
+    """Give a part that came without numbers those of rank 0's, `full`."""
+    if isinstance(part, transformers.PreTrainedModel):
+        with torch.device("meta"):  # where no model of its class was made, one gives no hidden states
+            type(part)(part.config)
+    part.to(dtype).to_empty(device=device)
+    if hasattr(part, "tie_weights"):
+        part.tie_weights()  # to_empty makes two of each shared parameter, as of T5's embedding
+    models.fill(part, full)
 
 
 def modules(pipe: Any) -> dict[str, nn.Module]:
@@ -115,10 +127,9 @@ def load(
     for name, part in modules(pipe).items():
         if part is not denoiser:
             wide = name == "vae" and is_xl(pipe) and part.config.force_upcast  # as its config asks for
-            part.to(torch.float32 if wide else dtype).to_empty(device=device)
-            if hasattr(part, "tie_weights"):
-                part.tie_weights()  # to_empty makes two of each shared parameter, as of T5's embedding
-            models.fill(part, modules(full[0])[name] if full else None)
+            fill_frozen(
+                part, torch.float32 if wide else dtype, device, modules(full[0])[name] if full else None
+            )
     for parameter in denoiser.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
@@ -161,7 +172,6 @@ def read_pipeline(model: str, fuse: bool = True) -> Any:
     adapters.
     """
     import diffusers
-    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -516,12 +516,13 @@ def test_only_one_rank_reads_a_pipeline_and_all_have_it(
     assert first["adapters"] == second["adapters"] and bool(first["adapters"]) == bool(lora_rank)
 
 
-@pytest.mark.release
-@pytest.mark.parametrize(("name", "lora_rank"), [("sd3", 0), ("flux", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rank", "rate"), [("sd3", 0, EQUAL["learning_rate"]), ("flux", 2, 0.1)])
 def test_flows_are_the_same_on_two_ranks(
-    tiny: Path, tmp_path: Path, two_ranks: Any, name: str, lora_rank: int
+    tiny: Path, tmp_path: Path, two_ranks: Any, name: str, rank: int, rate: float
 ) -> None:
-    changes = {**EQUAL, "name": name, "lora_rank": lora_rank, "activation_checkpointing": "on"}
+    changes = {**EQUAL, "name": name, "lora_rank": rank, "learning_rate": rate}
+    changes |= {"activation_checkpointing": "on"}
     canonical = steps(tiny, tmp_path / "one", **changes)
     assert abs(canonical[-1][2] - canonical[0][2]) > 1e-4
     exported = images_of(pipelines.read_pipeline(str(tmp_path / "one")))
