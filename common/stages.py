@@ -80,7 +80,7 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
             except SystemExit as done:
                 codes.append(done.code)
             if run.check:
-                found[name] = dist.from_main(lambda own=own: files.read_json(Path(own) / "check.json"))
+                found[name] = json.loads(dist.from_main((Path(own) / "check.json").read_text))
     if run.check and dist.is_main():
         files.write(folder / "check.json", json.dumps(found, indent=2) + "\n")
     dist.barrier()

@@ -218,7 +218,8 @@ def check_on_two_ranks(few: str, model: str, folder: str) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_agree(few: Path, tiny_model: str, tmp_path: Path, two_ranks: Any) -> None:
-    assert two_ranks("test_certificate:check_on_two_ranks", str(few), tiny_model, str(tmp_path)) == [0, 0]
+    given = {"few": str(few), "model": tiny_model, "folder": str(tmp_path)}
+    assert two_ranks("test_certificate:check_on_two_ranks", **given) == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
 
 
