@@ -461,7 +461,8 @@ def cache_folder() -> Path:
 def remembered(path: Path, look: Callable[[], dict]) -> dict:
     """What `look` tells about a file, asked again when the file's size, its time or this code has changed."""
     at = path.stat()
-    key = repr((str(path.resolve()), at.st_size, at.st_mtime_ns, syntax(Path(inspect.getsourcefile(look)))))
+    times = (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino)  # what is put back keeps not all of them
+    key = repr((str(path.resolve()), times, syntax(Path(inspect.getsourcefile(look)))))
     store = cache_folder() / "data" / "files" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(store.read_text())

@@ -64,6 +64,7 @@ OTHERS = "content system system_prompt history tools functions context label att
 OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
 OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
 READ += (*REASONING, *OTHERS.split())
+KNOWN = (*READ, *REFUSED)
 LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
 READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
@@ -83,9 +84,23 @@ def number(value: Any, where: str, name: str) -> float:
 def meant(name: str, known: tuple[str, ...]) -> list[str]:
     """The names that this one is a slip of: `choosen`. prompt_id and answers are names of the user's own."""
     own = name.lower().replace("-", "_")
+    if own[-1:].isdigit():  # response_3 is a name of its own
+        return []
     near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
     near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
-    return [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
+    near = [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
+    plurals = {own + "s", own.removesuffix("s")} if "_" not in own and known is not READ_OF_TURNS else set()
+    return near or [x for x in known if len(x) > 4 and x not in plurals and is_slip(own, x)]
+
+
+def is_slip(name: str, other: str) -> bool:
+    """Whether a letter more, less or another, or two that changed places, is all that two names differ in."""
+    short, long = sorted((name, other), key=len)
+    if len(long) == len(short) + 1:
+        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+    at = [i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b]
+    swapped = len(at) == 2 and [name[i] for i in at] == [other[i] for i in at[::-1]]
+    return len(short) == len(long) and (swapped or len(at) == 1)
 
 
 def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
@@ -98,19 +113,12 @@ def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
 
 def refuse_fields(value: dict, where: str) -> None:
     """End the run if a record says what cannot be followed, or nearly says what would be."""
-    refuse_slips(value, where, READ)
+    refuse_slips(value, where, KNOWN)
     for name, expected in REFUSED.items():
         if value.get(name) not in (None, "", [], {}, 1):
             raise wrong(where, f"the field {name}", expected)
     if value.get("type") == "TEXT_TO_VALUE":
         raise wrong(where, "type TEXT_TO_VALUE", "VALUE_TO_TEXT, with the label before its reply")
-
-
-def without_nulls(value: Any) -> Any:
-    """A value without the nulls that a table fills into the fields its other rows have."""
-    if isinstance(value, dict):
-        return {name: without_nulls(x) for name, x in value.items() if x is not None}
-    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def from_json(value: Any, where: str, name: str, kind: type) -> Any:
@@ -121,7 +129,7 @@ def from_json(value: Any, where: str, name: str, kind: type) -> Any:
         raise wrong(where, f"{name} {value!r}", "JSON") from error
     if not isinstance(found, kind):
         raise wrong(where, f"{name} {value!r}", "a list" if kind is list else "an object of name: value")
-    return without_nulls(found)
+    return found
 
 
 def read_functions(value: Any, where: str, name: str) -> list[dict]:
@@ -170,7 +178,7 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         content = first(turn, ("content", "value"))
         raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
     channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
-    if channels and "reasoning_content" in kept:
+    if "reasoning_content" in kept and (channels or text.lstrip().startswith("<think>")):
         raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
     text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = first(turn, TRAINED)

@@ -103,6 +103,11 @@ class Log:
         # without a checkpoint there is nothing to resume, so all may change, but for what stages are made of
         if (last or self.is_pipeline) and (folder / "args.json").exists():
             self.before = files.read_json(folder / "args.json")
+            own = self.before.get("script", Path(self.script).name)
+            if own != Path(self.script).name:
+                raise formats.wrong(
+                    f"output_dir {folder}", f"a run of {own}", "another output_dir, or --overwrite"
+                )
             self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
         if self.is_pipeline:
@@ -187,7 +192,13 @@ class Log:
     def _write_args(self, num_steps: int, **more: Any) -> None:
         self.num_steps = num_steps
         accepted = [*self.before.get("accepted_changes", []), *self.accepted]
-        kept = {"num_steps": num_steps, "inputs": self.inputs, "versions": files.versions(), **more}
+        kept = {
+            "script": Path(self.script).name,
+            "num_steps": num_steps,
+            "inputs": self.inputs,
+            "versions": files.versions(),
+            **more,
+        }
         kept |= {"accepted_changes": accepted} if accepted else {}
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
 

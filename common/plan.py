@@ -415,6 +415,8 @@ def show(
     """
     if not args.run.plan:
         return
+    if args.run.check:
+        raise dist.RunError("plan and check: give one of them at a time, as each ends when it has answered")
     machine = read_machine(args.run.plan)
 
     def of(**changes: Any) -> Need:

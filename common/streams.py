@@ -191,11 +191,23 @@ def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
         raise dist.RunError(f"dataset {source}: cannot be loaded: {reason}") from error
 
 
+CALLS = ("tools", "functions", "tool_calls", "function_call", "chat_template_kwargs")
+
+
+def of_table(value: Any, is_call: bool = False) -> Any:
+    """A row of a table, whose calls and schemas are without the nulls that it fills into what others have."""
+    if isinstance(value, dict):
+        return {
+            k: of_table(x, is_call or k in CALLS) for k, x in value.items() if not is_call or x is not None
+        }
+    return [of_table(x, is_call) for x in value] if isinstance(value, list) else value
+
+
 def open_table(table: Any, where: str) -> Stream:
     """The rows of a table of the datasets library, whose fingerprint follows what it was made of."""
 
     def read(start: int, stop: int | None) -> Iterator[Row]:
-        return ((table[i], f"{where} row {i}") for i in range(len(table))[start:stop])
+        return ((of_table(table[i]), f"{where} row {i}") for i in range(len(table))[start:stop])
 
     digest = getattr(table, "_fingerprint", None)
     return Stream([(read, len(table))], digest or hashlib.sha256(json.dumps([*table]).encode()).hexdigest())
@@ -268,7 +280,7 @@ def read_parquet(path: Path, start: int, stop: int | None) -> Iterator[Row]:
             if at + count > start and (stop is None or at < stop):
                 for batch in file.iter_batches(1024, [group]):
                     wanted = range(at, at + len(batch))[max(0, start - at) : stop and max(0, stop - at)]
-                    rows = batch.slice(wanted.start - at, len(wanted)).to_pylist()
+                    rows = map(of_table, batch.slice(wanted.start - at, len(wanted)).to_pylist())
                     yield from ((row, f"{path} row {i}") for i, row in zip(wanted, rows, strict=True))
                     at += len(batch)
             else:

@@ -137,7 +137,8 @@ def takes_parts(tokenizer: Any) -> bool:
     for content in ("zebra", [{"type": "text", "text": "zebra"}]):
         with contextlib.suppress(Exception):  # a template may raise anything
             asked = [{"role": "user", "content": content}]
-            if "zebra" in tokenizer.apply_chat_template(asked, tokenize=False):
+            shown = tokenizer.apply_chat_template(asked, tokenize=False)
+            if "zebra" in shown and "'type'" not in shown:  # no list written out as Python does
                 return not isinstance(content, str)
     return False
 
@@ -375,12 +376,16 @@ def rendered_turn(tokenizer: Any, messages: Messages, before: str) -> str:
     if cut := re.search(r"[<\[][^<>\[\]]*$", header[:same]):  # not within a mark: <think>, </think>
         same = cut.start()
     tail, marks = full[at + same :], re.findall(A_MARK, header[same:])
+    label = labelled(tokenizer, last.get("label", ""))
+    if re.sub(A_MARK, "", header[same:].replace(label, "", 1)).strip():
+        begins = f"{header.strip()!r} when it is asked for, with {full[at:start].strip()!r} when it is there"
+        raise dist.RunError(f"cannot be encoded: the chat template begins a reply with {begins}")
     mark, close = thought_marks(tokenizer)
     if close.strip() in marks and close.strip() in tail:
         raise dist.RunError("cannot be encoded: a reply has thoughts after a header that ends them")
     if mark in marks and close.strip() not in marks:
         tail = with_thoughts(tokenizer, last["content"], tail)
-    return tail.replace(labelled(tokenizer, last.get("label", "")), "", 1)
+    return tail.replace(label, "", 1)
 
 
 A_MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"  # <think>, <|end|>, [/THINK]
@@ -458,6 +463,9 @@ def refuse_changed(tokenizer: Any, messages: Messages, text: str) -> None:
     at = 0
     for m in messages if tokenizer.chat_template is not None else ():
         said = pieces(tokenizer, m)[-1] if m["role"] in ("user", "assistant") else ""
+        mark, ending = thought_marks(tokenizer) if m["role"] == "assistant" else ("", "")
+        if mark and m["content"].lstrip().startswith(mark) and ending.strip() not in m["content"]:
+            raise dist.RunError(f"cannot be encoded: a reply opens {mark}, and nothing closes it")
         at = text.find(said, at)
         if at < 0:
             reason = "the chat template changes or leaves out a text of"

@@ -936,6 +936,12 @@ def test_end_tokens_that_are_no_ids_are_named(tiny_model: str, tmp_path: Path) -
         assert "\n" not in str(error.value)
 
 
+def test_ratings_of_which_no_value_is_known_are_left_out(tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
+    good, unknown = ({"messages": [ASK, SEVEN], "label": [x] * 9} for x in (3, -100))
+    assert len(load("ratings", write(tmp_path, good, unknown, {**good, "correctness": None}), tokenizer)) == 2
+    assert "dropped 1 with no label that is known" in capsys.readouterr().out
+
+
 def test_bad_ratings_and_bad_bytes_stop_too(tokenizer: Any, tmp_path: Path) -> None:
     good = {"messages": [ASK, SEVEN]}
     for label in ([4, 4], {"helpfulness": "high"}, 3, {}):

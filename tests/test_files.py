@@ -332,3 +332,19 @@ def test_a_result_is_computed_once_for_each_key_and_each_state_of_the_model(
     (model / "model.safetensors").write_bytes(content)
     files.cached(compute, "logps", str(model), "key")
     assert len(calls) == 3 and all(p.suffix == ".pt" for p in (tmp_path / "cache").iterdir())
+
+
+def test_a_file_that_was_replaced_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the size and the time that it had, as tar and rsync leave them."""
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "cache"))
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    for file, text in ((path, "one"), (other, "two")):
+        file.write_text(text)
+        os.utime(file, (1e9, 1e9))
+
+    def look() -> dict:
+        return {"text": path.read_text()}
+
+    assert files.remembered(path, look) == files.remembered(path, lambda: {}) == {"text": "one"}
+    other.replace(path)
+    assert files.remembered(path, look) == {"text": "two"}

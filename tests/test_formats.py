@@ -44,6 +44,22 @@ def test_files_of_every_type_hold_the_same_records(tmp_path: Path) -> None:
     assert formats.read_file(tmp_path / "b.jsonl")[1].where == f"{tmp_path}/b.jsonl:2"
 
 
+def test_nulls_in_calls_are_kept_unless_a_table_has_filled_them_in(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"name": "f", "arguments": {"a": None}}, {"name": "g", "arguments": {"b": "x"}}]
+    records = [{"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
+    found = {}
+    for name in ("a.jsonl", "b.parquet"):
+        turns = [record.value["messages"][0] for record in formats.read_file(tmp_path / name)]
+        read = [formats.as_message(turn, "")["tool_calls"][0]["function"] for turn in turns]
+        found[name] = [call["arguments"] for call in read]
+    assert found == {"a.jsonl": [{"a": None}, {"b": "x"}], "b.parquet": [{}, {"b": "x"}]}
+
+
 def test_a_dict_of_attributes_has_one_order_and_values_from_0_to_4() -> None:
     assert labels.read_line({"verbosity": 1, "quality": 4}, "x") == "quality:4,verbosity:1\n"
     assert labels.read_line({"quality": 4, "verbosity": 1}, "x") == "quality:4,verbosity:1\n"

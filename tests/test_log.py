@@ -340,6 +340,15 @@ def test_a_missing_judge_is_named(few: Path, tmp_path: Path) -> None:
 # resuming what has changed
 
 
+def test_a_run_of_another_script_is_never_gone_on_with(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text('{"script": "sft.py"}')
+    with pytest.raises(
+        dist.RunError, match="found a run of sft.py; expected another output_dir, or --overwrite"
+    ):
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path / "run", accept_changes=True)))
+
+
 def test_other_data_another_model_or_other_code_is_refused_by_name_and_can_be_accepted(
     few: Path, tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

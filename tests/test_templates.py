@@ -135,7 +135,10 @@ def plain(content: str = "m.content") -> str:
         (plain("(m.content | replace('+', '-'))"), r"changes or leaves out a text of user: '3\+4\?'"),
         (plain("(m.content[:2] if m.role == 'user' else m.content)"), "changes or leaves out a text of user"),
         (plain("(m.content | e if m.role != 'system' else m.content)"), None),  # nothing there to escape
-        (plain().replace("'assistant:' if", "'!' * 9 if"), None),
+        (
+            plain().replace("'assistant:' if", "'bot:' if"),
+            "begins a reply with 'bot:' when it is asked for, with",
+        ),
     ],
 )
 def test_what_a_template_loses_or_turns_over_is_refused(
@@ -147,9 +150,6 @@ def test_what_a_template_loses_or_turns_over_is_refused(
         assert sft(tokenizer, tmp_path, {"messages": turns[:2] + [SEVEN]})
         turns[1] = {**ASK, "content": "3 < 4?"}
         reason = "changes or leaves out a text of user: '3 < 4"
-    if reason is None:  # another header for a reply than a reply has: the reply is trained after it
-        assert sft(tokenizer, tmp_path, {"messages": turns[1:]})[0][0].endswith("!" * 9)
-        return
     with pytest.raises(dist.RunError, match=f"data.jsonl:1: cannot be encoded: the chat template {reason}"):
         sft(tokenizer, tmp_path, {"messages": turns})
 
@@ -184,7 +184,7 @@ TOOLS = [
         ],
     },
     {
-        "tools": [{"type": "function", "function": {**WEATHER, "strict": None}}],  # a table fills in nulls
+        "tools": [{"type": "function", "function": WEATHER}],
         "messages": [
             ASK,
             {"role": "assistant", "tool_calls": [{"function": {**CALL, "arguments": '{"city": "Oslo"}'}}]},
@@ -480,6 +480,29 @@ def test_a_header_that_opens_what_nothing_closes_is_refused(tmp_path: Path) -> N
     tokenizer = tokenizer_for(plain().replace("'assistant:' if", "'assistant:<ponder>' if"))
     with pytest.raises(dist.RunError, match="header of a reply opens <ponder>, which replies leave out"):
         sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]})
+
+
+def test_thoughts_that_nothing_closes_are_refused(tmp_path: Path) -> None:
+    cut = {"role": "assistant", "content": "<think>\n3 and"}
+    for header in ("", "<think>"):
+        with pytest.raises(dist.RunError, match=r"data.jsonl:1: .*opens <think>, and nothing closes it"):
+            sft(tokenizer_for(THINKS.replace("HEADER", header)), tmp_path, {"messages": [ASK, cut]})
+    both = {"role": "assistant", "content": "<think>a</think>7", "reasoning_content": "3 and 4"}
+    with pytest.raises(dist.RunError, match="reasoning_content beside the content"):
+        sft(tokenizer_for(THINKS.replace("HEADER", "")), tmp_path, {"messages": [ASK, both]})
+
+
+def test_a_header_that_replies_do_not_have_is_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(THINKS.replace("|>assistant\nHEADER", "|>bot\n"))
+    with pytest.raises(dist.RunError, match=r"data.jsonl:1: .*begins a reply with .*bot' when .*assistant'"):
+        sft(tokenizer, tmp_path, {"messages": [ASK, SEVEN]})
+
+
+def test_a_template_that_cuts_texts_is_not_given_lists_of_parts(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(plain().replace("m.content", "m.content[:3]"))
+    long = {"role": "assistant", "content": "seven"}
+    with pytest.raises(dist.RunError, match="does not show what the assistant says"):
+        sft(tokenizer, tmp_path, {"messages": [ASK, long]})
 
 
 RAW = "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>7"
