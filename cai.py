@@ -542,8 +542,10 @@ def check(args: Args) -> None:
         if getattr(args.server, f"{role}_url") and not getattr(args, f"{role}_model"):
             raise dist.RunError(f"{role}_url needs {role}_model, the name of a model there")
     chat.read_body(args.server.judge_body)
-    if not 2 <= args.samples_per_prompt * len(read_temperatures(args)) <= 26:  # the letters of hard_labels
-        raise formats.wrong("samples_per_prompt", args.samples_per_prompt, "2 to 26 replies to compare")
+    num_replies = args.samples_per_prompt * len(read_temperatures(args))
+    if num_replies < 2 or (args.hard_labels and num_replies > 26):  # as there are letters
+        expected = "2 or more replies to compare, with hard_labels at most 26"
+        raise formats.wrong("samples_per_prompt", args.samples_per_prompt, expected)
     if args.hard_labels and (args.cot or args.num_principles != 1):
         raise dist.RunError(
             "hard_labels asks for letters, by all principles: leave out cot and num_principles"

@@ -219,8 +219,11 @@ def faults_of_message(message: str, path: Path, changed: set[int]) -> list[str]:
         message.encode()
         if str(path) not in message:
             faults.append("no file in the message")
-        if len(message.splitlines()) > 1 or re.search(r"[\x00-\x1f\x7f]", message):
-            faults.append("more than a line of text")
+        lines = message.split("\n")  # of bad lines up to ten are named, each in a line of its own
+        if len(lines) > 11 or any(str(path) not in line and line != "and more" for line in lines):
+            faults.append("a line that does not name the file, or too many")
+        if any(re.search(r"[\x00-\x1f\x7f]", line) for line in lines):
+            faults.append("more than text")
         if changed and not re.search(r":\d+: |item \d+|row \d+|nothing to train on|a single prompt", message):
             faults.append("no line in the message")
         named = re.search(r":(\d+): ", message)

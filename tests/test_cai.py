@@ -1009,7 +1009,7 @@ def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> 
     [
         ({"judge_url": "http://x/v1"}, "judge_url needs judge_model"),
         ({"critic_url": "http://x/v1"}, "critic_url needs critic_model"),
-        ({"samples_per_prompt": 1}, "found 1; expected 2 to 26 replies"),
+        ({"samples_per_prompt": 1}, "found 1; expected 2 or more replies"),
         ({"hard_labels": True, "cot": True}, "leave out cot and num_principles"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected more than 0"),
         ({"temperatures": "1,hot"}, "found '1,hot'; expected numbers"),

@@ -198,9 +198,12 @@ def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
         of(model=make_pipeline(tmp_path / "sd3", "sd3"))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_holds_what_its_plan_says() -> None:
-    """Weights, moments, gradients and activations of 40M parameters, 0.9 GiB, above the libraries."""
+    """Weights, moments, gradients and activations of 40M parameters, 0.9 GiB, above the libraries.
+
+    By hand: what is resident depends on what else the machine does.
+    """
     import harness
 
     file = str(ROOT / "benchmarks" / "plan.py")

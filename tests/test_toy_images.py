@@ -113,7 +113,8 @@ def test_the_reward_model_knows_right_from_wrong(world: Path) -> None:
             pair = [colour, shape]
             pair[k] = options[options.index(pair[k]) - 1]
             wrong.append(images.prompt(*pair))
-        better = reward(pictures, right) > reward(pictures, wrong)
+        records: list[dict] = [{}] * len(right)
+        better = reward(right, pictures, records) > reward(wrong, pictures, records)
         assert better.float().mean() > 0.8
 
 
