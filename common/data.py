@@ -202,6 +202,10 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, CHOSEN) is None)
     if not whole and first(value, (*RESPONSES, *CHOSEN)) is not None:
         return None
+    if chosen in ([], ""):
+        raise wrong(
+            where, f"train_roles {chosen!r}", "at least one role; a weight of 0 on a message leaves it out"
+        )
     names = chosen or masked or ["assistant"]
     if isinstance(names, str):
         names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
@@ -295,8 +299,8 @@ def load_sft(
         sequence = read_tokens(tokenizer, value, where)
         if sequence is not None:
             return Example([sequence], prompt="")
-        if value.get("label") is False:
-            raise wrong(where, "label false, an undesirable response", "demonstrations")
+        if isinstance(value.get("label"), bool | int | float):  # as in data for KTO
+            raise wrong(where, f"label {value['label']!r}", "demonstrations; attributes are names and values")
         prompt, response = read_exchange(tokenizer, value, where)
         turns, trained = prompt + response, trained_turns(value, prompt + response, where)
         attach_labels(value, turns, where)

@@ -74,6 +74,19 @@ def first(value: dict, names: Iterable[str]) -> Any:
     return next((value[name] for name in names if value.get(name) is not None), None)
 
 
+def agreed(value: dict, names: Iterable[str], where: str) -> Any:
+    """The first of these fields that is there, all names of one thing.
+
+    Raises:
+        RunError: two of them say different things.
+    """
+    found = [(name, value[name]) for name in names if value.get(name) is not None]
+    for name, other in found[1:]:
+        if other != found[0][1]:
+            raise wrong(where, f"{found[0][0]} {found[0][1]!r} beside {name} {other!r}", "one of them")
+    return found[0][1] if found else None
+
+
 def number(value: Any, where: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
         raise wrong(where, f"{name} {value!r}", "a number below 1e15")
@@ -151,7 +164,7 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
     refuse_slips(turn, where, READ_OF_TURNS)
-    speaker, text = str(first(turn, ("role", "from"))).lower(), first(turn, ("content", "value"))
+    speaker, text = str(first(turn, ("role", "from"))).lower(), agreed(turn, ("content", "value"), where)
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
@@ -181,7 +194,7 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
     if "reasoning_content" in kept and (channels or text.lstrip().startswith("<think>")):
         raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
     text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
-    flag = first(turn, TRAINED)
+    flag = agreed(turn, TRAINED, where)
     if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
@@ -356,7 +369,7 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
         sides[0] = turns[-1:] if ends else first(value, RESPONSES)
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
-    given = {name: first(value, (name, *ALSO.get(name, ()))) for name in PAIR_FIELDS}
+    given = {name: agreed(value, (name, *ALSO.get(name, ())), where) for name in PAIR_FIELDS}
     given = PAIR_FIELDS | {name: x for name, x in given.items() if x is not None}
     numbers = {name: number(x, where, name) for name, x in given.items()}
     if not 0 <= numbers["label_prob"] <= 1:

@@ -735,7 +735,7 @@ BAD = [
         r":2: found .*end with an assistant turn",
     ),
     ("sft", '{"prompt": "a", "response": null}', r":2: found the fields prompt, response \(null\); expected"),
-    ("sft", '{"prompt": "a", "response": "b", "label": false}', ":2: found label false, an undesirable"),
+    ("sft", '{"prompt": "a", "response": "b", "label": false}', ":2: found label False; expected demonstrations"),
     (
         "sft",
         '{"prompt": "a", "response": "b", "images": ["c.png"]}',
@@ -846,6 +846,24 @@ BAD = [
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', r":2: found .*as many ranks"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"]}', r":2: found .*as many ranks"),
     ("ranked", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, null]}', r":2: found ranks None"),
+    ("sft", '{"prompt": "a", "completion": "b", "label": 1}', r":2: found label 1; expected demonstrations"),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1, '
+        '"train": false}]}',
+        r":2: found weight 1 beside train False; expected one of them",
+    ),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+        '"train_roles": []}',
+        r":2: found train_roles \[\]; expected at least one role",
+    ),
+    (
+        "pairs",
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": 1, "score_chosen": 5}',
+        r":2: found chosen_reward 1 beside score_chosen 5; expected one of them",
+    ),
     ("prompts", '{"answer": "7"}', r":2: found the fields answer; expected one of prompt, instruction"),
     ("prompts", '{"prompt": [{"role": "assistant", "content": "b"}]}', r":2: .*ends with a turn of the user"),
 ]
