@@ -735,7 +735,11 @@ BAD = [
         r":2: found .*end with an assistant turn",
     ),
     ("sft", '{"prompt": "a", "response": null}', r":2: found the fields prompt, response \(null\); expected"),
-    ("sft", '{"prompt": "a", "response": "b", "label": false}', ":2: found label False; expected demonstrations"),
+    (
+        "sft",
+        '{"prompt": "a", "response": "b", "label": false}',
+        ":2: found label False; expected demonstrations",
+    ),
     (
         "sft",
         '{"prompt": "a", "response": "b", "images": ["c.png"]}',
