@@ -378,10 +378,8 @@ def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: in
 
     def encode(value: dict, where: str) -> Steps:
         prompt, response = read_exchange(tokenizer, value, where)
-        sequence, label = (
-            (yield from response_steps(tokenizer, prompt, response, True)),
-            read_label(value, where),
-        )
+        sequence = yield from response_steps(tokenizer, prompt, response, True)
+        label = read_label(value, where)
         if not label:
             raise LeftOut("no label that is known")
         return Example([sequence], prompt, label)

@@ -259,10 +259,11 @@ class Batch:
         for chosen in packed.pack(range(len(examples)), [len(tokens) for tokens in prompts], limit):
             self.prefill(packed.make_micro_batch(examples, chosen, self.device), [takers[i] for i in chosen])
 
-    def with_cache(self, cache: Any) -> dict[str, Any]:
-        """The argument of a trunk's forward that takes the cache; transformers has had two names for it."""
+    @functools.cached_property
+    def cache_name(self) -> str:
+        """What a trunk's forward calls the cache; transformers has had two names for it."""
         is_new = "cache" in inspect.signature(self.replica.trunk.forward).parameters
-        return {"cache" if is_new else "past_key_values": cache}
+        return "cache" if is_new else "past_key_values"
 
     def prefill(self, prompts: packed.MicroBatch, takers: list[list[int]]) -> None:
         """Run packed prompts, each for the rows that take it."""
@@ -274,7 +275,7 @@ class Batch:
         hidden = self.replica.trunk(
             input_ids=prompts.tokens[None],
             position_ids=prompts.position_ids[None],
-            **self.with_cache(self.cache.at(rows, prompts.position_ids[source], source)),
+            **{self.cache_name: self.cache.at(rows, prompts.position_ids[source], source)},
             use_cache=True,
             cu_seq_lens_q=prompts.cu_seqlens,
             cu_seq_lens_k=prompts.cu_seqlens,
@@ -295,7 +296,7 @@ class Batch:
             input_ids=self.last[:n, None],
             position_ids=slots[:, None],
             attention_mask=mask[:, None, None],
-            **self.with_cache(self.cache.at(rows, slots, width=width)),
+            **{self.cache_name: self.cache.at(rows, slots, width=width)},
             use_cache=True,
         )[0][:, 0]  # (n, D)
         self.emit(rows, hidden)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common import dist
+from common import dist, tokenizing
 from common.files import model_folder
 from common.formats import (
     CHOSEN,
@@ -304,7 +304,9 @@ def encode_whole(
             stop += 1
         mask[start:stop] = True
     tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
-    if is_reply and tokens[-1] != end and not is_special(tokenizer, tokens[-1]):  # has no end tokens
+    if (
+        is_reply and tokens[-1] != end and not tokenizing.is_special(tokenizer, tokens[-1])
+    ):  # has no end tokens
         tokens, mask = (*tokens, end), np.append(mask, True)
     return Tokens(np.array(tokens, np.int32), mask)
 
@@ -320,14 +322,11 @@ def encode_turn(tokenizer: Any, messages: Messages, lossless: bool) -> Tokens:
         tokens = tokenize(tokenizer, before + BREAK + tail)
     if end in tokens[len(prompt) :]:
         tokens = tokens[: tokens.index(end, len(prompt)) + 1]
-    elif messages[-1]["role"] == "assistant" and not is_special(tokenizer, tokens[-1]):  # as <|call|>
+    elif messages[-1]["role"] == "assistant" and not tokenizing.is_special(
+        tokenizer, tokens[-1]
+    ):  # as <|call|>
         tokens = (*tokens, end)
     return Tokens(np.array(tokens, np.int32), np.arange(len(tokens)) >= len(prompt))
-
-
-def is_special(tokenizer: Any, token: int) -> bool:
-    found = tokenizer.added_tokens_decoder.get(token)
-    return found is not None and found.special
 
 
 def context_of(tokenizer: Any, messages: Messages) -> str:
@@ -410,21 +409,15 @@ def thought_marks(tokenizer: Any) -> tuple[str, str]:
     extra = re.findall(A_MARK, asked[common_prefix(asked, full) :])
     known = f"{tokenizer.chat_template} {' '.join(tokenizer.get_added_vocab())}"
     for mark in extra:
-        if closing(mark) not in known:
+        if tokenizing.closing(mark) not in known:
             if special_tokens(tokenizer).fullmatch(mark) or "/" in mark:
                 continue  # it stands alone, or ends another
             raise dist.RunError(
                 f"cannot be encoded: the header of a reply opens {mark}, which replies leave out, and the "
-                f"template has no {closing(mark)} to close it with"
+                f"template has no {tokenizing.closing(mark)} to close it with"
             )
-        return mark, f"\n{closing(mark)}\n\n"
+        return mark, f"\n{tokenizing.closing(mark)}\n\n"
     return "<think>", "\n</think>\n\n"
-
-
-def closing(mark: str) -> str:
-    """</think> of <think>, [/THINK] of [THINK], <|end_of_thought|> of <|begin_of_thought|>."""
-    ends = re.sub(r"(begin|start)(?=_)", "end", mark)
-    return ends if ends != mark else mark[0] + "/" + mark[1:]
 
 
 def with_thoughts(tokenizer: Any, content: str, tail: str) -> str:

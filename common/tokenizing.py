@@ -166,3 +166,14 @@ def shared(tokenizer: Any, text: str, found: Marked, before: str) -> tuple[int, 
     own = tokenize(tokenizer, before)
     count = common_prefix(own, found.tokens)
     return count, count == len(own)
+
+
+def is_special(tokenizer: Any, token: int) -> bool:
+    found = tokenizer.added_tokens_decoder.get(token)
+    return found is not None and found.special
+
+
+def closing(mark: str) -> str:
+    """</think> of <think>, [/THINK] of [THINK], <|end_of_thought|> of <|begin_of_thought|>."""
+    ends = re.sub(r"(begin|start)(?=_)", "end", mark)
+    return ends if ends != mark else mark[0] + "/" + mark[1:]
