@@ -304,9 +304,8 @@ def encode_whole(
             stop += 1
         mask[start:stop] = True
     tokens, mask = tokens[:stop], mask[:stop]  # what follows the last end token is never scored
-    if (
-        is_reply and tokens[-1] != end and not tokenizing.is_special(tokenizer, tokens[-1])
-    ):  # has no end tokens
+    # a template may have no end tokens
+    if is_reply and tokens[-1] != end and not tokenizing.is_special(tokenizer, tokens[-1]):
         tokens, mask = (*tokens, end), np.append(mask, True)
     return Tokens(np.array(tokens, np.int32), mask)
 
