@@ -10,7 +10,6 @@ Shapes: N tokens of a row, N_targets scored ones, D width, V vocabulary, H heads
 import bisect
 import contextlib
 import functools
-import heapq
 import inspect
 import math
 import types
@@ -110,24 +109,16 @@ def token_limit(micro_batch_tokens: int, device: torch.device) -> int:
 def pack(indices: Iterable[int], lengths: list[int], limit: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest bin it fits."""
     bins: list[list[int]] = []
-    rooms: list[int] = []  # the numbers of tokens that some bin has left, sorted
-    having: dict[int, list[int]] = {}  # tokens left -> heap of the bins; a list of all bins would be too long
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), sorted
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        slot = bisect.bisect_left(rooms, lengths[index])
+        slot = bisect.bisect_left(rooms, (lengths[index],))
         if slot == len(rooms):
             bins.append([])
             left, target = limit, len(bins) - 1
         else:
-            left = rooms[slot]
-            target = heapq.heappop(having[left])
-            if not having[left]:
-                del having[left], rooms[slot]
+            left, target = rooms.pop(slot)
         bins[target].append(index)
-        left -= lengths[index]
-        if left not in having:
-            bisect.insort(rooms, left)
-            having[left] = []
-        heapq.heappush(having[left], target)
+        bisect.insort(rooms, (left - lengths[index], target))
     return bins
 
 
@@ -176,18 +167,14 @@ def position_limit(config: Any) -> float:
     """Most tokens of a sequence that a model of this config takes, and that packing leaves alone.
 
     Dynamic and longrope frequencies change for all that is in a forward when its longest sequence passes the
-    length they were trained for; up to there they do not depend on what a sequence is packed with. Of dynamic
-    ones that is max_position_embeddings.
+    length they were trained for, of dynamic ones max_position_embeddings; up to there packing is no matter.
     """
+    limits = [getattr(config, "max_position_embeddings", None)]
     ropes = getattr(config, "rope_parameters", None) or {}
-    ropes = [
-        rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)
-    ]  # one, or one a kind of layer
-    most = getattr(config, "max_position_embeddings", None) or math.inf
-    for rope in ropes:
-        if rope.get("rope_type") == "longrope":
-            most = min(most, rope.get("original_max_position_embeddings") or most)
-    return most
+    for rope in (ropes, *ropes.values()):  # one, or one a kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((x for x in limits if x), default=math.inf)
 
 
 def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
@@ -227,9 +214,10 @@ def packed_attention(
         raise dist.RunError(f"{type(module).__name__} {why}, so the model cannot take packed rows")
     extra = extras(kwargs)
     if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
-        width = max(query.shape[-1], value.shape[-1])
-        width = -(-width // 8) * 8  # the kernels want one width for all, a multiple of 8
-        q, k, v = (_widen(x[0].transpose(0, 1), width) for x in (query, key, value))  # (N, H, K)
+        # the kernels want (N, H, K) and one width for all, a multiple of 8
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left and right
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = _flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)
@@ -238,29 +226,17 @@ def packed_attention(
     parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[2]
+        how = {"scale": scaling, "enable_gqa": True}
+        if not extra and (sliding_window is None or n <= sliding_window):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
+        t = torch.arange(n, device=q.device)
+        seen = (t[:, None] >= t) & (t[:, None] - t < (sliding_window or n))
         if extra:
-            return plain_attention(q, k, v, _seen(q, sliding_window), scaling, **extra)
-        how = {**_causal(q, sliding_window), "scale": scaling, "enable_gqa": True}
-        return F.scaled_dot_product_attention(q, k, v, **how)
+            return plain_attention(q, k, v, seen, scaling, **extra)
+        return F.scaled_dot_product_attention(q, k, v, seen, **how)
 
     return torch.cat([attend(*part) for part in parts], 2).transpose(1, 2).contiguous(), None
-
-
-def _widen(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
-    length = q.shape[2]
-    if window is None or length <= window:
-        return {"is_causal": True}
-    return {"attn_mask": _seen(q, window)}
-
-
-def _seen(q: Tensor, window: int | None) -> Tensor:
-    """(n, n), True where a token may look."""
-    t = torch.arange(q.shape[2], device=q.device)
-    return (t[:, None] >= t) & (t[:, None] - t < (window or len(t)))
 
 
 def extras(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -311,10 +287,10 @@ def _find_flash_kernel() -> Callable:
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+        # before 2.13 key heads are shared without being told
+        gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
         def kernel(q, k, v, cu, longest, scale, window):
-            gqa = {"enable_gqa": True} if takes_gqa else {}  # older ones share key heads without being told
             return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **gqa)
 
         return kernel
@@ -399,29 +375,13 @@ class _TokenStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        y: Tensor,
-        scale: float,
-        chunk: int,
-        compiled: bool,
-        cap: float | None = None,
-    ):
+    def forward(ctx, h, weight, bias, y, scale: float, chunk: int, compiled: bool, cap: float | None = None):
         ctx.save_for_backward(h, weight, bias, y)
         ctx.scale, ctx.chunk, ctx.compiled, ctx.cap = scale, chunk, compiled, cap
         h, weight, bias = _operands(h, weight, bias)
         columns = [h.new_empty(len(y), dtype=_wide(h)) for _ in TokenStats._fields]
-        buffers = _chunk_buffers(h, weight, chunk, count=1 if compiled else 2)
-        for start in range(0, len(y), chunk):
-            part = slice(start, start + chunk)
-            z, *spare = buffers[:, : len(y[part])]
-            float32_logits(h[part], weight, bias, out=z, cap=cap)
-            found = (
-                _fused(_statistics)(z, y[part], scale) if compiled else _describe(z, *spare, y[part], scale)
-            )
+        for part, z, p in _logit_chunks(h, weight, bias, chunk, compiled, cap):
+            found = _fused(_statistics)(z, y[part], scale) if compiled else _describe(z, p, y[part], scale)
             for column, values in zip(columns, found, strict=True):
                 column[part] = values
         ctx.mark_non_differentiable(*columns[2:])
@@ -439,18 +399,14 @@ class _TokenStats(torch.autograd.Function):
             torch.zeros_like(x, dtype=_wide(h)) if needed else None
             for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
-        buffers = _chunk_buffers(h, weight, ctx.chunk, count=1 if ctx.compiled else 2)
-        for start in range(0, len(y), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            z, *spare = buffers[:, : len(y[part])]
-            float32_logits(h[part], weight, bias, out=z, cap=ctx.cap)
+        for part, z, p in _logit_chunks(h, weight, bias, ctx.chunk, ctx.compiled, ctx.cap):
             slope = 1 - (z / ctx.cap).square() if ctx.cap else None
             given = (
                 y[part],
                 ctx.scale,
                 *(None if g is None else g[part, None] for g in (g_logps, g_entropy)),
             )
-            dz = _fused(_gradient)(z, *given, h.dtype) if ctx.compiled else _differentiate(z, *spare, *given)
+            dz = _fused(_gradient)(z, *given, h.dtype) if ctx.compiled else _differentiate(z, p, *given)
             dz = dz if slope is None else dz * slope
             low = dz.to(h.dtype)
             torch.mm(low, weight, out=dh[part])
@@ -460,6 +416,17 @@ class _TokenStats(torch.autograd.Function):
                 db += dz.sum(0)
         dh, dw, db = (None if d is None else d.to(dtype) for d in (dh, dw, db))
         return dh, dw, db, None, None, None, None, None
+
+
+def _logit_chunks(
+    h: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, compiled: bool, cap: float | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(tokens, their logits, a buffer as large) chunk by chunk; what is compiled needs no buffer."""
+    buffers = h.new_empty(1 if compiled else 2, min(chunk, len(h)), len(weight), dtype=_wide(h))
+    for start in range(0, len(h), chunk):
+        part = slice(start, start + chunk)
+        z, *spare = buffers[:, : len(h[part])]
+        yield part, float32_logits(h[part], weight, bias, z, cap), spare[0] if spare else None
 
 
 def _describe(z: Tensor, p: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -526,11 +493,6 @@ def _wide(h: Tensor) -> torch.dtype:
     return torch.promote_types(h.dtype, torch.float32)
 
 
-def _chunk_buffers(h: Tensor, weight: Tensor, chunk: int, count: int) -> Tensor:
-    """(count, chunk, V), less if there are fewer tokens."""
-    return h.new_empty(count, min(chunk, len(h)), len(weight), dtype=_wide(h))
-
-
 def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What enters the head's products. A GPU adds up low precision in float32; a CPU gets float32 numbers."""
     return tuple(x if x is None or x.is_cuda else x.to(_wide(x)) for x in tensors)
@@ -540,12 +502,9 @@ def float32_logits(
     h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None, cap: float | None = None
 ) -> Tensor:
     """h W^T + b with float32 sums that are never rounded to h's precision. (n, D), (V, D), (V,) -> (n, V)"""
-    if h.dtype == _wide(h):
-        out = torch.mm(h, weight.T, out=out)
-    elif h.is_cuda:
-        out = torch.mm(h, weight.T, out_dtype=torch.float32, out=out)
-    else:
-        out = torch.mm(h.float(), weight.float().T, out=out)
+    h, weight, bias = _operands(h, weight, bias)
+    kind = {} if h.dtype == _wide(h) else {"out_dtype": torch.float32}
+    out = torch.mm(h, weight.T, out=out, **kind)
     out = out if bias is None else out.add_(bias)
     return out.div_(cap).tanh_().mul_(cap) if cap else out
 
@@ -568,8 +527,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz: Tensor):
         h, weight, bias = ctx.saved_tensors
-        low = dz.to(h.dtype)
-        dw = None
+        low, dw = dz.to(h.dtype), None
         if ctx.needs_input_grad[1]:
             dw = _add_product(torch.zeros_like(weight, dtype=dz.dtype), *_operands(low.T, h)).to(h.dtype)
         return low @ weight, dw, None if bias is None else dz.sum(0).to(h.dtype)
