@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import json
-import pickle
 import re
 import tempfile
 from collections import Counter
@@ -22,9 +21,6 @@ from torch import Tensor, nn
 
 from common import dist, formats, lora
 from common.files import model_folder
-
-# what files that are damaged, or no weights at all, raise besides
-TORN = (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError)
 
 
 def output_head(model: nn.Module) -> nn.Linear:
@@ -41,7 +37,6 @@ def read_pretrained(
     computed on reading is float32: the weights of a GGUF file, merged ones, and buffers that are in no file.
     """
     import transformers
-    from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -73,9 +68,9 @@ def read_pretrained(
         if is_tower:
             print(f"{folder}: of this {config.model_type} the text model is taken; vision is left out")
             model = text_model(model)
-    except (*TORN, OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = reason.partition(". In PyTorch")[0]  # torch goes on with how to run what is in the file
+    except Exception as error:  # damaged files, and what holds no weights, raise many kinds
+        # torch goes on with how to run what is in the file
+        reason = formats.first_line(error).partition(". In PyTorch")[0]
         raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
@@ -162,7 +157,7 @@ def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         counts[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
-    return max(counts, key=counts.__getitem__, default=torch.float32)
+    return max(counts, key=counts.get, default=torch.float32)
 
 
 @torch.no_grad()
@@ -190,34 +185,22 @@ def wide_tensors(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in found.items() if name != "score.weight"} if few else {}
 
 
-@torch.no_grad()
 def compute_buffers(model: nn.Module) -> None:
     """Compute in float32, unrounded, the buffers that are in no file, as rotary frequencies."""
-    with torch.device("meta"):
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
         exact = type(model)(copy.deepcopy(model.config))
     for name, module in exact.named_modules():
-        held = {
-            key: b for key in module._non_persistent_buffers_set if (b := module._buffers[key]) is not None
-        }
-        if not held:
-            continue
-        module._buffers.update({key: torch.empty_like(b, device="cpu") for key, b in held.items()})
-        exact._init_weights(module)
-        model.get_submodule(name)._buffers.update({key: module._buffers[key] for key in held})
+        held = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+        model.get_submodule(name)._buffers.update(held)
 
 
 def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
     """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
-    from transformers import AutoConfig
-
-    is_scorer = False
-    with contextlib.suppress(OSError, ValueError):  # read_pretrained says what is wrong
-        is_scorer = "ForSequenceClassification" in str(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures
-        )
-    source = read_pretrained(
-        folder, gguf, f"AutoModelFor{'SequenceClassification' if is_scorer else 'CausalLM'}"
-    )
+    is_scorer = "ForSequenceClassification" in str(getattr(config_of(folder), "architectures", None))
+    kind = "AutoModelForSequenceClassification" if is_scorer else "AutoModelForCausalLM"
+    source = read_pretrained(folder, gguf, kind)
     has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
     names = list(names) or has
     if not names:
@@ -287,11 +270,10 @@ def check_savable(model: nn.Module) -> None:
             setattr(found, name, None)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            copy.deepcopy(model.config).save_pretrained(folder)
-            if found is not None:
-                copy.deepcopy(found).save_pretrained(folder)
+            for config in filter(None, (model.config, found)):
+                copy.deepcopy(config).save_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = formats.first_line(error)
         raise dist.RunError(f"transformers could not write the model's config again: {reason}") from error
 
 
