@@ -13,7 +13,7 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import lt
 from typing import Any, NamedTuple
@@ -50,19 +50,28 @@ class Sample:
 
 
 class Settings(NamedTuple):
-    """What all replies of a call have in common."""
+    """How replies are drawn, all of a call alike."""
 
     max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    stop: tuple[str, ...]
-    seed: int
-    step: int
-    first_index: int
-    ends: list[int]  # token ids
-    max_positions: float
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int = 0  # draw from the top_k likeliest tokens,
+    top_p: float = 1.0  # of these from the fewest that hold top_p of the mass
+    # logits of tokens that prompt or reply already have are divided by it, multiplied where they are below 0,
+    # but for end tokens, which chat templates put into every prompt; 1 is off
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()  # strings that end a reply, which is cut after the token completing one
+    seed: int = 1
+    step: int = 0
+    first_index: int = (
+        0  # the first prompt's place in a longer list, of which these are a part; in seeds only
+    )
+    ends: Sequence[int] = ()  # tokens that end a reply
+    max_positions: float = math.inf
+
+    @property
+    def drawing(self) -> tuple:
+        """What a step computes with, which is part of the graphs of a batch."""
+        return self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.ends
 
 
 # -------------------------------------------------------------------------------------------------- one token
@@ -223,13 +232,8 @@ class Batch:
         self.graphs: dict[tuple[int, int], Any] = {}
         self.use_graphs = can_capture(replica)
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.drawn = drawing_of(settings)
-
-    def ids(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor:
-        """To the device, in its queue: the host does not wait for what stands before."""
-        tensor = torch.as_tensor(values, dtype=dtype)
-        on_gpu = self.device.type == "cuda"
-        return tensor.pin_memory().to(self.device, non_blocking=True) if on_gpu else tensor
+        self.settings = settings
+        self.ids = functools.partial(packed.to_device, device=self.device, dtype=torch.long)
 
     def admit(self, samples: list[Sample], rows: list[int]) -> None:
         """Give free rows to samples: prefill their prompts, each distinct one once, draw the first tokens."""
@@ -251,7 +255,7 @@ class Batch:
             for sample, row in zip(samples, rows, strict=True):
                 self.seen[row, self.ids(sample.prompt_tokens)] = True
                 self.seen[row, self.ends] = False  # a template ends each turn with one: replies would go on
-        self.uniforms[index, : streams.shape[1]] = self.ids(streams, torch.float64)
+        self.uniforms[index, : streams.shape[1]] = self.ids(streams, dtype=torch.float64)
         takers = list(takers.values())
         prompts = [np.array(self.owners[rows[0]].prompt_tokens) for rows in takers]
         examples = [packed.Example([(tokens, np.zeros(len(tokens), bool))], "") for tokens in prompts]
@@ -350,11 +354,6 @@ class Batch:
         self.cache.move(a, b)
 
 
-def drawing_of(settings: Settings) -> tuple:
-    """How tokens are drawn, which is part of the graphs of a batch."""
-    return settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty, settings.ends
-
-
 def can_capture(replica: Any) -> bool:
     """Whether a step of this model can be a CUDA graph."""
     rope = getattr(replica.config, "rope_parameters", None) or {}
@@ -372,11 +371,11 @@ def make_batch(replica: Any, settings: Settings, num_rows: int, num_slots: int) 
     They are those of the call before, with its graphs, if they are enough and it drew alike.
     """
     old, sizes = replica.batch, (num_rows, num_slots, settings.max_new_tokens)
-    if old is None or old.drawn != drawing_of(settings) or any(map(lt, old.sizes, sizes)):
+    if old is None or old.settings.drawing != settings.drawing or any(map(lt, old.sizes, sizes)):
         old = replica.batch = None  # its memory is free for the next
         most = rows_in_memory(replica, num_slots) if replica.device.type == "cuda" else num_rows
         old = Batch(replica, settings, min(num_rows, most), num_slots)
-        old.sizes = sizes
+        old.sizes = sizes  # as asked for
         replica.batch = old if old.use_graphs else None
     old.settings, old.owners = settings, [None] * len(old.last)
     old.alive.zero_(), old.counts.zero_()

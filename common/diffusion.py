@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import data, dist, files, formats, streams
 from common.packed import Example
-from common.pipelines import RECOMPUTE, denoiser_of, is_flux, is_xl, put_text_encoders_away
+from common.pipelines import RECOMPUTE, denoiser_of, is_flux, is_xl, modules
 
 Encoded = dict[str | None, tuple[Tensor, ...]]  # prompt -> its embeddings on the CPU; None: of no prompt
 
@@ -47,71 +47,74 @@ class MicroBatch(NamedTuple):
 # -------------------------------------------------------------------------------------------------- schedules
 
 
-def schedule(pipe: Any, num_steps: int, size: int, device: torch.device) -> Schedule:
-    """DDIM's steps for SD, Euler's for SDXL, in other variables the same with alpha = 1 / (1 + sigma^2), and
-    Euler's of a flow for SD 3.x and FLUX, with the shift of times that their scheduler has.
+def scheduler_of(pipe: Any) -> Any:
+    """The scheduler that is followed: DDIM's for SD, Euler's for SDXL, Euler's of a flow for SD 3.x and FLUX.
 
-    The last step leads to the image, signal 1, also where set_alpha_to_one is false.
+    Raises:
+        RunError: another kind of scheduler than the pipeline's models were trained with.
+    """
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    found = pipe.scheduler
+    config = getattr(found, "config", {})
+    prediction = config.get("prediction_type")
+    if not hasattr(pipe, "unet"):
+        expected = "FlowMatchEulerDiscreteScheduler without stochastic_sampling and invert_sigmas"
+        is_flow = isinstance(found, FlowMatchEulerDiscreteScheduler)
+        if is_flow and not (config.stochastic_sampling or config.invert_sigmas):
+            return FlowMatchEulerDiscreteScheduler.from_config(config)
+    else:
+        expected = "one with alphas_cumprod, and epsilon or v_prediction"
+        if hasattr(found, "alphas_cumprod") and prediction in ("epsilon", "v_prediction"):
+            if is_xl(pipe):
+                return EulerDiscreteScheduler.from_config(config)
+            # the last step leads to the image, signal 1
+            return DDIMScheduler.from_config(config, set_alpha_to_one=True, clip_sample=False)
+    name = f"{type(found).__name__} with prediction_type {prediction}"
+    raise dist.RunError(f"the pipeline's scheduler, {name}, cannot be used; expected {expected}")
+
+
+def schedule(pipe: Any, num_steps: int, size: int, device: torch.device) -> Schedule:
+    """The steps of `scheduler_of`, a flow's with the shift of times that it has.
+
+    Euler's of SDXL are DDIM's in other variables, with alpha = 1 / (1 + sigma^2).
 
     Args:
         size: pixels of a side, which dynamic shifting depends on.
 
     Raises:
-        RunError: another kind of scheduler than the pipeline's models were trained with, or too many steps.
+        RunError: no scheduler to follow, too many steps, or a first one that says nothing.
     """
-    found = getattr(pipe, "scheduler", None)
-    prediction = getattr(getattr(found, "config", None), "prediction_type", None)
-    is_flow = not hasattr(pipe, "unet")
-    if is_flow:
-        expected = "FlowMatchEulerDiscreteScheduler without stochastic_sampling and invert_sigmas"
-        fits = type(found).__name__ == "FlowMatchEulerDiscreteScheduler" and not (
-            found.config.stochastic_sampling or found.config.invert_sigmas
-        )
-    else:
-        expected = "one with alphas_cumprod, and epsilon or v_prediction"
-        fits = hasattr(found, "alphas_cumprod") and prediction in ("epsilon", "v_prediction")
-    if not fits:
-        name = f"{type(found).__name__} with prediction_type {prediction}"
-        raise dist.RunError(f"the pipeline's scheduler, {name}, cannot be used; expected {expected}")
-    most = found.config.num_train_timesteps
-    if not 0 < num_steps <= most:
-        raise dist.RunError(f"num_inference_steps {num_steps}; expected 1 to {most}, the steps of training")
-    made = _flow(pipe, num_steps, size) if is_flow else _ddim(pipe, num_steps, prediction)
-    return made._replace(signal=made.signal.to(device), noise=made.noise.to(device))
-
-
-def _ddim(pipe: Any, num_steps: int, prediction: str) -> Schedule:
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler
-
-    kind = EulerDiscreteScheduler if is_xl(pipe) else DDIMScheduler
-    scheduler = kind.from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(num_steps)
-    if is_xl(pipe):
-        alphas = 1 / (1 + scheduler.sigmas.double() ** 2)
-    else:
-        alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long()].double(), torch.ones(1)])
-    predicts, alphas = "v" if prediction == "v_prediction" else "noise", alphas.float()
-    if predicts == "noise" and alphas.min() < 1e-6:
-        raise dist.RunError(
-            "the pipeline's scheduler begins at alpha-bar 0, pure noise, where a noise prediction says "
-            "nothing; set timestep_spacing to leading in its scheduler_config.json"
-        )
-    return Schedule(scheduler.timesteps.tolist(), alphas.sqrt(), (1 - alphas).sqrt(), predicts)
-
-
-def _flow(pipe: Any, num_steps: int, size: int) -> Schedule:
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    config, given = scheduler.config, {}
-    if config.use_dynamic_shifting:
+    scheduler, given = scheduler_of(pipe), {}
+    config, most = scheduler.config, scheduler.config.num_train_timesteps
+    if not 0 < num_steps <= most:
+        raise dist.RunError(f"num_inference_steps {num_steps}; expected 1 to {most}, the steps of training")
+    if config.get("use_dynamic_shifting"):
         patches = (size // multiple(pipe)) ** 2
         lengths = (config.base_image_seq_len, config.max_image_seq_len)
         given["mu"] = calculate_shift(patches, *lengths, config.base_shift, config.max_shift)
     if is_flux(pipe):  # to 1 / S, where SD 3.x goes on to the least time of training
         given["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
     scheduler.set_timesteps(num_steps, **given)
-    return Schedule(scheduler.timesteps.tolist(), 1 - scheduler.sigmas, scheduler.sigmas, "flow")
+    if not hasattr(pipe, "unet"):
+        predicts, signal, noise = "flow", 1 - scheduler.sigmas, scheduler.sigmas
+    else:
+        if is_xl(pipe):
+            alphas = 1 / (1 + scheduler.sigmas.double() ** 2)
+        else:
+            alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long()].double(), torch.ones(1)])
+        alphas = alphas.float()
+        predicts, signal, noise = "noise", alphas.sqrt(), (1 - alphas).sqrt()
+        if config.prediction_type == "v_prediction":
+            predicts = "v"
+        elif alphas.min() < 1e-6:
+            raise dist.RunError(
+                "the pipeline's scheduler begins at alpha-bar 0, pure noise, where a noise prediction says "
+                "nothing; set timestep_spacing to leading in its scheduler_config.json"
+            )
+    return Schedule(scheduler.timesteps.tolist(), signal.to(device), noise.to(device), predicts)
 
 
 # ---------------------------------------------------------------------------------------------------- latents
@@ -204,7 +207,9 @@ def encode_ahead(
     own = (prompt for part in parts for prompt in part.prompts)  # those that only match collectives too
     encoded: Encoded = {}
     encode_all(pipe, own, encoded, batch_size, device)
-    put_text_encoders_away(pipe)
+    for name in modules(pipe):
+        if name.startswith("text_encoder"):
+            setattr(pipe, name, None)
     gib = sum(part.nbytes for parts in encoded.values() for part in parts) / 2**30
     if dist.is_main():
         print(f"prompts: {len(encoded) - 1:,} encoded ahead, {gib:.2g} GiB of host memory a rank", flush=True)
@@ -259,13 +264,7 @@ def prediction(denoiser: nn.Module, x: Tensor, timestep: float, given: dict[str,
 @torch.no_grad()
 def drawn_by_diffusers(pipe: Any, prompts: list[str], noise: Tensor, num_steps: int, scale: float) -> Tensor:
     """The latents that the pipeline itself makes of a noise, with the scheduler that `schedule` follows."""
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler
-
-    held = pipe.scheduler
-    if hasattr(pipe, "unet"):
-        kind = EulerDiscreteScheduler if is_xl(pipe) else DDIMScheduler
-        options = {} if is_xl(pipe) else {"set_alpha_to_one": True, "clip_sample": False}
-        pipe.scheduler = kind.from_config(held.config, **options)
+    held, pipe.scheduler = pipe.scheduler, scheduler_of(pipe)
     how = {"num_inference_steps": num_steps, "guidance_scale": scale, "output_type": "latent"}
     side = noise.shape[-1] * pipe.vae_scale_factor
     rows = pipe._pack_latents(noise, *noise.shape) if is_flux(pipe) else noise
@@ -273,9 +272,9 @@ def drawn_by_diffusers(pipe: Any, prompts: list[str], noise: Tensor, num_steps: 
         found = pipe(prompts, latents=rows.to(pipe.text_encoder.dtype), height=side, width=side, **how).images
     finally:
         pipe.scheduler = held
-    return (
-        pipe._unpack_latents(found, side, side, pipe.vae_scale_factor) if is_flux(pipe) else found
-    ).float()
+    if is_flux(pipe):
+        found = pipe._unpack_latents(found, side, side, pipe.vae_scale_factor)
+    return found.float()
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -25,19 +25,11 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
     samples_per_prompt: int = 1,
-    stop: Sequence[str] = (),
-    seed: int = 1,
-    step: int = 0,
-    first_index: int = 0,
     max_batch: int = 0,
     stream: Callable[[Sample], None] | None = None,
     keep: Path | None = None,
+    **settings: Any,
 ) -> list[Sample]:
     """Replies of a policy made by `models.load`: all of them on every rank, ordered by prompt and sample.
 
@@ -47,17 +39,12 @@ def generate(
 
     Args:
         prompts: token lists; a reply also ends where the model's positions do.
-        temperature: 0 takes the most likely token.
-        top_k, top_p: draw from the top_k likeliest tokens; of these, the fewest that hold top_p of the mass.
-        repetition_penalty: logits of tokens that prompt or reply already have are divided by it, multiplied
-            where they are below 0, but for end tokens, which chat templates put into every prompt; 1 is off.
-        stop: strings that end a reply, which is cut after the token completing one.
-        first_index: the first prompt's place in a longer list, of which these are a part; in the seeds only.
         max_batch: most rows decoded together on a rank, 0: 64 on CPU, 256 on GPU; speed and memory only.
         stream: called with each reply of this rank as it grows.
         keep: a folder, of these weights only, for replies: stopped or killed, the same call goes on from
             them, on any number of ranks, and one with more max_new_tokens from those that have ended. They
             come without logps.
+        settings: fields of `decode.Settings`: max_new_tokens, temperature, ...
 
     Raises:
         RunError: a setting out of range, an empty prompt, one too long for the model, or too little memory.
@@ -66,20 +53,9 @@ def generate(
     ends = getattr(policy.generation_config, "eos_token_id", None)
     ends = {data.end_token(tokenizer), *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
     limit = packed.position_limit(policy.config)
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    settings = Settings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-        seed=seed,
-        step=step,
-        first_index=first_index,
-        ends=sorted(ends),
-        max_positions=limit,
-    )
+    settings = Settings(**settings, ends=sorted(ends), max_positions=limit)
+    if isinstance(settings.stop, str):
+        settings = settings._replace(stop=[settings.stop])
     check(settings, samples_per_prompt, prompts)
     samples = [
         Sample(i, k, [*map(int, tokens)], [], [], False, "")
@@ -91,11 +67,11 @@ def generate(
         journal = files.Journal(keep / hashlib.sha256(call.encode()).hexdigest()[:16])
         for sample in samples:
             found = journal.records.get(key_of(sample), {"tokens": [], "ended": False})
-            room = min(max_new_tokens, limit - len(sample.prompt_tokens)) - len(found["tokens"])
+            room = min(settings.max_new_tokens, limit - len(sample.prompt_tokens)) - len(found["tokens"])
             vars(sample).update(found if room == 0 or (found["ended"] and room > 0) else {})
     known, wanted = ([s for s in samples if bool(s.tokens) == is_known] for is_known in (True, False))
     groups = [[*group] for _, group in itertools.groupby(wanted, key=lambda s: s.prompt_index)]
-    costs = [len(group[0].prompt_tokens) + max_new_tokens for group in groups]
+    costs = [len(group[0].prompt_tokens) + settings.max_new_tokens for group in groups]
     shares = dist.shares(costs, dist.world_size())  # longest prompts first
     mine = [sample for place in shares[dist.rank()] for sample in groups[place]]
     with rollout(policy) as replica, torch.no_grad():

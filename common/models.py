@@ -25,14 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from common import dist, loading, lora, packed
 from common.args import Inference, Optimization, System
 from common.files import model_folder
-from common.loading import (
-    check_packable,
-    check_savable,
-    empty_scorer,
-    output_head,
-    read_pretrained,
-    read_scorer,
-)
+from common.loading import check_packable, read_pretrained, read_scorer
 from common.packed import Example, MicroBatch, TokenStats, micro_batches
 from common.plan import PEAK_FLOPS, choices, training_flops, training_memory
 
@@ -58,7 +51,7 @@ class PackedModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        return output_head(self.model)
+        return loading.output_head(self.model)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The trunk over a micro-batch. -> (N, D)"""
@@ -188,10 +181,9 @@ def load_scorer(
         RunError: as `load`; the model lacks an output of that name; or, without names, is no reward model.
     """
 
-    def read() -> nn.Module:
-        return read_scorer(*model_folder(model), names, zero_head)
-
-    return _load(Scorer, read, device, system, trainable)
+    return _load(
+        Scorer, lambda: read_scorer(*model_folder(model), names, zero_head), device, system, trainable
+    )
 
 
 def output_names(scorer: Scorer) -> list[str]:
@@ -230,14 +222,14 @@ def _load(
             plain = read_plain()
             check_packable(plain)
             if trainable:
-                check_savable(plain)
+                loading.check_savable(plain)
             wide = loading.wide_tensors(plain)
             full.append(with_lora(plain))
         return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk, wide
 
     config, generation_config, dtype_on_disk, wide = dist.from_main(read)
     plain_decoder = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
-    make = empty_scorer if kind is Scorer else plain_decoder
+    make = loading.empty_scorer if kind is Scorer else plain_decoder
     with torch.device("meta"):
         plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
         plain.generation_config = generation_config

@@ -124,11 +124,6 @@ def pack(indices: Iterable[int], lengths: list[int], limit: int) -> list[list[in
 
 def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: torch.device) -> MicroBatch:
     """Pack examples[i] for i in chosen; nothing chosen makes a dummy of one token."""
-
-    def put(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
     taken = [examples[i] for i in chosen]
     sequences = [sequence for example in taken for sequence in example.sequences]
     ids, masks = zip(*sequences or [(np.zeros(1, np.int32), np.zeros(1, bool))], strict=True)
@@ -136,6 +131,7 @@ def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: tor
     starts = np.concatenate([[0], np.cumsum(lengths)])
     segment_ids = np.repeat(np.arange(len(lengths)), lengths)
     names = examples[0].fields if examples else {}
+    put = functools.partial(to_device, device=device)
     return MicroBatch(
         tokens=put(np.concatenate(ids).astype(np.int64)),
         position_ids=put(np.arange(starts[-1]) - starts[segment_ids]),
@@ -147,6 +143,12 @@ def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: tor
         example_ids=put(np.array(chosen, np.int64)),
         fields={name: put(stack([e.fields[name] for e in taken], like)) for name, like in names.items()},
     )
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host in the device's queue: the host does not wait for what stands before them."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndarray:

@@ -25,9 +25,6 @@ from common.args import Weights
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# what activation checkpointing wraps, of denoisers and decoders
-PARTS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock")
-PARTS += ("FluxSingleTransformerBlock",)
 
 # ------------------------------------------------------------------------------------------------ parts
 
@@ -82,13 +79,6 @@ def scale_adapters(denoiser: nn.Module, scale: float) -> None:
         layer.scale_layer(scale)
 
 
-def put_text_encoders_away(pipe: Any) -> None:
-    """Free them; prompts have been encoded."""
-    for name in modules(pipe):
-        if name.startswith("text_encoder"):
-            setattr(pipe, name, None)
-
-
 # --------------------------------------------------------------------------------------------- load and shard
 
 
@@ -133,10 +123,11 @@ def load(
     for parameter in denoiser.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
-    if trainable and recomputes(denoiser, weights.activation_checkpointing, device):
-        for part in (*denoiser.modules(), *pipe.vae.modules()):
-            if type(part).__name__ in PARTS:
-                part.forward = functools.partial(checkpoint, part.forward, **RECOMPUTE)
+    is_large = device.type == "cuda" and sum(p.numel() for p in denoiser.parameters()) > 1.5e9
+    choice = weights.activation_checkpointing
+    if trainable and (choice == "on" or (choice == "auto" and is_large)):
+        for part in (denoiser, pipe.vae):
+            part.enable_gradient_checkpointing(functools.partial(checkpoint, **RECOMPUTE))
     # resharded after each forward, so that a change of the weights in place is seen by the next one
     plan = models.fsdp_plan(denoiser, dtype, device, weights.sharding) | {"reshard_after_forward": True}
     # inputs come in the compute dtype, but for times and rotary angles, which it would round
@@ -147,12 +138,6 @@ def load(
     models.sum_gradients(denoiser)
     models.fill(denoiser.to_empty(device=device), denoiser_of(full.pop()) if full else None)
     return pipe, denoiser
-
-
-def recomputes(denoiser: nn.Module, choice: str, device: torch.device) -> bool:
-    """Whether activations inside denoiser and decoder are dropped; auto: above 1.5B weights on a GPU."""
-    is_large = device.type == "cuda" and sum(p.numel() for p in denoiser.parameters()) > 1.5e9
-    return choice == "on" or (choice == "auto" and is_large)
 
 
 def without_numbers(pipe: Any) -> Any:
