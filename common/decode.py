@@ -276,16 +276,8 @@ class Batch:
         spans = [(row, a, b) for rows, a, b in zip(takers, bounds, bounds[1:], strict=False) for row in rows]
         rows = self.ids(np.concatenate([np.full(b - a, row) for row, a, b in spans]))
         source = self.ids(np.concatenate([np.arange(a, b) for _, a, b in spans]))
-        hidden = self.replica.trunk(
-            input_ids=prompts.tokens[None],
-            position_ids=prompts.position_ids[None],
-            **{self.cache_name: self.cache.at(rows, prompts.position_ids[source], source)},
-            use_cache=True,
-            cu_seq_lens_q=prompts.cu_seqlens,
-            cu_seq_lens_k=prompts.cu_seqlens,
-            max_length_q=prompts.max_seqlen,
-            max_length_k=prompts.max_seqlen,
-        )[0][0]  # (N, D)
+        cache = {self.cache_name: self.cache.at(rows, prompts.position_ids[source], source)}
+        hidden = self.replica.trunk(**prompts.inputs, **cache, use_cache=True)[0][0]  # (N, D)
         self.emit(self.ids([row for row, _, _ in spans]), hidden[self.ids([b - 1 for _, _, b in spans])])
 
     def forward(self, width: int) -> None:

@@ -175,12 +175,9 @@ def encode(pipe: Any, prompts: list[str], device: torch.device, empty: bool = Fa
     """Text (B, L, D) and, but for SD 1.x and 2.x, pooled (B, P) embeddings; empty: of no prompt instead."""
     if is_flux(pipe):
         return pipe.encode_prompt(prompts, None, device)[:2]
-    name = type(pipe).__name__
-    if name == "StableDiffusionPipeline":
-        return pipe.encode_prompt(prompts, device, 1, empty)[int(empty) :][:1]
-    given = (prompts, None, None) if name == "StableDiffusion3Pipeline" else (prompts,)
-    found = pipe.encode_prompt(*given, device=device, do_classifier_free_guidance=empty)
-    return found[int(empty) :: 2]  # text, empty text, pooled, empty pooled
+    others = (None, None) if type(pipe).__name__ == "StableDiffusion3Pipeline" else ()  # of other encoders
+    how = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": empty}
+    return pipe.encode_prompt(prompts, *others, **how)[int(empty) :: 2]  # text, empty, pooled, empty pooled
 
 
 def encode_all(

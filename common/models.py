@@ -57,15 +57,8 @@ class PackedModel(nn.Module):
         """The trunk over a micro-batch. -> (N, D)"""
         if self.has_copies and torch.is_grad_enabled():
             self.set_requires_all_reduce(batch.is_last)  # over copies once a step
-        return getattr(self.model, self.model.base_model_prefix)(
-            input_ids=batch.tokens[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,  # with a cache transformers would attend across sequences
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-        )[0][0]
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        return trunk(**batch.inputs, use_cache=False)[0][0]  # a cache would let it attend across sequences
 
 
 class Policy(PackedModel):
@@ -335,17 +328,14 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
         has_vocabulary=isinstance(shell, Policy),
     )
     whole, folded = (shell.compute_dtype.itemsize * n for n in (trained + frozen, lora.num_folded(shell)))
-    room = 2 / 3 * device_memory(device)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:  # this rank's share of the machine's
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    room = 2 / 3 * memory
     recompute, keep, shell.room = choices(need, system.activation_checkpointing, whole, room, folded)
     return recompute, keep
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes that one rank can count on: its GPU's, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -51,10 +51,6 @@ class Example:
     def num_tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.sequences)
 
-    @property
-    def num_targets(self) -> int:
-        return sum(int(mask.sum()) for _, mask in self.sequences)
-
     def end_with(self, ending: tuple[int, ...]) -> "Example":
         """The sequences with these tokens in place of the last one; none is scored."""
         ids = [np.append(ids[:-1], np.array(ending, np.int32)) for ids, _ in self.sequences]
@@ -75,6 +71,13 @@ class MicroBatch:
     example_ids: Tensor  # (B,) indices into the list given to `micro_batches`
     fields: dict[str, Tensor]  # (B,) float32 each; of vectors (B, L), padded with NaN to the longest here
     is_last: bool = True  # of the optimizer step on this rank: copies of the model add up gradients after it
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the trunk of a transformers model takes of it."""
+        given = {"input_ids": self.tokens[None], "position_ids": self.position_ids[None]}
+        given |= {f"cu_seq_lens_{x}": self.cu_seqlens for x in "qk"}
+        return given | {f"max_length_{x}": self.max_seqlen for x in "qk"}
 
     @property
     def target_segments(self) -> Tensor:

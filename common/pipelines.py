@@ -25,19 +25,11 @@ from common.args import Weights
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of torch's checkpoint; nothing is random
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# what activation checkpointing wraps, of denoisers and decoders; diffusers' own takes three of a decoder's
+PARTS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock")
+PARTS += ("FluxSingleTransformerBlock",)
 
 # ------------------------------------------------------------------------------------------------ parts
-
-
-def fill_frozen(part: nn.Module, dtype: torch.dtype, device: torch.device, full: nn.Module | None) -> None:
-    """Give a part that came without numbers those of rank 0's, `full`."""
-    if isinstance(part, transformers.PreTrainedModel):
-        with torch.device("meta"):  # where no model of its class was made, one gives no hidden states
-            type(part)(part.config)
-    part.to(dtype).to_empty(device=device)
-    if hasattr(part, "tie_weights"):
-        part.tie_weights()  # to_empty makes two of each shared parameter, as of T5's embedding
-    models.fill(part, full)
 
 
 def modules(pipe: Any) -> dict[str, nn.Module]:
@@ -83,12 +75,7 @@ def scale_adapters(denoiser: nn.Module, scale: float) -> None:
 
 
 def load(
-    model: str,
-    device: torch.device,
-    weights: Weights,
-    seed: int,
-    trainable: bool = True,
-    fuse: bool = True,
+    model: str, device: torch.device, weights: Weights, seed: int, trainable: bool = True, fuse: bool = True
 ) -> tuple[Any, nn.Module]:
     """(pipeline, denoiser): all frozen but the denoiser, or its adapters, which is sharded over all ranks.
 
@@ -115,19 +102,25 @@ def load(
     pipe = dist.from_main(read)
     denoiser, dtype = denoiser_of(pipe), models.resolve_dtype(weights.dtype, device)
     for name, part in modules(pipe).items():
-        if part is not denoiser:
-            wide = name == "vae" and is_xl(pipe) and part.config.force_upcast  # as its config asks for
-            fill_frozen(
-                part, torch.float32 if wide else dtype, device, modules(full[0])[name] if full else None
-            )
+        if part is denoiser:
+            continue
+        if isinstance(part, transformers.PreTrainedModel):
+            with torch.device("meta"):  # where no model of its class was made, one gives no hidden states
+                type(part)(part.config)
+        is_wide = name == "vae" and is_xl(pipe) and part.config.force_upcast  # as its config asks for
+        part.to(torch.float32 if is_wide else dtype).to_empty(device=device)
+        if hasattr(part, "tie_weights"):
+            part.tie_weights()  # to_empty makes two of each shared parameter, as of T5's embedding
+        models.fill(part, modules(full[0])[name] if full else None)
     for parameter in denoiser.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # frozen weights need no float32 master
     is_large = device.type == "cuda" and sum(p.numel() for p in denoiser.parameters()) > 1.5e9
     choice = weights.activation_checkpointing
     if trainable and (choice == "on" or (choice == "auto" and is_large)):
-        for part in (denoiser, pipe.vae):
-            part.enable_gradient_checkpointing(functools.partial(checkpoint, **RECOMPUTE))
+        for part in (*denoiser.modules(), *pipe.vae.modules()):
+            if type(part).__name__ in PARTS:
+                part.forward = functools.partial(checkpoint, part.forward, **RECOMPUTE)
     # resharded after each forward, so that a change of the weights in place is seen by the next one
     plan = models.fsdp_plan(denoiser, dtype, device, weights.sharding) | {"reshard_after_forward": True}
     # inputs come in the compute dtype, but for times and rotary angles, which it would round
