@@ -92,10 +92,9 @@ def load(
         pipe = read_pipeline(model, fuse)
         for part in modules(pipe).values():
             part.requires_grad_(False).eval()
-        if trainable and weights.lora_rank > 0:
+        denoiser_of(pipe).requires_grad_(trainable)
+        if trainable and weights.lora_rank > 0:  # then only the adapters are
             add_lora(denoiser_of(pipe), weights, seed)
-        elif trainable:
-            denoiser_of(pipe).requires_grad_(True)
         full.append(pipe)
         return without_numbers(pipe)
 
