@@ -38,15 +38,12 @@ class Sample:
     prompt_index: int
     sample_index: int
     prompt_tokens: list[int]
-    tokens: list[int]
-    """of the response, with its end token if it has one"""
+    tokens: list[int]  # of the response, with its end token if it has one
+    # log p of each of them under softmax(logits / temperature), before top_k and top_p; greedy: at 1. A
+    # repetition penalty has changed these logits.
     logps: list[float]
-    """log p of each of `tokens` under softmax(logits / temperature), before top_k and top_p; greedy: at 1.
-    A repetition penalty has changed these logits."""
-    ended: bool
-    """by an end token or a stop string; False: cut off at max_new_tokens"""
-    text: str
-    """the response decoded, without special tokens and without the stop string"""
+    ended: bool  # by an end token or a stop string; False: cut off at max_new_tokens
+    text: str  # the response decoded, without special tokens and without the stop string
 
 
 class Settings(NamedTuple):

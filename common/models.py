@@ -39,13 +39,12 @@ class PackedModel(nn.Module):
 
     auto_class: ClassVar[str]  # transformers' name for what is inside
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, dtype_on_disk: torch.dtype):
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype):
         super().__init__()
-        self.model, self.config = model, model.config
-        self.generation_config = getattr(model, "generation_config", None)
-        self.compute_dtype, self.dtype_on_disk = compute_dtype, dtype_on_disk
+        self.model, self.config, self.generation_config = model, model.config, model.generation_config
+        self.compute_dtype, self.dtype_on_disk = compute_dtype, model.dtype_on_disk
+        self.wide = model.wide  # names of tensors that have another dtype on disk, and these
         self.lora_config = getattr(model, "lora_config", None)
-        self.wide: dict[str, torch.dtype] = {}  # names of tensors that have another dtype on disk
         # whether FSDP holds several copies: it then reduces gradients inside each, and over all of them
         self.has_copies = False
 
@@ -66,8 +65,8 @@ class Policy(PackedModel):
 
     auto_class = "AutoModelForCausalLM"
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, dtype_on_disk: torch.dtype):
-        super().__init__(model, compute_dtype, dtype_on_disk)
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype):
+        super().__init__(model, compute_dtype)
         factor, divisor = (getattr(self.config, x, None) or 1.0 for x in ("logit_scale", "logits_scaling"))
         if self.config.model_type == "hyperclovax":  # multiplies by what Granite divides by
             divisor = 1 / divisor
@@ -173,10 +172,8 @@ def load_scorer(
     Raises:
         RunError: as `load`; the model lacks an output of that name; or, without names, is no reward model.
     """
-
-    return _load(
-        Scorer, lambda: read_scorer(*model_folder(model), names, zero_head), device, system, trainable
-    )
+    read = functools.partial(read_scorer, names=names, zero_head=zero_head)
+    return _load(Scorer, lambda: read(*model_folder(model)), device, system, trainable)
 
 
 def output_names(scorer: Scorer) -> list[str]:
@@ -185,11 +182,7 @@ def output_names(scorer: Scorer) -> list[str]:
 
 
 def _load(
-    kind: type[PackedModel],
-    read_plain: Callable[[], nn.Module],
-    device: torch.device,
-    system: System,
-    trainable: bool,
+    kind: type[PackedModel], read_plain: Callable, device: torch.device, system: System, trainable: bool
 ) -> Any:
     """What `read_plain` gives on rank 0, as `kind`: built empty on every rank, sharded, then filled."""
     import transformers
@@ -216,18 +209,17 @@ def _load(
             check_packable(plain)
             if trainable:
                 loading.check_savable(plain)
-            wide = loading.wide_tensors(plain)
+            known = {"dtype_on_disk": plain.dtype_on_disk, "wide": loading.wide_tensors(plain)}
             full.append(with_lora(plain))
-        return plain.config, getattr(plain, "generation_config", None), plain.dtype_on_disk, wide
+        return plain.config, known | {"generation_config": getattr(plain, "generation_config", None)}
 
-    config, generation_config, dtype_on_disk, wide = dist.from_main(read)
+    config, known = dist.from_main(read)
     plain_decoder = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
     make = loading.empty_scorer if kind is Scorer else plain_decoder
     with torch.device("meta"):
         plain = with_lora(make(config, attn_implementation="packed", dtype=torch.float32))
-        plain.generation_config = generation_config
-        shell = kind(plain, dtype, dtype_on_disk)
-        shell.wide = wide
+        vars(plain).update(known)
+        shell = kind(plain, dtype)
     if device.type == "cuda" and dtype != torch.float32:
         packed.fuse_norms(shell)
     shell.eval()  # no dropout, layer drop or router noise, ever: policy and reference are one function
@@ -268,8 +260,7 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
             parameter.data = parameter.data.to(shell.compute_dtype)  # frozen ones need no float32 master
     plan = fsdp_plan(shell, shell.compute_dtype, device, system.sharding)
     recompute, keep = memory_choices(shell, system, device) if trainable else (False, False)
-    if system.compile and device.type == "cuda":
-        head.compiled = True
+    head.compiled = system.compile and device.type == "cuda"
     for block in blocks(shell):
         if system.compile:  # inside the recomputation: the same graph runs in forward and again in backward
             block.forward = torch.compile(block.forward, dynamic=True)
@@ -281,10 +272,10 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
         fully_shard(block, **plan, reshard_after_forward=not keep)
     if head.weight is not embedding.weight:  # tied weights stay together in the root's group
         fully_shard(embedding, **plan)
-        precise = plan
+        own = {"reshard_after_forward": not trainable}  # backward begins with it
         if isinstance(shell, Scorer):  # float32 in every compute dtype
-            precise = plan | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-        fully_shard(head, **precise, reshard_after_forward=not trainable)  # backward begins with it
+            own["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(head, **plan | own)
     fully_shard(shell, **plan)
     shell.has_copies = plan["mesh"].ndim == 2 and plan["ignored_params"] is None
     sum_gradients(shell)

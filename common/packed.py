@@ -38,14 +38,11 @@ class Example:
     """One item of a batch: the sequences scored together, for a pair chosen and rejected."""
 
     sequences: list[Tokens]
-    prompt: Messages | str
-    """what a generation for this example starts from; a string is plain text"""
+    prompt: Messages | str  # what a generation for this example starts from; a string is plain text
+    # what travels with the example into MicroBatch.fields: a number or a vector by each name
     fields: dict[str, float | np.ndarray] = field(default_factory=dict)
-    """what travels with the example into MicroBatch.fields: a number or a vector by each name"""
-    record: dict = field(default_factory=dict)
-    """the record as it was read, for judges and reward functions"""
-    label: str = ""
-    """the line of attributes asked for, which a generation for this example starts after"""
+    record: dict = field(default_factory=dict)  # as it was read, for judges and reward functions
+    label: str = ""  # the line of attributes asked for, which a generation for this example starts after
 
     @property
     def num_tokens(self) -> int:
