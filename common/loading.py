@@ -9,7 +9,6 @@ import copy
 import functools
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +70,7 @@ def read_pretrained(
     except Exception as error:  # damaged files, and what holds no weights, raise many kinds
         # torch goes on with how to run what is in the file
         reason = formats.first_line(error).partition(". In PyTorch")[0]
-        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
+        raise dist.RunError(f"cannot load the model {folder}: {reason[:300]}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
     if dtype != torch.float32 or is_tower:
@@ -206,9 +205,9 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
     if not names:
         raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
     keep = is_scorer and not zero_head
-    # what transformers calls outputs that nobody named
-    unnamed = len(has) == len(names) and all(name.startswith("LABEL_") for name in has)
-    if keep and not unnamed and not set(names) <= set(has):
+    if len(has) == len(names) and all(name.startswith("LABEL_") for name in has):
+        has = names  # nobody had named them
+    if keep and not set(names) <= set(has):
         raise dist.RunError(f"{folder} has the outputs {', '.join(has)}, not {', '.join(names)}")
     config = copy.deepcopy(source.config)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -225,8 +224,7 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         if zero_head:
             model.score.weight.zero_()
         elif keep:
-            rows = range(len(names)) if unnamed else [has.index(name) for name in names]
-            model.score.weight.copy_(source.score.weight[list(rows)])
+            model.score.weight.copy_(source.score.weight[[has.index(name) for name in names]])
         else:  # Stiennon et al. 2020, in their code
             model.score.weight.normal_(std=(width + 1) ** -0.5)
     setattr(model, model.base_model_prefix, source.base_model)
@@ -257,7 +255,7 @@ def check_savable(model: nn.Module) -> None:
     Settings of generation without a meaning, as a temperature where do_sample is false, are left out.
 
     Raises:
-        RunError: a config that cannot be written again.
+        RunError: another fault of generation_config.json.
     """
     found = getattr(model, "generation_config", None)
     try:
@@ -265,16 +263,11 @@ def check_savable(model: nn.Module) -> None:
             found.validate(strict=True)
     except ValueError as error:
         without = {name: getattr(found, name) for name in re.findall(r"(?m)^- `(\w+)`", str(error))}
+        if not without:
+            raise dist.RunError(f"generation_config.json: {formats.first_line(error)}") from error
         print(f"generation_config.json: without {without}, which transformers would not save")
         for name in without:
             setattr(found, name, None)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for config in filter(None, (model.config, found)):
-                copy.deepcopy(config).save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = formats.first_line(error)
-        raise dist.RunError(f"transformers could not write the model's config again: {reason}") from error
 
 
 def check_packable(model: nn.Module) -> None:

@@ -127,16 +127,13 @@ def read(base: nn.Module, folder: str) -> nn.Module:
     """The plain model `base` with the adapters of a peft folder merged into it.
 
     Raises:
-        ValueError: the folder lacks weights of adapters that its config names.
+        UserWarning: the folder lacks weights of adapters that its config names; peft would go on without.
     """
     from peft import PeftModel
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*missing adapter keys")
         model = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
-    missing = [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
-    if missing:
-        raise ValueError(f"peft does not find all its adapters: {missing[0][:200]}")
     model.dtype_on_disk = base.dtype_on_disk
     return model
 

@@ -36,12 +36,8 @@ def modules(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def denoiser_name(pipe: Any) -> str:
-    return "unet" if hasattr(pipe, "unet") else "transformer"
-
-
 def denoiser_of(pipe: Any) -> nn.Module:
-    return getattr(pipe, denoiser_name(pipe))
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def is_xl(pipe: Any) -> bool:
@@ -269,7 +265,7 @@ def export(output_dir: str, pipe: Any, denoiser: nn.Module, model: str, merge_lo
             else:
                 named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
                 settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapters.to_dict().items()}
-                part = denoiser_name(pipe)
+                part = next(name for name, found in modules(pipe).items() if found is denoiser)
                 given = {f"{part}_lora_layers": named, f"{part}_lora_adapter_metadata": settings}
                 pipe.save_lora_weights(unfinished, **given)
     dist.barrier()
