@@ -59,9 +59,7 @@ class Settings(NamedTuple):
     stop: Sequence[str] = ()  # strings that end a reply, which is cut after the token completing one
     seed: int = 1
     step: int = 0
-    first_index: int = (
-        0  # the first prompt's place in a longer list, of which these are a part; in seeds only
-    )
+    first_index: int = 0  # the first prompt's place in a longer list, of which these are a part; for seeds
     ends: Sequence[int] = ()  # tokens that end a reply
     max_positions: float = math.inf
 

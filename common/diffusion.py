@@ -284,10 +284,11 @@ def memory(device: torch.device) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
-READERS = {  # of the datasets library, for files that hold prompts and nothing else
-    ".txt": ("text", {}),
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
-    ".tar": ("webdataset", {}),
+# of the datasets library, for files that hold prompts and nothing else; the place of the first, its options
+READERS = {
+    ".txt": ("text", 1, {}),
+    ".tsv": ("csv", 2, {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
+    ".tar": ("webdataset", 0, {}),
 }
 SUFFIXES = (*READERS, ".jsonl", ".json", ".parquet", ".gz")
 PROMPTS = ("prompt", "caption", "text", "Prompt", "txt")
@@ -338,11 +339,10 @@ def load_prompts(dataset: str, eval_dataset: str) -> tuple[data.Dataset, data.Da
 
 def prompts_to_draw(source: str) -> tuple[list[Example], str]:
     """The prompt itself, if it has a space and is no file, else those of a data set; and a name for files."""
-    if re.search(r"\s", source) and not (
-        Path(source).expanduser().exists() or Path(source).suffix in SUFFIXES
-    ):
+    path = Path(source).expanduser()
+    if re.search(r"\s", source) and not path.exists() and path.suffix not in SUFFIXES:
         return [as_example(source.strip(), {"prompt": source})], re.sub(r"\W+", "_", source.strip())[:60]
-    return read_prompts(source), Path(source).stem
+    return read_prompts(source), path.stem
 
 
 def read_prompts(source: str, split: str = "train") -> list[Example] | None:
@@ -375,10 +375,9 @@ def read_prompts(source: str, split: str = "train") -> list[Example] | None:
 
 
 def _read_plain(source: str, paths: list[Path]) -> list[formats.Record]:
-    how, options = READERS[paths[0].suffix]
+    how, first, options = READERS[paths[0].suffix]
     names = [str(path) for path in paths]
     table = streams.load_table(source, "load_dataset", how, data_files=names, split="train", **options)
-    first = {"text": 1, "csv": 2, "webdataset": 0}[how]  # the second after a line of headings
     where = f"{source} row " if how == "webdataset" else f"{source}:"
     own = ({name: x for name, x in row.items() if name[:2] != "__"} for row in table)  # not where it is
     return [formats.Record(value, f"{where}{n}") for n, value in enumerate(own, first)]

@@ -44,7 +44,8 @@ def read_pretrained(
     file = {"gguf_file": gguf} if gguf else {}
     try:
         if (Path(folder) / "adapter_config.json").exists():
-            return lora.read(read_pretrained(*model_folder(lora.base_of(folder))), folder)
+            base = read_pretrained(*model_folder(lora.base_of(folder)), auto_class)
+            return lora.read(base, folder)
         config = None if gguf else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized; give the unquantized model")

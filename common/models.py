@@ -346,17 +346,15 @@ def fill(module: nn.Module, full: nn.Module | None) -> None:
     source, nothing = tensors(full) if full is not None else {}, torch.empty(0)
     targets = tensors(module)
     for name, target in dist.progress(targets.items(), "weights", len(targets)):
+        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
         if full is not None:
-            whole = source[name].detach().to(target.device).to(target.dtype)
-        else:
-            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            whole.copy_(source[name])
+            source[name].data = nothing  # what has been read is given back
         if dist.world_size() > 1:
             torch.distributed.broadcast(whole, src=0)
         if isinstance(target, DTensor):  # every rank cuts its own part out
             whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
         target.copy_(whole)
-        if full is not None:
-            source[name].data = nothing  # what has been read is given back
 
 
 @contextlib.contextmanager

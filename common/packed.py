@@ -397,17 +397,12 @@ class _TokenStats(torch.autograd.Function):
         h, weight, bias = _operands(h, weight, bias)
         dh = torch.empty_like(h)
         # sums over thousands of tokens: float32 whatever the compute dtype
-        dw, db = (
-            torch.zeros_like(x, dtype=_wide(h)) if needed else None
-            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
-        )
+        dw = torch.zeros_like(weight, dtype=_wide(h)) if ctx.needs_input_grad[1] else None
+        db = torch.zeros_like(bias, dtype=_wide(h)) if ctx.needs_input_grad[2] else None
         for part, z, p in _logit_chunks(h, weight, bias, ctx.chunk, ctx.compiled, ctx.cap):
             slope = 1 - (z / ctx.cap).square() if ctx.cap else None
-            given = (
-                y[part],
-                ctx.scale,
-                *(None if g is None else g[part, None] for g in (g_logps, g_entropy)),
-            )
+            upstream = (None if g is None else g[part, None] for g in (g_logps, g_entropy))
+            given = (y[part], ctx.scale, *upstream)
             dz = _fused(_gradient)(z, *given, h.dtype) if ctx.compiled else _differentiate(z, p, *given)
             dz = dz if slope is None else dz * slope
             low = dz.to(h.dtype)
