@@ -367,8 +367,9 @@ class ChunkedHead(nn.Linear):
 
 
 class _TokenStats(torch.autograd.Function):
-    """Log-probabilities and entropies of tokens from chunks of logits, which backward computes again.
+    """Log-probabilities and entropies of tokens y (n,) from chunks of logits, which backward computes again.
 
+    h (n, D) hidden states, weight (V, D), bias (V,) or None; the numbers of TokenStats, (n,) each.
     All chunks share two buffers: fresh ones would be mapped and zeroed by the system chunk by chunk. Products
     of bfloat16 add up to float32 logits and dW: rounded to bfloat16, logits are .02 nats a token off.
     z = h W^T + b, lp = z_y - logsumexp z, H = -sum_v p_v log p_v;
