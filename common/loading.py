@@ -32,8 +32,9 @@ def read_pretrained(
 ) -> nn.Module:
     """The plain transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged.
 
-    `dtype_on_disk` is the one that most of its numbers have there, which the others may differ from; what is
-    computed on reading is float32: the weights of a GGUF file, merged ones, and buffers that are in no file.
+    `dtype_on_disk` is the one that most of its numbers have there, `wide` holds those of the others, as of a
+    router's bias, by name. What is computed on reading is float32: the weights of a GGUF file, merged ones,
+    and buffers that are in no file.
     """
     import transformers
     from transformers import AutoConfig
@@ -50,7 +51,7 @@ def read_pretrained(
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized; give the unquantized model")
         on_disk = {} if gguf else tensors_on_disk(folder)
-        dtype = most_common_dtype(on_disk)
+        dtype, wide = dtypes_of(on_disk)
         if is_tower := auto_class == "AutoModelForCausalLM" and has_other_parts(config):
             auto_class = "AutoModelForImageTextToText"
         model, report = getattr(transformers, auto_class).from_pretrained(
@@ -76,7 +77,7 @@ def read_pretrained(
         del model.config.quantization_config  # they are plain weights once read
     if dtype != torch.float32 or is_tower:
         compute_buffers(model)
-    model.dtype_on_disk = dtype
+    model.dtype_on_disk, model.wide = dtype, wide
     if head := model.get_output_embeddings():  # two matrices in the file outweigh a config that ties them
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return model
@@ -152,12 +153,14 @@ def tensors_on_disk(folder: str) -> dict[str, Tensor]:
     return {}
 
 
-def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """Of most of the numbers; float32 without any."""
+def dtypes_of(tensors: dict[str, Tensor]) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """That of most of the numbers, float32 without any, and those of the few others, but a score head's."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     counts: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        counts[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
-    return max(counts, key=counts.get, default=torch.float32)
+    for tensor in floats.values():
+        counts[tensor.dtype] += tensor.numel()
+    most = max(counts, key=counts.get, default=torch.float32)
+    return most, {name: t.dtype for name, t in floats.items() if t.dtype != most and name != "score.weight"}
 
 
 @torch.no_grad()
@@ -175,14 +178,6 @@ def restore_wide(model: nn.Module, on_disk: dict[str, Tensor], dtype: torch.dtyp
         owner, _, own_name = name.rpartition(".")
         getattr(model.get_submodule(owner), own_name).data = tensor
     return model
-
-
-def wide_tensors(model: nn.Module) -> dict[str, torch.dtype]:
-    """Names of the few tensors that are wider than most, as the bias of DeepSeek's router."""
-    held = model.state_dict().items()
-    found = {name: t.dtype for name, t in held if t.is_floating_point() and t.dtype != model.dtype_on_disk}
-    few = sum(t.numel() for name, t in held if name in found) < sum(t.numel() for _, t in held) / 2
-    return {name: dtype for name, dtype in found.items() if name != "score.weight"} if few else {}
 
 
 def compute_buffers(model: nn.Module) -> None:
@@ -229,7 +224,7 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         else:  # Stiennon et al. 2020, in their code
             model.score.weight.normal_(std=(width + 1) ** -0.5)
     setattr(model, model.base_model_prefix, source.base_model)
-    model.dtype_on_disk = source.dtype_on_disk
+    model.dtype_on_disk, model.wide = source.dtype_on_disk, source.wide
     return model
 
 

@@ -133,9 +133,7 @@ def read(base: nn.Module, folder: str) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys")
-        model = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
-    model.dtype_on_disk = base.dtype_on_disk
-    return model
+        return PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
 
 
 @torch.no_grad()

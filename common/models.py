@@ -209,7 +209,7 @@ def _load(
             check_packable(plain)
             if trainable:
                 loading.check_savable(plain)
-            known = {"dtype_on_disk": plain.dtype_on_disk, "wide": loading.wide_tensors(plain)}
+            known = {"dtype_on_disk": plain.dtype_on_disk, "wide": plain.wide}
             full.append(with_lora(plain))
         return plain.config, known | {"generation_config": getattr(plain, "generation_config", None)}
 
