@@ -348,7 +348,7 @@ def fill(module: nn.Module, full: nn.Module | None) -> None:
     for name, target in dist.progress(targets.items(), "weights", len(targets)):
         whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
         if full is not None:
-            whole.copy_(source[name])
+            whole.copy_(source[name].to(target.device))  # sent in its own dtype
             source[name].data = nothing  # what has been read is given back
         if dist.world_size() > 1:
             torch.distributed.broadcast(whole, src=0)
