@@ -129,7 +129,7 @@ def plain(content: str = "m.content") -> str:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (plain("(m.content if m.role != 'system' else '')"), "does not show a system turn"),
+        (plain("(m.content if m.role != 'system' else '')"), "does not show the content of a turn of system"),
         (plain("m.content.split('</think>')[-1]"), "leaves out the thoughts of a trained reply"),
         (plain("m.content + ('' if loop.last else '!')"), "changes earlier turns, the system turn too"),
         (plain("(m.content | replace('+', '-'))"), r"changes or leaves out a text of user: '3\+4\?'"),
