@@ -300,12 +300,7 @@ class Endpoint:
 
 def read_body(text: str) -> dict[str, Any]:
     """The fields of --judge_body; max_completion_tokens takes the place of max_tokens."""
-    try:
-        body = json.loads(text)
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise formats.wrong("judge_body", repr(text), 'JSON, as {"max_completion_tokens": 4096}')
+    body = formats.from_json(text, "judge_body", "the option", dict)
     return ({"max_tokens": None} if "max_completion_tokens" in body else {}) | body
 
 

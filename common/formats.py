@@ -58,13 +58,22 @@ REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen a
 REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
 REFUSED |= dict.fromkeys(("system_message", "system_msg", "system_instruction"), "the name system")
 REFUSED |= {"winner": "chosen and rejected"}
-# all that is read, here and in data.py, of a record and of a turn
-READ = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
-OTHERS = "content system system_prompt history tools functions context label attributes chat_template_kwargs "
-OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
-OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
-READ += (*REASONING, *OTHERS.split())
-KNOWN = (*READ, *REFUSED)
+# all names that mean something here or in data.py, of a record and of a turn
+KNOWN = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
+KNOWN += (
+    *REASONING,
+    *REFUSED,
+    "content",
+    "system",
+    "system_prompt",
+    "history",
+    "tools",
+    "functions",
+    "context",
+)
+KNOWN += ("label", "attributes", "chat_template_kwargs", "train_roles", "mask", "type", "split", "responses")
+KNOWN += ("ranks", "instances", "transcript", "preference_strength", "response_1", "response_2", "input_ids")
+KNOWN += ("labels", "attention_mask", "completion_mask", "assistant_masks", "loss_mask")
 LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
 READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
@@ -164,7 +173,12 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
     refuse_slips(turn, where, READ_OF_TURNS)
+    if refused := first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details")):
+        expected = f"a weight of 0 or 1 and reasoning_content, not {refused!r}"
+        raise wrong(where, f"the message {turn}", expected)
     speaker, text = str(first(turn, ("role", "from"))).lower(), agreed(turn, ("content", "value"), where)
+    if speaker not in ROLES:
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
@@ -175,32 +189,24 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         kept["tool_calls"], text = text, ""
     if turn.get("function_call"):  # OpenAI's older name for one call
         kept["tool_calls"] = [turn["function_call"]]
-    if refused := first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details")):
-        raise wrong(
-            where, f"the message {turn}", f"a weight of 0 or 1 and reasoning_content, not {refused!r}"
-        )
     if "tool_calls" in kept:
         kept["tool_calls"] = read_functions(kept["tool_calls"], where, "tool_calls")
-    if isinstance(text, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if isinstance(text, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in text):
+        text = "".join(part["text"] for part in text)
     text = "" if text is None and kept.keys() - {"name"} else text
-    if speaker not in ROLES:
-        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
     if not isinstance(text, str):
         content = first(turn, ("content", "value"))
         raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
     channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
     if "reasoning_content" in kept and (channels or text.lstrip().startswith("<think>")):
         raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
-    text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = agreed(turn, TRAINED, where)
     if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
         kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
-    return {"role": ROLES[speaker], "content": text, **kept}
+    return {"role": ROLES[speaker], "content": text, **kept, **channels}
 
 
 def read_channels(text: str, where: str) -> dict[str, str]:
@@ -213,7 +219,7 @@ def read_channels(text: str, where: str) -> dict[str, str]:
     if pieces[0].strip() or "<|" in "".join(said) or names not in (["final"], ["analysis", "final"]):
         expected = "an analysis, then a final channel; or reasoning_content, content and tool_calls"
         raise wrong(where, f"the channels {', '.join(names)} in a content", expected)
-    return dict(zip(("content", "reasoning_content"), reversed(said), strict=False))
+    return {"content": said[-1]} | ({"reasoning_content": said[0]} if said[1:] and said[0] else {})
 
 
 def says_something(message: dict) -> bool:

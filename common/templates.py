@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from common import dist, formats, tokenizing
 from common.files import model_folder
-from common.formats import Messages, common_prefix, first_line, wrong
+from common.formats import SHOWN, Messages, common_prefix, first_line, wrong
 from common.packed import Tokens
-from common.tokenizing import BREAK, Marked, Steps, alone, encoding, special_ids, special_tokens, tokenize
+from common.tokenizing import BREAK, Marked, Steps, at_once, encoding, special_ids, special_tokens, tokenize
 
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -81,8 +81,9 @@ def set_defaults(tokenizer: Any, chat_template_kwargs: str) -> None:
 
 def refuse_unknown(tokenizer: Any, given: dict) -> None:
     """End the run for a variable that the template does not name."""
-    for name in (name for name, value in given.items() if value not in ("", [], {})):
-        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
+    text = str(tokenizer.chat_template or "")
+    for name, value in given.items():
+        if value not in ("", [], {}) and not re.search(rf"\b{re.escape(name)}\b", text):
             raise wrong("chat_template_kwargs", name, "a variable that the chat template reads")
 
 
@@ -114,11 +115,7 @@ def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
     with encoding():
         turns = []
         for m in messages:
-            turn = {
-                name: hidden(tokenizer, m[name], m["role"] == "assistant")
-                for name in formats.SHOWN
-                if name in m
-            }
+            turn = {name: hidden(tokenizer, m[name], m["role"] == "assistant") for name in SHOWN if name in m}
             text = labelled(tokenizer, m.get("label", "")) + turn["content"]
             content = [{"type": "text", "text": text}] if takes_parts(tokenizer) else text
             thoughts = {"thinking": turn["reasoning_content"]} if "reasoning_content" in turn else {}
@@ -215,13 +212,6 @@ class Turn(NamedTuple):
     is_reply: bool
 
 
-def encode_chat(
-    tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True
-) -> list[Tokens]:
-    """What `chat_steps` makes of a conversation by itself."""
-    return alone(tokenizer, chat_steps(tokenizer, messages, trained, lossless))
-
-
 def chat_steps(tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True) -> Steps:
     """Tokens of a conversation and the mask of its trained turns, each up to and including its end token.
 
@@ -296,11 +286,8 @@ def by_itself(tokenizer: Any, turn: Turn) -> Tokens:
 def find_turn(tokenizer: Any, messages: Messages, full: str) -> Turn:
     """The last turn in the rendering of a conversation, after what generation would start it from."""
     *context, last = messages
-    is_reply = last["role"] == "assistant"
-    if context:
-        before = render(tokenizer, context, is_reply) + labelled(tokenizer, last.get("label", ""))
-    else:
-        before = opening(tokenizer, messages)
+    is_reply, label = last["role"] == "assistant", labelled(tokenizer, last.get("label", ""))
+    before = render(tokenizer, context, is_reply) + label if context else opening(tokenizer, messages)
     text = full[len(before) :] if full.startswith(before) else rewritten(tokenizer, messages, before, full)
     return Turn(before, text, is_reply)
 
@@ -466,17 +453,12 @@ def with_less(message: dict) -> Iterator[tuple[str, dict]]:
 # ----------------------------------------------------------------------------------- prompts and responses
 
 
-def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Tokens:
+def response_steps(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Steps:
     """Tokens of both; the mask is on the response's turns of the assistant. lossless: as in `chat_steps`.
 
     Raises:
         RunError: the response has several, and the template rewrites the first of them.
     """
-    return alone(tokenizer, response_steps(tokenizer, prompt, response, lossless))
-
-
-def response_steps(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Steps:
-    """As `encode_response`, for `together`."""
     trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
     tokens, *others = yield from chat_steps(tokenizer, prompt + response, trained, lossless)
     if others:
@@ -484,19 +466,19 @@ def response_steps(tokenizer: Any, prompt: Messages, response: Messages, lossles
     return tokens
 
 
-def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
-    """Tokens to generate from: messages under the template, a string as plain text; then the label."""
-    return alone(tokenizer, prompt_steps(tokenizer, prompt, label))
-
-
 def prompt_steps(tokenizer: Any, prompt: Messages | str, label: str = "") -> Steps:
-    """As `encode_prompt`, for `together`."""
+    """Tokens to generate from: messages under the template, a string as plain text; then the label."""
     if isinstance(prompt, str):
         return list(tokenize(tokenizer, prompt + labelled(tokenizer, label), True))
     refuse_unseen(tokenizer, prompt)
     text = render(tokenizer, prompt, True)
     refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"], text)
     return list((yield text + labelled(tokenizer, label)).tokens)
+
+
+encode_chat: Callable[..., list[Tokens]] = at_once(chat_steps)
+encode_response: Callable[..., Tokens] = at_once(response_steps)
+encode_prompt: Callable[..., list[int]] = at_once(prompt_steps)
 
 
 def check_prompts(tokenizer: Any, prompts: list[Messages], what: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from common import dist
@@ -104,12 +104,17 @@ def in_turn(jobs: Iterable[Steps]) -> Steps:
     return found
 
 
-def alone(tokenizer: Any, job: Steps) -> Any:
-    """What a job returns, exactly."""
-    (found,) = together(tokenizer, [job], exactly=True)
-    if isinstance(found, Exception):
-        raise found
-    return found
+def at_once(steps: Callable[..., Steps]) -> Callable:
+    """A function that returns what a job does, exactly, or raises its error."""
+
+    @functools.wraps(steps)
+    def run(tokenizer: Any, *given: Any, **more: Any) -> Any:
+        (found,) = together(tokenizer, [steps(tokenizer, *given, **more)], exactly=True)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return run
 
 
 def mark(tokenizer: Any, texts: list[str], exactly: bool) -> list[Marked | dist.RunError]:
