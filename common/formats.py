@@ -6,7 +6,6 @@ template.
 """
 
 import contextlib
-import difflib
 import functools
 import json
 import re
@@ -60,20 +59,10 @@ REFUSED |= dict.fromkeys(("system_message", "system_msg", "system_instruction"),
 REFUSED |= {"winner": "chosen and rejected"}
 # all names that mean something here or in data.py, of a record and of a turn
 KNOWN = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
-KNOWN += (
-    *REASONING,
-    *REFUSED,
-    "content",
-    "system",
-    "system_prompt",
-    "history",
-    "tools",
-    "functions",
-    "context",
-)
-KNOWN += ("label", "attributes", "chat_template_kwargs", "train_roles", "mask", "type", "split", "responses")
-KNOWN += ("ranks", "instances", "transcript", "preference_strength", "response_1", "response_2", "input_ids")
-KNOWN += ("labels", "attention_mask", "completion_mask", "assistant_masks", "loss_mask")
+OTHERS = "content system system_prompt history tools functions context label attributes chat_template_kwargs "
+OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
+OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
+KNOWN += (*REASONING, *REFUSED, *OTHERS.split())
 LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
 READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
@@ -108,21 +97,17 @@ def meant(name: str, known: tuple[str, ...]) -> list[str]:
     own = name.lower().replace("-", "_")
     if own[-1:].isdigit():  # response_3 is a name of its own
         return []
-    near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
-    near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
-    near = [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
-    plurals = {own + "s", own.removesuffix("s")} if "_" not in own and known is not READ_OF_TURNS else set()
-    return near or [x for x in known if len(x) > 4 and x not in plurals and is_slip(own, x)]
+    plurals = {own + "s", own[:-1] if own.endswith("s") else ""} - {*LISTS}
+    near = [x for x in known if x == own or (len(x) > 4 and is_slip(own, x))]
+    return near if "_" in own or known is READ_OF_TURNS else [x for x in near if x not in plurals]
 
 
 def is_slip(name: str, other: str) -> bool:
     """Whether a letter more, less or another, or two that changed places, is all that two names differ in."""
-    short, long = sorted((name, other), key=len)
-    if len(long) == len(short) + 1:
-        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-    at = [i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b]
-    swapped = len(at) == 2 and [name[i] for i in at] == [other[i] for i in at[::-1]]
-    return len(short) == len(long) and (swapped or len(at) == 1)
+    same = common_prefix(name, other)
+    a, b = name[same:], other[same:]
+    swapped = a[1::-1] + a[2:]
+    return b in (a[1:], swapped) or b[1:] in (a, a[1:])
 
 
 def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
@@ -292,13 +277,10 @@ def lead_of(value: dict, where: str) -> Messages:
 
 def with_context(value: dict, turns: Messages, where: str) -> Messages:
     """The turns, the first of them with the record's tools and template variables."""
-    own = {}
-    if tools := first(value, ("tools", "functions")):
-        own["tools"] = read_functions(tools, where, "tools")
-    if given := value.get("chat_template_kwargs"):
-        own["chat_template_kwargs"] = from_json(given, where, "chat_template_kwargs", dict)
-    own = {name: x for name, x in own.items() if x}
-    return [{**turns[0], **own}, *turns[1:]] if turns and own else turns
+    tools, given = first(value, ("tools", "functions")), value.get("chat_template_kwargs")
+    own = {"tools": tools and read_functions(tools, where, "tools")}
+    own["chat_template_kwargs"] = given and from_json(given, where, "chat_template_kwargs", dict)
+    return [{**turns[0], **{name: x for name, x in own.items() if x}}, *turns[1:]]
 
 
 def given_turns(value: dict, where: str) -> Any:
