@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from common import dist
@@ -104,12 +104,17 @@ def in_turn(jobs: Iterable[Steps]) -> Steps:
     return found
 
 
-def alone(tokenizer: Any, job: Steps) -> Any:
-    """What a job returns, exactly."""
-    (found,) = together(tokenizer, [job], exactly=True)
-    if isinstance(found, Exception):
-        raise found
-    return found
+def at_once(steps: Callable[..., Steps]) -> Callable:
+    """A function that returns what a job does, exactly, or raises its error."""
+
+    @functools.wraps(steps)
+    def run(tokenizer: Any, *given: Any, **more: Any) -> Any:
+        (found,) = together(tokenizer, [steps(tokenizer, *given, **more)], exactly=True)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return run
 
 
 def mark(tokenizer: Any, texts: list[str], exactly: bool) -> list[Marked | dist.RunError]:
@@ -134,16 +139,22 @@ def mark(tokenizer: Any, texts: list[str], exactly: bool) -> list[Marked | dist.
 
 
 @functools.lru_cache(maxsize=4)
-def special_ids(tokenizer: Any) -> tuple[dict[str, int], re.Pattern]:
-    """Special tokens by their spelling, and what matches the longest of them."""
-    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids, re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)")
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Special tokens by their spelling."""
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: Any) -> re.Pattern:
+    """Matches the spelling of any special token, the longest that there is."""
+    names = sorted(special_ids(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def find_marks(tokenizer: Any, text: str, tokens: list[int]) -> list[tuple[int, int, int]]:
     """The marks of a text; none where its special tokens are not those that it spells."""
-    ids, pattern = special_ids(tokenizer)
-    spelled = [(m.start(), m.end(), ids[m[0]]) for m in pattern.finditer(text)]
+    ids = special_ids(tokenizer)
+    spelled = [(m.start(), m.end(), ids[m[0]]) for m in special_tokens(tokenizer).finditer(text)]
     known = {*ids.values()}
     places = [k for k, token in enumerate(tokens) if token in known]
     if [tokens[k] for k in places] != [token for _, _, token in spelled]:
@@ -166,14 +177,3 @@ def shared(tokenizer: Any, text: str, found: Marked, before: str) -> tuple[int, 
     own = tokenize(tokenizer, before)
     count = common_prefix(own, found.tokens)
     return count, count == len(own)
-
-
-def is_special(tokenizer: Any, token: int) -> bool:
-    found = tokenizer.added_tokens_decoder.get(token)
-    return found is not None and found.special
-
-
-def closing(mark: str) -> str:
-    """</think> of <think>, [/THINK] of [THINK], <|end_of_thought|> of <|begin_of_thought|>."""
-    ends = re.sub(r"(begin|start)(?=_)", "end", mark)
-    return ends if ends != mark else mark[0] + "/" + mark[1:]
