@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,18 +53,15 @@ from common.labels import attach_labels, rated_records, read_label
 from common.loading import config_of
 from common.packed import Example, Tokens
 from common.templates import (  # noqa: F401, all that scripts need to encode
-    chat_steps,
     encode_chat,
     encode_prompt,
     encode_response,
     end_token,
     load_tokenizer,
-    prompt_steps,
     refuse_rendered,
-    response_steps,
     template_notes,
 )
-from common.tokenizing import Steps, encoding, in_turn
+from common.tokenizing import encoding
 
 
 class Dataset(Sequence):
@@ -295,7 +292,7 @@ def load_sft(
     An example is one sequence, or one for each trained turn where the template rewrites earlier turns.
     """
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         sequence = read_tokens(tokenizer, value, where)
         if sequence is not None:
             return Example([sequence], prompt="")
@@ -309,7 +306,7 @@ def load_sft(
         if any(trained) and not any(t and says_something(m) for t, m in zip(trained, turns, strict=True)):
             raise LeftOut("an empty reply")
         trained = [t and says_something(m) for t, m in zip(trained, turns, strict=True)]
-        sequences, seen = (yield from chat_steps(tokenizer, turns, trained)), ()
+        sequences, seen = encode_chat(tokenizer, turns, trained), ()
         for tokens, mask in sequences if train_on_prompt else ():
             mask[common_prefix(seen, tokens) :] = True  # what several have is scored once
             seen = tokens
@@ -332,12 +329,12 @@ def load_pairs(
 ) -> tuple[Dataset, Dataset]:
     """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields; cut: "end", "start" or "drop"."""
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
         if chosen != rejected and not says_something(chosen[-1]):
             raise LeftOut("an empty chosen reply")
-        sides = [response_steps(tokenizer, prompt, side, True) for side in (chosen, rejected)]
-        return Example((yield from in_turn(sides)), prompt, numbers)
+        sides = [encode_response(tokenizer, prompt, side, True) for side in (chosen, rejected)]
+        return Example(sides, prompt, numbers)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, cut)
 
@@ -348,7 +345,7 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
     Rank 1 is best and equal ranks are ties. A preference pair counts as two responses.
     """
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         if value.get("responses") is None:
             prompt, *sides, _ = read_pair(tokenizer, value, where)
             ranks = [1.0, 2.0]
@@ -360,8 +357,7 @@ def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
         fields = {"ranks": np.array(ranks, np.float32)}
-        sides = [response_steps(tokenizer, prompt, side, True) for side in sides]
-        return Example((yield from in_turn(sides)), prompt, fields)
+        return Example([encode_response(tokenizer, prompt, side, True) for side in sides], prompt, fields)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, "drop")
 
@@ -376,9 +372,9 @@ def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
 def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
     """(train, eval) rated replies, never cut: one sequence each, attributes as fields, NaN if missing."""
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         prompt, response = read_exchange(tokenizer, value, where)
-        sequence = yield from response_steps(tokenizer, prompt, response, True)
+        sequence = encode_response(tokenizer, prompt, response, True)
         label = read_label(value, where)
         if not label:
             raise LeftOut("no label that is known")
@@ -395,9 +391,9 @@ def load_prompts(
     kind: the toy world's folder.
     """
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         prompt = read_prompt(tokenizer, value, where)
-        tokens = np.array((yield from prompt_steps(tokenizer, prompt)), np.int32)
+        tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
         return Example([Tokens(tokens, np.zeros(len(tokens), bool))], prompt)
 
     return load(tokenizer, kind, encode, dataset, eval_dataset, max_prompt_length, "drop", scored=False)
@@ -406,7 +402,7 @@ def load_prompts(
 def load(
     tokenizer: Any,
     kind: str,
-    encode: Callable[[dict, str], Example | Steps],
+    encode: Callable[[dict, str], Example],
     dataset: str,
     eval_dataset: str,
     max_length: int,
@@ -420,8 +416,8 @@ def load(
 
     Args:
         kind: the toy world's folder.
-        encode: (record, where) -> its example, or steps to it. It may use the tokenizer, and of what stands
-            around it values that JSON takes: they are a part of the cache's key, as is the file it is in.
+        encode: (record, where) -> its example. It may use the tokenizer, and of what stands around it values
+            that JSON takes: they are a part of the cache's key, as is the file it is in.
         cut: what a sequence of more than max_length tokens loses, its "end" or its "start"; "drop" leaves
             the example out.
         scored: False for prompts, in which no token is scored.
@@ -439,16 +435,13 @@ def load(
         tell(line)
     key = dist.from_main(lambda: encoded.key_of(tokenizer, encode, kind, max_length, cut, scored, apart))
 
-    def attempt(record: Record, text: bytes) -> Steps:
-        """What is kept of a record, or LeftOut."""
+    def attempt(record: Record, text: bytes) -> Made:
         with encoding(record.where):
             if record.value.get("preference_strength") == 0 or record.value.get("tie"):
                 raise LeftOut("no preference")
             refuse_fields(*record)
             refuse_rendered(tokenizer, *record)
             example = encode(*record)
-            if isinstance(example, Generator):
-                example = yield from example
         is_cut = fit(example, kind, max_length, cut, option, apart)
         return Made(example, text, question(example), is_cut)
 
@@ -461,7 +454,7 @@ def load(
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
         two_lined = is_two_lined(stream, kind)
         split = rated_records if kind == "ratings" else functools.partial(regroup, two_lined=two_lined)
-        rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, split, tokenizer, attempt)
+        rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, split, attempt)
         name = hashlib.sha256(f"{key} {stream.digest} {stream.split}".encode()).hexdigest()[:32]
         found = encoded.make(dist.from_main(lambda: name), len(stream), rows, f"{kind}: {source}")
         tell_counts(found, source, option, max_length, cut, tell)

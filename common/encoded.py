@@ -31,7 +31,7 @@ from common import dist, files
 from common.formats import LeftOut, Stream
 from common.packed import Example, Tokens
 from common.templates import end_token
-from common.tokenizing import num_rows, together
+from common.tokenizing import num_rows
 
 # of bounds there is one more than of what they bound, the first is 0; while a rank writes, they are lengths
 COLUMNS: dict[str, Any] = {
@@ -200,7 +200,6 @@ class Report:
     reasons: Counter[str] = field(default_factory=Counter)  # why records are left out
     errors: list[str] = field(default_factory=list)
     stopped: bool = False
-    again: bool = False  # see `make`
 
 
 class Writer:
@@ -309,51 +308,30 @@ def key_of(tokenizer: Any, encode: Callable, *options: Any) -> str:
     return digest.hexdigest()
 
 
-def alike(one: Example, other: Example) -> bool:
-    """Whether two examples have the same tokens and masks."""
-    pairs = itertools.zip_longest(one.sequences, other.sequences, fillvalue=((), ()))
-    return all(np.array_equal(a, b) for both in pairs for a, b in zip(*both, strict=True))
-
-
 def encode_rows(
-    stream: Stream,
-    size: int,
-    split: Callable,
-    tokenizer: Any,
-    attempt: Callable,
-    start: int,
-    stop: int,
-    exactly: bool,
-) -> Iterator[Made | str | dist.RunError | None]:
-    """What `make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
-
-    The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
-    """
-    rows, count = stream.rows(start, stop), itertools.count()
-    while chunk := list(itertools.islice(rows, 256)):
-        jobs: list[Any] = []
-        for i in range(0, len(chunk), size):
+    stream: Stream, size: int, split: Callable, attempt: Callable, start: int, stop: int
+) -> Iterator[Made | str | dist.RunError]:
+    """What `make` asks for: of rows start to stop, `size` of which make the records that `split` tells."""
+    rows = stream.rows(start, stop)
+    while group := list(itertools.islice(rows, size)):
+        try:
+            found = [record for row in group if (record := stream.record(*row))]
+            records = list(split(found)) if found else []
+        except dist.RunError as error:
+            yield error
+            continue
+        for record in records:
+            is_line = record.value is found[0].value and isinstance(group[0][0], bytes)
+            text = group[0][0].strip() if is_line else json.dumps(record.value, default=str).encode()
             try:
-                found = [stream.record(*row) for row in chunk[i : i + size]]
-                found = [record for record in found if record]
-                for record in split(found) if found else ():
-                    is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
-                    text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
-                    jobs.append((record, text))
+                yield attempt(record, text)
+            except LeftOut as reason:
+                yield str(reason)
             except dist.RunError as error:
-                jobs.append(error)
-        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
-        made = iter(together(tokenizer, steps, exactly))
-        for job in jobs:
-            found, n = next(made) if isinstance(job, tuple) else job, next(count)
-            if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
-                (again,) = together(tokenizer, [attempt(*job)], exactly=True)
-                if not (isinstance(again, Made) and alike(again.example, found.example)):
-                    found = None
-            yield str(found) if isinstance(found, LeftOut) else found
+                yield error
 
 
-def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], what: str) -> Encoded:
+def make(name: str, count: int, encode: Callable[[int, int], Iterable], what: str) -> Encoded:
     """The folder of this name in the cache, made if it is not there: a collective.
 
     Ranks that see one disk make one folder; where each node has its own, the ranks of each node make theirs.
@@ -361,8 +339,7 @@ def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], wh
     Args:
         name: a digest of all that decides its contents.
         count: of rows that are encoded.
-        encode: of rows start to stop, in order: a `Made`; why a record is left out, a string; an error; or
-            None, by which encode(..., True) is asked for on all ranks, what has been made is forgotten.
+        encode: of rows start to stop, in order: a `Made`; why a record is left out, a string; or an error.
         what: for the lines about progress.
 
     Raises:
@@ -387,14 +364,8 @@ def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], wh
             remove_left(root)
         # even places: two lines may make one record
         places = [min(count, 2 * ((count + 1) // 2 * i // size)) for i in (index, index + 1)]
-        for exactly in (False, True):
-            part = unfinished / str(dist.rank())
-            files.remove(part)
-            rows = encode(*places, exactly)
-            report = write(part, dist.progress(rows, what, places[1] - places[0]))
-            reports = dist.gather([report])
-            if not any(r.again for r in reports):
-                break
+        rows = dist.progress(encode(*places), what, places[1] - places[0])
+        reports = dist.gather([write(unfinished / str(dist.rank()), rows)])
         refuse(reports, unfinished if index == 0 else None)
         if index == 0:
             own = [reports[r] for r in group]
@@ -422,9 +393,6 @@ def write(part: Path, rows: Iterable) -> Report:
                 report.num_cut += found.is_cut
             elif isinstance(found, str):
                 report.reasons[found] += 1
-            elif found is None:
-                report.again = True
-                break
             else:
                 report.errors.append(str(found))
             report.stopped = dist.is_told_to_stop()
