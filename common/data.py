@@ -101,7 +101,9 @@ class Dataset(Sequence):
         if name in self.columns:
             return self.columns[name]
         columns = [
-            part.column(name) if isinstance(part, Encoded) else [e.fields.get(name, math.nan) for e in part]
+            part.columns.get(name, np.full(len(part), math.nan))
+            if isinstance(part, Encoded)
+            else [e.fields.get(name, math.nan) for e in part]
             for part in self.sources
         ]
         return np.concatenate([np.zeros(0), *columns])
@@ -109,7 +111,7 @@ class Dataset(Sequence):
     def field_names(self) -> list[str]:
         """The fields that any example has, in the order in which they appear."""
         named = [
-            p.names() if isinstance(p, Encoded) else (n for e in p for n in e.fields) for p in self.sources
+            p.columns if isinstance(p, Encoded) else (n for e in p for n in e.fields) for p in self.sources
         ]
         return [*dict.fromkeys(itertools.chain(self.columns, *named))]
 
