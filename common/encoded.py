@@ -1,6 +1,6 @@
 """Encoded data: examples on disk, made once by all ranks side by side, then mapped into memory by all.
 
-A folder holds the examples of one data set as Arrow files, one of each rank that made it, and `contents.json`.
+A folder holds the examples of one data set as Arrow files, one of each rank that made it, and contents.json.
 Its name is a digest of all that decides tokens, so that resumed runs, sweeps and other scripts find it. It is
 there whole or not at all. A process reads of it what it asks for, and the ranks of a node share these pages.
 """
@@ -124,7 +124,7 @@ class Encoded(Sequence):
 
     @functools.cached_property
     def columns(self) -> dict[str, np.ndarray]:
-        """The fields, in the order in which they appear: of every example its number, NaN without. (len(self),)"""
+        """The fields, in the order in which they appear: numbers (len(self),), NaN where there is none."""
         found: dict[str, np.ndarray] = {}
         texts = [text for batch in self.batches for text in batch["fields"].to_pylist()]
         for i, row in enumerate(self.rows.tolist()):
