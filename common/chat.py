@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -35,8 +34,8 @@ BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, 
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
 UNWANTED = re.compile(
-    r"content.{0,20}(filter|policy|polic|manag)|moderation|safety|inappropriate|inspection|context.length"
-    r"|too long|maximum.context",
+    r"content.{0,20}(filter|polic|manag)|moderation|safety|inappropriate|inspection|context.length|too long"
+    r"|maximum.context",
     re.I | re.S,
 )
 
@@ -80,8 +79,8 @@ class Server:
 
 
 class Reply(NamedTuple):
-    text: str
-    ended: bool  # False: cut off at max_new_tokens, or refused
+    text: str = ""
+    ended: bool = False  # else cut off at max_new_tokens, or refused
     refused: str = ""  # what a server said that would not have the prompt
 
 
@@ -151,7 +150,7 @@ class Model:
         )
         self.tokens += sum(len(s.tokens) for s in samples)
         self.seconds += time.monotonic() - start
-        return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply("", False) for s in samples]
+        return [Reply(s.text.strip(), s.ended) if fits[s.prompt_index] else Reply() for s in samples]
 
     def verdicts(self, questions: list[formats.Messages], letters: str = "AB") -> list[list[float] | None]:
         """P(letter) of each question; None where the reasoning was cut off, or all is too long."""
@@ -166,11 +165,9 @@ class Model:
         )
         usable = [i for i, e in enumerate(examples) if leads[i].ended and e.num_tokens < self.limit]
         chosen = [examples[i] for i in usable]
-        probs: list[list[float] | None] = [None] * len(questions)
         found = letter_probs(self.policy, chosen, self.system.micro_batch_tokens, self.device, len(letters))
-        for i, p in zip(usable, found, strict=True):
-            probs[i] = p
-        return probs
+        probs = dict(zip(usable, found, strict=True))
+        return [probs.get(i) for i in range(len(questions))]
 
     def report(self) -> str:
         """What has been generated, in words."""
@@ -219,13 +216,13 @@ class Endpoint:
         self.client = httpx.Client(timeout=server.judge_timeout, headers=headers)  # follows no redirect
         self.extra, self.answers = read_body(server.judge_body), files.Journal(folder)
 
-    def ask(self, conversations: list[formats.Messages], read: Callable, **how: Any) -> list[dict]:
-        """read(choice) of the first choice of each answer; every rank passes the same conversations."""
+    def ask(self, conversations: list[formats.Messages], letters: str = "", **how: Any) -> list[dict]:
+        """What `read_answer` makes of each answer; every rank passes the same conversations."""
         how = {name: x for name, x in {**how, **self.extra}.items() if x is not None}
         bodies = [{"model": self.model, "messages": turns, **how} for turns in conversations]
         keys = [hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()[:32] for body in bodies]
         wanted = dict(zip(keys, bodies, strict=True))  # equal ones are asked once
-        found = self.answers.collect(wanted, lambda body: self.post(body, read), self.server.judge_threads)
+        found = self.answers.collect(wanted, lambda body: self.post(body, letters), self.server.judge_threads)
         refused = [answer["refused"] for answer in found if answer.get("refused")]
         if refused and len(refused) == len(found) > 1:
             raise dist.RunError(
@@ -236,7 +233,7 @@ class Endpoint:
         answers = dict(zip(wanted, found, strict=True))
         return [answers[key] for key in keys]
 
-    def post(self, body: dict, read: Callable) -> dict:
+    def post(self, body: dict, letters: str) -> dict:
         """One request, repeated after a pause where the server fails.
 
         Raises:
@@ -249,7 +246,7 @@ class Endpoint:
             try:
                 response = self.client.post(self.url, json=body)
                 if response.status_code == 200:
-                    return read_answer(response.json(), read)
+                    return read_answer(response.json(), letters, self.reasons)
             except Exception as error:  # no connection, no answer in time, or an answer of another form
                 problem = f"{type(error).__name__}: {formats.first_line(error)}"
                 continue
@@ -271,22 +268,14 @@ class Endpoint:
     def replies(
         self, conversations: list[formats.Messages], stream: int, first: int, temperature: float
     ) -> list[Reply]:
-        def read(text: str, ended: bool, choice: dict) -> dict:
-            return {"text": text.strip(), "ended": ended}
-
-        answers = self.ask(conversations, read, max_tokens=self.max_new_tokens, temperature=temperature)
-        return [Reply(x.get("text", ""), x.get("ended", False), x.get("refused", "")) for x in answers]
+        answers = self.ask(conversations, max_tokens=self.max_new_tokens, temperature=temperature)
+        return [Reply(**{name: x[name] for name in Reply._fields if name in x}) for x in answers]
 
     def verdicts(self, questions: list[formats.Messages], letters: str = "AB") -> list[list[float] | None]:
         """P(letter) of each question; None for an answer that names none, is cut off, or was refused."""
-
-        def read(text: str, ended: bool, choice: dict) -> dict:
-            tokens = (choice.get("logprobs") or {}).get("content") or []
-            return {"probs": read_verdict(text, tokens, self.reasons, letters) if ended else None}
-
         asked = [with_reasoning(question) for question in questions] if self.reasons else questions
         how = {"max_tokens": self.max_new_tokens if self.reasons else 8, "temperature": 0.0}
-        return [x.get("probs") for x in self.ask(asked, read, logprobs=True, top_logprobs=20, **how)]
+        return [x.get("probs") for x in self.ask(asked, letters, logprobs=True, top_logprobs=20, **how)]
 
     def report(self) -> str:
         """What has been asked, refused and paid, in words."""
@@ -300,22 +289,21 @@ class Endpoint:
 
 def read_body(text: str) -> dict[str, Any]:
     """The fields of --judge_body; max_completion_tokens takes the place of max_tokens."""
-    try:
-        body = json.loads(text)
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise formats.wrong("judge_body", repr(text), 'JSON, as {"max_completion_tokens": 4096}')
+    body = formats.from_json(text, "judge_body", "the option", dict)
     return ({"max_tokens": None} if "max_completion_tokens" in body else {}) | body
 
 
-def read_answer(answer: dict, read: Callable) -> dict:
-    """read(text, whether it has ended, first choice) of an answer, with the tokens that were paid for."""
+def read_answer(answer: dict, letters: str, reasons: bool) -> dict:
+    """The tokens paid for an answer, and its text; or its verdict on `letters`, where there are any."""
     choice, usage = answer["choices"][0], answer.get("usage") or {}
+    found = {"tokens": [usage.get(f"{name}_tokens") or 0 for name in ("prompt", "completion")]}
     reason, text = choice.get("finish_reason"), choice["message"].get("content") or ""
-    is_refused = reason == "content_filter"
-    found = {"refused": f"finish_reason {reason}"} if is_refused else read(text, reason != "length", choice)
-    return {**found, "tokens": [usage.get(f"{name}_tokens") or 0 for name in ("prompt", "completion")]}
+    if reason == "content_filter":
+        return found | {"refused": f"finish_reason {reason}"}
+    if not letters:
+        return found | {"text": text.strip(), "ended": reason != "length"}
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    return found | {"probs": None if reason == "length" else read_verdict(text, tokens, reasons, letters)}
 
 
 def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "AB") -> list[float] | None:

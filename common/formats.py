@@ -6,7 +6,6 @@ template.
 """
 
 import contextlib
-import difflib
 import functools
 import json
 import re
@@ -58,13 +57,12 @@ REFUSED |= {"documents": "documents in the text of a turn", "kto_tag": "chosen a
 REFUSED |= dict.fromkeys(("loss_scale", "weight"), "a weight of 0 or 1 on each message, or dataset*weight")
 REFUSED |= dict.fromkeys(("system_message", "system_msg", "system_instruction"), "the name system")
 REFUSED |= {"winner": "chosen and rejected"}
-# all that is read, here and in data.py, of a record and of a turn
-READ = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
+# all names that mean something here or in data.py, of a record and of a turn
+KNOWN = (*CONVERSATIONS, *PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *PAIR_FIELDS, *sum(ALSO.values(), ()))
 OTHERS = "content system system_prompt history tools functions context label attributes chat_template_kwargs "
 OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
 OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
-READ += (*REASONING, *OTHERS.split())
-KNOWN = (*READ, *REFUSED)
+KNOWN += (*REASONING, *REFUSED, *OTHERS.split())
 LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
 READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
@@ -99,21 +97,17 @@ def meant(name: str, known: tuple[str, ...]) -> list[str]:
     own = name.lower().replace("-", "_")
     if own[-1:].isdigit():  # response_3 is a name of its own
         return []
-    near = difflib.get_close_matches(own, [x for x in known if ("_" in x) == ("_" in own)], 2, 0.83)
-    near = [x for x in near if abs(len(x) - len(name)) <= 1 + len(name) // 8]
-    near = [x for x in near if (x not in name and name not in x) or (name + "s" == x and x in LISTS)]
-    plurals = {own + "s", own.removesuffix("s")} if "_" not in own and known is not READ_OF_TURNS else set()
-    return near or [x for x in known if len(x) > 4 and x not in plurals and is_slip(own, x)]
+    plurals = {own + "s", own[:-1] if own.endswith("s") else ""} - {*LISTS}
+    near = [x for x in known if x == own or (len(x) > 4 and is_slip(own, x))]
+    return near if "_" in own or known is READ_OF_TURNS else [x for x in near if x not in plurals]
 
 
 def is_slip(name: str, other: str) -> bool:
     """Whether a letter more, less or another, or two that changed places, is all that two names differ in."""
-    short, long = sorted((name, other), key=len)
-    if len(long) == len(short) + 1:
-        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-    at = [i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b]
-    swapped = len(at) == 2 and [name[i] for i in at] == [other[i] for i in at[::-1]]
-    return len(short) == len(long) and (swapped or len(at) == 1)
+    same = common_prefix(name, other)
+    a, b = name[same:], other[same:]
+    swapped = a[1::-1] + a[2:]
+    return b in (a[1:], swapped) or b[1:] in (a, a[1:])
 
 
 def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
@@ -164,7 +158,12 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
     refuse_slips(turn, where, READ_OF_TURNS)
+    if refused := first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details")):
+        expected = f"a weight of 0 or 1 and reasoning_content, not {refused!r}"
+        raise wrong(where, f"the message {turn}", expected)
     speaker, text = str(first(turn, ("role", "from"))).lower(), agreed(turn, ("content", "value"), where)
+    if speaker not in ROLES:
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
     kept = {name: turn[name] for name in KEPT if turn.get(name)}
     if thoughts := first(turn, REASONING):
         kept["reasoning_content"] = thoughts
@@ -175,32 +174,24 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         kept["tool_calls"], text = text, ""
     if turn.get("function_call"):  # OpenAI's older name for one call
         kept["tool_calls"] = [turn["function_call"]]
-    if refused := first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details")):
-        raise wrong(
-            where, f"the message {turn}", f"a weight of 0 or 1 and reasoning_content, not {refused!r}"
-        )
     if "tool_calls" in kept:
         kept["tool_calls"] = read_functions(kept["tool_calls"], where, "tool_calls")
-    if isinstance(text, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if isinstance(text, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in text):
+        text = "".join(part["text"] for part in text)
     text = "" if text is None and kept.keys() - {"name"} else text
-    if speaker not in ROLES:
-        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
     if not isinstance(text, str):
         content = first(turn, ("content", "value"))
         raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
     channels = read_channels(text, where) if ROLES[speaker] == "assistant" else {}
     if "reasoning_content" in kept and (channels or text.lstrip().startswith("<think>")):
         raise wrong(where, f"reasoning_content beside the content {text!r}", "one of them with the thoughts")
-    text, kept = channels.pop("content", text), kept | {k: v for k, v in channels.items() if v}
     flag = agreed(turn, TRAINED, where)
     if isinstance(flag, str | list | dict) or flag not in (None, 0, 1):
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
         kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
-    return {"role": ROLES[speaker], "content": text, **kept}
+    return {"role": ROLES[speaker], "content": text, **kept, **channels}
 
 
 def read_channels(text: str, where: str) -> dict[str, str]:
@@ -213,7 +204,7 @@ def read_channels(text: str, where: str) -> dict[str, str]:
     if pieces[0].strip() or "<|" in "".join(said) or names not in (["final"], ["analysis", "final"]):
         expected = "an analysis, then a final channel; or reasoning_content, content and tool_calls"
         raise wrong(where, f"the channels {', '.join(names)} in a content", expected)
-    return dict(zip(("content", "reasoning_content"), reversed(said), strict=False))
+    return {"content": said[-1]} | ({"reasoning_content": said[0]} if said[1:] and said[0] else {})
 
 
 def says_something(message: dict) -> bool:
@@ -286,13 +277,10 @@ def lead_of(value: dict, where: str) -> Messages:
 
 def with_context(value: dict, turns: Messages, where: str) -> Messages:
     """The turns, the first of them with the record's tools and template variables."""
-    own = {}
-    if tools := first(value, ("tools", "functions")):
-        own["tools"] = read_functions(tools, where, "tools")
-    if given := value.get("chat_template_kwargs"):
-        own["chat_template_kwargs"] = from_json(given, where, "chat_template_kwargs", dict)
-    own = {name: x for name, x in own.items() if x}
-    return [{**turns[0], **own}, *turns[1:]] if turns and own else turns
+    tools, given = first(value, ("tools", "functions")), value.get("chat_template_kwargs")
+    own = {"tools": tools and read_functions(tools, where, "tools")}
+    own["chat_template_kwargs"] = given and from_json(given, where, "chat_template_kwargs", dict)
+    return [{**turns[0], **{name: x for name, x in own.items() if x}}, *turns[1:]]
 
 
 def given_turns(value: dict, where: str) -> Any:

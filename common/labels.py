@@ -40,25 +40,20 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
-def rated_parts(value: dict) -> list[dict]:
-    """The part of a conversation up to each reply that has a label; all of it if the record has its own."""
+def rated_records(records: list[Record]) -> Iterator[Record]:
+    """A record for each rated reply: the turns up to it, where turns and not the record have labels."""
 
     def is_rated(turn: Any) -> bool:
         role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
         return role == "assistant" and bool(first(turn, LABELS))
 
-    for name in CONVERSATIONS if first(value, LABELS) is None else ():
-        turns = value.get(name) if isinstance(value.get(name), list) else []
-        if ends := [i for i, turn in enumerate(turns, 1) if is_rated(turn)]:
-            return [{name: turns[:end]} for end in ends]
-    return [{}]
-
-
-def rated_records(records: list[Record]) -> Iterator[Record]:
-    """A record for each rated reply."""
     for value, where in records:
-        for part in rated_parts(value):
-            yield Record({**value, **part} if part else value, where)
+        name = next((name for name in CONVERSATIONS if isinstance(value.get(name), list)), "")
+        turns = value[name] if name and first(value, LABELS) is None else []
+        ends = [i for i, turn in enumerate(turns, 1) if is_rated(turn)]
+        yield from (Record({**value, name: turns[:end]}, where) for end in ends)
+        if not ends:
+            yield Record(value, where)
 
 
 def label_line(attributes: dict[str, float]) -> str:
@@ -99,8 +94,9 @@ def read_wanted(text: str, names: list[str]) -> dict[str, float]:
         raise wrong("attributes", "none", f"name:value of some of {known}, joined by commas")
     if unknown := next((name for name in given if name not in names), None):
         raise wrong("attributes", f"the attribute {unknown}", f"one of {', '.join(names)}")
-    values = dict(item.split(":") for item in read_line(text, "attributes", names).strip().split(",") if item)
-    return {name: float(values.get(name, "nan")) for name in names if name in given}
+    read_line(text, "attributes")  # refuses other values
+    values = read_label({"label": text}, "attributes")
+    return {name: values.get(name, math.nan) for name in names if name in given}
 
 
 def attach_labels(value: dict, turns: Messages, where: str) -> None:

@@ -236,6 +236,8 @@ def test_a_reply_that_merges_with_its_header_is_cut_from_it_as_in_generation(mer
     (sequence,) = data.encode_chat(tokenizer, CHAT[:2], REPLIES[:2])
     assert scored(tokenizer, sequence) == ["Yes.\n<eos>"]
     assert sequence.ids[~sequence.mask].tolist() == data.encode_prompt(tokenizer, CHAT[:1])
+    (opened,) = data.encode_chat(tokenizer, CHAT[1:2], [True])  # nothing comes before it but its header
+    assert scored(tokenizer, opened) == ["Yes.\n<eos>"]
 
 
 def test_a_turn_whose_last_token_merges_with_the_next_is_not_taken_for_a_rewrite() -> None:
@@ -821,6 +823,11 @@ BAD = [
         "sft",
         '{"messages": [{"role": "user", "content": "b"}], "mask": [["c"]]}',
         ":2: found mask .*names of rol",
+    ),
+    (
+        "sft",
+        '{"messages": [{"role": "gpt", "content": [{"type": "image"}], "tool_calls": [{"name": "f"}]}]}',
+        ":2: found the message of gpt with .*image.*; expected a content of text",
     ),
     ("sft", '{"input_ids": 5}', ":2: found input_ids 5; expected a list of token ids"),
     ("sft", '{"input_ids": [1, [2]]}', r":2: found input_ids \[1, \[2\]\]; expected a list of token ids"),

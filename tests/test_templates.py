@@ -11,7 +11,7 @@ from test_data import ASK, CHAT, PAIRS, SEVEN, load, scored, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common import data, dist, files, rewards, templates
+from common import data, dist, files, formats, rewards, templates
 
 SPEC = importlib.util.find_spec("trl")
 FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC else Path("absent")
@@ -129,7 +129,7 @@ def plain(content: str = "m.content") -> str:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (plain("(m.content if m.role != 'system' else '')"), "does not show a system turn"),
+        (plain("(m.content if m.role != 'system' else '')"), "does not show the content of a turn of system"),
         (plain("m.content.split('</think>')[-1]"), "leaves out the thoughts of a trained reply"),
         (plain("m.content + ('' if loop.last else '!')"), "changes earlier turns, the system turn too"),
         (plain("(m.content | replace('+', '-'))"), r"changes or leaves out a text of user: '3\+4\?'"),
@@ -525,6 +525,15 @@ def test_channels_in_a_content_are_its_thoughts_and_its_answer(tmp_path: Path, c
     for text in (RAW.replace("analysis", "commentary to=f"), "Hm." + RAW, RAW + RAW):
         with pytest.raises(dist.RunError, match="data.jsonl:1: found the channels .*; expected an analysis"):
             sft(tokenizer, tmp_path, {"messages": [ASK, {**SEVEN, "content": text}]})
+
+
+def test_several_templates_by_name_take_labels_and_tools(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(plain())
+    tokenizer.chat_template = {"default": plain(), "tool_use": "{{ tools }}" + plain()}
+    asked = tokenizer.decode(data.encode_prompt(tokenizer, [ASK], "quality:4\n"))
+    assert asked == "user:3+4?<|end|>assistant:quality:4\n"
+    tools = formats.with_context({"tools": [WEATHER]}, [ASK], "")
+    assert "weather" in tokenizer.decode(data.encode_prompt(tokenizer, tools))
 
 
 def test_a_run_writes_the_day_of_its_template_down() -> None:
