@@ -46,7 +46,6 @@ from common import (
     models,
     packed,
     plan,
-    templates,
 )
 from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
@@ -184,14 +183,14 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
 
     most_new, most = args.max_new_tokens, args.max_length
 
-    def encode(value: dict, where: str) -> templates.Steps:
+    def encode(value: dict, where: str) -> Example:
         if value.get("real") is not None:  # a file of the release; what it holds as generated is not read
             value = {**value, "messages": value["real"]}
         prompt, response = formats.read_exchange(tokenizer, value, where)
         labels.attach_labels(value, prompt + response, where)
         if response and not formats.says_something(response[-1]):
             raise formats.LeftOut("an empty reply")
-        tokens, mask = yield from templates.response_steps(tokenizer, prompt, response)
+        tokens, mask = data.encode_response(tokenizer, prompt, response)
         end = int(mask.argmax()) + most_new if mask.any() else 0
         if end > most:
             raise formats.LeftOut("a prompt and max_new_tokens that are longer than max_length")

@@ -14,57 +14,28 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tyro
 
-from common import dist, encoded, packed
+from common import dist, encoded, formats, packed
 from common.encoded import Encoded, Made
-from common.formats import (
-    CHOSEN,
-    CONVERSATIONS,
-    REJECTED,
-    RESPONSES,
-    ROLES,
-    LeftOut,
-    Messages,
-    Record,
-    as_messages,
-    as_turns,
-    common_prefix,
-    first,
-    is_transcript,
-    is_two_lined,
-    lead_of,
-    number,
-    open_records,
-    read_exchange,
-    read_pair,
-    read_prompt,
-    read_sources,
-    refuse_fields,
-    regroup,
-    says_something,
-    wrong,
-)
+from common.formats import LeftOut, Messages, as_turns, first, read_exchange, read_pair, read_prompt, wrong
 from common.labels import attach_labels, rated_records, read_label
 from common.loading import config_of
 from common.packed import Example, Tokens
 from common.templates import (  # noqa: F401, all that scripts need to encode
-    chat_steps,
     encode_chat,
     encode_prompt,
     encode_response,
     end_token,
     load_tokenizer,
-    prompt_steps,
     refuse_rendered,
-    response_steps,
     template_notes,
 )
-from common.tokenizing import Steps, encoding, in_turn
+from common.tokenizing import encoding
 
 
 class Dataset(Sequence):
@@ -103,26 +74,33 @@ class Dataset(Sequence):
         """A field that is a number, of all examples, NaN where one has none. (len(self),) float64"""
         if name in self.columns:
             return self.columns[name]
-        columns = [
-            part.column(name) if isinstance(part, Encoded) else [e.fields.get(name, math.nan) for e in part]
-            for part in self.sources
-        ]
-        return np.concatenate([np.zeros(0), *columns])
+        found = np.full(len(self), math.nan)
+        for start, part in zip(self.starts, self.sources, strict=False):
+            is_encoded = isinstance(part, Encoded)
+            values = part.columns.get(name) if is_encoded else [e.fields.get(name, math.nan) for e in part]
+            if values is not None:
+                found[start : start + len(part)] = values
+        return found
 
     def field_names(self) -> list[str]:
         """The fields that any example has, in the order in which they appear."""
-        named = [
-            p.names() if isinstance(p, Encoded) else (n for e in p for n in e.fields) for p in self.sources
-        ]
-        return [*dict.fromkeys(itertools.chain(self.columns, *named))]
+        found = dict.fromkeys(self.columns)
+        for part in self.sources:
+            found |= dict.fromkeys(
+                part.columns if isinstance(part, Encoded) else (n for e in part for n in e.fields)
+            )
+        return [*found]
 
     @property
     def num_sequences(self) -> np.ndarray:
         """Of each example. (len(self),)"""
-        of = [
-            p.num_sequences if isinstance(p, Encoded) else [len(e.sequences) for e in p] for p in self.sources
-        ]
-        return np.concatenate([np.zeros(0, int), *of])
+        found = np.zeros(len(self), int)
+        for start, part in zip(self.starts, self.sources, strict=False):
+            is_encoded = isinstance(part, Encoded)
+            found[start : start + len(part)] = (
+                part.num_sequences if is_encoded else [len(e.sequences) for e in part]
+            )
+        return found
 
     def fingerprint(self) -> str:
         """A digest of the examples: tokens, masks, prompts, fields and records."""
@@ -198,9 +176,9 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     What a turn says of itself, as `weight` or `train`, comes first. None for a prompt and its response, of
     which only the latter is trained.
     """
-    given, chosen, masked = first(value, CONVERSATIONS), value.get("train_roles"), value.get("mask")
-    whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, CHOSEN) is None)
-    if not whole and first(value, (*RESPONSES, *CHOSEN)) is not None:
+    given, chosen, masked = first(value, formats.CONVERSATIONS), value.get("train_roles"), value.get("mask")
+    whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, formats.CHOSEN) is None)
+    if not whole and first(value, (*formats.RESPONSES, *formats.CHOSEN)) is not None:
         return None
     if chosen in ([], ""):
         raise wrong(
@@ -213,15 +191,18 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {names!r}", "names of roles")
     speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
     speakers = [""] * (len(turns) - len(speakers)) + speakers
-    unknown = [*{*names} - {*speakers, *(m["role"] for m in turns), *ROLES, *map(str.capitalize, ROLES)}]
+    unknown = [
+        *{*names}
+        - {*speakers, *(m["role"] for m in turns), *formats.ROLES, *map(str.capitalize, formats.ROLES)}
+    ]
     if unknown:  # of a mask a typo would train the user's turns
         raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
     # a name that no speaker has is of a role, in any case
-    roles = {ROLES.get(name.lower()) for name in names if name not in speakers}
+    roles = {formats.ROLES.get(name.lower()) for name in names if name not in speakers}
     named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
     if masked and not chosen:
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
-    lead = len(lead_of(value, where))  # a history is context, as it is before a prompt
+    lead = len(formats.lead_of(value, where))  # a history is context, as it is before a prompt
     named = [n and (i >= lead or turns[i]["role"] == "system") for i, n in enumerate(named)]
     return [m.get("trained", n) for n, m in zip(named, turns, strict=True)]
 
@@ -234,29 +215,29 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     if value.get("input_ids") is not None:
         if not isinstance(value["input_ids"], list) or any(isinstance(x, list) for x in value["input_ids"]):
             raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
-        given = {name: value[name] for name in ("labels", *MASKS) if value.get(name) is not None}
+        names = [name for name in ("input_ids", "labels", *MASKS) if value.get(name) is not None]
         try:
-            tokens, columns = np.asarray(value["input_ids"]), {n: np.asarray(x) for n, x in given.items()}
-            fits = tokens.dtype.kind == "i" and tokens.size > 0
-            fits &= all(x.dtype.kind in "ib" and x.shape == tokens.shape for x in columns.values())
-            fits = fits and all(np.isin(x, (0, 1)).all() for n, x in columns.items() if n != "labels")
-        except ValueError:  # lists of several lengths
+            given = dict(zip(names, np.array([value[name] for name in names]), strict=True))
+            tokens = given.pop("input_ids")
+            fits = tokens.dtype.kind == "i" and tokens.min() >= 0 and tokens.max() < len(tokenizer)
+            labels = given.pop("labels", tokens)
+            fits &= all(np.isin(mask, (0, 1)).all() for mask in given.values())
+        except ValueError:  # lists of several lengths, or none
             fits = False
-        if not fits or tokens.min() < 0 or tokens.max() >= len(tokenizer):
+        if not fits:
             expected = f"ids below {len(tokenizer)}, as many labels, and masks of 0 and 1"
             raise wrong(where, "other input_ids or labels", expected)
-        labels = np.asarray(tokens if value.get("labels") is None else value["labels"])
         if ((labels != tokens) & (labels != -100)).any():
-            raise wrong(
-                where, "labels that are other tokens than input_ids", "-100 or the same id at each place"
-            )
-        masks = [np.asarray(value[name]) != 0 for name in MASKS if value.get(name) is not None]
-        used = masks[0] if value.get("attention_mask") is not None else np.ones(len(tokens), bool)
-        mask = np.logical_and.reduce([labels != -100, *masks])
+            expected = "-100 or the same id at each place"
+            raise wrong(where, "labels that are other tokens than input_ids", expected)
+        used = given.get("attention_mask", np.ones(len(tokens))) != 0
+        mask = np.logical_and.reduce([labels != -100, *given.values()])
         return Tokens(tokens.astype(np.int32)[used], mask[used])
-    text_only = isinstance(value.get("text"), str) and first(value, CONVERSATIONS + RESPONSES) is None
-    if text_only and not is_transcript(value["text"]):
-        as_messages(value["text"], where)  # refuses a mark of a turn elsewhere
+    text_only = (
+        isinstance(value.get("text"), str) and first(value, formats.CONVERSATIONS + formats.RESPONSES) is None
+    )
+    if text_only and not formats.is_transcript(value["text"]):
+        formats.as_messages(value["text"], where)  # refuses a mark of a turn elsewhere
         tokens = encode_prompt(tokenizer, value["text"])
         tokens += [end_token(tokenizer)] if tokens[-1:] != [end_token(tokenizer)] else []
         return Tokens(np.array(tokens, np.int32), np.ones(len(tokens), bool))
@@ -270,11 +251,11 @@ def read_responses(tokenizer: Any, value: dict, where: str, max_length: float = 
     """
     most = min(max_length, packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))))
     with encoding(where):
-        refuse_fields(value, where)
+        formats.refuse_fields(value, where)
         if value.get("responses") is not None:
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in value["responses"]]
-        elif first(value, (*CHOSEN, *REJECTED, "preference_strength")) is not None:
+        elif first(value, (*formats.CHOSEN, *formats.REJECTED, "preference_strength")) is not None:
             prompt, *sides, _ = read_pair(tokenizer, value, where)
         else:
             prompt, response = read_exchange(tokenizer, value, where)
@@ -288,14 +269,14 @@ def read_responses(tokenizer: Any, value: dict, where: str, max_length: float = 
 
 
 def load_sft(
-    tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, train_on_prompt: bool = False
+    tokenizer: Any, dataset: str, eval_dataset: str | None, max_length: int, train_on_prompt: bool = False
 ) -> tuple[Dataset, Dataset]:
     """(train, eval) demonstrations; train_on_prompt scores all tokens.
 
     An example is one sequence, or one for each trained turn where the template rewrites earlier turns.
     """
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         sequence = read_tokens(tokenizer, value, where)
         if sequence is not None:
             return Example([sequence], prompt="")
@@ -306,12 +287,14 @@ def load_sft(
         attach_labels(value, turns, where)
         if trained is None:
             trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
-        if any(trained) and not any(t and says_something(m) for t, m in zip(trained, turns, strict=True)):
+        if any(trained) and not any(
+            t and formats.says_something(m) for t, m in zip(trained, turns, strict=True)
+        ):
             raise LeftOut("an empty reply")
-        trained = [t and says_something(m) for t, m in zip(trained, turns, strict=True)]
-        sequences, seen = (yield from chat_steps(tokenizer, turns, trained)), ()
+        trained = [t and formats.says_something(m) for t, m in zip(trained, turns, strict=True)]
+        sequences, seen = encode_chat(tokenizer, turns, trained), ()
         for tokens, mask in sequences if train_on_prompt else ():
-            mask[common_prefix(seen, tokens) :] = True  # what several have is scored once
+            mask[formats.common_prefix(seen, tokens) :] = True  # what several have is scored once
             seen = tokens
         return Example(sequences, prompt)
 
@@ -328,40 +311,43 @@ def load_sft(
 
 
 def load_pairs(
-    tokenizer: Any, dataset: str, eval_dataset: str, max_length: int, cut: str = "end"
+    tokenizer: Any, dataset: str, eval_dataset: str | None, max_length: int, cut: str = "end"
 ) -> tuple[Dataset, Dataset]:
     """(train, eval) preferences: chosen, rejected, PAIR_FIELDS as fields; cut: "end", "start" or "drop"."""
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         prompt, chosen, rejected, numbers = read_pair(tokenizer, value, where)
-        if chosen != rejected and not says_something(chosen[-1]):
+        if chosen != rejected and not formats.says_something(chosen[-1]):
             raise LeftOut("an empty chosen reply")
-        sides = [response_steps(tokenizer, prompt, side, True) for side in (chosen, rejected)]
-        return Example((yield from in_turn(sides)), prompt, numbers)
+        sides = [encode_response(tokenizer, prompt, side, True) for side in (chosen, rejected)]
+        return Example(sides, prompt, numbers)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, cut)
 
 
-def load_ranked(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
+def load_ranked(
+    tokenizer: Any, dataset: str, eval_dataset: str | None, max_length: int
+) -> tuple[Dataset, Dataset]:
     """(train, eval) ranked responses, never cut: a sequence each, with the field ranks.
 
     Rank 1 is best and equal ranks are ties. A preference pair counts as two responses.
     """
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         if value.get("responses") is None:
             prompt, *sides, _ = read_pair(tokenizer, value, where)
             ranks = [1.0, 2.0]
         else:
             responses, ranks = value["responses"], value.get("ranks")
-            ranks = [number(rank, where, "ranks") for rank in ranks] if isinstance(ranks, list) else []
+            ranks = (
+                [formats.number(rank, where, "ranks") for rank in ranks] if isinstance(ranks, list) else []
+            )
             if not isinstance(responses, list) or len(responses) != len(ranks) or len(set(ranks)) < 2:
                 raise wrong(where, value, "responses and as many ranks, not all equal")
             prompt = read_prompt(tokenizer, value, where)
             sides = [as_turns(tokenizer, response, where, "assistant") for response in responses]
         fields = {"ranks": np.array(ranks, np.float32)}
-        sides = [response_steps(tokenizer, prompt, side, True) for side in sides]
-        return Example((yield from in_turn(sides)), prompt, fields)
+        return Example([encode_response(tokenizer, prompt, side, True) for side in sides], prompt, fields)
 
     return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, "drop")
 
@@ -373,12 +359,14 @@ def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
     return train, evaluation
 
 
-def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: int) -> tuple[Dataset, Dataset]:
+def load_ratings(
+    tokenizer: Any, dataset: str, eval_dataset: str | None, max_length: int
+) -> tuple[Dataset, Dataset]:
     """(train, eval) rated replies, never cut: one sequence each, attributes as fields, NaN if missing."""
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         prompt, response = read_exchange(tokenizer, value, where)
-        sequence = yield from response_steps(tokenizer, prompt, response, True)
+        sequence = encode_response(tokenizer, prompt, response, True)
         label = read_label(value, where)
         if not label:
             raise LeftOut("no label that is known")
@@ -388,16 +376,16 @@ def load_ratings(tokenizer: Any, dataset: str, eval_dataset: str, max_length: in
 
 
 def load_prompts(
-    tokenizer: Any, dataset: str, eval_dataset: str, max_prompt_length: int, kind: str = "prompts"
+    tokenizer: Any, dataset: str, eval_dataset: str | None, max_prompt_length: int, kind: str = "prompts"
 ) -> tuple[Dataset, Dataset]:
     """(train, eval) prompts, never cut: one sequence each, which generations start from, nothing scored.
 
     kind: the toy world's folder.
     """
 
-    def encode(value: dict, where: str) -> Steps:
+    def encode(value: dict, where: str) -> Example:
         prompt = read_prompt(tokenizer, value, where)
-        tokens = np.array((yield from prompt_steps(tokenizer, prompt)), np.int32)
+        tokens = np.array(encode_prompt(tokenizer, prompt), np.int32)
         return Example([Tokens(tokens, np.zeros(len(tokens), bool))], prompt)
 
     return load(tokenizer, kind, encode, dataset, eval_dataset, max_prompt_length, "drop", scored=False)
@@ -406,22 +394,23 @@ def load_prompts(
 def load(
     tokenizer: Any,
     kind: str,
-    encode: Callable[[dict, str], Example | Steps],
+    encode: Callable[[dict, str], Example],
     dataset: str,
-    eval_dataset: str,
+    eval_dataset: str | None,
     max_length: int,
     cut: str = "end",
     scored: bool = True,
     apart: bool = False,
 ) -> tuple[Dataset, Dataset]:
-    """(train, eval): read, encode, fit, hold out where there is no test split; once, then from the cache.
+    """(train, eval): read, encode, fit; once, then from the cache.
 
-    What is cut and what is left out, and why, is counted and printed.
+    What is cut and what is left out, and why, is counted and printed, and kept as `notes` of train.
 
     Args:
         kind: the toy world's folder.
-        encode: (record, where) -> its example, or steps to it. It may use the tokenizer, and of what stands
-            around it values that JSON takes: they are a part of the cache's key, as is the file it is in.
+        encode: (record, where) -> its example. It may use the tokenizer, and of what stands around it values
+            that JSON takes: they are a part of the cache's key, as is the file it is in.
+        eval_dataset: "" holds out, as in `mix`; None reads nothing to evaluate on.
         cut: what a sequence of more than max_length tokens loses, its "end" or its "start"; "drop" leaves
             the example out.
         scored: False for prompts, in which no token is scored.
@@ -430,8 +419,13 @@ def load(
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
-    notes: list[str] = []  # what was cut and left out
-    tell = functools.partial(note, kind, notes)
+    notes: list[str] = []
+
+    def tell(text: str) -> None:
+        notes.append(text)
+        if dist.is_main():
+            print(f"{kind}: {text}", flush=True)
+
     if max_length > most:
         tell(f"{option} {max_length} is more than the model takes; it is {most} now")
         max_length = most
@@ -439,76 +433,70 @@ def load(
         tell(line)
     key = dist.from_main(lambda: encoded.key_of(tokenizer, encode, kind, max_length, cut, scored, apart))
 
-    def attempt(record: Record, text: bytes) -> Steps:
-        """What is kept of a record, or LeftOut."""
+    def attempt(record: formats.Record, text: bytes) -> Made:
         with encoding(record.where):
             if record.value.get("preference_strength") == 0 or record.value.get("tie"):
                 raise LeftOut("no preference")
-            refuse_fields(*record)
+            formats.refuse_fields(*record)
             refuse_rendered(tokenizer, *record)
             example = encode(*record)
-            if isinstance(example, Generator):
-                example = yield from example
         is_cut = fit(example, kind, max_length, cut, option, apart)
         return Made(example, text, question(example), is_cut)
 
+    @functools.cache  # what is both trained and evaluated on is told of once
     def read(source: str, split: str) -> Encoded | None:
-        dist.from_main(lambda: bool(open_records(source, split, kind)))  # others then find what it found
-        stream = open_records(source, split, kind)
+        dist.from_main(lambda: bool(formats.open_records(source, split, kind)))  # others find what it found
+        stream = formats.open_records(source, split, kind)
         if stream is None:
             return None
         if not len(stream):
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
-        two_lined = is_two_lined(stream, kind)
-        split = rated_records if kind == "ratings" else functools.partial(regroup, two_lined=two_lined)
-        rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, split, tokenizer, attempt)
+        two_lined = formats.is_two_lined(stream, kind)
+        by_kind = functools.partial(formats.regroup, two_lined=two_lined)
+        by_kind = rated_records if kind == "ratings" else by_kind
+        rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, by_kind, attempt)
         name = hashlib.sha256(f"{key} {stream.digest} {stream.split}".encode()).hexdigest()[:32]
         found = encoded.make(dist.from_main(lambda: name), len(stream), rows, f"{kind}: {source}")
-        tell_counts(found, source, option, max_length, cut, tell)
+        num_cut, reasons = found.contents["num_cut"], found.contents["reasons"]
+        whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
+        if num_cut:
+            tell(f"{source}: {num_cut:,} cut at the {cut}, by {option} {max_length}")
+        if whys:
+            tell(f"{source}: dropped {whys}")
+        if not len(found):
+            is_long = any(option in reason for reason in reasons)
+            expected = f"a larger {option} than {max_length}" if is_long else "replies to train on"
+            raise wrong(f"dataset {source}", f"nothing to train on, {whys}", expected)
         return found
 
+    train, evaluation = mix(kind, dataset, eval_dataset, read)
+    train.notes = notes
+    return train, evaluation
+
+
+def mix(kind: str, dataset: str, eval_dataset: str | None, read: Callable) -> tuple[Dataset, Dataset]:
+    """(train, eval) of the sources that are named; for "" their test splits, or what is held out.
+
+    Args:
+        read: (source, split) -> its examples, None if there is no such split.
+    """
     train_parts, eval_parts = [], []
-    for source, weight in read_sources(dataset):
+    for source, weight in formats.read_sources(dataset):
         examples = read(source, "train")
         if examples is None:
             raise wrong(f"dataset {source}", "records of other splits only", "some to train on")
-        if not eval_dataset:
+        if eval_dataset == "":
             test = read(source, "test")
             examples, test = hold_out(examples, source) if test is None else (examples, test)
             eval_parts.append((test, 1.0))
         train_parts.append((examples, weight))
-    for source, _ in read_sources(eval_dataset) if eval_dataset else ():
+    for source, _ in formats.read_sources(eval_dataset) if eval_dataset else ():
         eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
-    train.notes = notes
     if dist.is_main():
-        print(f"{kind}: {len(train):,} examples to train on, {len(evaluation):,} to evaluate on", flush=True)
+        others = f" to train on, {len(evaluation):,} to evaluate on" if eval_parts else ""
+        print(f"{kind}: {len(train):,} examples{others}", flush=True)
     return train, evaluation
-
-
-def note(kind: str, notes: list[str], text: str) -> None:
-    """Keep a note of what was read, and print it."""
-    notes.append(text)
-    if dist.is_main():
-        print(f"{kind}: {text}", flush=True)
-
-
-def tell_counts(found: Encoded, source: str, option: str, max_length: int, cut: str, tell: Callable) -> None:
-    """Tell how many records of a source were cut or left out, and why.
-
-    Raises:
-        RunError: all are left out.
-    """
-    num_cut, reasons = found.contents["num_cut"], found.contents["reasons"]
-    whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
-    if num_cut:
-        tell(f"{source}: {num_cut:,} cut at the {cut}, by {option} {max_length}")
-    if whys:
-        tell(f"{source}: dropped {whys}")
-    if not len(found):
-        is_long = any(option in reason for reason in reasons)
-        expected = f"a larger {option} than {max_length}" if is_long else "replies to train on"
-        raise wrong(f"dataset {source}", f"nothing to train on, {whys}", expected)
 
 
 def fit(example: Example, kind: str, max_length: int, cut: str, option: str, apart: bool) -> bool:

@@ -320,21 +320,8 @@ def as_example(prompt: str, record: dict) -> Example:
 
 
 def load_prompts(dataset: str, eval_dataset: str) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) prompts; 5 % are held out where there is neither eval_dataset nor a test split."""
-    train_parts, eval_parts = [], []
-    for source, weight in formats.read_sources(dataset):
-        examples = read_prompts(source, "train")
-        if not eval_dataset:
-            test = read_prompts(source, "test")
-            examples, test = data.hold_out(examples, source) if test is None else (examples, test)
-            eval_parts.append((test, 1.0))
-        train_parts.append((examples, weight))
-    for source, _ in formats.read_sources(eval_dataset) if eval_dataset else ():
-        eval_parts.append((read_prompts(source, "test") or read_prompts(source, "train"), 1.0))
-    train, evaluation = data.Dataset(train_parts), data.Dataset(eval_parts)
-    if dist.is_main():
-        print(f"prompts: {len(train):,} to train on, {len(evaluation):,} to evaluate on", flush=True)
-    return train, evaluation
+    """(train, eval) prompts."""
+    return data.mix("prompts", dataset, eval_dataset, read_prompts)
 
 
 def prompts_to_draw(source: str) -> tuple[list[Example], str]:

@@ -1,12 +1,12 @@
 """Encoded data: examples on disk, made once by all ranks side by side, then mapped into memory by all.
 
-A folder holds the examples of one data set as arrays end to end, one file each, and `contents.json`. Its name
-is a digest of all that decides tokens, so that resumed runs, sweeps and other scripts find it. It is there
-whole or not at all. A process reads of it what it asks for, and the ranks of a node share these pages.
+A folder holds the examples of one data set as Arrow files, one of each rank that made it, and contents.json.
+Its name is a digest of all that decides tokens, so that resumed runs, sweeps and other scripts find it. It is
+there whole or not at all. A process reads of it what it asks for, and the ranks of a node share these pages.
 """
 
+import bisect
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -26,26 +26,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from common import dist, files
 from common.formats import LeftOut, Stream
 from common.packed import Example, Tokens
 from common.templates import end_token
-from common.tokenizing import num_rows, together
+from common.tokenizing import num_rows
 
-# of bounds there is one more than of what they bound, the first is 0; while a rank writes, they are lengths
-COLUMNS: dict[str, Any] = {
-    "ids": np.int32,
-    "mask": np.bool_,
-    "token_bounds": np.int64,  # of sequences in `ids` and `mask`
-    "sequence_bounds": np.int64,  # of examples in `token_bounds`
-    "texts": np.uint8,  # of each example its prompt and its record as JSON, and its label
-    "text_bounds": np.int64,
-    "numbers": np.float64,  # the fields of each example
-    "number_bounds": np.int64,
-    "shapes": np.int32,  # which of the lists of (name, length) its fields have; a length of None: a number
-    "keys": np.uint64,  # examples with one question have one key
-}
+SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.list_(pa.int32())),  # of each sequence
+        "mask": pa.list_(pa.list_(pa.bool_())),
+        "prompt": pa.string(),  # as JSON, as are fields and record
+        "fields": pa.string(),
+        "record": pa.binary(),
+        "label": pa.string(),
+        "key": pa.uint64(),  # examples with one question have one key
+    }
+)
+GROUP = 256  # rows of a source that make a batch of a file, however many ranks there are; even, as in `make`
 DECIDING = ("data", "encoded", "formats", "streams", "templates", "tokenizing")  # modules, what tokens are
 MOST_TOUCHED = 16  # examples read before their pages are let go: each may bring 2 MiB of its neighbours
 MOST_ERRORS = 10  # lines that one error names
@@ -66,99 +66,75 @@ class Stored(Example):
 
     @functools.cached_property
     def prompt(self) -> Any:
-        return json.loads(self.texts[0].tobytes())
+        return json.loads(self.row["prompt"][0].as_py())
 
     @functools.cached_property
     def record(self) -> dict:
-        return json.loads(self.texts[1].tobytes())
+        return json.loads(self.row["record"][0].as_py())
 
 
 class Encoded(Sequence):
     """The examples of a folder, or some of its rows."""
 
-    def __init__(self, folder: Path):
-        self.rows: np.ndarray | None = None
-        self.contents = read_contents(folder)
-        self.areas = {name: _mapped(folder / name) for name in COLUMNS}
-        self.columns = {name: np.frombuffer(area, COLUMNS[name]) for name, area in self.areas.items()}
+    def __init__(self, folder: Path, rows: np.ndarray | None = None):
+        self.folder, self.contents, self.areas = folder, read_contents(folder), []
+        for name in self.contents["sums"]:
+            with (folder / name).open("rb") as file:
+                self.areas.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        readers = [pa.ipc.open_file(pa.py_buffer(area)) for area in self.areas]
+        self.batches = [reader.get_batch(i) for reader in readers for i in range(reader.num_record_batches)]
+        self.starts = [*itertools.accumulate(map(len, self.batches), initial=0)]
+        self.rows = np.arange(self.starts[-1]) if rows is None else rows
         self.num_read = 0
-        self.shapes: list[list] = self.contents["shapes"]
 
     def __len__(self) -> int:
-        return len(self.columns["shapes"] if self.rows is None else self.rows)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> Stored:
         self.num_read += 1
-        if (
-            self.num_read % MOST_TOUCHED == 0
-        ):  # the system keeps the pages; this process need not map them all
-            for area in self.areas.values():
-                if area:
-                    area.madvise(mmap.MADV_DONTNEED)
-        i = range(len(self))[i]
-        row = i if self.rows is None else int(self.rows[i])
-        of = self.columns
-        first, last = of["sequence_bounds"][row : row + 2]
-        at = itertools.pairwise(of["token_bounds"][first : last + 1].tolist())
-        texts = itertools.pairwise(of["text_bounds"][3 * row : 3 * row + 4].tolist())
+        if self.num_read % MOST_TOUCHED == 0:
+            for area in self.areas:  # the system keeps the pages; this process need not map them all
+                area.madvise(mmap.MADV_DONTNEED)
+        row = int(self.rows[i])
+        part = bisect.bisect_right(self.starts, row) - 1
         example = Stored.__new__(Stored)  # whose prompt and record are not there yet
+        example.row = self.batches[part].slice(row - self.starts[part], 1)
+        sides = [
+            [x.values.to_numpy(zero_copy_only=False) for x in example.row[n][0]] for n in ("ids", "mask")
+        ]
         # copies: views of a batch would hold the pages around each of its examples
-        example.sequences = [Tokens(of["ids"][a:b].copy(), of["mask"][a:b].copy()) for a, b in at]
-        example.texts = [of["texts"][a:b] for a, b in texts]
-        example.label = example.texts[2].tobytes().decode()
-        example.fields, start = {}, int(of["number_bounds"][row])
-        for name, length in self.shapes[of["shapes"][row]]:
-            values = of["numbers"][start : start + (length or 1)]
-            example.fields[name] = float(values[0]) if length is None else values.astype(np.float32)
-            start += length or 1
+        example.sequences = [Tokens(ids.copy(), mask) for ids, mask in zip(*sides, strict=True)]
+        example.label = example.row["label"][0].as_py()
+        fields = json.loads(example.row["fields"][0].as_py())
+        example.fields = {n: np.array(x, np.float32) if isinstance(x, list) else x for n, x in fields.items()}
         return example
 
     def take(self, chosen: np.ndarray) -> "Encoded":
         """Those for which `chosen` (len(self),) is True."""
-        found, rows = copy.copy(self), np.flatnonzero(chosen)
-        found.rows = rows if self.rows is None else self.rows[rows]
-        return found
-
-    def _of(self, name: str) -> np.ndarray:
-        """A column that has one value an example."""
-        return self.columns[name] if self.rows is None else self.columns[name][self.rows]
+        return Encoded(self.folder, self.rows[chosen])
 
     @property
     def keys(self) -> np.ndarray:
-        return self._of("keys")
+        return np.concatenate([batch["key"].to_numpy() for batch in self.batches])[self.rows]
 
     @property
     def num_sequences(self) -> np.ndarray:
         """(len(self),)"""
-        found = np.diff(self.columns["sequence_bounds"])
-        return found if self.rows is None else found[self.rows]
+        return np.concatenate([batch["ids"].value_lengths().to_numpy() for batch in self.batches])[self.rows]
 
-    def names(self) -> Iterator[str]:
-        """The fields that any example has, in the order in which they appear."""
-        found, firsts = np.unique(self._of("shapes"), return_index=True)
-        return (name for shape in found[np.argsort(firsts)] for name, _ in self.shapes[shape])
-
-    def column(self, name: str) -> np.ndarray:
-        """A field that is a number, of every example, NaN where it has none. (len(self),) float64"""
-        places = np.full(len(self.shapes), -1)
-        for i, shape in enumerate(self.shapes):
-            starts = itertools.accumulate((length or 1 for _, length in shape), initial=0)
-            places[i] = next((at for (own, _), at in zip(shape, starts, strict=False) if own == name), -1)
-        place, values = places[self._of("shapes")], np.full(len(self), np.nan)
-        starts = self.columns["number_bounds"][:-1]
-        starts = starts if self.rows is None else starts[self.rows]
-        values[place >= 0] = self.columns["numbers"][(starts + place)[place >= 0]]
-        return values
+    @functools.cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The fields, in the order in which they appear: numbers (len(self),), NaN where there is none."""
+        found: dict[str, np.ndarray] = {}
+        texts = [text for batch in self.batches for text in batch["fields"].to_pylist()]
+        for i, row in enumerate(self.rows.tolist()):
+            for name, x in json.loads(texts[row]).items():
+                column = found.setdefault(name, np.full(len(self), np.nan))
+                column[i] = np.nan if isinstance(x, list) else x
+        return found
 
     def fingerprint(self) -> str:
-        rows = b"" if self.rows is None else self.rows.tobytes()
-        return hashlib.sha256(self.contents["digest"].encode() + rows).hexdigest()
-
-
-def _mapped(path: Path) -> Any:
-    """A read-only file as memory that all who map it share; one of no bytes cannot be mapped."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if path.stat().st_size else b""
+        return hashlib.sha256(self.contents["digest"].encode() + self.rows.tobytes()).hexdigest()
 
 
 def read_contents(folder: Path) -> dict[str, Any]:
@@ -179,7 +155,7 @@ def is_whole(folder: Path) -> bool:
         return False
     with contextlib.suppress(OSError, ValueError):
         sums = read_contents(folder)["sums"]
-        if sums == {name: files.pieces_digest(folder / name, CHECKED) for name in COLUMNS}:
+        if sums == {name: files.pieces_digest(folder / name, CHECKED) for name in sums}:
             return True
     print(f"{folder}: damaged; it is made again", flush=True)
     with contextlib.suppress(OSError):  # another run does the same
@@ -200,87 +176,33 @@ class Report:
     reasons: Counter[str] = field(default_factory=Counter)  # why records are left out
     errors: list[str] = field(default_factory=list)
     stopped: bool = False
-    again: bool = False  # see `make`
+    digests: list[str] = field(default_factory=list)  # of each batch
 
 
-class Writer:
-    """The columns of a rank's share, which grow as it goes; `shapes.json` says what its shapes are."""
+def as_batch(made: list[Made]) -> tuple[pa.RecordBatch, str]:
+    """Examples as rows of SCHEMA, and a digest of them."""
+    examples, digest = [m.example for m in made], hashlib.sha256()
+    sequences = [s for example in examples for s in example.sequences]
+    ends = [
+        np.cumsum([0, *map(len, x)], dtype=np.int32)
+        for x in ([e.sequences for e in examples], [s.ids for s in sequences])
+    ]
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True)
-        self.folder, self.shapes = folder, {}
-        self.files = {name: (folder / name).open("wb") for name in COLUMNS}
-        self.waiting: dict[str, list] = {name: [] for name in COLUMNS}
+    def nested(values: list[np.ndarray]) -> pa.Array:
+        digest.update(flat := np.concatenate(values))
+        return pa.ListArray.from_arrays(ends[0], pa.ListArray.from_arrays(ends[1], pa.array(flat)))
 
-    def add(self, made: Made) -> None:
-        example, put = made.example, self.waiting
-        texts = (json.dumps(example.prompt).encode(), made.record, example.label.encode())
-        put["ids"] += [ids for ids, _ in example.sequences]
-        put["mask"] += [mask for _, mask in example.sequences]
-        put["token_bounds"] += [len(ids) for ids, _ in example.sequences]
-        put["sequence_bounds"].append(len(example.sequences))
-        put["texts"] += texts
-        put["text_bounds"] += map(len, texts)
-        lengths = tuple((n, len(x) if np.ndim(x) else None) for n, x in example.fields.items())
-        put["numbers"] += (x for value in example.fields.values() for x in np.ravel(value))
-        put["number_bounds"].append(sum(length or 1 for _, length in lengths))
-        put["shapes"].append(self.shapes.setdefault(lengths, len(self.shapes)))
-        put["keys"].append(made.key)
-        if len(put["keys"]) == 512:
-            self.flush()
-
-    def flush(self) -> None:
-        for name, values in self.waiting.items():
-            if name == "texts":
-                self.files[name].write(b"".join(values))
-            elif values:
-                whole = np.concatenate(values) if name in ("ids", "mask") else values
-                self.files[name].write(np.asarray(whole, COLUMNS[name]).tobytes())
-            values.clear()
-
-    def close(self) -> None:
-        self.flush()
-        for file in self.files.values():
-            file.close()
-        (self.folder / "shapes.json").write_text(json.dumps(list(self.shapes)))
-
-
-def join(parts: list[Path], folder: Path, report: Report) -> None:
-    """Put the shares of the ranks end to end, and write down what they are."""
-    digest, shapes = hashlib.sha256(), {}
-    for name in COLUMNS:
-        with (folder / name).open("wb") as file:
-            for text in joined(name, parts, shapes):
-                digest.update(text)
-                file.write(text)
-    contents = {"shapes": list(shapes), "num_cut": report.num_cut, "reasons": report.reasons}
-    contents["digest"] = hashlib.sha256((digest.hexdigest() + repr(list(shapes))).encode()).hexdigest()
-    contents["sums"] = {name: files.pieces_digest(folder / name, CHECKED) for name in COLUMNS}
-    text = json.dumps(contents)
-    (folder / "contents.json").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
-
-
-def joined(name: str, parts: list[Path], shapes: dict[tuple, int]) -> Iterator[bytes]:
-    """A column of all shares, piece by piece.
-
-    Args:
-        shapes: those met so far, by number; each share has counted its own.
-    """
-    end = np.zeros(1, np.int64)
-    if name.endswith("_bounds"):
-        yield end.tobytes()
-    for part in parts:
-        if name.endswith("_bounds"):
-            bounds = np.concatenate([end, np.fromfile(part / name, np.int64)]).cumsum()
-            end = bounds[-1:]
-            yield bounds[1:].tobytes()
-        elif name == "shapes":
-            own = [tuple(map(tuple, shape)) for shape in json.loads((part / "shapes.json").read_text())]
-            numbers = np.array([shapes.setdefault(shape, len(shapes)) for shape in own], np.int32)
-            yield numbers[np.fromfile(part / name, np.int32)].tobytes()
-        else:
-            with (part / name).open("rb") as file:
-                yield from iter(functools.partial(file.read, 1 << 24), b"")
+    columns = {
+        "ids": nested([ids for ids, _ in sequences]),
+        "mask": nested([mask for _, mask in sequences]),
+        "prompt": [json.dumps(e.prompt) for e in examples],
+        "fields": [json.dumps({n: np.asarray(x).tolist() for n, x in e.fields.items()}) for e in examples],
+        "record": [m.record for m in made],
+        "label": [e.label for e in examples],
+        "key": [m.key for m in made],
+    }
+    digest.update(repr([x.tolist() for x in ends] + [*columns.values()][2:]).encode())
+    return pa.record_batch(columns, SCHEMA), digest.hexdigest()
 
 
 def key_of(tokenizer: Any, encode: Callable, *options: Any) -> str:
@@ -309,51 +231,33 @@ def key_of(tokenizer: Any, encode: Callable, *options: Any) -> str:
     return digest.hexdigest()
 
 
-def alike(one: Example, other: Example) -> bool:
-    """Whether two examples have the same tokens and masks."""
-    pairs = itertools.zip_longest(one.sequences, other.sequences, fillvalue=((), ()))
-    return all(np.array_equal(a, b) for both in pairs for a, b in zip(*both, strict=True))
-
-
 def encode_rows(
-    stream: Stream,
-    size: int,
-    split: Callable,
-    tokenizer: Any,
-    attempt: Callable,
-    start: int,
-    stop: int,
-    exactly: bool,
-) -> Iterator[Made | str | dist.RunError | None]:
-    """What `make` asks for: rows start to stop, encoded in groups whose texts are tokenised together.
-
-    The first 64 examples and every 1000th are encoded exactly too; where that differs, all have to be.
-    """
-    rows, count = stream.rows(start, stop), itertools.count()
-    while chunk := list(itertools.islice(rows, 256)):
-        jobs: list[Any] = []
-        for i in range(0, len(chunk), size):
+    stream: Stream, size: int, split: Callable, attempt: Callable, start: int, stop: int
+) -> Iterator[list[Made | str | dist.RunError]]:
+    """What `make` asks for: of rows start to stop, `size` of which make the records that `split` tells."""
+    rows = stream.rows(start, stop)
+    while chunk := list(itertools.islice(rows, GROUP)):
+        results: list[Any] = []
+        for lines in (chunk[i : i + size] for i in range(0, len(chunk), size)):
             try:
-                found = [stream.record(*row) for row in chunk[i : i + size]]
-                found = [record for record in found if record]
-                for record in split(found) if found else ():
-                    is_line = record.value is found[0].value and isinstance(chunk[i][0], bytes)
-                    text = chunk[i][0].strip() if is_line else json.dumps(record.value, default=str).encode()
-                    jobs.append((record, text))
+                found = [record for row in lines if (record := stream.record(*row))]
+                records = list(split(found)) if found else []
             except dist.RunError as error:
-                jobs.append(error)
-        steps = [attempt(*job) for job in jobs if isinstance(job, tuple)]
-        made = iter(together(tokenizer, steps, exactly))
-        for job in jobs:
-            found, n = next(made) if isinstance(job, tuple) else job, next(count)
-            if not exactly and (n < 64 or n % 1000 == 0) and isinstance(found, Made):
-                (again,) = together(tokenizer, [attempt(*job)], exactly=True)
-                if not (isinstance(again, Made) and alike(again.example, found.example)):
-                    found = None
-            yield str(found) if isinstance(found, LeftOut) else found
+                records = []
+                results.append(error)
+            for record in records:
+                is_line = record.value is found[0].value and isinstance(lines[0][0], bytes)
+                text = lines[0][0].strip() if is_line else json.dumps(record.value, default=str).encode()
+                try:
+                    results.append(attempt(record, text))
+                except LeftOut as reason:
+                    results.append(str(reason))
+                except dist.RunError as error:
+                    results.append(error)
+        yield results
 
 
-def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], what: str) -> Encoded:
+def make(name: str, count: int, encode: Callable[[int, int], Iterable], what: str) -> Encoded:
     """The folder of this name in the cache, made if it is not there: a collective.
 
     Ranks that see one disk make one folder; where each node has its own, the ranks of each node make theirs.
@@ -361,8 +265,7 @@ def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], wh
     Args:
         name: a digest of all that decides its contents.
         count: of rows that are encoded.
-        encode: of rows start to stop, in order: a `Made`; why a record is left out, a string; an error; or
-            None, by which encode(..., True) is asked for on all ranks, what has been made is forgotten.
+        encode: of rows start to stop, of each GROUP: a `Made`, why a record is left out, or an error.
         what: for the lines about progress.
 
     Raises:
@@ -385,24 +288,13 @@ def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], wh
         unfinished = folder.with_name(f"{name}.{stamp}.{group[0]}.tmp")
         if index == 0:
             remove_left(root)
-        # even places: two lines may make one record
-        places = [min(count, 2 * ((count + 1) // 2 * i // size)) for i in (index, index + 1)]
-        for exactly in (False, True):
-            part = unfinished / str(dist.rank())
-            files.remove(part)
-            rows = encode(*places, exactly)
-            report = write(part, dist.progress(rows, what, places[1] - places[0]))
-            reports = dist.gather([report])
-            if not any(r.again for r in reports):
-                break
+        # whole groups, alike for any number of ranks, and two lines that make one record are in one
+        start, stop = (min(count, -(-count // GROUP) * i // size * GROUP) for i in (index, index + 1))
+        found = dist.progress(encode(start, stop), what, stop - start, len)
+        reports = dist.gather([write(unfinished / f"{dist.rank()}.arrow", found)])
         refuse(reports, unfinished if index == 0 else None)
         if index == 0:
-            own = [reports[r] for r in group]
-            total = Report(sum(r.num_cut for r in own), sum((r.reasons for r in own), Counter()))
-            with files.whole(folder, shared=True) as target:
-                target.mkdir()
-                join([unfinished / str(r) for r in group], target, total)
-            files.remove(unfinished)
+            finish(unfinished, folder, {f"{r}.arrow": reports[r] for r in group})
         dist.barrier()
         for _ in range(120):  # another node's view of a shared disk may be a minute old
             if (folder / "contents.json").exists():
@@ -411,31 +303,44 @@ def make(name: str, count: int, encode: Callable[[int, int, bool], Iterable], wh
     return Encoded(folder)
 
 
-def write(part: Path, rows: Iterable) -> Report:
+def write(part: Path, groups: Iterable[list]) -> Report:
     """Write a rank's share, and say how it went."""
     report = Report()
     try:
-        writer = Writer(part)
-        for found in rows:
-            if isinstance(found, Made):
-                writer.add(found)
-                report.num_cut += found.is_cut
-            elif isinstance(found, str):
-                report.reasons[found] += 1
-            elif found is None:
-                report.again = True
-                break
-            else:
-                report.errors.append(str(found))
-            report.stopped = dist.is_told_to_stop()
-            if report.stopped or len(report.errors) > MOST_ERRORS:
-                break
-        writer.close()
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for found in groups:
+                made = [x for x in found if isinstance(x, Made)]
+                report.num_cut += sum(x.is_cut for x in made)
+                report.reasons.update(x for x in found if isinstance(x, str))
+                report.errors += [str(x) for x in found if isinstance(x, dist.RunError)]
+                if made:
+                    batch, digest = as_batch(made)
+                    writer.write_batch(batch)
+                    report.digests.append(digest)
+                report.stopped = dist.is_told_to_stop()
+                if report.stopped or len(report.errors) > MOST_ERRORS:
+                    break
     except OSError as error:
         report.errors.append(f"cache folder {part.parent.parent}: {error.strerror}; set CLEANALIGN_CACHE")
     except dist.RunError as error:  # a file that cannot be read
         report.errors.append(str(error))
     return report
+
+
+def finish(unfinished: Path, folder: Path, reports: dict[str, Report]) -> None:
+    """Write down what the shares of the ranks are, by name, and give them their place."""
+    digests = [digest for report in reports.values() for digest in report.digests]
+    contents = {
+        "num_cut": sum(report.num_cut for report in reports.values()),
+        "reasons": sum((report.reasons for report in reports.values()), Counter()),
+        "digest": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "sums": {name: files.pieces_digest(unfinished / name, CHECKED) for name in reports},
+    }
+    text = json.dumps(contents)
+    (unfinished / "contents.json").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
+    with files.whole(folder, shared=True) as target:
+        os.rename(unfinished, target)
 
 
 def refuse(reports: list[Report], unfinished: Path | None) -> None:

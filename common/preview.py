@@ -97,16 +97,8 @@ def show(examples: list[Example], tokenizer: Any) -> None:
 
 def main(args: Args) -> None:
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    loaders = {
-        "sft": data.load_sft,
-        "pairs": data.load_pairs,
-        "ranked": data.load_ranked,
-        "ratings": data.load_ratings,
-    }
-    load_kind, limit = loaders.get(args.kind, data.load_prompts), args.max_length
-    if args.kind == "prompts":
-        limit = args.max_prompt_length
-    examples, _ = load_kind(tokenizer, args.file, args.file, limit)  # nothing is held out
+    limit = args.max_prompt_length if args.kind == "prompts" else args.max_length
+    examples, _ = getattr(data, f"load_{args.kind}")(tokenizer, args.file, None, limit)
     if not args.output:
         print(lengths_table(examples))
         show(examples[:3], tokenizer)

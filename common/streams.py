@@ -275,16 +275,11 @@ def read_parquet(path: Path, start: int, stop: int | None) -> Iterator[Row]:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         at = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if at + count > start and (stop is None or at < stop):
-                for batch in file.iter_batches(1024, [group]):
-                    wanted = range(at, at + len(batch))[max(0, start - at) : stop and max(0, stop - at)]
-                    rows = map(of_table, batch.slice(wanted.start - at, len(wanted)).to_pylist())
-                    yield from ((row, f"{path} row {i}") for i, row in zip(wanted, rows, strict=True))
-                    at += len(batch)
-            else:
-                at += count
+        for batch in file.iter_batches(1024):
+            wanted = range(at, at + len(batch))[max(0, start - at) : stop and max(0, stop - at)]
+            rows = map(of_table, batch.slice(wanted.start - at, len(wanted)).to_pylist())
+            yield from ((row, f"{path} row {i}") for i, row in zip(wanted, rows, strict=True))
+            at += len(batch)
 
 
 def as_object(raw: Any, where: str) -> dict:

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from common import dist, formats, tokenizing
 from common.files import model_folder
 from common.formats import SHOWN, Messages, common_prefix, first_line, wrong
 from common.packed import Tokens
-from common.tokenizing import BREAK, Marked, Steps, at_once, encoding, special_ids, special_tokens, tokenize
+from common.tokenizing import BREAK, encoding, special_ids, special_tokens, tokenize
 
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -218,7 +218,9 @@ class Turn(NamedTuple):
     is_reply: bool
 
 
-def chat_steps(tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True) -> Steps:
+def encode_chat(
+    tokenizer: Any, messages: Messages, trained: list[bool], lossless: bool = True
+) -> list[Tokens]:
     """Tokens of a conversation and the mask of its trained turns, each up to and including its end token.
 
     One sequence where what generation would start a reply from is a beginning of it for every trained reply.
@@ -247,26 +249,27 @@ def chat_steps(tokenizer: Any, messages: Messages, trained: list[bool], lossless
         if not all(text in turns[-1].text for text in thoughts):
             reason = "the chat template leaves out the thoughts of a trained reply"
             raise dist.RunError(f"cannot be encoded: {reason}")
-    together = mask_turns(tokenizer, whole, (yield whole), turns)
+    together = mask_turns(tokenizer, whole, turns)
     return [together] if together else [by_itself(tokenizer, turn) for turn in turns]
 
 
-def mask_turns(tokenizer: Any, text: str, found: Marked, turns: list[Turn]) -> Tokens | None:
+def mask_turns(tokenizer: Any, text: str, turns: list[Turn]) -> Tokens | None:
     """The tokens of a text, up to the end of its last trained turn, and the mask of these turns.
 
     None if what generation would see before a reply is no beginning of it, or what comes later changes one.
     """
-    tokens, end = tuple(found.tokens), end_token(tokenizer)
+    tokens, end = tokenize(tokenizer, text), end_token(tokenizer)
     mask = np.zeros(len(tokens) + 1, bool)  # one more: a template may have no end tokens
     for turn in turns:
         if not text.startswith(turn.before):
             return None
-        start, is_uncut = tokenizing.shared(tokenizer, text, found, turn.before)
-        if turn.is_reply and not is_uncut:
+        before = tokenize(tokenizer, turn.before)
+        start = common_prefix(before, tokens)
+        if turn.is_reply and start < len(before):
             return None
         # of another turn a token across the boundary belongs to the turn that completes it
         is_last, after = turn is turns[-1], turn.before + turn.text
-        stop = len(tokens) if is_last else tokenizing.shared(tokenizer, text, found, after)[0]
+        stop = len(tokens) if is_last else common_prefix(tokenize(tokenizer, after), tokens)
         if end in tokens[start:stop]:
             stop = tokens.index(end, start) + 1
         elif not is_last and not text.startswith(after):
@@ -282,11 +285,8 @@ def mask_turns(tokenizer: Any, text: str, found: Marked, turns: list[Turn]) -> T
 
 def by_itself(tokenizer: Any, turn: Turn) -> Tokens:
     """A trained turn after what generation sees; a BREAK parts them where a token would join them."""
-
-    def masked(text: str) -> Tokens | None:
-        return mask_turns(tokenizer, text, Marked(tokenize(tokenizer, text)), [turn])
-
-    return masked(turn.before + turn.text) or masked(turn.before + BREAK + turn.text)
+    found = mask_turns(tokenizer, turn.before + turn.text, [turn])
+    return found or mask_turns(tokenizer, turn.before + BREAK + turn.text, [turn])
 
 
 def find_turn(tokenizer: Any, messages: Messages, full: str) -> Turn:
@@ -459,32 +459,27 @@ def with_less(message: dict) -> Iterator[tuple[str, dict]]:
 # ----------------------------------------------------------------------------------- prompts and responses
 
 
-def response_steps(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Steps:
-    """Tokens of both; the mask is on the response's turns of the assistant. lossless: as in `chat_steps`.
+def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossless: bool = False) -> Tokens:
+    """Tokens of both; the mask is on the response's turns of the assistant. lossless: as in `encode_chat`.
 
     Raises:
         RunError: the response has several, and the template rewrites the first of them.
     """
     trained = [False] * len(prompt) + [m.get("trained", m["role"] == "assistant") for m in response]
-    tokens, *others = yield from chat_steps(tokenizer, prompt + response, trained, lossless)
+    tokens, *others = encode_chat(tokenizer, prompt + response, trained, lossless)
     if others:
         raise dist.RunError("cannot be encoded: the chat template changes a response of several turns")
     return tokens
 
 
-def prompt_steps(tokenizer: Any, prompt: Messages | str, label: str = "") -> Steps:
+def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
     """Tokens to generate from: messages under the template, a string as plain text; then the label."""
     if isinstance(prompt, str):
         return list(tokenize(tokenizer, prompt + labelled(tokenizer, label), True))
     refuse_unseen(tokenizer, prompt)
     text = render(tokenizer, prompt, True)
     refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"], text)
-    return list((yield text + labelled(tokenizer, label)).tokens)
-
-
-encode_chat: Callable[..., list[Tokens]] = at_once(chat_steps)
-encode_response: Callable[..., Tokens] = at_once(response_steps)
-encode_prompt: Callable[..., list[int]] = at_once(prompt_steps)
+    return list(tokenize(tokenizer, text + labelled(tokenizer, label)))
 
 
 def check_prompts(tokenizer: Any, prompts: list[Messages], what: str) -> None:

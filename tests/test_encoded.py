@@ -1,4 +1,4 @@
-"""Encoded data sets: the fast way makes the tokens of the exact one, and the cache is whole or absent."""
+"""Encoded data sets: what is remembered makes the tokens of whole texts, and the cache is whole or absent."""
 
 import json
 import multiprocessing
@@ -13,10 +13,11 @@ import pytest
 from test_data import ASK, GOOD, ROLE_LINES, SEVEN, family, load, load_both, make_tokenizer, write
 from test_templates import FILES, TOOLS
 from test_templates import family as template_family
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from common import data, dist, encoded, files, formats, packed, preview, templates, tokenizing
 
-# --------------------------------------------------------------------------------- the fast way and the exact
+# ------------------------------------------------------------------------------------- pieces and whole texts
 
 WORDS = [
     "Is it so?",
@@ -55,26 +56,29 @@ def chat(draw: random.Random) -> tuple[list[dict], list[bool]]:
     return turns, [m["role"] == "assistant" and draw.random() < 0.8 or draw.random() < 0.1 for m in turns]
 
 
-def ways_agree(tokenizer: Any, chats: list[tuple[list[dict], list[bool]]]) -> int:
-    """Encode all both ways. -> how many beginnings the special tokens told of"""
-    told, real = [], tokenizing.tokenize_tail
+def ways_agree(tokenizer: Any, chats: list[tuple[list[dict], list[bool]]]) -> None:
+    """Encode all from pieces that are remembered, and each text as a whole."""
 
-    def counted(*given: Any) -> tuple:
-        told.append(given)
-        return real(*given)
+    def encode(chat: tuple[list[dict], list[bool]]) -> Any:
+        tokenizing.tokenize.cache_clear()
+        try:
+            return [(x.ids.tolist(), x.mask.tolist()) for x in templates.encode_chat(tokenizer, *chat)]
+        except dist.RunError as error:
+            return str(error)
 
-    tokenizing.tokenize_tail = counted
-    try:
-        fast = tokenizing.together(tokenizer, [templates.chat_steps(tokenizer, *c) for c in chats])
-    finally:
-        tokenizing.tokenize_tail = real
-    for given, found in zip(chats, fast, strict=True):
-        (exact,) = tokenizing.together(tokenizer, [templates.chat_steps(tokenizer, *given)], exactly=True)
-        if isinstance(exact, Exception):
-            assert str(found) == str(exact)
-            continue
-        assert encoded.alike(packed.Example(found, ""), packed.Example(exact, "")), given
-    return len(told)
+    found = [encode(chat) for chat in chats]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizing, "pieces", Whole)
+        for chat, remembered in zip(chats, found, strict=True):
+            assert remembered == encode(chat), chat
+
+
+class Whole:
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def agree_under(name: str, count: int) -> None:
@@ -84,18 +88,18 @@ def agree_under(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", FILES[::6])
-def test_the_fast_way_makes_the_tokens_and_masks_of_the_exact_one(name: str) -> None:
+def test_remembered_pieces_make_the_tokens_and_masks_of_whole_texts(name: str) -> None:
     agree_under(name, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_the_fast_way_is_exact_under_every_template(name: str) -> None:
+def test_remembered_pieces_are_exact_under_every_template(name: str) -> None:
     agree_under(name, 24)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "gemma", "gpt2", "thinking", "lines", "toy"])
-def test_the_fast_way_is_exact_for_every_kind_of_tokenizer(name: str, tokenizer: Any) -> None:
+def test_remembered_pieces_are_exact_for_every_kind_of_tokenizer(name: str, tokenizer: Any) -> None:
     """Bytes, words as of sentencepiece, word-level; a template, one without marks, none."""
     made = tokenizer
     if name == "lines":
@@ -104,19 +108,43 @@ def test_the_fast_way_is_exact_for_every_kind_of_tokenizer(name: str, tokenizer:
     elif name != "toy":
         made = family(name)
     draw = random.Random(name)
-    told = ways_agree(made, [chat(draw) for _ in range(40)])
-    assert (told > 0) == (name not in ("gpt2", "lines"))
+    ways_agree(made, [chat(draw) for _ in range(40)])
+    assert bool(tokenizing.Pieces(made).words) == (name not in ("llama2", "gemma", "lines", "toy"))
 
 
-def test_where_the_fast_way_is_wrong_all_is_encoded_exactly(tmp_path: Path, monkeypatch: Any) -> None:
-    """Special tokens one place off: caught by the examples that are encoded both ways."""
-    tokenizer, real = family("chatml"), tokenizing.find_marks
-    source = write(tmp_path, *({"messages": [ASK, {**SEVEN, "content": f"7 {i}"}]} for i in range(70)))
-    right = load("sft", source, tokenizer)
-    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenizing, "find_marks", lambda *x: [(a, b, k + 1) for a, b, k in real(*x)])
-    monkeypatch.setattr(tokenizing, "tokenize_tail", lambda *x: ())
-    assert load("sft", source, tokenizer).fingerprint() == right.fingerprint()
+SPLIT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("how", "cuts"),
+    [
+        ({}, True),
+        ({"split": SPLIT}, True),  # Llama 3, Qwen
+        ({"split": r"\w+ \w+|\w+|\W"}, False),
+        ({"split": r" ?\p{L}+| ?[.] \p{L}+|[^\p{L}]"}, False),
+        ({"normalizer": normalizers.Replace(" b", "b")}, False),
+        ({"added": AddedToken("b c")}, False),
+        ({"added": AddedToken("<r>", rstrip=True)}, False),
+        ({"added": AddedToken("<l>", lstrip=True, special=True)}, False),
+        ({"added": AddedToken("b", single_word=True)}, False),
+    ],
+)
+def test_a_text_is_cut_only_where_its_parts_do_not_see_each_other(how: dict, cuts: bool) -> None:
+    tokenizer = make_tokenizer("bytes", ["<s>", "</s>"], None, eos_token="</s>")
+    core = tokenizer.backend_tokenizer
+    if "split" in how:
+        split = pre_tokenizers.Split(Regex(how["split"]), "isolated")
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    core.normalizer = how.get("normalizer")
+    core.add_tokens([how.get("added", "<x>")])
+    pieces, draw = tokenizing.Pieces(tokenizer), random.Random(0)
+    assert bool(pieces.words) == cuts
+    words = [*WORDS, "<r>", "<l>", "b c", ". b", "  ", "it's b", "12 c"]
+    for _ in range(300):
+        text = draw.choice(["", " "]).join(draw.choices(words, k=6))
+        assert [*pieces.encode(text)] == Whole(tokenizer).encode(text), text
 
 
 # ------------------------------------------------------------------------------------------------- the cache
@@ -187,7 +215,7 @@ def test_an_option_that_encode_reads_is_in_the_name_too(cache: Path, tmp_path: P
         assert len(data.load(tokenizer, "sft", encode, source, source, 512)[0]) == 40 - len(dropped)
 
 
-@pytest.mark.parametrize("name", ["ids", "mask", "texts", "token_bounds", "contents.json"])
+@pytest.mark.parametrize("name", ["0.arrow", "contents.json"])
 def test_a_damaged_folder_is_made_again(cache: Path, tmp_path: Path, capsys: Any, name: str) -> None:
     tokenizer, source = family("chatml"), write(tmp_path, *pairs())
     right = load("pairs", source, tokenizer).fingerprint()
@@ -207,15 +235,13 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_data(cache: Pat
     fork = multiprocessing.get_context("fork")
 
     def die() -> None:
-        real = files.finish
-        files.finish = lambda *x: os.kill(os.getpid(), signal.SIGKILL) if "contents" in str(x) else real(*x)
-        encoded.Writer.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # a part is on disk
+        encoded.refuse = lambda *x: os.kill(os.getpid(), signal.SIGKILL)  # a part is on disk
         load("pairs", source, tokenizer)
 
     child = fork.Process(target=die)
     child.start()
     child.join()
-    assert child.exitcode == -signal.SIGKILL and not folders(cache) and [*cache.glob("*.tmp/0/ids")]
+    assert child.exitcode == -signal.SIGKILL and not folders(cache) and [*cache.glob("*.tmp/0.arrow")]
     children = [fork.Process(target=load, args=("pairs", source, tokenizer)) for _ in range(2)]
     for child in children:  # two runs at once
         child.start()
@@ -246,7 +272,7 @@ def ranks_encode(source: str, cache: str, apart: bool) -> list[Any]:
 def test_ranks_make_one_folder_together_or_one_on_each_disk(
     two_ranks: Any, cache: Path, tmp_path: Path
 ) -> None:
-    source = write(tmp_path, *pairs(99))
+    source = write(tmp_path, *pairs(300))
     train, held_out = load_both("pairs", source, family("chatml"), eval_dataset="")
     for apart in (False, True):
         given = {"source": source, "cache": str(tmp_path / f"apart{apart}"), "apart": apart}
