@@ -5,7 +5,20 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, Record, first, number, wrong
+from common import dist
+from common.formats import (
+    ATTRIBUTES,
+    CONVERSATIONS,
+    ROLES,
+    LeftOut,
+    Messages,
+    Record,
+    first,
+    number,
+    read_records,
+    read_sources,
+    wrong,
+)
 
 LABELS = ("label", "attributes")
 NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
@@ -40,12 +53,16 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
+def is_reply(turn: dict) -> bool:
+    """Whether a turn as a record has it is one of the assistant."""
+    return ROLES.get(str(first(turn, ("role", "from"))).lower()) == "assistant"
+
+
 def rated_parts(value: dict) -> list[dict]:
     """The part of a conversation up to each reply that has a label; all of it if the record has its own."""
 
     def is_rated(turn: Any) -> bool:
-        role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
-        return role == "assistant" and bool(first(turn, LABELS))
+        return isinstance(turn, dict) and is_reply(turn) and bool(first(turn, LABELS))
 
     for name in CONVERSATIONS if first(value, LABELS) is None else ():
         turns = value.get(name) if isinstance(value.get(name), list) else []
@@ -112,3 +129,23 @@ def attach_labels(value: dict, turns: Messages, where: str) -> None:
         line = read_line(first(source, LABELS), where)
         if line and turn["role"] == "assistant":
             turn["label"] = line
+
+
+def check_labels(dataset: str) -> None:
+    """Count the replies of annotated data that have no label, and are trained without one.
+
+    Raises:
+        RunError: labels that nothing would read, or no label at all.
+    """
+    given = []
+    for source, _ in read_sources(dataset):
+        for record, where in read_records(source, "train", "sft") or ():
+            own = [first(turn, LABELS) for turn in first(record, CONVERSATIONS) or () if is_reply(turn)]
+            if any(own) and record.get("type") != "VALUE_TO_TEXT":
+                raise wrong(where, f"labels and type {record.get('type')}", "type VALUE_TO_TEXT")
+            given += own
+    if not any(given):
+        raise wrong(f"annotated {dataset}", "no reply with a label", "some, and type VALUE_TO_TEXT")
+    num_bare = sum(not label for label in given)
+    if dist.is_main() and num_bare:
+        print(f"{dataset}: {num_bare:,} of {len(given):,} replies have no label, trained without one")
