@@ -82,7 +82,7 @@ def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: 
     for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
         (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
         path = str(tmp_path / "data.jsonl")
-        steerlm.check_labels(path)
+        labels.check_labels(path)
         sets.append(data.load_sft(tokenizer, path, path, 512)[0][0].sequences[0])
     for ours, theirs in zip(*sets, strict=True):
         assert ours.tolist() == theirs.tolist()
@@ -482,7 +482,7 @@ def test_annotated_files_keep_what_has_no_label(
     nemo_folder: Path, tokenizer: Any, capsys: pytest.CaptureFixture
 ) -> None:
     """Trained without a line, as NeMo-Aligner trains a turn whose label is null, and counted."""
-    steerlm.check_labels(str(nemo_folder))
+    labels.check_labels(str(nemo_folder))
     assert "2 of 7 replies have no label, trained without one" in capsys.readouterr().out
     train, _ = data.load_sft(tokenizer, str(nemo_folder), "", 512)
     texts = [
