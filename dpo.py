@@ -19,7 +19,6 @@ Metrics, results and departures from the papers: docs/dpo.md
 import functools
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -166,9 +165,7 @@ def reference_logps(
         return response_logps(reference(micro_batch).logps, micro_batch)
 
 
-def with_reference(
-    policy: models.Policy, pairs: data.Dataset, reached: Iterable[int], args: Args
-) -> data.Dataset:
+def add_reference(policy: models.Policy, pairs: data.Dataset, reached: list[int], args: Args) -> data.Dataset:
     """The pairs with log pi_ref, while the policy is still the reference; NaN if not reached. Cached."""
     device, reached = next(policy.parameters()).device, [*dict.fromkeys(reached)]  # each but once
     asked = [pairs[i] for i in reached]
@@ -273,8 +270,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     certificate.training(args, policy, tokenizer, train_set, loss, known)
     if args.precompute_ref:  # before resume() changes the policy, for what this run will see
         reached = [i for step in range(1, num_steps + 1) for i in data.places(train_set, step, *how)]
-        train_set = with_reference(policy, train_set, reached, args)
-        eval_set = with_reference(policy, eval_set, range(len(eval_set)), args)
+        train_set = add_reference(policy, train_set, reached, args)
+        eval_set = add_reference(policy, eval_set, [*range(len(eval_set))], args)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

@@ -128,11 +128,8 @@ class Args:
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of each token: -kl_coef * log(pi / pi_ref), and the score at the last sampled one.
 
-    Args:
-        scores: (R,). logps, ref_logps: (R, L) in nats. mask: (R, L) 1 on sampled tokens, at least one each.
-
-    Returns:
-        (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
+    scores: (R,). logps, ref_logps: (R, L) in nats. mask: (R, L) 1 on sampled tokens, at least one each.
+    -> (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
     """
     rewards = torch.where(mask > 0, -kl_coef * (logps - ref_logps), 0.0)
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -293,7 +290,7 @@ def make_rollout(
     counted = mask * valid[:, None]
 
     penalty = kl_coef if args.kl_placement == "reward" else 0.0
-    earned = token_rewards(used, logps, ref_logps, mask, penalty)
+    earned = token_rewards(used, logps, ref_logps, mask, penalty)  # (R, L)
     if args.advantage == "gae":
         earned = whiten(earned, counted, shift=False) if args.whiten_rewards else earned
         advantages = gae(earned, values, mask, args.gamma, args.gae_lambda)
@@ -394,13 +391,13 @@ def sample_and_score(
 
 
 def update(
-    part: tuple, lr: float, compute: Callable, batch: Rollout, totals: dist.Totals, args: Args
+    part: tuple, lr: float, share: Callable, batch: Rollout, totals: dist.Totals, args: Args
 ) -> Tensor:
-    """One step of part, (model, optimizer), by `compute`, one of the two functions above. -> gradient norm"""
+    """One step of part, (model, optimizer), by one of the two functions above. -> gradient norm"""
     (model, optimizer), device = part, batch.mask.device
     models.set_lr(optimizer, lr)
     for micro_batch in packed.micro_batches(batch.examples, args.system.micro_batch_tokens, device):
-        loss, metrics = compute(model, micro_batch, batch, args)
+        loss, metrics = share(model, micro_batch, batch, args)
         loss.backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     norm = models.clip_grad_norm(model, args.optimization.max_grad_norm)

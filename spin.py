@@ -193,6 +193,10 @@ def response_tokens(sequence: packed.Tokens) -> list[int]:
     return tokens[mask].tolist()
 
 
+def response_text(tokenizer: Any, sequence: packed.Tokens) -> str:
+    return tokenizer.decode(response_tokens(sequence), skip_special_tokens=True)
+
+
 def make_pair(example: Example, generated: list[int], **logps: float) -> Example:
     """Real and generated after the same prompt tokens; `generated` as sampled, never text encoded anew."""
     prompt = prompt_tokens(example.sequences[0])
@@ -221,7 +225,6 @@ def play(
         origin: iteration, opponent and seed of the samples.
         first: index of the first sample among all of the iteration, for its random numbers.
     """
-
     there = dist.from_main(lambda: next(iter(files.read_rows(path)), {}))
     if there | origin == there:
         return
@@ -242,21 +245,17 @@ def play(
     def line(i: int) -> dict:
         if i >= len(examples):
             return earlier[i - len(examples)]
-        sample, real = samples[i], response_tokens(sides[i])
-        texts = {
-            "prompt": examples[i].prompt,
-            "real": tokenizer.decode(real, skip_special_tokens=True),
-            "generated": sample.text,
-        }
-        tokens = {"real_tokens": real, "generated_tokens": sample.tokens}
+        prompt, real, sample = examples[i].prompt, sides[i], samples[i]
+        texts = {"prompt": prompt, "real": response_text(tokenizer, real), "generated": sample.text}
+        tokens = {"real_tokens": response_tokens(real), "generated_tokens": sample.tokens}
         return origin | texts | {"ended": sample.ended} | tokens
 
     def work(chunk: list[int]) -> list[dict]:
         lines = [line(i) for i in chunk]
-        generated = [line["generated_tokens"] for line in lines]
+        generated = [record["generated_tokens"] for record in lines]
         pairs = [make_pair(examples[i % len(examples)], g) for i, g in zip(chunk, generated, strict=True)]
         logps = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
-        return [line | own for line, own in zip(lines, logps, strict=True)]
+        return [record | own for record, own in zip(lines, logps, strict=True)]
 
     files.write_lines(path, items, origin, work)
 
@@ -306,9 +305,7 @@ def distances_to_real(answers: list[Answer], judge: Judge | None, tokenizer: Any
     """Distances between the judge's scores of answers and those of the real responses to their prompts."""
     if not judge or not answers:
         return {}
-    real = [
-        tokenizer.decode(response_tokens(a.example.sequences[0]), skip_special_tokens=True) for a in answers
-    ]
+    real = [response_text(tokenizer, a.example.sequences[0]) for a in answers]
     real_scores = [judge(a.prompt, text) for a, text in zip(answers, real, strict=True)]
     return distances([a.scores for a in answers], real_scores)
 

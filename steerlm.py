@@ -140,10 +140,8 @@ def read_replies(
         trained = trained or [False] * len(prompt) + is_reply[len(prompt) :]
         for turn, is_trained, usual in zip(turns, trained, is_reply, strict=True):
             turn |= {"trained": is_trained} if is_trained != usual else {}
-        places = [i for i, found in enumerate(is_reply) if found]
-        return turns, [
-            data.encode_response(reader, turns[:i], [turns[i] | {"trained": True}]) for i in places
-        ]
+        replies = [(turns[:i], [turns[i] | {"trained": True}]) for i, found in enumerate(is_reply) if found]
+        return turns, [data.encode_response(reader, *reply) for reply in replies]
 
 
 def annotate(
@@ -261,10 +259,7 @@ def follow(
     judge, greedy = load_judge(args.run.judge, args.dataset), Sampling(args.max_new_tokens, temperature=0.0)
     questions = [example for _, _, example in asked]
     answers = answer(policy, tokenizer, questions, len(asked), greedy, args.seed, 0, judge)
-    if answers and not judge:
-        exchanges = [(a.example.prompt, a.text) for a in answers]
-        scores = rater.judge(exchanges, args.system.micro_batch_tokens, device)
-        answers = [replace(a, scores=found) for a, found in zip(answers, scores, strict=True)]
+    answers = answers if judge else rater.judge(answers, args.system.micro_batch_tokens, device)
 
     def key(example: packed.Example) -> str:
         return json.dumps([example.prompt, example.label])
@@ -312,13 +307,6 @@ def save_heat_map(metrics: dict[str, float], path: Path) -> None:
     figure.colorbar(image, label="mean score of the answers")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def stage_folders(args: Args) -> dict[Path, str]:
-    """The folders of the stages that are run, and which script's options each has."""
-    folder = Path(args.run.output_dir)
-    rounds = {folder / f"5_sft_{k}": "sft" for k in range(1, args.num_bootstrap_rounds + 1)}
-    return {folder / "1_attribute_model": "reward_model", folder / "3_sft": "sft", **rounds}
 
 
 def sources(args: Args) -> list[tuple[str, float]]:
@@ -442,7 +430,8 @@ def main(args: Args) -> None:
     if "dataset" in free:
         log.before.get("inputs", {}).pop("data", None)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    begun = {path: options[name] for path, name in stage_folders(args).items()}
+    begun = {folder / "1_attribute_model": options["reward_model"], folder / "3_sft": options["sft"]}
+    begun |= {folder / f"5_sft_{k}": options["sft"] for k in range(1, num_rounds + 1)}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
     tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     found = {} if args.annotated else read_to_annotate(args)

@@ -37,6 +37,7 @@ from common import certificate, checkpoint, data, dist, files, formats, labels, 
 from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate, to_example
+from common.groups import SCORES, as_record, load_groups, read_group, read_groups
 from common.log import Log
 from common.packed import Example, MicroBatch
 from common.rewards import load_rater
@@ -46,7 +47,6 @@ SHOWN = ("loss", "ess", "w_max", "grad_norm")
 GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
 OF_SAMPLING = ("dataset", "sft_model", "attributes", "num_responses", "num_prompts", "max_prompt_length")
 OF_SAMPLING += ("beta_concentration", "bin_edges")
-SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # what NeMo-Aligner's files call them
 
 
 @dataclass
@@ -235,11 +235,8 @@ def sample_groups(
     sampling = {"temperature": args.temperature, "samples_per_prompt": n, "seed": args.seed, "step": number}
     samples = generate(policy, tokenizer, tokens, max_new_tokens=length, keep=keep, **sampling)
     for i, prompt in enumerate(prompts):
-        turns = [{"from": m["role"].capitalize(), "value": m["content"]} for m in prompt.prompt]
-        system = turns.pop(0)["value"] if turns[0]["from"] == "System" else ""
-        replies = [{"from": "Assistant", "value": x.text} for x in samples[i * n : (i + 1) * n] if x.ended]
-        group = {"system": system, "prompt_turns": turns, "label": prompt.label.strip(), "responses": replies}
-        groups += [group] if len(replies) > 1 else []
+        texts = [reply.text for reply in samples[i * n : (i + 1) * n] if reply.ended]
+        groups += [as_record(prompt, texts)] if len(texts) > 1 else []
     num_cut = sum(not reply.ended for reply in samples)
     found = f"{len(groups):,} of {len(prompts):,} groups have two responses of at most {length} tokens"
     if dist.is_main() and num_cut:
@@ -248,29 +245,6 @@ def sample_groups(
         expected = f"batch_size, {args.optimization.batch_size}, or more; raise max_new_tokens"
         raise formats.wrong("groups", found, expected)
     return groups
-
-
-def prompt_of(group: dict, where: str) -> formats.Messages:
-    turns = group.get("prompt_turns")
-    if not isinstance(turns, list) or len(turns) % 2 == 0:
-        raise formats.wrong(where, group, "prompt_turns, an odd number of them, and responses")
-    turns = [{"role": "system", "content": group["system"]}] * bool(group.get("system")) + turns
-    return formats.as_messages(turns, where)
-
-
-def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -> list[packed.Tokens]:
-    """The responses of a group after its prompt, with or without the label line; one span, the response's."""
-    replies, prompt = group.get("responses"), prompt_of(group, where)
-    if not isinstance(replies, list):
-        raise formats.wrong(where, group, "responses")
-    label = labels.read_line(group.get("label"), where) if labelled else ""
-    sequences = []
-    for reply in formats.as_messages(replies, where):
-        if reply["role"] != "assistant":
-            raise formats.wrong(where, f"a response from {reply['role']}", "responses from Assistant")
-        with data.encoding(where):
-            sequences.append(data.encode_response(tokenizer, prompt, [{**reply, "label": label}]))
-    return sequences
 
 
 def sequence_logps(
@@ -308,22 +282,16 @@ def score_groups(groups: list[dict], scorers: tuple, tokenizer: Any, args: Args)
     return [g | {"responses": [reply | next(rows) for reply in g["responses"]]} for g in groups]
 
 
-def encode_groups(records: list[formats.Record], tokenizer: Any, args: Args) -> list[Example]:
-    """Groups as examples with GROUP_FIELDS; one without scores or with a single response is an error."""
+def weigh(groups: list[Example], args: Args) -> list[Example]:
+    """The groups with GROUP_FIELDS instead of SCORES: log Q', and log w of Eq. 6."""
 
-    def encode(record: formats.Record) -> Example:
-        group, where = record
-        sequences, label = read_group(tokenizer, group, where), labels.read_line(group.get("label"), where)
-        if len(sequences) < 2:
-            raise formats.wrong(where, f"{len(sequences)} responses", "two or more, of which to learn")
-        rows = [[formats.number(reply.get(x), where, x) for x in SCORES] for reply in group["responses"]]
-        attribute, plain, sampler = np.array(rows).T  # (n,) float64 each
+    def weighed(group: Example) -> Example:
+        attribute, plain, sampler = group.fields.values()  # (n,) float64 each
         log_weights = (attribute + plain - sampler) / args.weight_temperature
         arrays = (sampler.astype(np.float32), log_weights.astype(np.float32))
-        fields = dict(zip(GROUP_FIELDS, arrays, strict=True))
-        return Example(sequences, prompt_of(group, where), fields, label=label)
+        return replace(group, fields=dict(zip(GROUP_FIELDS, arrays, strict=True)))
 
-    return dist.parallel_map(encode, records)
+    return [weighed(group) for group in groups]
 
 
 def describe(name: str, groups: list[Example]) -> None:
@@ -341,27 +309,14 @@ def describe(name: str, groups: list[Example]) -> None:
         print(text, flush=True)
 
 
-def load_groups(args: Args, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """(train, eval) of --groups; held out is eval_dataset or its test split, else 5 % of its prompts."""
-
-    def read(source: str, split: str) -> list[Example]:
-        return encode_groups(formats.read_records(source, split, "groups") or [], tokenizer, args)
-
-    given, train = args.eval_dataset, read(args.groups, "train")
-    if not train:
-        raise formats.wrong(f"groups {args.groups}", "none to train on", "NeMo-Aligner's records")
-    held_out = read(given or args.groups, "test") or (read(given, "train") if given else [])
-    return (train, held_out) if held_out else data.hold_out(train, args.groups)
-
-
-def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) prompts that NeMo-Aligner's records can hold; another is an error."""
+def load_examples(args: Args, tokenizer: Any) -> tuple[Any, Any]:
+    """(train, eval): groups, or prompts, of which one that groups cannot hold is an error."""
+    if args.groups:
+        train, held_out = load_groups(tokenizer, args.groups, args.eval_dataset)
+        return weigh(train, args), weigh(held_out, args)
     datasets = data.load_prompts(tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length)
-    for prompt in (example.prompt for example in datasets[0]):
-        is_even = sum(turn["role"] != "system" for turn in prompt) % 2 == 0
-        if is_even or any(turn.keys() - {"role", "content"} for turn in prompt):
-            expected = "turns of user and assistant in turn, of text alone, without tools"
-            raise formats.wrong("dataset", f"the prompt {prompt}", expected)
+    for prompt in datasets[0]:
+        as_record(prompt, [])
     return datasets
 
 
@@ -437,7 +392,7 @@ def main(args: Args) -> None:
 
     # data
     tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
-    train_set, eval_set = (load_groups if args.groups else load_prompts)(args, tokenizer)
+    train_set, eval_set = load_examples(args, tokenizer)
     num_groups = len(train_set) if args.groups else min(args.num_prompts, len(train_set))
     sizes = dist.from_main(lambda: begun(run.output_dir))  # groups of the iterations so far
     num_steps = count_steps(sizes, num_groups, args)
@@ -466,9 +421,7 @@ def main(args: Args) -> None:
         sampling = Sampling(args.max_new_tokens, args.temperature)
         answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
         if answers and args.attribute_model and not judge:
-            exchanges, rater = [(a.example.prompt, a.text) for a in answers], load_rater(*attribute_model)
-            found = rater.judge(exchanges, system.micro_batch_tokens, device)
-            answers = [replace(a, scores=scores) for a, scores in zip(answers, found, strict=True)]
+            answers = load_rater(*attribute_model).judge(answers, system.micro_batch_tokens, device)
         log.samples(step, [a.row() for a in answers])
         metrics = answer_metrics(answers)
         if args.groups:
@@ -491,7 +444,7 @@ def main(args: Args) -> None:
                     path, groups, origin, lambda part: score_groups(part, scorers, tokenizer, args)
                 )
             dist.from_main(lambda: files.remove(keep))
-        return train_set if args.groups else encode_groups(formats.read_file(path), tokenizer, args)
+        return train_set if args.groups else weigh(read_groups(formats.read_file(path), tokenizer), args)
 
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))

@@ -129,10 +129,6 @@ def demonstrations(tokenizer: Any, tmp_path: Path, records: list[dict], **settin
     return spin.load_demonstrations(args, tokenizer)[0]
 
 
-def said(tokenizer: Any, example: packed.Example) -> str:
-    return tokenizer.decode(spin.response_tokens(example.sequences[0]), skip_special_tokens=True)
-
-
 ASKED = [{"role": "user", "content": "What is 2 + 2?"}]
 REPLY = [{"role": "assistant", "content": "4."}]
 FORMATS = {
@@ -156,7 +152,7 @@ def test_formats(name: str, tokenizer: Any, tmp_path: Path) -> None:
     (example,) = demonstrations(tokenizer, tmp_path, [FORMATS[name]])
     assert example.prompt == ASKED
     assert spin.prompt_tokens(example.sequences[0]) == data.encode_prompt(tokenizer, ASKED)
-    assert said(tokenizer, example) == "4."
+    assert spin.response_text(tokenizer, example.sequences[0]) == "4."
 
 
 def test_real_is_the_last_reply_only(tokenizer: Any, tmp_path: Path) -> None:
@@ -168,7 +164,7 @@ def test_real_is_the_last_reply_only(tokenizer: Any, tmp_path: Path) -> None:
     ]
     (example,) = demonstrations(tokenizer, tmp_path, [{"messages": chat}])
     assert example.prompt == chat[:3]
-    assert said(tokenizer, example) == "6."
+    assert spin.response_text(tokenizer, example.sequences[0]) == "6."
 
 
 def test_a_prompt_without_room_is_dropped_and_a_long_reply_cut_and_both_are_counted(

@@ -214,7 +214,7 @@ def test_a_sampled_response_starts_where_a_scored_one_does(tokenizer: Any) -> No
 
 
 def read_groups(path: Path, tokenizer: Any, args: Any) -> list[packed.Example]:
-    return steerlm2.encode_groups(formats.read_file(path), tokenizer, args)
+    return steerlm2.weigh(steerlm2.read_groups(formats.read_file(path), tokenizer), args)
 
 
 def nemo_record() -> dict:
