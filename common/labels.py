@@ -6,19 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from common import dist
-from common.formats import (
-    ATTRIBUTES,
-    CONVERSATIONS,
-    ROLES,
-    LeftOut,
-    Messages,
-    Record,
-    first,
-    number,
-    read_records,
-    read_sources,
-    wrong,
-)
+from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, Record, first, number, wrong
+from common.streams import read_records, read_sources
 
 LABELS = ("label", "attributes")
 NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
