@@ -289,26 +289,6 @@ def follow_metrics(rows: list[dict]) -> dict[str, float]:
     return metrics
 
 
-def save_heat_map(metrics: dict[str, float], path: Path) -> None:
-    """Heat map: mean score of the answers, for each attribute and value asked for."""
-    from matplotlib.figure import Figure
-
-    names = [*dict.fromkeys(name.split("/")[2] for name in metrics if name.startswith("follow/found/"))]
-    table = [[metrics[f"follow/found/{name}/{value}"] for value in range(5)] for name in names]
-    figure = Figure(figsize=(6, 0.6 * len(names) + 1.4))  # drawn without a display
-    axis = figure.subplots()
-    image = axis.imshow(table, vmin=0, vmax=4, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(5))
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xlabel("value asked for")
-    for y, x in [(y, x) for y in range(len(names)) for x in range(5)]:
-        color = "white" if table[y][x] < 2.5 else "black"
-        axis.text(x, y, f"{table[y][x]:.1f}", ha="center", va="center", color=color)
-    figure.colorbar(image, label="mean score of the answers")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def sources(args: Args) -> list[tuple[str, float]]:
     """The data sets to annotate and their weights; of the toy world its ratings, replies good and bad."""
     toy = str(files.toy_folder() / "ratings")
@@ -381,18 +361,15 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
 def evaluate(
     step: int, model: str, rated_by: str, tokenizer: Any, prompts: list, log: Log, args: Args, device: Any
 ) -> None:
-    """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
+    """The following table of a model: a row of metrics and lines of samples.jsonl."""
     if step in log.steps:
         return
     rows = []
     if prompts:
         rater = load_rater(rated_by, device, args.system)
         rows = follow(load_policy(model, args, device), rater, tokenizer, prompts, args, device)
-    metrics = follow_metrics(rows)
     log.samples(step, rows)
-    if dist.is_main() and rows:
-        save_heat_map(metrics, log.folder / "follow.png")
-    log(step, args.num_bootstrap_rounds + 1, metrics)
+    log(step, args.num_bootstrap_rounds + 1, follow_metrics(rows))
 
 
 def export(args: Args, last: str) -> None:

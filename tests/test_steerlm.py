@@ -252,7 +252,7 @@ def test_labels_are_those_of_the_judge_mostly(whole: tuple) -> None:
 def test_a_run_leaves_its_stages_a_table_and_a_model(whole: tuple) -> None:
     folder = whole[0]
     assert {p.name for p in folder.iterdir()} >= {"2_annotated", "3_sft", "4_bootstrap_1", "5_sft_1", "model"}
-    assert (folder / "follow.png").stat().st_size > 5000 and (folder / "curves.png").exists()
+    assert (folder / "curves.png").exists()
     rows = read_metrics(folder)
     assert [r["step"] for r in rows] == [0, 1, 2] and "eval/follow/spearman/toxicity" in rows[-1]
     samples = [json.loads(line) for line in whole[1]["samples.jsonl"].splitlines()]
