@@ -42,16 +42,12 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
-def is_reply(turn: dict) -> bool:
-    """Whether a turn as a record has it is one of the assistant."""
-    return ROLES.get(str(first(turn, ("role", "from"))).lower()) == "assistant"
-
-
 def rated_parts(value: dict) -> list[dict]:
     """The part of a conversation up to each reply that has a label; all of it if the record has its own."""
 
     def is_rated(turn: Any) -> bool:
-        return isinstance(turn, dict) and is_reply(turn) and bool(first(turn, LABELS))
+        role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
+        return role == "assistant" and bool(first(turn, LABELS))
 
     for name in CONVERSATIONS if first(value, LABELS) is None else ():
         turns = value.get(name) if isinstance(value.get(name), list) else []
@@ -129,7 +125,9 @@ def check_labels(dataset: str) -> None:
     given = []
     for source, _ in read_sources(dataset):
         for record, where in read_records(source, "train", "sft") or ():
-            own = [first(turn, LABELS) for turn in first(record, CONVERSATIONS) or () if is_reply(turn)]
+            turns = first(record, CONVERSATIONS) or ()
+            roles = [ROLES.get(str(first(turn, ("role", "from"))).lower()) for turn in turns]
+            own = [first(t, LABELS) for t, role in zip(turns, roles, strict=True) if role == "assistant"]
             if any(own) and record.get("type") != "VALUE_TO_TEXT":
                 raise wrong(where, f"labels and type {record.get('type')}", "type VALUE_TO_TEXT")
             given += own
