@@ -529,53 +529,52 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 
-    for step in range(start_step + 1, num_steps + 1):
-        number, place = (step - 1) // steps_each + 1, (step - 1) % steps_each  # of the rollout, and in it
-        if place == 0:
-            # sample and score
-            prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
-            examples, scores, times = sample_and_score(policy, tokenizer, prompts, score, number, args)
-            clock = time.perf_counter()
-            totals, scores = dist.Totals(), scores.to(device)
-            rollout, metrics = make_rollout(examples, scores, *networks, kl_coef, running, args)
-            totals.update(metrics)
-            rollout_metrics = totals.reduce("train/")
-            times["train/time/advantages"] = time.perf_counter() - clock
-            num_tokens += sum(example.num_tokens for example in examples)
-            chosen = minibatches(len(examples), number, args)
+    for number in range(start_step // steps_each + 1, num_steps // steps_each + 1):
+        # sample and score
+        prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
+        examples, scores, times = sample_and_score(policy, tokenizer, prompts, score, number, args)
+        clock = time.perf_counter()
+        totals, scores = dist.Totals(), scores.to(device)
+        rollout, metrics = make_rollout(examples, scores, *networks, kl_coef, running, args)
+        totals.update(metrics)
+        rollout_metrics = totals.reduce("train/")
+        times["train/time/advantages"] = time.perf_counter() - clock
+        num_tokens += sum(example.num_tokens for example in examples)
 
-        # update
-        step_start = time.perf_counter()
-        batch, totals = rollout.take(chosen[place]), dist.Totals()
-        factor = models.lr_factor(step, num_steps, optimization)
-        if value_model is not None:
-            lr = args.value_learning_rate * factor
-            norm = update(parts["value"], lr, value_loss_and_metrics, batch, totals, args)
-            totals.update({"value_grad_norm": (norm, 1)})
-        times["train/time/value"] = time.perf_counter() - step_start
-        clock, lr = time.perf_counter(), optimization.learning_rate * factor
-        if step > args.value_warmup_steps:
-            norm = update(parts["policy"], lr, loss_and_metrics, batch, totals, args)
-            totals.update({"grad_norm": (norm, 1)})
-        metrics = totals.reduce("train/")  # the step's one synchronisation
-        times["train/time/policy"] = time.perf_counter() - clock
-        metrics["train/epoch"] = number * args.rollout_size / train_set.epoch_size
-        metrics["train/episode"] = number * len(examples)
-        metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
-        seconds = time.perf_counter() - step_start
-        metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
+        for place, chosen in enumerate(minibatches(len(examples), number, args), 1):
+            # update
+            step, step_start = (number - 1) * steps_each + place, time.perf_counter()
+            batch, totals = rollout.take(chosen), dist.Totals()
+            factor = models.lr_factor(step, num_steps, optimization)
+            if value_model is not None:
+                lr = args.value_learning_rate * factor
+                norm = update(parts["value"], lr, value_loss_and_metrics, batch, totals, args)
+                totals.update({"value_grad_norm": (norm, 1)})
+            times["train/time/value"] = time.perf_counter() - step_start
+            clock, lr = time.perf_counter(), optimization.learning_rate * factor
+            if step > args.value_warmup_steps:
+                norm = update(parts["policy"], lr, loss_and_metrics, batch, totals, args)
+                totals.update({"grad_norm": (norm, 1)})
+            metrics = totals.reduce("train/")  # the step's one synchronisation
+            times["train/time/policy"] = time.perf_counter() - clock
+            seconds = time.perf_counter() - step_start
+            metrics["train/epoch"] = number * args.rollout_size / train_set.epoch_size
+            metrics["train/episode"] = number * len(examples)
+            metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
+            metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 
-        # evaluate, log and save: between rollouts only, so that a resumed run begins with a fresh one
-        stop = dist.stop_requested() and step % steps_each == 0
-        if args.kl_target > 0 and step % steps_each == 0:
-            kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)
-        if is_due(step, run.eval_every, steps_each, num_steps):
-            metrics |= evaluate(step)
-        log(step, num_steps, metrics)
-        if stop or is_due(step, run.save_every, steps_each, num_steps):
-            checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
-        if stop and step < num_steps:
-            return log.finish(stopped_at=step)
+            # evaluate, log and save: between rollouts only, so that a resumed run begins with a fresh one
+            is_end = place == steps_each
+            stop = dist.stop_requested() and is_end
+            if is_end and args.kl_target > 0:
+                kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)
+            if is_due(step, run.eval_every, steps_each, num_steps):
+                metrics |= evaluate(step)
+            log(step, num_steps, metrics)
+            if stop or is_due(step, run.save_every, steps_each, num_steps):
+                checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
+            if stop and step < num_steps:
+                return log.finish(stopped_at=step)
 
     checkpoint.export(run, policy, tokenizer, args.model)
     log.finish()
