@@ -259,7 +259,10 @@ def follow(
     judge, greedy = load_judge(args.run.judge, args.dataset), Sampling(args.max_new_tokens, temperature=0.0)
     questions = [example for _, _, example in asked]
     answers = answer(policy, tokenizer, questions, len(asked), greedy, args.seed, 0, judge)
-    answers = answers if judge else rater.judge(answers, args.system.micro_batch_tokens, device)
+    if answers and not judge:
+        exchanges = [(a.example.prompt, a.text) for a in answers]
+        scores = rater.judge(exchanges, args.system.micro_batch_tokens, device)
+        answers = [replace(a, scores=found) for a, found in zip(answers, scores, strict=True)]
 
     def key(example: packed.Example) -> str:
         return json.dumps([example.prompt, example.label])

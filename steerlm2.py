@@ -421,7 +421,9 @@ def main(args: Args) -> None:
         sampling = Sampling(args.max_new_tokens, args.temperature)
         answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
         if answers and args.attribute_model and not judge:
-            answers = load_rater(*attribute_model).judge(answers, system.micro_batch_tokens, device)
+            exchanges, rater = [(a.example.prompt, a.text) for a in answers], load_rater(*attribute_model)
+            scores = rater.judge(exchanges, system.micro_batch_tokens, device)
+            answers = [replace(a, scores=found) for a, found in zip(answers, scores, strict=True)]
         log.samples(step, [a.row() for a in answers])
         metrics = answer_metrics(answers)
         if args.groups:

@@ -8,7 +8,6 @@ import gc
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from common import data, dist, formats, models, templates
 from common.args import Inference, System, load_function, what_happened
-from common.evaluate import Answer
 from common.packed import Example, Tokens
 
 
@@ -215,16 +213,17 @@ class Rater(NamedTuple):
         examples = [Example([reply], "") for reply in replies]
         return models.score(self.model, examples, micro_batch_tokens, device, centred=False)
 
-    def judge(self, answers: list[Answer], micro_batch_tokens: int, device: torch.device) -> list[Answer]:
-        """The answers with attribute values as scores, each read after its prompt without labels."""
+    def judge(
+        self, exchanges: list[tuple[formats.Messages, str]], micro_batch_tokens: int, device: torch.device
+    ) -> list[dict[str, float]]:
+        """Attribute values of replies by name, each after its prompt without the label lines in it."""
         replies = []
-        for a in answers:
-            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in a.example.prompt]
-            reply = [{"role": "assistant", "content": a.text}]
+        for prompt, text in exchanges:
+            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in prompt]
+            reply = [{"role": "assistant", "content": text}]
             replies.append(data.encode_response(self.tokenizer, turns, reply))
-        found = self(replies, micro_batch_tokens, device).tolist()
-        scores = [dict(zip(self.names, values, strict=True)) for values in found]
-        return [replace(a, scores=own) for a, own in zip(answers, scores, strict=True)]
+        outputs = self(replies, micro_batch_tokens, device)
+        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
 
 
 def load_rater(path: str, device: torch.device, system: Inference) -> Rater:

@@ -16,7 +16,6 @@ import sft
 import steerlm
 from common import checkpoint, data, dist, files, formats, labels, log, packed, rewards, templates
 from common.args import with_fields
-from common.evaluate import Answer
 
 NAMES = ["helpfulness", "verbosity", "toxicity"]
 ASK = {"role": "user", "content": "3+4?"}
@@ -652,8 +651,8 @@ def test_the_attribute_model_judges_without_the_labels_of_earlier_replies(
     rater = rewards.load_rater("toy/attribute_model", device, args.system)
     plain = [ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
     labelled = [plain[0], {**plain[1], "label": "toxicity:4,verbosity:0\n"}, plain[2]]
-    answers = [Answer(packed.Example([], turns), "Yes.", True) for turns in (plain, labelled)]
-    first, second = (a.scores for a in rater.judge(answers, 0, device))
+    exchanges = [(turns, "Yes.") for turns in (plain, labelled)]
+    first, second = rater.judge(exchanges, 0, device)
     assert first == pytest.approx(second, abs=1e-6)
     with_line = data.encode_response(rater.tokenizer, labelled, [{"role": "assistant", "content": "Yes."}])
     assert rater([with_line], 0, device)[0].tolist() != pytest.approx(list(first.values()), abs=1e-3)
