@@ -30,7 +30,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
-from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
+from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
 from common.packed import MicroBatch
@@ -51,10 +51,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
     max_length: int = 1024
     """most tokens of prompt and response; longer ones are cut, and counted"""
     cut: Literal["end", "start", "drop"] = "end"
@@ -105,15 +102,12 @@ def ipo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor
 
 
 def rpo_loss(h: Tensor, beta: float, reward_margin: Tensor, distance: str) -> Tensor:
-    """Reward-aware preference optimization, https://arxiv.org/abs/2406.11704: beta h follows the rewards.
+    """Reward-aware preference optimization, https://arxiv.org/abs/2406.11704: beta h follows rewards. (B,)
 
     Args:
-        reward_margin: (B,) eta * (chosen_reward - rejected_reward), a logit.
+        reward_margin: (B,) eta * (chosen_reward - rejected_reward), a logit; losses are 0 where beta h is it.
         distance: rpo_sq, the squared difference; rpo_bwd_kl, KL(rewards || policy) of the two Bernoullis;
             rpo_fwd_kl, its arguments swapped.
-
-    Returns:
-        losses (B,), zero exactly where beta h equals the reward margin.
     """
     if distance == "rpo_sq":
         return (beta * h - reward_margin) ** 2
@@ -171,34 +165,21 @@ def reference_logps(
         return response_logps(reference(micro_batch).logps, micro_batch)
 
 
-@torch.no_grad()
-def precompute_reference(
-    policy: models.Policy,
-    train_set: data.Dataset,
-    reached: list[int],
-    eval_set: data.Dataset,
-    args: Args,
-    device: torch.device,
-) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) with log pi_ref of each pair, while the policy is still the reference. Cached.
+def add_reference(policy: models.Policy, pairs: data.Dataset, reached: list[int], args: Args) -> data.Dataset:
+    """The pairs with log pi_ref, while the policy is still the reference; NaN if not reached. Cached."""
+    device, reached = next(policy.parameters()).device, [*dict.fromkeys(reached)]  # each but once
+    asked = [pairs[i] for i in reached]
 
-    reached: the pairs to train on, which a run may see many times; others get NaN.
-    """
-    reached = [*dict.fromkeys(reached)]
-    pairs = [train_set[i] for i in reached] + [*eval_set]
+    def logps(micro_batch: MicroBatch) -> Tensor:
+        return response_logps(policy(micro_batch).logps, micro_batch)
 
     def score() -> Tensor:
-        ref_logps = torch.zeros(len(pairs), 2, device=device)
-        for micro_batch in packed.micro_batches(pairs, args.system.micro_batch_tokens, device, "reference"):
-            ref_logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
-        return dist.sum_over_ranks(ref_logps)  # each pair was scored by one rank
+        return packed.table(logps, asked, (2,), args.system.micro_batch_tokens, device, "reference")
 
-    sequences = [pair.sequences for pair in pairs]
-    found = files.cached(score, "ref_logps", args.model, args.system.dtype, sequences).cpu().numpy()
-    table = np.full((len(train_set), 2), np.nan, np.float32)
-    table[reached] = found[: len(reached)]
-    columns = [dict(zip(REF_LOGPS, part.T, strict=True)) for part in (table, found[len(reached) :])]
-    return train_set.with_fields(columns[0]), eval_set.with_fields(columns[1])
+    key = ("ref_logps", args.model, args.system.dtype, [pair.sequences for pair in asked])
+    found = np.full((len(pairs), 2), np.nan, np.float32)
+    found[reached] = files.cached(score, *key).cpu().numpy()
+    return pairs.with_fields(dict(zip(REF_LOGPS, found.T, strict=True)))
 
 
 def loss_and_metrics(
@@ -268,7 +249,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     sources = (args.dataset, args.eval_dataset, args.max_length, args.cut)
     train_set, eval_set = data.load_pairs(tokenizer, *sources)
     check(args, train_set)
@@ -282,15 +263,15 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     # models
     policy = models.load(args.model, device, system)
     ref_policy = models.load(args.model, device, system, trainable=False) if beside(args) else None
-    groups = models.parameter_groups(policy, optimization.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = models.adamw(policy, optimization)
     loss = functools.partial(loss_and_metrics, policy, ref_policy, args=args)
     known = {"rewards/margins": 0.0} if args.loss != "simpo" else {}  # while it is the reference
     known |= {"loss": math.log(2)} if args.loss in ("dpo", "robust") and not args.sft_coef else {}
     certificate.training(args, policy, tokenizer, train_set, loss, known)
     if args.precompute_ref:  # before resume() changes the policy, for what this run will see
         reached = [i for step in range(1, num_steps + 1) for i in data.places(train_set, step, *how)]
-        train_set, eval_set = precompute_reference(policy, train_set, reached, eval_set, args, device)
+        train_set = add_reference(policy, train_set, reached, args)
+        eval_set = add_reference(policy, eval_set, [*range(len(eval_set))], args)
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]

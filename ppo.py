@@ -35,9 +35,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, rewards
-from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
+from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
-from common.generate import Sample, generate, to_example
+from common.generate import generate, to_example
 from common.log import Log
 from common.packed import Example, MicroBatch
 
@@ -56,10 +56,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
 
     # reward
     reward: str = ""
@@ -131,11 +128,8 @@ class Args:
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of each token: -kl_coef * log(pi / pi_ref), and the score at the last sampled one.
 
-    Args:
-        scores: (R,). logps, ref_logps: (R, L) in nats. mask: (R, L) 1 on sampled tokens, at least one each.
-
-    Returns:
-        (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
+    scores: (R,). logps, ref_logps: (R, L) in nats. mask: (R, L) 1 on sampled tokens, at least one each.
+    -> (R, L), whose sum over a response is score - kl_coef * log(pi(y|x) / pi_ref(y|x)); 0 between turns.
     """
     rewards = torch.where(mask > 0, -kl_coef * (logps - ref_logps), 0.0)
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -243,16 +237,6 @@ class Rollout(NamedTuple):
         return Rollout(examples, self.kl_coef, *(table[index] for table in self[2:]))
 
 
-def to_response(sample: Sample) -> Example:
-    """A sampled response as `make_rollout` takes it: the sampler's log-probs and whether it ended as fields.
-
-    One of several turns is one sequence too, its mask False on what tools or users said between them.
-    """
-    example = to_example(sample)
-    example.fields = {"sampler_logps": np.array(sample.logps, np.float32), "ended": float(sample.ended)}
-    return example
-
-
 def places(micro_batch: MicroBatch, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Where scored tokens stand in a table (R, L): the response and the place in it. (N_targets,) each"""
     response = micro_batch.example_ids[micro_batch.target_segments]
@@ -273,7 +257,8 @@ def make_rollout(
     """Log-probabilities, values, rewards and advantages of scored responses; metrics as (sum, count).
 
     Args:
-        examples: one for each response, see `to_response`.
+        examples: one for each response, as `to_example` makes them. One of several turns is one sequence
+            too, its mask False on what tools or users said between them.
         running: statistics of all scores so far, which normalize_reward needs.
     """
     device = scores.device
@@ -294,9 +279,7 @@ def make_rollout(
     if args.kl_coef > 0:
         with models.reference(policy, ref_policy) as ref:
             ref_logps = table(lambda micro_batch: ref(micro_batch, args.temperature).logps)
-    values = torch.zeros_like(mask)
-    if value_model is not None:
-        values = table(lambda micro_batch: models.values(value_model, micro_batch))
+    values = table(lambda micro_batch: models.values(value_model, micro_batch)) if value_model else 0 * mask
     sampler_logps = np.concatenate([example.fields["sampler_logps"] for example in examples])
     gap = (logps[mask > 0] - torch.from_numpy(sampler_logps).to(device)).abs()
 
@@ -307,7 +290,7 @@ def make_rollout(
     counted = mask * valid[:, None]
 
     penalty = kl_coef if args.kl_placement == "reward" else 0.0
-    earned = token_rewards(used, logps, ref_logps, mask, penalty)
+    earned = token_rewards(used, logps, ref_logps, mask, penalty)  # (R, L)
     if args.advantage == "gae":
         earned = whiten(earned, counted, shift=False) if args.whiten_rewards else earned
         advantages = gae(earned, values, mask, args.gamma, args.gae_lambda)
@@ -388,11 +371,8 @@ def value_loss_and_metrics(
     losses = value_losses(values, batch.values[at], batch.returns[at], args.clip_range_value)
     loss, counted = (mean * losses).sum(), batch.mask[at]
     is_clipped = (values - batch.values[at]).abs() > args.clip_range_value
-    metrics = {
-        "loss/value_avg": (loss, 0),
-        "val/clipfrac_avg": ((counted * is_clipped).sum(), counted.sum()),
-    }
-    return loss, metrics
+    clipped = ((counted * is_clipped).sum(), counted.sum())
+    return loss, {"loss/value_avg": (loss, 0), "val/clipfrac_avg": clipped}
 
 
 def sample_and_score(
@@ -407,17 +387,17 @@ def sample_and_score(
     sampled = time.perf_counter()
     scores = score(prompts, [sample.text for sample in samples])
     times = {"train/time/rollout": sampled - start, "train/time/scoring": time.perf_counter() - sampled}
-    return [to_response(sample) for sample in samples], torch.tensor(scores), times
+    return [*map(to_example, samples)], torch.tensor(scores), times
 
 
 def update(
-    part: tuple, lr: float, compute: Callable, batch: Rollout, totals: dist.Totals, args: Args
+    part: tuple, lr: float, share: Callable, batch: Rollout, totals: dist.Totals, args: Args
 ) -> Tensor:
-    """One step of part, (model, optimizer), by `compute`, one of the two functions above. -> gradient norm"""
+    """One step of part, (model, optimizer), by one of the two functions above. -> gradient norm"""
     (model, optimizer), device = part, batch.mask.device
     models.set_lr(optimizer, lr)
     for micro_batch in packed.micro_batches(batch.examples, args.system.micro_batch_tokens, device):
-        loss, metrics = compute(model, micro_batch, batch, args)
+        loss, metrics = share(model, micro_batch, batch, args)
         loss.backward()  # gradients add over micro-batches and ranks
         totals.update(metrics)
     norm = models.clip_grad_norm(model, args.optimization.max_grad_norm)
@@ -428,11 +408,10 @@ def update(
 
 def count_steps(train_set: data.Dataset, args: Args) -> tuple[int, int]:
     """(optimizer steps, steps of each rollout): max_steps, rounded up to whole rollouts, or num_epochs."""
-    num_responses = args.rollout_size * args.samples_per_prompt
+    num_responses, max_steps = args.rollout_size * args.samples_per_prompt, args.run.max_steps
     steps_each = args.num_ppo_epochs * -(-num_responses // args.optimization.batch_size)
-    if args.run.max_steps >= 0:
-        return -(-args.run.max_steps // steps_each) * steps_each, steps_each
-    return max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size) * steps_each, steps_each
+    in_epochs = max(1, args.run.num_epochs * train_set.epoch_size // args.rollout_size)
+    return (in_epochs if max_steps < 0 else -(-max_steps // steps_each)) * steps_each, steps_each
 
 
 def minibatches(num_responses: int, number: int, args: Args) -> list[list[int]]:
@@ -458,18 +437,11 @@ def check(args: Args) -> None:
         raise formats.wrong("kl_coef", args.kl_coef, "a start above 0, which kl_target adapts")
 
 
-def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.device) -> models.Scorer:
-    """From the first reward model that reads the policy's tokens, else from the policy; its head is zero."""
-    vocabulary = tokenizer.get_vocab()
-    alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
-    return models.load_scorer((*alike, args.model)[0], device, args.system, ["value"], zero_head=True)
-
-
 def beside(args: Args) -> dict[str, str]:
     """The models that a run holds beside the policy, and where they are."""
     found = {"reference": args.model} if args.kl_coef > 0 and args.system.lora_rank == 0 else {}
-    sources = [name for name, _ in formats.read_sources(args.reward or "-:", "reward")]
-    found |= {f"reward {name}": name for name in sources if ":" not in name}
+    sources = formats.read_sources(args.reward, "reward") if args.reward else []
+    found |= {f"reward {name}": name for name, _ in sources if ":" not in name}
     return found | ({"value": args.model} if args.advantage == "gae" else {})
 
 
@@ -478,17 +450,17 @@ def is_due(step: int, every: int, steps_each: int, num_steps: int) -> bool:
     return step % steps_each == 0 and (step == num_steps or step // every > (step - steps_each) // every)
 
 
-# what --algorithm sets, the table of docs/ppo.md; a pipeline with this as a stage looks here too
+# what --algorithm sets, the table of docs/ppo.md
 SWITCHES = ("advantage", "samples_per_prompt", "loss_reduction", "clip_range", "kl_placement", "kl_coef")
-ALGORITHMS = {
-    "ppo": {},  # the defaults of Args
-    "rloo": dict(zip(SWITCHES, ("rloo", 4, "sequence_sum", 1e9, "reward", 0.05), strict=True)),  # never clips
-    "grpo": dict(zip(SWITCHES, ("grpo", 8, "sequence_mean", 0.2, "loss", 0.04), strict=True)),
-    "dr_grpo": dict(zip(SWITCHES, ("dr_grpo", 8, "constant", 0.2, "reward", 0.0), strict=True)),
-    "dapo": dict(zip(SWITCHES, ("grpo", 16, "token_mean", 0.2, "reward", 0.0), strict=True))
-    | {"clip_range_high": 0.28},
+PUBLISHED = {
+    "rloo": ("rloo", 4, "sequence_sum", 1e9, "reward", 0.05),  # never clips
+    "grpo": ("grpo", 8, "sequence_mean", 0.2, "loss", 0.04),
+    "dr_grpo": ("dr_grpo", 8, "constant", 0.2, "reward", 0.0),
+    "dapo": ("grpo", 16, "token_mean", 0.2, "reward", 0.0),
 }
-Args.presets = {"algorithm": ALGORITHMS}
+ALGORITHMS = {name: dict(zip(SWITCHES, values, strict=True)) for name, values in PUBLISHED.items()}
+ALGORITHMS["dapo"]["clip_range_high"] = 0.28
+Args.presets = {"algorithm": {"ppo": {}, **ALGORITHMS}}  # ppo: the defaults of Args
 
 TOY = dict(reward="toy.language:reward", rollout_size=128, max_new_tokens=48, value_learning_rate=1e-3)
 TOY |= dict(learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=60, eval_every=20, num_samples=200)
@@ -503,7 +475,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     sources = (args.dataset, args.eval_dataset, args.max_prompt_length)
     train_set, eval_set = data.load_prompts(tokenizer, *sources)
     num_steps, steps_each = count_steps(train_set, args)
@@ -518,29 +490,29 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     policy = models.load(args.model, device, system)
     has_copy = "reference" in beside(args)
     ref_policy = models.load(args.model, device, system, trainable=False) if has_copy else None
-    groups = models.parameter_groups(policy, optimization.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    parts, value_model = {"policy": (policy, optimizer)}, None
+    parts, value_model = {"policy": (policy, models.adamw(policy, optimization))}, None
     if args.advantage == "gae":
-        value_model = load_value_model(args, scored_by, tokenizer, device)
-        groups = models.parameter_groups(value_model, optimization.weight_decay)
-        value_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-        parts["value"] = (value_model, value_optimizer)
-
-    def score(examples: list[Example], replies: list[str]) -> list[float]:
-        return rewards.score_replies(scored_by, examples, replies, system.micro_batch_tokens, device)
+        # from the first reward model that reads the policy's tokens, else from the policy
+        vocabulary = tokenizer.get_vocab()
+        alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
+        start_from = (*alike, args.model)[0]
+        value_model = models.load_scorer(start_from, device, system, ["value"], zero_head=True)
+        parts["value"] = (value_model, models.adamw(value_model, optimization))
+    networks = (policy, ref_policy, value_model)
+    how = {"micro_batch_tokens": system.micro_batch_tokens, "device": device}
+    score = functools.partial(rewards.score_replies, scored_by, **how)
 
     def checks() -> Iterator[certificate.Line]:
         """What --check tries, on a rollout of short responses."""
         short = replace(args, max_new_tokens=min(16, args.max_new_tokens))
-        drawn = sample_and_score(policy, tokenizer, certificate.few(train_set), score, 0, short)
-        held = (policy, ref_policy, value_model, args.kl_coef, {}, short)
-        rollout, metrics = make_rollout(drawn[0], drawn[1].to(device), *held)
-        kl = float(metrics["objective/kl"][0]) / len(drawn[0])
+        few = certificate.few(train_set)
+        examples, scores, _ = sample_and_score(policy, tokenizer, few, score, 0, short)
+        rollout, metrics = make_rollout(examples, scores.to(device), *networks, args.kl_coef, {}, short)
+        kl = float(metrics["objective/kl"][0]) / len(examples)
         yield certificate.near("KL of a response to the reference", kl, 0.0, 1e-2)
         loss = functools.partial(loss_and_metrics, policy, batch=rollout, args=short)
-        known = ({"val/ratio": 1.0}, rollout.examples)
-        yield from certificate.of_training(args, policy, tokenizer, train_set, loss, *known)
+        known = {"val/ratio": 1.0}
+        yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, examples)
 
     certificate.run(run, checks())
     resumed = checkpoint.resume(run.output_dir, parts)
@@ -557,55 +529,52 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 
-    for step in range(start_step + 1, num_steps + 1):
-        number, place = (step - 1) // steps_each + 1, (step - 1) % steps_each  # of the rollout, and in it
-        if place == 0:
-            # sample and score
-            prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
-            examples, scores, times = sample_and_score(policy, tokenizer, prompts, score, number, args)
-            clock = time.perf_counter()
-            rollout, metrics = make_rollout(
-                examples, scores.to(device), policy, ref_policy, value_model, kl_coef, running, args
-            )
-            totals = dist.Totals()
-            totals.update(metrics)
-            rollout_metrics = totals.reduce("train/")
-            times["train/time/advantages"] = time.perf_counter() - clock
-            num_tokens += sum(example.num_tokens for example in examples)
-            chosen = minibatches(len(examples), number, args)
+    for number in range(start_step // steps_each + 1, num_steps // steps_each + 1):
+        # sample and score
+        prompts = data.batch(train_set, number, args.rollout_size, args.seed)  # the same on every rank
+        examples, scores, times = sample_and_score(policy, tokenizer, prompts, score, number, args)
+        clock = time.perf_counter()
+        totals, scores = dist.Totals(), scores.to(device)
+        rollout, metrics = make_rollout(examples, scores, *networks, kl_coef, running, args)
+        totals.update(metrics)
+        rollout_metrics = totals.reduce("train/")
+        times["train/time/advantages"] = time.perf_counter() - clock
+        num_tokens += sum(example.num_tokens for example in examples)
 
-        # update
-        step_start = time.perf_counter()
-        batch, totals = rollout.take(chosen[place]), dist.Totals()
-        factor = models.lr_factor(step, num_steps, optimization)
-        if value_model is not None:
-            lr = args.value_learning_rate * factor
-            norm = update(parts["value"], lr, value_loss_and_metrics, batch, totals, args)
-            totals.update({"value_grad_norm": (norm, 1)})
-        times["train/time/value"] = time.perf_counter() - step_start
-        clock, lr = time.perf_counter(), optimization.learning_rate * factor
-        if step > args.value_warmup_steps:
-            norm = update(parts["policy"], lr, loss_and_metrics, batch, totals, args)
-            totals.update({"grad_norm": (norm, 1)})
-        metrics = totals.reduce("train/")  # the step's one synchronisation
-        times["train/time/policy"] = time.perf_counter() - clock
-        metrics |= {"train/epoch": number * args.rollout_size / train_set.epoch_size}
-        metrics |= {"train/episode": number * len(examples), "train/num_tokens": num_tokens}
-        metrics |= {"train/learning_rate": lr}
-        seconds = time.perf_counter() - step_start
-        metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
+        for place, chosen in enumerate(minibatches(len(examples), number, args), 1):
+            # update
+            step, step_start = (number - 1) * steps_each + place, time.perf_counter()
+            batch, totals = rollout.take(chosen), dist.Totals()
+            factor = models.lr_factor(step, num_steps, optimization)
+            if value_model is not None:
+                lr = args.value_learning_rate * factor
+                norm = update(parts["value"], lr, value_loss_and_metrics, batch, totals, args)
+                totals.update({"value_grad_norm": (norm, 1)})
+            times["train/time/value"] = time.perf_counter() - step_start
+            clock, lr = time.perf_counter(), optimization.learning_rate * factor
+            if step > args.value_warmup_steps:
+                norm = update(parts["policy"], lr, loss_and_metrics, batch, totals, args)
+                totals.update({"grad_norm": (norm, 1)})
+            metrics = totals.reduce("train/")  # the step's one synchronisation
+            times["train/time/policy"] = time.perf_counter() - clock
+            seconds = time.perf_counter() - step_start
+            metrics["train/epoch"] = number * args.rollout_size / train_set.epoch_size
+            metrics["train/episode"] = number * len(examples)
+            metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
+            metrics |= rollout_metrics | times | models.speed(policy, batch.examples, seconds)
 
-        # evaluate, log and save: between rollouts only, so that a resumed run begins with a fresh one
-        stop = dist.stop_requested() and step % steps_each == 0
-        if args.kl_target > 0 and step % steps_each == 0:
-            kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)
-        if is_due(step, run.eval_every, steps_each, num_steps):
-            metrics |= evaluate(step)
-        log(step, num_steps, metrics)
-        if stop or is_due(step, run.save_every, steps_each, num_steps):
-            checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
-        if stop and step < num_steps:
-            return log.finish(stopped_at=step)
+            # evaluate, log and save: between rollouts only, so that a resumed run begins with a fresh one
+            is_end = place == steps_each
+            stop = dist.stop_requested() and is_end
+            if is_end and args.kl_target > 0:
+                kl_coef = adapt_kl_coef(kl_coef, rollout_metrics["train/objective/kl"], len(examples), args)
+            if is_due(step, run.eval_every, steps_each, num_steps):
+                metrics |= evaluate(step)
+            log(step, num_steps, metrics)
+            if stop or is_due(step, run.save_every, steps_each, num_steps):
+                checkpoint.save(run, step, parts, num_tokens=num_tokens, kl_coef=kl_coef, running=running)
+            if stop and step < num_steps:
+                return log.finish(stopped_at=step)
 
     checkpoint.export(run, policy, tokenizer, args.model)
     log.finish()

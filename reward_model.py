@@ -20,6 +20,7 @@ Metrics, results and departures from the papers: docs/reward_model.md
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -33,7 +34,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
-from common.args import Optimization, System, Training, block, parse, snapshot
+from common.args import Chat, Optimization, System, Training, block, parse, snapshot
 from common.evaluate import agreement
 from common.log import Log
 from common.packed import Example, MicroBatch, Tokens
@@ -54,10 +55,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
     max_length: int = 2048
     """most tokens of prompt and response; a longer example is dropped, and counted; by --score refused"""
     score: str = ""
@@ -86,14 +84,9 @@ def bt_loss(margins: Tensor, label_prob: Tensor | float = 1.0) -> Tensor:
 
 
 def kwise_loss(rewards: Tensor, ranks: Tensor) -> Tensor:
-    """Eq. 1 of InstructGPT: the mean over the pairs of one prompt's responses, which are one example.
+    """Eq. 1 of InstructGPT: the mean over the pairs of one prompt's responses, which are one example. -> (B,)
 
-    Args:
-        rewards: (B, K).
-        ranks: (B, K), 1 is best; equal ranks make no pair, NaN is no response.
-
-    Returns:
-        losses (B,).
+    Both are (B, K); of ranks 1 is best, equal ones make no pair, NaN is no response.
     """
     better = ranks[:, :, None] < ranks[:, None, :]  # (B, K, K); False with NaN
     losses = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
@@ -155,9 +148,7 @@ def loss_and_metrics(
     scorer: models.Scorer, micro_batch: MicroBatch, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, a sum that the caller divides by `count_losses`, and metrics as (sum, count)."""
-    rewards = models.rewards(
-        scorer, micro_batch
-    )  # (sequences, A); a dummy has none and a loss of exactly zero
+    rewards = models.rewards(scorer, micro_batch)  # (sequences, A); a dummy has none, and a loss of zero
     table, target = arrange(rewards, micro_batch.fields, args)
     loss = example_losses(table, target, micro_batch.fields, args).sum()
     if args.loss == "regression":
@@ -184,10 +175,7 @@ def count_losses(batch: list[Example], args: Args) -> int:
 
 def evaluation(rewards: Tensor, examples: list[Example], args: Args) -> dict[str, float]:
     """Metrics of held-out examples from their rewards (sequences, A), on the host."""
-    fields = {
-        name: torch.from_numpy(packed.stack([e.fields[name] for e in examples], like))
-        for name, like in examples[0].fields.items()
-    }
+    fields = packed.make_micro_batch(examples, [*range(len(examples))], rewards.device).fields
     table, target = arrange(rewards, fields, args)
     metrics = {
         "loss": example_losses(table, target, fields, args).sum().item() / count_losses(examples, args),
@@ -220,10 +208,8 @@ def length_accuracy(lengths: Tensor, ranks: Tensor) -> float:
 
     Equal lengths are a coin flip.
     """
-    better = ranks[:, :, None] < ranks[:, None, :]  # (B, K, K)
-    is_longer = (1 + (lengths[:, :, None] - lengths[:, None, :]).sign()) / 2  # 1, 1/2 or 0
-    share = ((is_longer * better).sum((1, 2)) / better.sum((1, 2))).mean().item()
-    return max(share, 1 - share)
+    longer, shorter = (ordered_right(x, ranks)[0].mean().item() for x in (lengths, -lengths))
+    return (1 + abs(longer - shorter)) / 2
 
 
 def wilson_interval(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -246,15 +232,11 @@ def calibration_error(table: Tensor, ranks: Tensor, num_bins: int = 10) -> float
 
 def eval_sets(eval_set: data.Dataset, args: Args) -> dict[str, list[Example]]:
     """Held-out examples by the name of their file, which prefixes their metrics where there are several."""
-    sources = [source for source, _ in formats.read_sources(args.eval_dataset or args.dataset)]
-    stems = [Path(source).name.split(".")[0] for source in sources]
+    sources = formats.read_sources(args.eval_dataset or args.dataset)
+    stems = [Path(source).name.split(".")[0] for source, _ in sources]
     names = [f"{x}/" if stems.count(x) == 1 else f"{x}_{i}/" for i, x in enumerate(stems, 1)]
-    names = names if len(names) > 1 else [""]
-    sets, start = {}, 0
-    for name, (size, _) in zip(names, eval_set.parts, strict=True):
-        sets[name] = eval_set[start : start + size]
-        start += size
-    return sets
+    names, parts = names if len(names) > 1 else [""], itertools.pairwise(eval_set.starts)
+    return {name: eval_set[start:end] for name, (start, end) in zip(names, parts, strict=True)}
 
 
 def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
@@ -273,29 +255,35 @@ def load_examples(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Datase
     return datasets
 
 
-def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, device: torch.device) -> Path:
+def score_file(args: Args, device: torch.device) -> None:
     """Write the records of a file again with the rewards of their responses; complete or not at all.
 
     A response gets `reward`, or from an attribute model `label`, so that the result is a file of ratings; a
     preference gets `chosen_reward` and `rejected_reward`, `responses` get `rewards`. Stopped, it goes on from
-    the records done when called again with the same file and model.
-
-    Returns:
-        the file written, never beside the one read: a data folder must not have its records twice.
+    the records done when called again with the same file and model. What is written never stands beside what
+    is read: a data folder must not have its records twice.
     """
-    path, names = Path(source).expanduser(), models.output_names(scorer)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
+    scorer = models.load_scorer(args.model, device, args.system, trainable=False)
+    read_where_trained(scorer, tokenizer)
+    path, names = Path(args.score).expanduser(), models.output_names(scorer)
     origin = hashlib.sha256(f"{path.resolve()} {args.model}".encode()).hexdigest()[:8]
     default = Path(args.run.output_dir) / "scored" / f"{path.name.removesuffix('.jsonl')}-{origin}.jsonl"
     target = Path(args.score_output or default).expanduser()
     dist.from_main(lambda: make_room(target, args.run.overwrite or not args.score_output))
     records = formats.read_file(path)
-    for record in records:  # each is written again, with its rewards
-        refuse_unwritable(*record)
 
     def encode(record: formats.Record) -> list[Tokens]:
         return data.read_responses(tokenizer, *record, args.max_length)
 
-    dist.parallel_map(lambda record: len(encode(record)), records)  # a bad one ends the run before the work
+    def check(record: formats.Record) -> None:
+        encode(record)
+        try:
+            json.dumps(record.value)
+        except TypeError as error:  # dates and bytes of a table
+            raise formats.wrong(record.where, error, "texts, numbers, lists and objects") from error
+
+    dist.parallel_map(check, records)  # a bad one ends the run before the work
 
     def work(chunk: list[formats.Record]) -> list[dict]:
         found = dist.parallel_map(encode, chunk)
@@ -304,22 +292,9 @@ def score_file(scorer: models.Scorer, tokenizer: Any, source: str, args: Args, d
         scored = [[next(outputs) for _ in sequences] for sequences in found]
         return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
 
-    key = (files.fingerprint(args.model), args.system.dtype, args.chat_template, args.chat_template_kwargs)
-    files.write_lines(target, records, key, work)
+    files.write_lines(target, records, (files.fingerprint(args.model), args.system.dtype, args.chat), work)
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
-    return target
-
-
-def refuse_unwritable(value: dict, where: str) -> None:
-    """End the run for a column that JSON lines cannot hold, as dates and bytes of a table."""
-    for name, x in value.items():
-        try:
-            json.dumps(x)
-        except (TypeError, ValueError) as error:
-            raise formats.wrong(
-                where, f"{name}, {type(x).__name__}", "texts, numbers, lists and objects"
-            ) from error
 
 
 def make_room(target: Path, overwrite: bool) -> None:
@@ -343,12 +318,6 @@ def with_rewards(value: dict, outputs: list[list[float]], names: list[str]) -> d
     return {"reward" if len(names) == 1 else "label": labels[0]}
 
 
-def pad_token(tokenizer: Any) -> int:
-    """A padding token that cannot end a response: transformers reads the score at the last other token."""
-    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
-    return next(token for token in special if token is not None and token != data.end_token(tokenizer))
-
-
 TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
 
 
@@ -358,17 +327,14 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     plan.show(args, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     if args.score:
-        tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-        scorer = models.load_scorer(args.model, device, system, trainable=False)
-        read_where_trained(scorer, tokenizer)
-        score_file(scorer, tokenizer, args.score, args, device)
-        return
+        return score_file(args, device)
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     train_set, eval_set = load_examples(args, tokenizer)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
+    how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)  # batches are made
     if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
     log.start(num_steps, optimization)
@@ -378,8 +344,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     scorer = models.load_scorer(args.model, device, system, names)
     scorer.config.reward_mean = scorer.config.reward_std = None  # not those of the model it starts from
     scorer.config.score_at = "end"  # of the reply, whatever the template writes after it
-    groups = models.parameter_groups(scorer, optimization.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = models.adamw(scorer, optimization)
     loss = functools.partial(loss_and_metrics, scorer, args=args)
     certificate.training(args, scorer, tokenizer, train_set, loss)
     parts = {"policy": (scorer, optimizer)}
@@ -402,13 +367,11 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     for step in range(start_step + 1, num_steps + 1):
         # update
         step_start = time.perf_counter()
-        # the same on every rank
-        batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+        batch = data.batch(train_set, step, *how)  # the same on every rank
         num_losses = count_losses(batch, args)
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        # this rank's share, as many micro-batches as on every rank
         for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
             loss, metrics = loss_and_metrics(scorer, micro_batch, args)
             (loss / num_losses).backward()  # gradients add over micro-batches and ranks
@@ -423,12 +386,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
         variance = metrics["train/reward_std"] - metrics["train/mean_reward"] ** 2
-        metrics |= {
-            "train/reward_std": math.sqrt(max(0.0, variance)),
-            "train/epoch": step * optimization.batch_size / train_set.epoch_size,
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics["train/reward_std"] = math.sqrt(max(0.0, variance))
+        metrics["train/epoch"] = step * optimization.batch_size / train_set.epoch_size
+        metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
         metrics |= models.speed(scorer, batch, seconds)
         stop = dist.stop_requested()
         if step % run.eval_every == 0 or step == num_steps:
@@ -445,7 +405,9 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     rewards = rewards_of(train_set[:: -(-len(train_set) // 1024)])
     scorer.config.reward_mean = rewards.mean(0).tolist()
     scorer.config.reward_std = rewards.std(0, correction=0).clamp(min=1e-6).tolist()
-    scorer.config.pad_token_id = pad_token(tokenizer)
+    # a padding token that cannot end a response: transformers reads the score at the last other token
+    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
+    scorer.config.pad_token_id = next(x for x in special if x not in (None, data.end_token(tokenizer)))
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(scorer.config.pad_token_id)
     checkpoint.export(run, scorer, tokenizer, args.model)
     log.finish()

@@ -24,7 +24,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, models, packed, plan
-from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
+from common.args import Chat, Optimization, Run, Sampling, System, block, parse, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.log import Log
 from common.packed import MicroBatch
@@ -44,10 +44,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
     max_length: int = 2048
     """most tokens of prompt and response; longer ones are cut at the end, and counted"""
     train_on_prompt: bool = False
@@ -90,11 +87,11 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    train_set, eval_set = data.load_sft(
-        tokenizer, args.dataset, args.eval_dataset, args.max_length, args.train_on_prompt
-    )
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
+    sources = (args.dataset, args.eval_dataset, args.max_length, args.train_on_prompt)
+    train_set, eval_set = data.load_sft(tokenizer, *sources)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
+    how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)  # batches are made
     judge = load_judge(run.judge, args.dataset)
     if log.is_finished(num_steps, files.inputs(args.model, tokenizer, train_set, eval_set)):
         return
@@ -102,8 +99,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
 
     # models
     policy = models.load(args.model, device, system)
-    groups = models.parameter_groups(policy, optimization.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = models.adamw(policy, optimization)
     certificate.training(args, policy, tokenizer, train_set, functools.partial(loss_and_metrics, policy))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
@@ -126,13 +122,11 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     for step in range(start_step + 1, num_steps + 1):
         # update
         step_start = time.perf_counter()
-        # the same on every rank
-        batch = data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+        batch = data.batch(train_set, step, *how)  # the same on every rank
         num_targets = sum(example.num_targets for example in batch)
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        # this rank's share, as many micro-batches as on every rank
         for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
             loss, metrics = loss_and_metrics(policy, micro_batch)
             (loss / num_targets).backward()  # gradients add over micro-batches and ranks

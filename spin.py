@@ -20,13 +20,12 @@ Metrics, results and departures from the paper: docs/spin.md
 
 import bisect
 import functools
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -35,20 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import (
-    certificate,
-    checkpoint,
-    data,
-    dist,
-    files,
-    formats,
-    labels,
-    models,
-    packed,
-    plan,
-)
-from common.args import Optimization, Run, Sampling, System, block, parse, snapshot
-from common.evaluate import answer, answer_metrics, load_judge
+from common import certificate, checkpoint, data, dist, files, formats, labels, models, packed, plan
+from common.args import Chat, Optimization, Run, Sampling, System, block, parse, snapshot
+from common.evaluate import Answer, Judge, answer, answer_metrics, load_judge
 from common.generate import generate
 from common.log import Log
 from common.packed import Example, MicroBatch
@@ -89,10 +77,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
     max_length: int = 1024
     """tokens of prompt and response; a prompt without room for max_new_tokens more is dropped, and counted"""
 
@@ -118,14 +103,7 @@ class Args:
 
 
 def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:
-    """Eq. 4.7 for each pair.
-
-    Args:
-        h: (B,) log-ratio of real minus that of generated, log(pi/pi_t) each, in nats.
-
-    Returns:
-        losses (B,).
-    """
+    """Eq. 4.7 for each pair; h (B,) is log(pi/pi_t) of real minus that of generated, in nats. -> (B,)"""
     return -F.logsigmoid(beta * h) if ell == "logistic" else (1 - beta * h).relu()
 
 
@@ -134,15 +112,16 @@ def response_logps(token_logps: Tensor, micro_batch: MicroBatch) -> Tensor:
     return packed.segment_sum(token_logps, micro_batch.target_segments, micro_batch.num_segments).view(-1, 2)
 
 
-@torch.no_grad()
 def opponent_logps(
     policy: models.Policy, pairs: list[Example], micro_batch_tokens: int, device: torch.device
-) -> list[list[float]]:
-    """[log pi_t(y|x), log pi_t(y'|x)] of each pair, while the policy is the opponent."""
-    logps = torch.zeros(len(pairs), 2, device=device)
-    for micro_batch in packed.micro_batches(pairs, micro_batch_tokens, device):
-        logps[micro_batch.example_ids] = response_logps(policy(micro_batch).logps, micro_batch)
-    return dist.sum_over_ranks(logps).tolist()  # each pair was scored by one rank
+) -> list[dict[str, float]]:
+    """log pi_t(y|x) and log pi_t(y'|x) of each pair, by LOGPS, while the policy is the opponent."""
+
+    def logps(micro_batch: MicroBatch) -> Tensor:
+        return response_logps(policy(micro_batch).logps, micro_batch)
+
+    found = packed.table(logps, pairs, (2,), micro_batch_tokens, device)
+    return [dict(zip(LOGPS, both, strict=True)) for both in found.tolist()]
 
 
 def loss_and_metrics(
@@ -180,7 +159,6 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
 
     Real responses are cut where generated ones are, so that their length tells nothing.
     """
-
     most_new, most = args.max_new_tokens, args.max_length
 
     def encode(value: dict, where: str) -> Example:
@@ -205,19 +183,6 @@ def load_demonstrations(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.
     return datasets
 
 
-def choose_prompts(train_set: data.Dataset, args: Args) -> list[Example]:
-    """The demonstrations to whose prompts every iteration samples.
-
-    Raises:
-        RunError: there are fewer than a batch.
-    """
-    prompts = [train_set[i] for i in train_set.order(args.seed, 0)[: args.num_prompts]]
-    batch_size = args.optimization.batch_size
-    if len(prompts) < batch_size:
-        raise formats.wrong("num_prompts", len(prompts), f"batch_size, {batch_size}, or more")
-    return prompts
-
-
 def prompt_tokens(sequence: packed.Tokens) -> list[int]:
     tokens, mask = sequence
     return tokens[: mask.argmax()].tolist()
@@ -228,8 +193,8 @@ def response_tokens(sequence: packed.Tokens) -> list[int]:
     return tokens[mask].tolist()
 
 
-def decode(tokenizer: Any, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+def response_text(tokenizer: Any, sequence: packed.Tokens) -> str:
+    return tokenizer.decode(response_tokens(sequence), skip_special_tokens=True)
 
 
 def make_pair(example: Example, generated: list[int], **logps: float) -> Example:
@@ -260,34 +225,14 @@ def play(
         origin: iteration, opponent and seed of the samples.
         first: index of the first sample among all of the iteration, for its random numbers.
     """
-
-    def is_done() -> bool:
-        if not path.exists():
-            return False
-        with path.open() as file:
-            record = json.loads(file.readline())
-        return record | origin == record
-
-    def work(chunk: list[int]) -> list[dict]:
-        records = []
-        for example, sample in [(examples[i], samples[i]) for i in chunk if i < len(examples)]:
-            real = response_tokens(example.sequences[0])
-            texts = {"prompt": example.prompt, "real": decode(tokenizer, real)}
-            texts |= {"generated": sample.text, "ended": sample.ended}
-            records.append(origin | texts | {"real_tokens": real, "generated_tokens": sample.tokens})
-        records += [earlier[i - len(examples)] for i in chunk if i >= len(examples)]
-        asked = [examples[i % len(examples)] for i in chunk]
-        pairs = [make_pair(e, r["generated_tokens"]) for e, r in zip(asked, records, strict=True)]
-        logps = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
-        return [r | dict(zip(LOGPS, both, strict=True)) for r, both in zip(records, logps, strict=True)]
-
-    if dist.from_main(is_done):
+    there = dist.from_main(lambda: next(iter(files.read_rows(path)), {}))
+    if there | origin == there:
         return
-    items = [*range(len(examples) + len(earlier))]
+    items, sides = [*range(len(examples) + len(earlier))], [example.sequences[0] for example in examples]
     samples = generate(
         policy,
         tokenizer,
-        [prompt_tokens(example.sequences[0]) for example in examples],
+        [prompt_tokens(side) for side in sides],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -296,6 +241,22 @@ def play(
         first_index=first,
         keep=files.part_name(path, items, origin).with_suffix(".replies"),
     )
+
+    def line(i: int) -> dict:
+        if i >= len(examples):
+            return earlier[i - len(examples)]
+        prompt, real, sample = examples[i].prompt, sides[i], samples[i]
+        texts = {"prompt": prompt, "real": response_text(tokenizer, real), "generated": sample.text}
+        tokens = {"real_tokens": response_tokens(real), "generated_tokens": sample.tokens}
+        return origin | texts | {"ended": sample.ended} | tokens
+
+    def work(chunk: list[int]) -> list[dict]:
+        lines = [line(i) for i in chunk]
+        generated = [record["generated_tokens"] for record in lines]
+        pairs = [make_pair(examples[i % len(examples)], g) for i, g in zip(chunk, generated, strict=True)]
+        logps = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
+        return [record | own for record, own in zip(lines, logps, strict=True)]
+
     files.write_lines(path, items, origin, work)
 
 
@@ -321,15 +282,13 @@ def describe(pairs: list[Example], tokenizer: Any) -> dict[str, float]:
     """What the two sides of an iteration's pairs look like apart from what they say."""
     end = data.end_token(tokenizer)
     real, generated = ([response_tokens(pair.sequences[side]) for pair in pairs] for side in (0, 1))
-    lengths = [len(tokens) for tokens in generated]
-    num_equal = sum(a == b for a, b in zip(real, generated, strict=True))
     return {
-        "eval/generated/length": sum(lengths) / len(pairs),
-        "eval/generated/max_length": max(lengths),
-        "eval/generated/ended_frac": sum(tokens[-1] == end for tokens in generated) / len(pairs),
-        "eval/generated/equals_real_frac": num_equal / len(pairs),
-        "eval/real/length": sum(map(len, real)) / len(pairs),
-        "eval/real/ended_frac": sum(tokens[-1] == end for tokens in real) / len(pairs),
+        "eval/generated/length": fmean(map(len, generated)),
+        "eval/generated/max_length": max(map(len, generated)),
+        "eval/generated/ended_frac": fmean(tokens[-1] == end for tokens in generated),
+        "eval/generated/equals_real_frac": fmean(a == b for a, b in zip(real, generated, strict=True)),
+        "eval/real/length": fmean(map(len, real)),
+        "eval/real/ended_frac": fmean(tokens[-1] == end for tokens in real),
     }
 
 
@@ -338,21 +297,17 @@ def distances(scores: list[dict[str, float]], real_scores: list[dict[str, float]
     found = {}
     for name in scores[0]:
         ours, theirs = (sorted(s[name] for s in side) for side in (scores, real_scores))
-        found[f"distance/{name}"] = sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
-    return {"distance": sum(found.values()) / len(found), **found}
+        found[f"distance/{name}"] = fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return {"distance": fmean(found.values()), **found}
 
 
-def distances_to_real(
-    judge: Callable | None, tokenizer: Any, examples: list[Example], texts: list[str]
-) -> dict[str, float]:
-    """Distances between the judge's scores of these replies and those of the real responses."""
-    if judge is None:
+def distances_to_real(answers: list[Answer], judge: Judge | None, tokenizer: Any) -> dict[str, float]:
+    """Distances between the judge's scores of answers and those of the real responses to their prompts."""
+    if not judge or not answers:
         return {}
-    asked = [example.prompt[-1]["content"] for example in examples]
-    real = [decode(tokenizer, response_tokens(example.sequences[0])) for example in examples]
-    scores = [judge(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
-    real_scores = [judge(prompt, text) for prompt, text in zip(asked, real, strict=True)]
-    return distances(scores, real_scores)
+    real = [response_text(tokenizer, a.example.sequences[0]) for a in answers]
+    real_scores = [judge(a.prompt, text) for a, text in zip(answers, real, strict=True)]
+    return distances([a.scores for a in answers], real_scores)
 
 
 class Settings(NamedTuple):
@@ -365,7 +320,10 @@ class Settings(NamedTuple):
 
 def of_iteration(args: Args, number: int) -> Settings:
     """The settings of one iteration; the last value of a list serves all later ones."""
-    given = (args.beta, args.optimization.learning_rate, args.run.num_epochs)
+    given = Settings(args.beta, args.optimization.learning_rate, args.run.num_epochs)
+    for name, values in given._asdict().items():
+        if values == []:
+            raise formats.wrong(name, "nothing", "one value, or one for each iteration")
     return Settings(*(x[min(number, len(x) - 1)] if isinstance(x, list) else x for x in given))
 
 
@@ -379,26 +337,12 @@ def iteration_boundaries(num_prompts: int, args: Args) -> list[int]:
     return steps
 
 
-def run_fingerprint(args: Args, examples: list[Example]) -> str:
-    """Tells samples of this run from those of other settings, models or data."""
-    options = snapshot(args)
-    settings = {name: value for name, value in options.values.items() if name in options.fixed}
-    digest = hashlib.sha256(repr((files.fingerprint(args.model), settings)).encode())
-    for example in examples:
-        digest.update(example.sequences[0][0].tobytes())
-    return digest.hexdigest()[:8]
-
-
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     if args.temperature <= 0:
         raise dist.RunError("temperature 0 is greedy; self-play samples, expected more than 0")
     if args.max_new_tokens >= args.max_length:
         raise formats.wrong("max_new_tokens", args.max_new_tokens, f"less than max_length, {args.max_length}")
-    given = (args.beta, args.optimization.learning_rate, args.run.num_epochs)
-    for name, value in zip(Settings._fields, given, strict=True):
-        if value == []:
-            raise formats.wrong(name, "nothing", "one value, or one for each iteration")
 
 
 def checks(
@@ -411,7 +355,7 @@ def checks(
     pairs = [make_pair(example, sample.tokens) for example, sample in zip(chosen, samples, strict=True)]
     found = opponent_logps(policy, pairs, args.system.micro_batch_tokens, device)
     for pair, logps in zip(pairs, found, strict=True):
-        pair.fields = dict(zip(LOGPS, logps, strict=True))
+        pair.fields = logps
     loss = functools.partial(loss_and_metrics, policy, beta=of_iteration(args, 0).beta, ell=args.loss)
     known = {"rewards/margins": 0.0, "loss": math.log(2) if args.loss == "logistic" else 1.0}
     yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, pairs)
@@ -430,9 +374,11 @@ def main(args: Args) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     train_set, eval_set = load_demonstrations(args, tokenizer)
-    prompts = choose_prompts(train_set, args)
+    prompts = [train_set[i] for i in train_set.order(args.seed, 0)[: args.num_prompts]]  # of each iteration
+    if len(prompts) < optimization.batch_size:
+        raise formats.wrong("num_prompts", len(prompts), f"batch_size, {optimization.batch_size}, or more")
     boundaries = iteration_boundaries(len(prompts), args)
     num_steps = boundaries[-1] if run.max_steps < 0 else min(run.max_steps, boundaries[-1])
     judge = load_judge(run.judge, args.dataset)
@@ -442,25 +388,20 @@ def main(args: Args) -> None:
 
     # models
     policy = models.load(args.model, device, system)
-    groups = models.parameter_groups(policy, optimization.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = models.adamw(policy, optimization)
     certificate.run(run, checks(policy, tokenizer, train_set, args, device))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
     start_step, num_tokens = resumed["step"], resumed["num_tokens"]
-    run_id = resumed.get("run") or dist.from_main(lambda: run_fingerprint(args, [*prompts, *eval_set]))
+    run_id = resumed.get("run") or log.fingerprint()
 
     def start_iteration(number: int, step: int) -> tuple[Settings, data.Dataset, data.Dataset]:
         """An iteration's settings and its pairs, to train and to evaluate on."""
-        folder, earlier = Path(run.output_dir), []
-        origin = {
-            "iteration": number,
-            "opponent": f"step {boundaries[number]} of {run_id}",
-            "seed": args.seed,
-        }
+        folder, begin, earlier = Path(run.output_dir), boundaries[number], []
+        origin = {"iteration": number, "opponent": f"step {begin} of {run_id}", "seed": args.seed}
         held_out, generated = (folder / f"{name}_{number}.jsonl" for name in ("held_out", "generated"))
         # only at its first step is the policy the opponent; resumed later, the files of then are all there is
-        if step == boundaries[number]:
+        if step == begin:
             optimizer.state.clear()
             if args.mix_previous and number > 0:
                 lines = formats.read_file(folder / f"generated_{number - 1}.jsonl")
@@ -483,10 +424,7 @@ def main(args: Args) -> None:
         sampling = Sampling(args.max_new_tokens, args.temperature)
         answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
         log.samples(step, [a.row() for a in answers])
-        apart = {}
-        if answers:
-            asked = [a.example for a in answers]
-            apart = distances_to_real(judge, tokenizer, asked, [a.text for a in answers])
+        apart = distances_to_real(answers, judge, tokenizer)
         return metrics | answer_metrics(answers) | {f"eval/{name}": value for name, value in apart.items()}
 
     if start_step == 0:
@@ -497,20 +435,16 @@ def main(args: Args) -> None:
         if step > boundaries[number + 1]:
             number += 1
             settings, train_pairs, eval_pairs = start_iteration(number, step - 1)
-        step_in_iteration = step - boundaries[number]
-        length = boundaries[number + 1] - boundaries[number]
+        k, length = step - boundaries[number], boundaries[number + 1] - boundaries[number]
         is_last = step in (boundaries[number + 1], num_steps)
 
         # update
         step_start = time.perf_counter()
-        # the same on every rank
-        batch = data.batch(
-            train_pairs, step_in_iteration, optimization.batch_size, args.seed, settings.num_epochs
-        )
-        lr = settings.learning_rate * models.lr_factor(step_in_iteration, length, optimization)
+        how = (optimization.batch_size, args.seed, settings.num_epochs)
+        batch = data.batch(train_pairs, k, *how)  # the same on every rank
+        lr = settings.learning_rate * models.lr_factor(k, length, optimization)
         models.set_lr(optimizer, lr)
         totals = dist.Totals()
-        # this rank's share, as many micro-batches as on every rank
         for micro_batch in packed.micro_batches(batch, system.micro_batch_tokens, device):
             loss, metrics = loss_and_metrics(policy, micro_batch, settings.beta, args.loss)
             (loss / len(batch)).backward()  # gradients add over micro-batches and ranks
@@ -524,12 +458,9 @@ def main(args: Args) -> None:
 
         # evaluate
         num_tokens += sum(example.num_tokens for example in batch)
-        metrics |= {
-            "train/iteration": number,
-            "train/epoch": step_in_iteration * optimization.batch_size / train_pairs.epoch_size,
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
+        metrics["train/iteration"] = number
+        metrics["train/epoch"] = k * optimization.batch_size / train_pairs.epoch_size
+        metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
         metrics |= models.speed(policy, batch, seconds)
         stop = dist.stop_requested()
         if step % run.eval_every == 0 or is_last:

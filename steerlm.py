@@ -24,7 +24,7 @@ import math
 import random
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,8 +35,8 @@ from tyro.conf import OmitArgPrefixes
 import reward_model
 import sft
 from common import checkpoint, data, dist, files, formats, labels, models, packed, stages
-from common.args import Inference, PipelineRun, block, parse, snapshot
-from common.evaluate import agreement, load_judge
+from common.args import Chat, Inference, PipelineRun, Sampling, block, parse, snapshot
+from common.evaluate import agreement, answer, load_judge
 from common.generate import generate
 from common.loading import config_of
 from common.log import Log
@@ -84,10 +84,7 @@ class Args:
     """rated responses, to train the attribute model on"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
 
     # stages made before, and what a stage does
     attribute_model: str = ""
@@ -121,9 +118,6 @@ def load_policy(path: str, args: Args, device: torch.device) -> nn.Module:
     return models.load(path, device, args.system, trainable=False)
 
 
-# ---------------------------------------------------------------------------------------------- annotation
-
-
 def clamp_and_round(score: float) -> int:
     """A value of the scale 0 to 4; halves go to the even neighbour, as Python and NeMo-Aligner round."""
     return round(min(4.0, max(0.0, score)))
@@ -146,10 +140,8 @@ def read_replies(
         trained = trained or [False] * len(prompt) + is_reply[len(prompt) :]
         for turn, is_trained, usual in zip(turns, trained, is_reply, strict=True):
             turn |= {"trained": is_trained} if is_trained != usual else {}
-        places = [i for i, found in enumerate(is_reply) if found]
-        return turns, [
-            data.encode_response(reader, turns[:i], [turns[i] | {"trained": True}]) for i in places
-        ]
+        replies = [(turns[:i], [turns[i] | {"trained": True}]) for i, found in enumerate(is_reply) if found]
+        return turns, [data.encode_response(reader, *reply) for reply in replies]
 
 
 def annotate(
@@ -178,20 +170,17 @@ def annotate(
             turn["label"] = labels.label_line(rounded).strip()
         return [{"messages": turns, "type": "VALUE_TO_TEXT"} for turns, _ in conversations]
 
-    if dist.is_main():
-        target.parent.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    twin = target.parent / "nemo" / target.name
+    dist.from_main(lambda: twin.parent.mkdir(parents=True, exist_ok=True))
     files.write_lines(target, records, key, label)
+    written = [conversation["messages"] for conversation in stages.read_lines(target)]
     if dist.is_main():
-        written = [record.value["messages"] for record in formats.read_file(target)]
-        twin = target.parent / "nemo" / target.name
-        twin.parent.mkdir(exist_ok=True)
-        twin.write_text("".join(json.dumps(in_nemo_form(messages)) + "\n" for messages in written))
-        lines = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
-        counts = Counter(item for items in lines for item in items)
-        for name in kept:
-            histogram = "  ".join(f"{value}: {counts[f'{name}:{value}']:,}" for value in range(5))
-            print(f"annotated {target.parent.name}/{target.name}  {name:<12} {histogram}", flush=True)
+        files.write(twin, files.as_lines(map(in_nemo_form, written)))
+    lines = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
+    counts = Counter(item for items in lines for item in items)
+    for name in kept:
+        histogram = "  ".join(f"{value}: {counts[f'{name}:{value}']:,}" for value in range(5))
+        stages.say(f"annotated {target.parent.name}/{target.name}  {name:<12} {histogram}")
 
 
 def in_nemo_form(messages: list[dict]) -> dict:
@@ -200,32 +189,6 @@ def in_nemo_form(messages: list[dict]) -> dict:
     system = "".join(m["content"] for m in messages if m["role"] == "system")
     said = [{"from": m["role"].capitalize(), "value": m["content"], "label": m.get("label")} for m in turns]
     return {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
-
-
-def check_labels(dataset: str) -> None:
-    """Count the replies of annotated data that have no label, and are trained without one.
-
-    Raises:
-        RunError: labels that nothing would read, or no label at all.
-    """
-    given = []
-    for source, _ in formats.read_sources(dataset):
-        for record, where in formats.read_records(source, "train", "sft") or ():
-            turns = next((record[name] for name in formats.CONVERSATIONS if name in record), [])
-            roles = [formats.ROLES.get(str(formats.first(t, ("role", "from"))).lower()) for t in turns]
-            found = [formats.first(t, ("label", "attributes")) for t in turns]
-            own = [label for label, role in zip(found, roles, strict=True) if role == "assistant"]
-            if any(own) and record.get("type") != "VALUE_TO_TEXT":
-                raise formats.wrong(where, f"labels and type {record.get('type')}", "type VALUE_TO_TEXT")
-            given += own
-    if not any(given):
-        raise formats.wrong(f"annotated {dataset}", "no reply with a label", "some, and type VALUE_TO_TEXT")
-    num_bare = sum(not label for label in given)
-    if dist.is_main() and num_bare:
-        print(f"{dataset}: {num_bare:,} of {len(given):,} replies have no label, trained without one")
-
-
-# ------------------------------------------------------------------------------------------------ sampling
 
 
 def high_quality(examples: list[packed.Example]) -> list[str]:
@@ -241,11 +204,6 @@ def high_quality(examples: list[packed.Example]) -> list[str]:
     return [line for line in lines if goodness(line) == best]
 
 
-def fits(tokenizer: Any, tokens: list[int]) -> bool:
-    """Whether a prompt leaves the model room for a reply."""
-    return len(tokens) < packed.position_limit(config_of(tokenizer.name_or_path))
-
-
 def sample_best(
     model: str, examples: list, tokenizer: Any, number: int, keep: Path, args: Args, device: torch.device
 ) -> list[formats.Record]:
@@ -257,7 +215,8 @@ def sample_best(
     examples = [example for example in examples if example.prompt]
     chosen = rng.sample(examples, min(len(examples), args.num_bootstrap_prompts))
     asked = [(e, data.encode_prompt(tokenizer, e.prompt, rng.choice(lines))) for e in chosen]
-    short = [(e, tokens) for e, tokens in asked if fits(tokenizer, tokens)]
+    limit = packed.position_limit(config_of(tokenizer.name_or_path))  # less would leave no room for a reply
+    short = [(e, tokens) for e, tokens in asked if len(tokens) < limit]
     samples = generate(
         load_policy(model, args, device),
         tokenizer,
@@ -273,18 +232,13 @@ def sample_best(
     for (example, _), sample in zip(short, samples, strict=True):
         turns = [*example.prompt, {"role": "assistant", "content": sample.text}]
         records += [formats.Record({"messages": turns}, "bootstrap")] if sample.ended else []
-    if dist.is_main():
-        cut = f"{len(short) - len(records):,} of {len(chosen):,} replies cut off, left out"
-        long = f"; {len(chosen) - len(short):,} prompts too long" * (len(short) < len(chosen))
-        print(f"bootstrap {number}: {cut}{long}", flush=True)
+    cut = f"{len(short) - len(records):,} of {len(chosen):,} replies cut off, left out"
+    long = f"; {len(chosen) - len(short):,} prompts too long" * (len(short) < len(chosen))
+    stages.say(f"bootstrap {number}: {cut}{long}")
     if not records:
-        raise formats.wrong(
-            f"bootstrap {number}", "no reply that ended", "some; raise max_new_tokens, --accept_changes"
-        )
+        expected = "some; raise max_new_tokens, --accept_changes"
+        raise formats.wrong(f"bootstrap {number}", "no reply that ended", expected)
     return records
-
-
-# -------------------------------------------------------------------------------------- following
 
 
 def follow(
@@ -296,24 +250,25 @@ def follow(
         rows of what was asked and what was found, by the judge if there is one, else by the attribute model.
     """
     usual = labels.read_wanted(args.attributes, rater.names)
-    asked = [(name, value, example) for name in usual for value in range(5) for example in examples]
-    lines = [labels.label_line({**usual, name: float(value)}) for name, value, _ in asked]
-    tokens = [
-        data.encode_prompt(tokenizer, e.prompt, line) for (_, _, e), line in zip(asked, lines, strict=True)
+    asked = [
+        (name, value, replace(example, label=labels.label_line({**usual, name: float(value)})))
+        for name in usual
+        for value in range(5)
+        for example in examples
     ]
-    samples = generate(policy, tokenizer, tokens, max_new_tokens=args.max_new_tokens, temperature=0)
-    exchanges = [
-        (example.prompt, sample.text) for (_, _, example), sample in zip(asked, samples, strict=True)
-    ]
-    if judge := load_judge(args.run.judge, args.dataset):
-        found = dist.from_main(lambda: [judge(prompt[-1]["content"], text) for prompt, text in exchanges])
-    else:
-        found = rater.judge(exchanges, args.system.micro_batch_tokens, device)
-    rows = []
-    for (name, value, example), line, sample, scores in zip(asked, lines, samples, found, strict=True):
-        row = {"prompt": example.prompt[-1]["content"], "label": line, "response": sample.text}
-        rows.append(row | {"ended": sample.ended, "varied": name, "asked": value, **scores})
-    return rows
+    judge, greedy = load_judge(args.run.judge, args.dataset), Sampling(args.max_new_tokens, temperature=0.0)
+    questions = [example for _, _, example in asked]
+    answers = answer(policy, tokenizer, questions, len(asked), greedy, args.seed, 0, judge)
+    if answers and not judge:
+        exchanges = [(a.example.prompt, a.text) for a in answers]
+        scores = rater.judge(exchanges, args.system.micro_batch_tokens, device)
+        answers = [replace(a, scores=found) for a, found in zip(answers, scores, strict=True)]
+
+    def key(example: packed.Example) -> str:
+        return json.dumps([example.prompt, example.label])
+
+    rows = {key(a.example): a.row() for a in answers}  # equal questions are asked once, too long ones not
+    return [rows[key(e)] | {"varied": name, "asked": value} for name, value, e in asked if key(e) in rows]
 
 
 def follow_metrics(rows: list[dict]) -> dict[str, float]:
@@ -335,38 +290,6 @@ def follow_metrics(rows: list[dict]) -> dict[str, float]:
     metrics["eval/follow/mean_words"] = sum(len(row["response"].split()) for row in rows) / len(rows)
     metrics["eval/follow/ended"] = sum(row["ended"] for row in rows) / len(rows)
     return metrics
-
-
-def save_heat_map(rows: list[dict], path: Path) -> None:
-    """Heat map: mean score of the answers, for each attribute and value asked for."""
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    parts = pd.DataFrame(rows).groupby("varied", sort=False)
-    means = {name: part.groupby("asked")[name].mean() for name, part in parts}
-    table = pd.DataFrame(means).T  # attributes x values
-    figure = Figure(figsize=(6, 0.6 * len(table) + 1.4))  # drawn without a display
-    axis = figure.subplots()
-    image = axis.imshow(table, vmin=0, vmax=4, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(len(table.columns)), table.columns)
-    axis.set_yticks(range(len(table)), table.index)
-    axis.set_xlabel("value asked for")
-    for y, x in [(y, x) for y in range(len(table)) for x in range(len(table.columns))]:
-        value = table.iloc[y, x]
-        axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < 2.5 else "black")
-    figure.colorbar(image, label="mean score of the answers")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-# -------------------------------------------------------------------------------------------------- pipeline
-
-
-def stage_folders(args: Args) -> dict[Path, str]:
-    """The folders of the stages that are run, and which script's options each has."""
-    folder = Path(args.run.output_dir)
-    rounds = {folder / f"5_sft_{k}": "sft" for k in range(1, args.num_bootstrap_rounds + 1)}
-    return {folder / "1_attribute_model": "reward_model", folder / "3_sft": "sft", **rounds}
 
 
 def sources(args: Args) -> list[tuple[str, float]]:
@@ -431,7 +354,7 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
         raise formats.wrong(f"judge {args.run.judge}", lacking, "all of `attributes`")
     own = options["sft"]
     for dataset in filter(None, (args.annotated, own.eval_dataset)):
-        check_labels(dataset)
+        labels.check_labels(dataset)
     if not stages.is_complete(folder / "3_sft"):
         dataset = args.annotated or ",".join(f"{name}*{weight:f}" for name, weight in sources(args))
         num = data.load_sft(tokenizer, dataset, own.eval_dataset, own.max_length)[0].epoch_size
@@ -441,7 +364,7 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
 def evaluate(
     step: int, model: str, rated_by: str, tokenizer: Any, prompts: list, log: Log, args: Args, device: Any
 ) -> None:
-    """The following table of a model: a row of metrics, lines of samples.jsonl and a picture."""
+    """The following table of a model: a row of metrics and lines of samples.jsonl."""
     if step in log.steps:
         return
     rows = []
@@ -449,8 +372,6 @@ def evaluate(
         rater = load_rater(rated_by, device, args.system)
         rows = follow(load_policy(model, args, device), rater, tokenizer, prompts, args, device)
     log.samples(step, rows)
-    if dist.is_main() and rows:
-        save_heat_map(rows, log.folder / "follow.png")
     log(step, args.num_bootstrap_rounds + 1, follow_metrics(rows))
 
 
@@ -467,24 +388,18 @@ def export(args: Args, last: str) -> None:
     dist.barrier()
 
 
-TOY = dict(
-    ratings="toy",
-    attributes="verbosity:1,toxicity:0",
-    num_bootstrap_rounds=1,
-    num_bootstrap_prompts=256,
-    max_new_tokens=48,
-    num_samples=32,
-    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40",
-    sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 120 --eval_every 120 "
-    "--num_samples 0",
-)
+TOY = dict(ratings="toy", attributes="verbosity:1,toxicity:0", num_bootstrap_rounds=1)
+TOY |= dict(num_bootstrap_prompts=256, max_new_tokens=48, num_samples=32)
+FEW_STEPS = "--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 "
+TOY["reward_model"] = FEW_STEPS + "--max_steps 40 --eval_every 40"
+TOY["sft"] = FEW_STEPS + "--max_steps 120 --eval_every 120 --num_samples 0"
 
 
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
     options = stages.read_all(args.stages, STAGES, RESERVED)
-    shared = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
+    shared = {"seed": args.seed, **vars(args.chat)}
     rated = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
     fine_tuned = dict(model=args.model, dataset=args.dataset, **shared)  # before it is annotated
     todo = [("reward_model", reward_model.main, reward_model.Args, rated, args.stages.reward_model)]
@@ -495,9 +410,10 @@ def main(args: Args) -> None:
     if "dataset" in free:
         log.before.get("inputs", {}).pop("data", None)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds
-    begun = {path: options[name] for path, name in stage_folders(args).items()}
+    begun = {folder / "1_attribute_model": options["reward_model"], folder / "3_sft": options["sft"]}
+    begun |= {folder / f"5_sft_{k}": options["sft"] for k in range(1, num_rounds + 1)}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     found = {} if args.annotated else read_to_annotate(args)
     targets = {path: records for parts in found.values() for path, records in parts.items()}
     values = [record.value for records in targets.values() for record in records]
@@ -516,11 +432,9 @@ def main(args: Args) -> None:
     for target, records in targets.items():
         annotate(attribute_model, tokenizer, records, target, args, device)
     annotated = args.annotated or ",".join(found)
-    own, line = options["sft"], labels.read_line(args.attributes, "attributes")
+    own = options["sft"]
     train_set, eval_set = data.load_sft(tokenizer, annotated, own.eval_dataset, own.max_length)
-    prompts = [e for e in eval_set if e.prompt]
-    prompts = [e for e in prompts if fits(tokenizer, data.encode_prompt(tokenizer, e.prompt, line))]
-    prompts = prompts[: args.run.num_samples]
+    prompts = [e for e in eval_set if e.prompt][: args.run.num_samples]
     asked = (attribute_model, tokenizer, prompts, log, args, device)
     evaluate(0, args.model, *asked)
 

@@ -20,7 +20,6 @@ Metrics, results and departures from the papers: docs/steerlm2.md
 """
 
 import functools
-import hashlib
 import json
 import math
 import time
@@ -34,31 +33,20 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from common import (
-    certificate,
-    checkpoint,
-    data,
-    dist,
-    files,
-    formats,
-    labels,
-    models,
-    packed,
-    plan,
-    templates,
-)
-from common.args import Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
+from common import certificate, checkpoint, data, dist, files, formats, labels, models, packed, plan
+from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
 from common.evaluate import answer, answer_metrics, load_judge
 from common.generate import generate, to_example
+from common.groups import SCORES, as_record, load_groups, read_group, read_groups
 from common.log import Log
 from common.packed import Example, MicroBatch
 from common.rewards import load_rater
+from common.templates import check_prompts
 
 SHOWN = ("loss", "ess", "w_max", "grad_norm")
 GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
 OF_SAMPLING = ("dataset", "sft_model", "attributes", "num_responses", "num_prompts", "max_prompt_length")
 OF_SAMPLING += ("beta_concentration", "bin_edges")
-SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")  # what NeMo-Aligner's files call them
 
 
 @dataclass
@@ -85,10 +73,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat_template: str = ""
-    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
-    chat_template_kwargs: str = ""
-    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+    chat: OmitArgPrefixes[Chat] = block(Chat)
 
     # algorithm
     attribute_model: str = ""
@@ -173,14 +158,13 @@ def loss_and_metrics(policy: models.Policy, micro_batch: MicroBatch, args: Args)
     """Loss of a micro-batch, a sum over its groups that the caller divides, and metrics as (sum, count)."""
     sampler_logps, log_weights = (micro_batch.fields[name] for name in GROUP_FIELDS)  # (G, n) each
     logps = as_table(response_logps(policy, micro_batch, args), log_weights)  # a dummy has G = 0
-    loss = group_loss(logps, sampler_logps, log_weights).sum()
-    return loss, group_metrics(loss, logps, sampler_logps, log_weights)
+    return of_groups(logps, sampler_logps, log_weights)
 
 
-def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_weights: Tensor) -> dict:
-    """Metrics of groups as (sum, count); all but the loss, which is summed, (G, n)."""
-    missing, num_groups = log_weights.isnan(), len(log_weights)
-    weights = log_weights.masked_fill(missing, -math.inf).softmax(1)
+def of_groups(logps: Tensor, sampler_logps: Tensor, log_weights: Tensor) -> tuple[Tensor, dict]:
+    """The same from log-probabilities, (G, n) each."""
+    loss, missing = group_loss(logps, sampler_logps, log_weights).sum(), log_weights.isnan()
+    weights, num_groups = log_weights.masked_fill(missing, -math.inf).softmax(1), len(log_weights)
     ratios, counts = (logps - sampler_logps).masked_fill(missing, 0), (~missing).sum(1)
     metrics = {
         "loss": (loss, num_groups),
@@ -189,7 +173,7 @@ def group_metrics(loss: Tensor, logps: Tensor, sampler_logps: Tensor, log_weight
         "logps/mean": ((logps.sum(1) / counts).sum(), num_groups),
         "kl": ((ratios.sum(1) / counts).sum(), num_groups),
     }
-    return metrics
+    return loss, metrics
 
 
 def backward(policy: models.Policy, batch: list[Example], args: Args, device: torch.device) -> dist.Totals:
@@ -209,7 +193,7 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
     if large:
         logps, sampler_logps, log_weights = group_logps(policy, large, args, device)
         alone = [Example([sequence], "") for group in large for sequence in group.sequences]
-        loss = group_loss(logps.requires_grad_(), sampler_logps, log_weights).sum()
+        loss, metrics = of_groups(logps.requires_grad_(), sampler_logps, log_weights)
         # -(w' - b') / groups: known before any activation is kept, so responses can go one by one
         (gradient,) = torch.autograd.grad(loss / len(batch), logps)
         gradient = gradient[~log_weights.isnan()]  # (responses,)
@@ -217,7 +201,6 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
             coefficients = gradient[micro_batch.example_ids]
             (response_logps(policy, micro_batch, args) * coefficients).sum().backward()
         size = dist.world_size()  # every rank has all the large groups: a share of each sum and count
-        metrics = group_metrics(loss, logps, sampler_logps, log_weights)
         totals.update({name: (total / size, count / size) for name, (total, count) in metrics.items()})
     return totals
 
@@ -226,10 +209,8 @@ def group_logps(
     policy: models.Policy, groups: list[Example], args: Args, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log Q(y|a, x) of groups, without gradient, log Q' and log w, alike on every rank. -> (G, n) each"""
-    columns = [
-        packed.stack([e.fields[name] for e in groups], groups[0].fields[name]) for name in GROUP_FIELDS
-    ]
-    sampler_logps, log_weights = (torch.from_numpy(column).to(device) for column in columns)
+    fields = packed.make_micro_batch(groups, [*range(len(groups))], device).fields
+    sampler_logps, log_weights = (fields[name] for name in GROUP_FIELDS)
     sequences = [sequence for group in groups for sequence in group.sequences]
     return as_table(sequence_logps(policy, sequences, args, device), log_weights), sampler_logps, log_weights
 
@@ -249,18 +230,13 @@ def sample_groups(
     group of fewer than two others too: one response alone has no gradient. `keep` is a folder of these
     weights, from which the same call goes on if it was stopped.
     """
-    n, length = args.num_responses, args.max_new_tokens
+    n, length, groups = args.num_responses, args.max_new_tokens, []
     tokens = [data.encode_prompt(tokenizer, prompt.prompt, prompt.label) for prompt in prompts]
     sampling = {"temperature": args.temperature, "samples_per_prompt": n, "seed": args.seed, "step": number}
     samples = generate(policy, tokenizer, tokens, max_new_tokens=length, keep=keep, **sampling)
-    groups = []
     for i, prompt in enumerate(prompts):
-        replies = [reply.text for reply in samples[i * n : (i + 1) * n] if reply.ended]
-        turns = [{"from": m["role"].capitalize(), "value": m["content"]} for m in prompt.prompt]
-        group = {"system": turns.pop(0)["value"] if turns[0]["from"] == "System" else ""}
-        group |= {"prompt_turns": turns, "label": prompt.label.strip()}
-        group["responses"] = [{"from": "Assistant", "value": text} for text in replies]
-        groups += [group] if len(replies) > 1 else []
+        texts = [reply.text for reply in samples[i * n : (i + 1) * n] if reply.ended]
+        groups += [as_record(prompt, texts)] if len(texts) > 1 else []
     num_cut = sum(not reply.ended for reply in samples)
     found = f"{len(groups):,} of {len(prompts):,} groups have two responses of at most {length} tokens"
     if dist.is_main() and num_cut:
@@ -271,59 +247,31 @@ def sample_groups(
     return groups
 
 
-def prompt_of(group: dict, where: str) -> formats.Messages:
-    turns = group.get("prompt_turns")
-    if not isinstance(turns, list) or len(turns) % 2 == 0:
-        raise formats.wrong(where, group, "prompt_turns, an odd number of them, and responses")
-    turns = [{"role": "system", "content": group["system"]}] * bool(group.get("system")) + turns
-    return formats.as_messages(turns, where)
-
-
-def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -> list[packed.Tokens]:
-    """The responses of a group after its prompt, with or without the label line; one span, the response's."""
-    replies, prompt = group.get("responses"), prompt_of(group, where)
-    if not isinstance(replies, list):
-        raise formats.wrong(where, group, "responses")
-    label = labels.read_line(group.get("label"), where) if labelled else ""
-    sequences = []
-    for reply in formats.as_messages(replies, where):
-        if reply["role"] != "assistant":
-            raise formats.wrong(where, f"a response from {reply['role']}", "responses from Assistant")
-        with data.encoding(where):
-            sequences.append(data.encode_response(tokenizer, prompt, [{**reply, "label": label}]))
-    return sequences
-
-
 def sequence_logps(
     policy: models.Policy, sequences: list[packed.Tokens], args: Args, device: torch.device
 ) -> Tensor:
-    """log pi(y|x) of each sequence, on every rank. -> (sequences,)"""
-    examples, table = [Example([s], "") for s in sequences], torch.zeros(len(sequences), device=device)
-    with torch.no_grad():
-        for micro_batch in packed.micro_batches(examples, args.system.micro_batch_tokens, device):
-            table[micro_batch.example_ids] = response_logps(policy, micro_batch, args)
-    return dist.sum_over_ranks(table)
+    """log pi(y|x) of each sequence, on every rank, without gradient. -> (sequences,)"""
+    alone, limit = [Example([sequence], "") for sequence in sequences], args.system.micro_batch_tokens
+    return packed.table(lambda batch: response_logps(policy, batch, args), alone, (), limit, device)
 
 
-def score_groups(
-    scorers: tuple, tokenizer: Any, args: Args, device: torch.device, groups: list[dict]
-) -> list[dict]:
+def score_groups(groups: list[dict], scorers: tuple, tokenizer: Any, args: Args) -> list[dict]:
     """The groups with the SCORES of each response, all over the same tokens.
 
     Args:
         scorers: the attribute model, the SFT policy P, and the policy that was sampled, Q'.
     """
     rater, sft_policy, policy = scorers
+    device = next(policy.parameters()).device
 
     def encode(using: Any, labelled: bool) -> list[packed.Tokens]:
         parts = dist.parallel_map(lambda group: read_group(using, group, "groups", labelled), groups)
         return [sequence for part in parts for sequence in part]
 
-    attribute, start = [], 0
+    attribute, sizes = [], [len(group["responses"]) for group in groups]
     # (responses, A), on the scale of the labels
     predicted = rater(encode(rater.tokenizer, False), args.system.micro_batch_tokens, device)
-    for group in groups:
-        outputs = predicted[start : (start := start + len(group["responses"]))]
+    for group, outputs in zip(groups, predicted.split(sizes), strict=True):
         given = dict(item.split(":") for item in group["label"].split(",") if item)  # none: log P is 0
         wanted = torch.tensor([float(x) for x in given.values()], device=device).expand(len(outputs), -1)
         attribute.append(attribute_logps(outputs[:, [rater.names.index(n) for n in given]], wanted, args))
@@ -334,22 +282,16 @@ def score_groups(
     return [g | {"responses": [reply | next(rows) for reply in g["responses"]]} for g in groups]
 
 
-def encode_groups(records: list[formats.Record], tokenizer: Any, args: Args) -> list[Example]:
-    """Groups as examples with GROUP_FIELDS; one without scores or with a single response is an error."""
+def weigh(groups: list[Example], args: Args) -> list[Example]:
+    """The groups with GROUP_FIELDS instead of SCORES: log Q', and log w of Eq. 6."""
 
-    def encode(record: formats.Record) -> Example:
-        group, where = record
-        sequences, label = read_group(tokenizer, group, where), labels.read_line(group.get("label"), where)
-        if len(sequences) < 2:
-            raise formats.wrong(where, f"{len(sequences)} responses", "two or more, of which to learn")
-        rows = [[formats.number(reply.get(x), where, x) for x in SCORES] for reply in group["responses"]]
-        attribute, plain, sampler = np.array(rows).T  # (n,) float64 each
+    def weighed(group: Example) -> Example:
+        attribute, plain, sampler = group.fields.values()  # (n,) float64 each
         log_weights = (attribute + plain - sampler) / args.weight_temperature
         arrays = (sampler.astype(np.float32), log_weights.astype(np.float32))
-        fields = dict(zip(GROUP_FIELDS, arrays, strict=True))
-        return Example(sequences, prompt_of(group, where), fields, label=label)
+        return replace(group, fields=dict(zip(GROUP_FIELDS, arrays, strict=True)))
 
-    return dist.parallel_map(encode, records)
+    return [weighed(group) for group in groups]
 
 
 def describe(name: str, groups: list[Example]) -> None:
@@ -367,28 +309,14 @@ def describe(name: str, groups: list[Example]) -> None:
         print(text, flush=True)
 
 
-def load_groups(args: Args, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """(train, eval) of --groups; held out is eval_dataset or its test split, else 5 % of its prompts."""
-
-    def read(source: str, split: str) -> list[Example]:
-        return encode_groups(formats.read_records(source, split, "groups") or [], tokenizer, args)
-
-    given, train = args.eval_dataset, read(args.groups, "train")
-    if not train:
-        raise formats.wrong(f"groups {args.groups}", "none to train on", "NeMo-Aligner's records")
-    held_out = read(given or args.groups, "test") or (read(given, "train") if given else [])
-    return (train, held_out) if held_out else data.hold_out(train, args.groups)
-
-
-def load_prompts(args: Args, tokenizer: Any) -> tuple[data.Dataset, data.Dataset]:
-    """(train, eval) prompts that NeMo-Aligner's records can hold; another is an error."""
+def load_examples(args: Args, tokenizer: Any) -> tuple[Any, Any]:
+    """(train, eval): groups, or prompts, of which one that groups cannot hold is an error."""
+    if args.groups:
+        train, held_out = load_groups(tokenizer, args.groups, args.eval_dataset)
+        return weigh(train, args), weigh(held_out, args)
     datasets = data.load_prompts(tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length)
-    for example in datasets[0]:
-        found = f"the prompt {example.prompt}"
-        if sum(turn["role"] != "system" for turn in example.prompt) % 2 == 0:
-            raise formats.wrong("dataset", found, "turns of user and assistant in turn")
-        if any(turn.keys() - {"role", "content"} for turn in example.prompt):
-            raise formats.wrong("dataset", found, "turns of text alone, without tools")
+    for prompt in datasets[0]:
+        as_record(prompt, [])
     return datasets
 
 
@@ -449,33 +377,9 @@ def begun(output_dir: str) -> list[int]:
     return json.loads((last / "numbers.json").read_text())["sizes"] if last else []
 
 
-def batch_of(groups: data.Dataset, number: int, k: int, args: Args) -> list[Example]:
-    """The groups of step k, from 1, of an iteration: a function of (seed, step), alike on every rank."""
-    size, num_epochs, batch_size = len(groups), args.run.num_epochs, args.optimization.batch_size
-    positions = range((k - 1) * batch_size, min(k * batch_size, num_epochs * size))
-    return [groups[groups.order(args.seed, number * num_epochs + p // size)[p % size]] for p in positions]
-
-
-def origin_of(prompts: list[Example], number: int, args: Args) -> str:
-    """Tells the groups of an iteration from those of other settings, models or prompts, on every rank."""
-    options, asked = snapshot(args), [(e.prompt, e.label) for e in prompts]
-    named = (args.model, args.attribute_model, args.sft_model or args.model)
-    settings = sorted((name, str(x)) for name, x in options.values.items() if name in options.fixed)
-    key = dist.from_main(lambda: repr([[*map(files.fingerprint, named)], settings, asked, number]))
-    return hashlib.sha256(key.encode()).hexdigest()[:8]
-
-
-TOY = dict(
-    attribute_model="toy/attribute_model",
-    attributes="toxicity:0,verbosity:1;toxicity:4,verbosity:1;toxicity:0,verbosity:3",
-    num_prompts=192,
-    learning_rate=3e-4,
-    warmup_steps=3,
-    batch_size=32,
-    max_new_tokens=48,
-    eval_every=12,
-    num_samples=200,
-)
+TOY = dict(attributes="toxicity:0,verbosity:1;toxicity:4,verbosity:1;toxicity:0,verbosity:3")
+TOY |= dict(attribute_model="toy/attribute_model", num_prompts=192, learning_rate=3e-4, warmup_steps=3)
+TOY |= dict(batch_size=32, max_new_tokens=48, eval_every=12, num_samples=200)
 
 
 def main(args: Args) -> None:
@@ -487,8 +391,8 @@ def main(args: Args) -> None:
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 
     # data
-    tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    train_set, eval_set = (load_groups if args.groups else load_prompts)(args, tokenizer)
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
+    train_set, eval_set = load_examples(args, tokenizer)
     num_groups = len(train_set) if args.groups else min(args.num_prompts, len(train_set))
     sizes = dist.from_main(lambda: begun(run.output_dir))  # groups of the iterations so far
     num_steps = count_steps(sizes, num_groups, args)
@@ -503,24 +407,23 @@ def main(args: Args) -> None:
     if not args.groups:
         rater = load_rater(*attribute_model)
         prompts = [e.prompt for e in train_set]
-        templates.check_prompts(rater.tokenizer, prompts, f"attribute_model {args.attribute_model}")
+        check_prompts(rater.tokenizer, prompts, f"attribute_model {args.attribute_model}")
         wanted = [labels.read_wanted(text, rater.names) for text in args.attributes.split(";")]
         eval_set = ask(eval_set, wanted)
         del rater  # until it is needed
-    trained = models.parameter_groups(policy, optimization.weight_decay)
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95))
+    optimizer = models.adamw(policy, optimization)
     certificate.run(run, checks(policy, tokenizer, train_set, args, device))
     parts = {"policy": (policy, optimizer)}
     resumed = checkpoint.resume(run.output_dir, parts)
-    step, num_tokens = resumed["step"], resumed["num_tokens"]
+    start_step, num_tokens = resumed["step"], resumed["num_tokens"]
 
     def evaluate(step: int) -> dict[str, float]:
         sampling = Sampling(args.max_new_tokens, args.temperature)
         answers = answer(policy, tokenizer, eval_set, run.num_samples, sampling, args.seed, step, judge)
         if answers and args.attribute_model and not judge:
             exchanges, rater = [(a.example.prompt, a.text) for a in answers], load_rater(*attribute_model)
-            found = rater.judge(exchanges, system.micro_batch_tokens, device)
-            answers = [replace(a, scores=scores) for a, scores in zip(answers, found, strict=True)]
+            scores = rater.judge(exchanges, system.micro_batch_tokens, device)
+            answers = [replace(a, scores=found) for a, found in zip(answers, scores, strict=True)]
         log.samples(step, [a.row() for a in answers])
         metrics = answer_metrics(answers)
         if args.groups:
@@ -532,64 +435,64 @@ def main(args: Args) -> None:
         path = Path(run.output_dir) / f"groups_{number + 1}.jsonl"
         if number == len(sizes) and not args.groups:
             prompts = ask(data.batch(train_set, number + 1, num_groups, args.seed), wanted)
-            origin = origin_of(prompts, number, args)
+            origin = log.fingerprint(*beside(args).values())
             keep = path.with_name(f"{path.name}.{origin}.replies")
             if dist.from_main(lambda: next(iter(files.read_rows(path)), {}).get("origin")) != origin:
                 groups = sample_groups(policy, tokenizer, prompts, number, args, keep)
                 groups = [{**group, "origin": origin} for group in groups]
                 sft_policy = models.load(args.sft_model or args.model, device, system, trainable=False)
                 scorers = (load_rater(*attribute_model), sft_policy, policy)
-                score = functools.partial(score_groups, scorers, tokenizer, args, device)
-                files.write_lines(path, groups, origin, score)
+                files.write_lines(
+                    path, groups, origin, lambda part: score_groups(part, scorers, tokenizer, args)
+                )
             dist.from_main(lambda: files.remove(keep))
-        return train_set if args.groups else encode_groups(formats.read_file(path), tokenizer, args)
+        return train_set if args.groups else weigh(read_groups(formats.read_file(path), tokenizer), args)
 
-    if step == 0:
+    if start_step == 0:
         log(0, num_steps, evaluate(step=0))
 
-    first = end = 0  # steps before an iteration, and at its end
-    while step < num_steps:
-        if step == end or not end:  # Q' <- Q; where a run goes on within an iteration, its groups again
-            number = len(sizes) - (step < steps_of(sizes, args))
-            groups = data.Dataset([(make_groups(number), 1.0)])
-            describe(f"groups of iteration {number + 1}", groups)
-            sizes[number:] = [len(groups)]
-            first, end = steps_of(sizes[:-1], args), steps_of(sizes, args)
-            num_steps = count_steps(sizes, num_groups, args)
+    while start_step < num_steps:
+        # sample and score: Q' <- Q; where a run goes on within an iteration, its groups again
+        number = len(sizes) - (start_step < steps_of(sizes, args))
+        groups = data.Dataset([(make_groups(number), 1.0)])
+        describe(f"groups of iteration {number + 1}", groups)
+        sizes[number:] = [len(groups)]
+        first, end = steps_of(sizes[:-1], args), steps_of(sizes, args)
+        num_steps = count_steps(sizes, num_groups, args)
+        how = (optimization.batch_size, args.seed, run.num_epochs)
 
-        # update
-        step += 1
-        step_start = time.perf_counter()
-        batch = batch_of(groups, number, step - first, args)
-        lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
-        models.set_lr(optimizer, lr)
-        totals = backward(policy, batch, args, device)
-        grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.update({"grad_norm": (grad_norm, 1)})
-        metrics = totals.reduce("train/")  # the step's one synchronisation
-        seconds = time.perf_counter() - step_start
+        for step in range(start_step + 1, min(end, num_steps) + 1):
+            # update
+            step_start = time.perf_counter()
+            # the same on every rank
+            batch = data.batch(groups, step - first, *how, first_epoch=number * run.num_epochs)
+            lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
+            models.set_lr(optimizer, lr)
+            totals = backward(policy, batch, args, device)
+            grad_norm = models.clip_grad_norm(policy, optimization.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            totals.update({"grad_norm": (grad_norm, 1)})
+            metrics = totals.reduce("train/")  # the step's one synchronisation
+            seconds = time.perf_counter() - step_start
 
-        # evaluate
-        num_tokens += sum(example.num_tokens for example in batch)
-        passes = min((step - first) * optimization.batch_size / len(groups), run.num_epochs)
-        metrics |= {
-            "train/epoch": number * run.num_epochs + passes,
-            "train/num_tokens": num_tokens,
-            "train/learning_rate": lr,
-        }
-        metrics |= models.speed(policy, batch, seconds)
-        stop = dist.stop_requested()
-        if step % run.eval_every == 0 or step == num_steps:
-            metrics |= evaluate(step)
+            # evaluate
+            num_tokens += sum(example.num_tokens for example in batch)
+            passes = min((step - first) * optimization.batch_size / len(groups), run.num_epochs)
+            metrics["train/epoch"] = number * run.num_epochs + passes
+            metrics |= {"train/num_tokens": num_tokens, "train/learning_rate": lr}
+            metrics |= models.speed(policy, batch, seconds)
+            stop = dist.stop_requested()
+            if step % run.eval_every == 0 or step == num_steps:
+                metrics |= evaluate(step)
 
-        # log and save: always before the policy becomes the sampler
-        log(step, num_steps, metrics)
-        if step % run.save_every == 0 or step in (end, num_steps) or stop:
-            checkpoint.save(run, step, parts, num_tokens=num_tokens, sizes=sizes)
-        if stop and step < num_steps:
-            return log.finish(stopped_at=step)
+            # log and save: always before the policy becomes the sampler
+            log(step, num_steps, metrics)
+            if step % run.save_every == 0 or step in (end, num_steps) or stop:
+                checkpoint.save(run, step, parts, num_tokens=num_tokens, sizes=sizes)
+            if stop and step < num_steps:
+                return log.finish(stopped_at=step)
+        start_step = end
 
     checkpoint.export(run, policy, tokenizer, args.model)
     log.finish()

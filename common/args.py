@@ -172,6 +172,16 @@ class PipelineRun(Folder):
 
 
 @dataclass
+class Chat:
+    """How conversations become text."""
+
+    chat_template: str = ""
+    """chat template that replaces the tokenizer's: a Jinja file, or chatml"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template, as JSON: {"enable_thinking": false}; the export has them as defaults"""
+
+
+@dataclass
 class Sampling:
     """The answers to held-out prompts that each evaluation logs; nothing is trained on them."""
 

@@ -155,6 +155,7 @@ def places(
     seed: int,
     num_epochs: int | None = None,
     max_steps: int = -1,
+    first_epoch: int = 0,
 ) -> list[int]:
     """The indices of a step's examples, counted from 1: a function of (seed, step), alike on every rank.
 
@@ -164,7 +165,8 @@ def places(
     end = step * batch_size
     if num_epochs is not None and max_steps < 0:
         end = min(end, num_epochs * size)
-    return [int(dataset.order(seed, p // size)[p % size]) for p in range((step - 1) * batch_size, end)]
+    positions = (divmod(p, size) for p in range((step - 1) * batch_size, end))
+    return [int(dataset.order(seed, first_epoch + epoch)[place]) for epoch, place in positions]
 
 
 # -------------------------------------------------------------------------------------------------- data sets

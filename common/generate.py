@@ -110,9 +110,11 @@ def check(settings: Settings, samples_per_prompt: int, prompts: Sequence[Sequenc
 
 
 def to_example(sample: Sample) -> packed.Example:
-    """Prompt and response as one sequence for `packed.micro_batches`, the mask on the response."""
+    """Prompt and response as one sequence, the mask on the response; its log-probs and end as fields."""
     tokens = np.array(sample.prompt_tokens + sample.tokens, np.int32)
-    return packed.Example([(tokens, np.arange(len(tokens)) >= len(sample.prompt_tokens))], prompt="")
+    sequence = (tokens, np.arange(len(tokens)) >= len(sample.prompt_tokens))
+    fields = {"sampler_logps": np.array(sample.logps, np.float32), "ended": float(sample.ended)}
+    return packed.Example([sequence], prompt="", fields=fields)
 
 
 def sampled_logps(samples: Sequence[Sample], batch: packed.MicroBatch) -> Tensor:

@@ -5,7 +5,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from common import dist
 from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, Record, first, number, wrong
+from common.streams import read_records, read_sources
 
 LABELS = ("label", "attributes")
 NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
@@ -108,3 +110,25 @@ def attach_labels(value: dict, turns: Messages, where: str) -> None:
         line = read_line(first(source, LABELS), where)
         if line and turn["role"] == "assistant":
             turn["label"] = line
+
+
+def check_labels(dataset: str) -> None:
+    """Count the replies of annotated data that have no label, and are trained without one.
+
+    Raises:
+        RunError: labels that nothing would read, or no label at all.
+    """
+    given = []
+    for source, _ in read_sources(dataset):
+        for record, where in read_records(source, "train", "sft") or ():
+            turns = first(record, CONVERSATIONS) or ()
+            roles = [ROLES.get(str(first(turn, ("role", "from"))).lower()) for turn in turns]
+            own = [first(t, LABELS) for t, role in zip(turns, roles, strict=True) if role == "assistant"]
+            if any(own) and record.get("type") != "VALUE_TO_TEXT":
+                raise wrong(where, f"labels and type {record.get('type')}", "type VALUE_TO_TEXT")
+            given += own
+    if not any(given):
+        raise wrong(f"annotated {dataset}", "no reply with a label", "some, and type VALUE_TO_TEXT")
+    num_bare = sum(not label for label in given)
+    if dist.is_main() and num_bare:
+        print(f"{dataset}: {num_bare:,} of {len(given):,} replies have no label, trained without one")

@@ -4,6 +4,7 @@ Only rank 0 writes. Metrics go to the file in full and to the console in part, a
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -129,6 +130,12 @@ class Log:
     def steps(self) -> set[int]:
         """The steps that have a row, on every rank."""
         return {row["step"] for row in self.rows}
+
+    def fingerprint(self, *models: str) -> str:
+        """Tells what this run makes, with the help of models, from what runs of others or otherwise make."""
+        fixed = {name: x for name, x in self.options.values.items() if name in self.options.fixed}
+        made_from = dist.from_main(lambda: repr((self.inputs, fixed, [*map(files.fingerprint, models)])))
+        return hashlib.sha256(made_from.encode()).hexdigest()[:8]
 
     def is_finished(self, num_steps: int, inputs: dict[str, str]) -> bool:
         """Whether the run has all its steps and its model; if so, its table is printed again.

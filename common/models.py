@@ -391,6 +391,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def adamw(model: nn.Module, optimization: Optimization) -> torch.optim.AdamW:
+    """AdamW of all that is trained; each step sets its own learning rate."""
+    return torch.optim.AdamW(parameter_groups(model, optimization.weight_decay), betas=(0.9, 0.95))
+
+
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to a global norm of at most max_norm (0: never). -> the norm before, a scalar.
 

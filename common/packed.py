@@ -101,6 +101,22 @@ def micro_batches(
         yield batch
 
 
+@torch.no_grad()
+def table(
+    compute: Callable[[MicroBatch], Tensor],
+    examples: Sequence[Example],
+    shape: tuple[int, ...],
+    micro_batch_tokens: int,
+    device: torch.device,
+    what: str = "",
+) -> Tensor:
+    """What `compute` gives for each example of a micro-batch, of all examples, on every rank. (n, *shape)"""
+    found = torch.zeros(len(examples), *shape, device=device)
+    for batch in micro_batches(examples, micro_batch_tokens, device, what):
+        found[batch.example_ids] = compute(batch)
+    return dist.sum_over_ranks(found)  # each example was computed by one rank
+
+
 def token_limit(micro_batch_tokens: int, device: torch.device) -> int:
     """Most tokens of a micro-batch; 0 stands for what suits the device."""
     return micro_batch_tokens or (8192 if device.type == "cuda" else 2048)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ppo
 from common import models, packed
-from common.generate import Sample
+from common.generate import Sample, to_example
 
 __all__ = ["tiny"]  # a fixture
 BETA = 0.5
@@ -173,7 +173,7 @@ def test_e7_the_scripts_own_update_has_the_exact_gradient(tiny: str, device: tor
     exact = flat_gradient()
     samples = sampled(list(range(len(ANSWERS))), log_ref)
     rollout, _ = ppo.make_rollout(
-        [*map(ppo.to_response, samples)], REWARDS, policy, reference, None, BETA, {}, args
+        [*map(to_example, samples)], REWARDS, policy, reference, None, BETA, {}, args
     )
     weighted = rollout._replace(mask=rollout.mask * logps.detach().exp()[:, None])  # as often as pi draws it
     (whole,) = packed.micro_batches(rollout.examples, 10_000, device)
@@ -208,7 +208,7 @@ def ppo_run(
         chosen = torch.multinomial(probs, 256, replacement=True, generator=generator)
         samples = sampled(chosen.tolist(), log_ref, cut)
         rollout, _ = ppo.make_rollout(
-            [*map(ppo.to_response, samples)], scores[chosen], policy, reference, value_model, BETA, {}, args
+            [*map(to_example, samples)], scores[chosen], policy, reference, value_model, BETA, {}, args
         )
         for picked in ppo.minibatches(len(samples), number, args):
             batch = rollout.take(picked)

@@ -408,7 +408,7 @@ def test_the_spin_loss_and_metrics_are_trls_dpo_on_real_and_generated(
         for pair in pairs
     ]
     for pair, logps in zip(pairs, spin.opponent_logps(opponent, pairs, 0, device), strict=True):
-        pair.fields = dict(zip(spin.LOGPS, logps, strict=True))
+        pair.fields = logps
     (micro_batch,) = packed.micro_batches(pairs, ONE_ROW, device)
     ours, metrics = spin.loss_and_metrics(policy, micro_batch, beta=0.3, ell=loss)
     (ours / len(pairs)).backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 import ppo
 from common import checkpoint, data, dist, models, packed, rewards
 from common.args import describe_preset, flat, parse
-from common.generate import Sample, generate
+from common.generate import Sample, generate, to_example
 
 
 def close(found: Tensor, expected: Any, tolerance: float = 1e-4) -> None:
@@ -295,7 +295,7 @@ def made(device: torch.device, policy: Any, ended: tuple[bool, ...], **settings:
     args = args_of(ppo.Args, **{"kl_coef": 0.0, "whiten_advantages": False, "gae_lambda": 1.0, **settings})
     scores = torch.arange(1.0, 1 + len(ended), device=device)
     rollout, metrics = ppo.make_rollout(
-        [*map(ppo.to_response, samples)], scores, policy, None, None, 0.0, {}, args
+        [*map(to_example, samples)], scores, policy, None, None, 0.0, {}, args
     )
     return rollout, means(metrics), args
 
@@ -363,7 +363,7 @@ def test_a_group_all_alike_is_counted_whatever_its_score(
     args = args_of(ppo.Args, kl_coef=0.0, samples_per_prompt=7, advantage="grpo")
     samples = [Sample(0, i, [11, 12], [20], [0.0], True, "") for i in range(7)]
     scores = torch.tensor([0.1] * 6 + [last], device=device)  # the std of seven times .1 is 7e-9
-    _, metrics = ppo.make_rollout([*map(ppo.to_response, samples)], scores, policy, None, None, 0.0, {}, args)
+    _, metrics = ppo.make_rollout([*map(to_example, samples)], scores, policy, None, None, 0.0, {}, args)
     assert means(metrics)["frac_reward_zero_std"] == share
 
 
@@ -429,7 +429,7 @@ def two_turns(policy: Any, tokenizer: Any, number: int) -> list[packed.Example]:
     replies = generate(policy, tokenizer, so_far, first_index=64, **turn)
     examples = []
     for first, second in zip(said, replies, strict=True):
-        example = ppo.to_response(second)
+        example = to_example(second)
         _, mask = example.sequences[0]
         mask[len(PROMPT) : len(PROMPT) + len(first.tokens)] = True
         example.fields["sampler_logps"] = np.array(first.logps + second.logps, np.float32)
@@ -788,8 +788,8 @@ def test_a_reward_model_with_other_tokens_is_no_start_for_the_value_model(
 ) -> None:
     load_tokenizer = data.load_tokenizer
 
-    def other(model: str, *rest: Any) -> Any:
-        found = load_tokenizer(model, *rest)
+    def other(model: str, **rest: Any) -> Any:
+        found = load_tokenizer(model, **rest)
         if model == reward_model:
             found.add_tokens(["<another>"])
         return found

@@ -59,7 +59,7 @@ def test_policy_equal_to_opponent_gives_log_two_and_equal_sides_no_gradient(
     pairs = [make_pair([5, 6], [7, 8, 9], [10, 11]), make_pair([5], [7, 8], [7, 8])]
     logps = spin.opponent_logps(policy, pairs, 0, device)
     for pair, both in zip(pairs, logps, strict=True):
-        pair.fields = dict(zip(spin.LOGPS, both, strict=True))
+        pair.fields = both
     loss, metrics = spin.loss_and_metrics(policy, packed.make_micro_batch(pairs, [0, 1], device), beta=0.1)
     assert loss.item() / 2 == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["rewards/margins"][0].item() == 0 and metrics["rewards/accuracies"][0].item() == 0
@@ -152,7 +152,7 @@ def test_formats(name: str, tokenizer: Any, tmp_path: Path) -> None:
     (example,) = demonstrations(tokenizer, tmp_path, [FORMATS[name]])
     assert example.prompt == ASKED
     assert spin.prompt_tokens(example.sequences[0]) == data.encode_prompt(tokenizer, ASKED)
-    assert spin.decode(tokenizer, spin.response_tokens(example.sequences[0])) == "4."
+    assert spin.response_text(tokenizer, example.sequences[0]) == "4."
 
 
 def test_real_is_the_last_reply_only(tokenizer: Any, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_real_is_the_last_reply_only(tokenizer: Any, tmp_path: Path) -> None:
     ]
     (example,) = demonstrations(tokenizer, tmp_path, [{"messages": chat}])
     assert example.prompt == chat[:3]
-    assert spin.decode(tokenizer, spin.response_tokens(example.sequences[0])) == "6."
+    assert spin.response_text(tokenizer, example.sequences[0]) == "6."
 
 
 def test_a_prompt_without_room_is_dropped_and_a_long_reply_cut_and_both_are_counted(
@@ -305,14 +305,14 @@ def test_the_opponent_stands_still_in_an_iteration_and_moves_after_it(
         origin = {name: first[0][name] for name in ("iteration", "opponent", "seed")}
         held_out.append(spin.read_pairs(folder / f"held_out_{number}.jsonl", examples, origin))
     real = [[pair.fields["ref_real_logps"] for pair in pairs] for pairs in held_out]
-    expected = [logps[0] for logps in spin.opponent_logps(start, held_out[0], 0, device)]
+    expected = [x["ref_real_logps"] for x in spin.opponent_logps(start, held_out[0], 0, device)]
     assert real[0] == pytest.approx(expected, abs=1e-4)  # the model the run began with, not the trained one
     apart = [
         max(abs(a - b) for a, b in zip(*sides, strict=True))
         for sides in (
             (real[0], real[1]),
             (real[1], real[2]),
-            (real[2], [x[0] for x in spin.opponent_logps(end, held_out[2], 0, device)]),
+            (real[2], [x["ref_real_logps"] for x in spin.opponent_logps(end, held_out[2], 0, device)]),
         )
     ]
     assert min(apart) > 0.1

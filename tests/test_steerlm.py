@@ -82,7 +82,7 @@ def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: 
     for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
         (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
         path = str(tmp_path / "data.jsonl")
-        steerlm.check_labels(path)
+        labels.check_labels(path)
         sets.append(data.load_sft(tokenizer, path, path, 512)[0][0].sequences[0])
     for ours, theirs in zip(*sets, strict=True):
         assert ours.tolist() == theirs.tolist()
@@ -251,7 +251,7 @@ def test_labels_are_those_of_the_judge_mostly(whole: tuple) -> None:
 def test_a_run_leaves_its_stages_a_table_and_a_model(whole: tuple) -> None:
     folder = whole[0]
     assert {p.name for p in folder.iterdir()} >= {"2_annotated", "3_sft", "4_bootstrap_1", "5_sft_1", "model"}
-    assert (folder / "follow.png").stat().st_size > 5000 and (folder / "curves.png").exists()
+    assert (folder / "curves.png").exists()
     rows = read_metrics(folder)
     assert [r["step"] for r in rows] == [0, 1, 2] and "eval/follow/spearman/toxicity" in rows[-1]
     samples = [json.loads(line) for line in whole[1]["samples.jsonl"].splitlines()]
@@ -482,7 +482,7 @@ def test_annotated_files_keep_what_has_no_label(
     nemo_folder: Path, tokenizer: Any, capsys: pytest.CaptureFixture
 ) -> None:
     """Trained without a line, as NeMo-Aligner trains a turn whose label is null, and counted."""
-    steerlm.check_labels(str(nemo_folder))
+    labels.check_labels(str(nemo_folder))
     assert "2 of 7 replies have no label, trained without one" in capsys.readouterr().out
     train, _ = data.load_sft(tokenizer, str(nemo_folder), "", 512)
     texts = [

@@ -214,7 +214,7 @@ def test_a_sampled_response_starts_where_a_scored_one_does(tokenizer: Any) -> No
 
 
 def read_groups(path: Path, tokenizer: Any, args: Any) -> list[packed.Example]:
-    return steerlm2.encode_groups(formats.read_file(path), tokenizer, args)
+    return steerlm2.weigh(steerlm2.read_groups(formats.read_file(path), tokenizer), args)
 
 
 def nemo_record() -> dict:
@@ -353,7 +353,7 @@ def test_steps_and_passes_are_counted_from_what_is_kept() -> None:
     assert steerlm2.count_steps([], 12, args) == 18
     assert steerlm2.count_steps([5, 12], 12, args) == 3 + 6 + 6  # 2 passes over 5 groups: steps of 4, 4 and 2
     groups = data.Dataset([([packed.Example([], str(i)) for i in range(5)], 1.0)])
-    seen = [[e.prompt for e in steerlm2.batch_of(groups, 1, k, args)] for k in (1, 2, 3)]
+    seen = [[e.prompt for e in data.batch(groups, k, 4, 1, 2, first_epoch=2)] for k in (1, 2, 3)]
     assert [len(batch) for batch in seen] == [4, 4, 2]
     visits = [prompt for batch in seen for prompt in batch]
     assert sorted(visits[:5]) == sorted(visits[5:]) == [str(i) for i in range(5)]
@@ -587,7 +587,7 @@ def test_an_iteration_starts_at_its_sampler(sampled: Path) -> None:
     settings = args_of(steerlm2.Args, **SAMPLED, max_steps=6)
     for number, step in ((1, 1), (2, 4)):
         groups = read_groups(sampled / f"groups_{number}.jsonl", data.load_tokenizer("toy"), settings)
-        batch = steerlm2.batch_of(data.Dataset([(groups, 1.0)]), number - 1, 1, settings)
+        batch = data.batch(data.Dataset([(groups, 1.0)]), 1, 4, 1, 1, first_epoch=number - 1)
         log_w = torch.tensor(np.stack([e.fields["log_weights"] for e in batch]))
         entropy = torch.distributions.Categorical(logits=log_w).entropy().mean().item()
         assert rows[step]["train/kl"] == pytest.approx(0, abs=1e-5)
