@@ -7,6 +7,7 @@ command line of its script, and is read, and refused, before any stage begins.
 import contextlib
 import gc
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -111,19 +112,15 @@ def read_options(name: str, Args: type, options: str, reserved: Collection[str] 
     Raises:
         RunError: an unknown option, one that is reserved, or a value of another type.
     """
-    defaults = Args()
     try:
-        groups = args.split_options(options)
+        words = shlex.split(options)
     except ValueError as error:
         raise formats.wrong(f"{name} {options!r}", str(error), '"--option value --option value"') from error
-    if "help" in groups:
-        return args.parse_words(["--help"], defaults, prog=name)
-    for option in groups:
-        if option in reserved or option.removeprefix("no_") in reserved:
+    for option in args.split_options(words):
+        if option.removeprefix("no_") in reserved:
             raise dist.RunError(f"{name}: --{option} is set by the pipeline; leave it out")
-    defaults = args.with_fields(defaults, **args.merged_presets(Args, args.values_of(groups)))
     try:
-        found = args.parse_words([word for group in groups.values() for word in group], defaults)
+        found = args.parse_words(words, Args(), prog=name)
         args.refuse_numbers(args.flat(found))
     except dist.RunError as error:
         raise dist.RunError(f"{name}: {error}") from error
