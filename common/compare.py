@@ -1,6 +1,7 @@
 """Runs side by side: do they have the same metrics and samples, and if not, where do they part first?
 
     python -m common.compare runs/before runs/after [runs/other ...] [--tolerance 1e-6]
+    python -m common.compare runs/a runs/b --judge my_judge:score    # whose answers are better?
 
 Rows of metrics.jsonl are matched by step, those of samples.jsonl by step and place, values by name; stages
 of a pipeline are compared as well, and every run with the first. Speed, times and memory differ from run to
@@ -10,6 +11,7 @@ that of diff: 0 for equal runs, 1 for different ones, 2 if a folder is no run.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -23,6 +25,7 @@ import tyro
 IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_\w+)")
 FREE = {"output_dir", "overwrite", "accept_changes", "track", "wandb_project", "run_name", "plan", "check"}
 FREE |= {"max_minutes", "finished_at", "accepted_changes"}  # in args.json, and of no weight
+QUESTION, REQUEST = "Which reply is better?", "Answer with the letter of that reply alone: (A) or (B)."
 
 
 @dataclass
@@ -33,6 +36,10 @@ class Args:
     """the run folders, two or more"""
     tolerance: float = 0.0
     """numbers a and b count as equal if |a - b| <= tolerance * max(1, |b|); 0: equal to the last bit"""
+    judge: str = ""
+    """judges answers to the same prompts: package.module:function, a reward model, or a server's https://host/v1"""
+    judge_model: str = ""
+    """name of the model at the server"""
 
 
 class Place(NamedTuple):
@@ -156,16 +163,82 @@ def in_columns(lines: list[list[str]]) -> str:
     )
 
 
-def main(args: Args) -> int:
+def answered_by_both(runs: tuple[Run, Run]) -> list[tuple[str, str, str]]:
+    """(prompt, answer of one, answer of the other) from the last evaluation in each run's samples.jsonl.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: list[dict] = []
+    for run in runs:
+        places = sorted(place for place in run if place.file == "samples.jsonl" and "response" in run[place])
+        answers, seen = {}, Counter()
+        for row in (run[place] for place in places if place.step == places[-1].step):
+            asked = (row["prompt"], row.get("label"))
+            answers[asked, seen[asked]] = row["response"]
+            seen[asked] += 1
+        found.append(answers)
+    pairs = [(key[0][0], text, found[1][key]) for key, text in found[0].items() if key in found[1]]
+    if not pairs:
+        raise ValueError("no prompt that both runs have answered; --num_samples logs answers")
+    return pairs
+
+
+def preferences(args: Args, folder: Path, pairs: list[tuple[str, str, str]]) -> dict[str, list[float]]:
+    """Score -> for each pair above 0 if the second answer is better, below if the first is, 0 for a tie.
+
+    A server says which of two is better, and is asked in both orders: where it names the same place in both,
+    that is a tie. Where it names none in one of them, the pair is left out.
+    """
+    from common import chat, constitutions, dist, evaluate, packed, rewards
+    from common.args import System
+
+    device, asked = dist.init(seed=1), [[chat.user(prompt)] for prompt, *_ in pairs]
+    if args.judge.startswith(("http://", "https://")):
+        server = chat.Endpoint(args.judge, args.judge_model, chat.Server(), folder / "judged", 8)
+        orders = [
+            (turns, order)
+            for turns, (_, a, b) in zip(asked, pairs, strict=True)
+            for order in ((a, b), (b, a))
+        ]
+        said = server.verdicts(
+            [constitutions.ask_judge(x, QUESTION, order, request=REQUEST) for x, order in orders]
+        )
+        both = [said[i : i + 2] for i in range(0, len(said), 2)]
+        return {args.judge_model: [swapped[0] - first[0] for first, swapped in both if first and swapped]}
+    if ":" in args.judge:
+        judge = evaluate.load_judge(args.judge, "")
+        scores = [[judge(prompt, text) for text in texts] for prompt, *texts in pairs]
+        evaluate.mean_scores([x for both in scores for x in both])  # refuses other names
+        return {name: [b[name] - a[name] for a, b in scores] for name in scores[0][0]}
+    models = rewards.load(args.judge, device, System())
+    examples = [packed.Example([], turns) for turns in asked]
+    found = [
+        rewards.score_replies(models, examples, texts, 0, device)
+        for texts in ([a for _, a, _ in pairs], [b for *_, b in pairs])
+    ]
+    return {args.judge: [b - a for a, b in zip(*found, strict=True)]}
+
+
+def win_rate(name: str, found: list[float]) -> list[str]:
+    """Cells of a row: won, tied, lost; the share won, a tie as half, and Wilson's interval of it."""
+    if not found:
+        raise ValueError(f"{name} has judged none of the answers")
+    count, z = len(found), statistics.NormalDist().inv_cdf(0.975)
+    won, tied = sum(x > 0 for x in found), sum(x == 0 for x in found)
+    share = (won + tied / 2) / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    rates = f"{share:.1%}", f"{middle - half:.1%} to {middle + half:.1%}"
+    return [name, *map(str, (won, tied, count - won - tied)), *rates]
+
+
+def report(args: Args) -> int:
     """Compare and print. -> the exit code"""
-    try:
-        if len(args.runs) < 2:
-            raise ValueError(f"{len(args.runs)} run folders; expected two or more")
-        first, *others = runs = [*map(read_run, args.runs)]
-        changed = differing([*map(read_settings, args.runs)])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if len(args.runs) < 2:
+        raise ValueError(f"{len(args.runs)} run folders; expected two or more")
+    first, *others = runs = [*map(read_run, args.runs)]
+    changed = differing([*map(read_settings, args.runs)])
     is_different = False
     for folder, other in zip(args.runs[1:], others, strict=True):
         lines = compare((first, other), (args.runs[0], folder), args.tolerance)
@@ -177,7 +250,23 @@ def main(args: Args) -> int:
     if is_different and (lines := evaluations(runs, of_seeds)):
         heads = ["evaluation", *map(str, args.runs), *(["mean +- standard error"] if of_seeds else [])]
         print(in_columns([heads, *lines]))
+    for folder, other in zip(args.runs[1:], others, strict=True) if args.judge else ():
+        pairs = answered_by_both((first, other))
+        found = preferences(args, folder, pairs)
+        heads = ["judged by", "won", "tied", "lost", "win rate", "95 % (Wilson, a tie as half)"]
+        rows = [win_rate(name, values) for name, values in found.items()]
+        print(f"answers of {folder} against those of {args.runs[0]} to {len(pairs):,} prompts")
+        print(in_columns([heads, *rows]))
     return int(is_different)
+
+
+def main(args: Args) -> int:
+    """`report`, where a mistake is one line. -> the exit code"""
+    try:
+        return report(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
