@@ -2,7 +2,7 @@
 
 A script composes blocks into its Args, with its own defaults:
 
-    optimization: OmitArgPrefixes[Optimization] = block(Optimization, batch_size=32)
+    optimization: Optimization = block(Optimization, batch_size=32)
 
 In code an option is read where it stands, `args.optimization.batch_size`; on the command line, in sweeps and
 in args.json the names are flat: `--batch_size`. What a resumed run must keep follows from where an option

@@ -46,33 +46,27 @@ def near(name: str, value: float, expected: float, tolerance: float) -> Line:
 
 def run(run: Any, lines: Iterator[Line]) -> None:
     """With --check try the lines, print them and write check.json; ends the process, 0 if all hold."""
-    if not run.check:
-        return
-    folder = Path(run.output_dir)
-    dist.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-    found = list(lines)
-    if dist.is_main():
-        files.write(folder / "check.json", json.dumps([line._asdict() for line in found], indent=2) + "\n")
-        show(found)
-        print(
-            f"{sum(x.holds for x in found)} of {len(found)} lines hold: {folder / 'check.json'}", flush=True
-        )
-    dist.barrier()
-    sys.exit(int(not all(line.holds for line in found)))
-
-
-def show(found: list[Line]) -> None:
-    """What is to be read, then a table of what has a bound."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("", "what", "found", "bound")
-    for line in found:
-        if isinstance(line.value, str):
+    if not run.check:
+        return
+    file, found = Path(run.output_dir) / "check.json", []
+    dist.from_main(lambda: file.parent.mkdir(parents=True, exist_ok=True))
+    table = Table("", "what", "found", "bound")
+    for line in lines:
+        found.append(line)
+        if not isinstance(line.value, str):
+            table.add_row("ok" if line.holds else "FAILS", line.name, f"{line.value:.4g}", line.bound)
+        elif dist.is_main():
             print(f"{line.name}: {line.value}", flush=True)
-        else:
-            shown.add_row("ok" if line.holds else "FAILS", line.name, f"{line.value:.4g}", line.bound)
-    Console().print(shown)
+    num_held = sum(line.holds for line in found)
+    if dist.is_main():
+        files.write(file, json.dumps([line._asdict() for line in found], indent=2) + "\n")
+        Console().print(table)
+        print(f"{num_held} of {len(found)} lines hold: {file}", flush=True)
+    dist.barrier()
+    sys.exit(int(num_held < len(found)))
 
 
 # ------------------------------------------------------------------------------------------------------ data

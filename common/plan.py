@@ -36,10 +36,6 @@ class Memory(NamedTuple):
     activations: float  # of one micro-batch
     head: float  # buffers of the chunked head and its float32 gradient
 
-    @property
-    def total(self) -> float:
-        return sum(self)
-
 
 def attention_widths(config: Any) -> tuple[int, int]:
     """Numbers of a token in all query heads of a layer, and in its key heads; means where layers differ."""
@@ -109,8 +105,8 @@ def choices(
         room: bytes that this model may have of a rank's: two thirds, see `models.memory_choices`.
         folded: bytes that adapters of experts add, see `lora.num_folded`.
     """
-    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
-    left = room - need(recompute=recompute).total
+    recompute = choice == "on" or (choice == "auto" and sum(need(recompute=False)) + folded > room)
+    left = room - sum(need(recompute=recompute))
     return recompute, whole < left, left
 
 
@@ -428,12 +424,8 @@ def read_machine(spec: str) -> Machine:
     return Machine(int(found[1]), float(found[2]) * 2**30)
 
 
-def no_others(args: Any) -> dict[str, str]:
-    return {}
-
-
 def show(
-    args: Any, beside: Callable[[Any], dict[str, str]] = no_others, need: Callable = text_need, **how: Any
+    args: Any, beside: Callable[[Any], dict[str, str]] = lambda _: {}, need: Callable = text_need, **how: Any
 ) -> None:
     """With --plan, print what a rank would hold, and what would fit; ends the process, 0 if it fits.
 

@@ -38,8 +38,7 @@ def stage(
         Stopped: a stop was asked for; the stage has saved, and the pipeline must end too.
     """
     if not dist.poll_stop() and not is_complete(folder):
-        if dist.is_main():
-            print(f"\nstage {folder.name}", flush=True)
+        say(f"\nstage {folder.name}")
         given = read_options(folder.name, Args, options)
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
         own = {"output_dir": str(folder), "accept_changes": pipeline.run.accept_changes}
@@ -69,10 +68,9 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
     if run.check:
         dist.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     for name, main, Args, overrides, options in stages:
-        if dist.is_main():
-            print(f"\nstage {name}", flush=True)
+        say(f"\nstage {name}")
         if run.check and not overrides["dataset"]:
-            dist.from_main(lambda: print("not checked: its data are made by a stage before it", flush=True))
+            say("not checked: its data are made by a stage before it")
             continue
         with files.beside(str(folder)) if run.check else contextlib.nullcontext("unused") as own:
             given = {"output_dir": own, "plan": run.plan, "check": run.check}
@@ -168,9 +166,8 @@ def begin(path: Path) -> bool:
     """Whether a stage that writes this file has to run; a line of the console says so."""
     if dist.from_main(path.exists):
         return False
-    if dist.is_main():
-        print(f"\nstage {path.parent.name}", flush=True)
-        path.parent.mkdir(exist_ok=True)
+    say(f"\nstage {path.parent.name}")
+    dist.from_main(lambda: path.parent.mkdir(exist_ok=True))
     return True
 
 
