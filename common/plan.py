@@ -306,19 +306,23 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
             pipelines.add_lora(denoiser, args.system, 1)
     pixels, images = diffusion.image_size(pipe, options["image_size"]), options["micro_batch_size"]
     side, channels = pixels // pipe.vae_scale_factor, vae.config.latent_channels
-    of_reward = 0.0
+    size, trained = (sum(p.numel() for p in denoiser.parameters() if x or p.requires_grad) for x in (1, 0))
+    choice, of_reward = options["activation_checkpointing"], 0.0
+    recompute = choice == "on" or (choice == "auto" and size > 1.5e9)  # as pipelines.load on a GPU
+    gathered = [sizes(block) for block in pipelines.blocks(denoiser)]
     with FakeTensorMode():
         text = {None: text_shapes(pipe, dtype), "": text_shapes(pipe, dtype)}
         given = diffusion.conditions(pipe, text, [""] * images, pixels, guidance, torch.device("cpu"))
         rows = images * (1 + diffusion.has_guidance(pipe, guidance))
         latents = torch.empty(rows, channels, side, side, dtype=dtype, requires_grad=True)
-        a_step, step_flops = traced(lambda: diffusion.prediction(denoiser, latents, 1.0, given), denoiser)
-        an_image, image_flops = traced(lambda: diffusion.decode(vae, latents[:1], False), vae)
+        a_step, step_flops = traced(
+            lambda: diffusion.prediction(denoiser, latents, 1.0, given), denoiser, recompute
+        )
+        an_image, image_flops = traced(lambda: diffusion.decode(vae, latents[:1], False), vae, recompute)
         for model in rewards:
             crop = model.config.vision_config.image_size
             inputs = torch.empty(images, 3, crop, crop, requires_grad=True)
             of_reward += traced(functools.partial(model.get_image_features, inputs), model)[0]
-    size, trained = (sum(p.numel() for p in denoiser.parameters() if x or p.requires_grad) for x in (1, 0))
     encoders = [part for name, part in pipelines.modules(pipe).items() if name.startswith("text_encoder")]
     K, S = options["num_grad_steps"] or options["num_inference_steps"], options["num_inference_steps"]
     is_kept = not options["step_checkpointing"]
@@ -334,7 +338,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     }
     training = {
         "gradients": 4 * trained / num_shards,
-        "gathered": itemsize * size if itemsize < 4 or num_shards > 1 else 0.0,
+        "gathered": itemsize * (2 * max(gathered) + size - sum(gathered)) * (itemsize < 4 or num_shards > 1),
         "activations": most,
         "latents by step": 4.0 * (K + 2) * images * channels * side**2,
         "images": 6 * 4.0 * images * 3 * pixels**2,
@@ -388,11 +392,16 @@ def sizes(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def traced(forward: Callable, model: nn.Module) -> tuple[float, float]:
+def traced(forward: Callable, model: nn.Module, recompute: bool = False) -> tuple[float, float]:
     """(bytes that backward needs besides the weights, FLOPs) of a forward within FakeTensorMode.
 
     The model is put on a CPU of no numbers first: on the meta device attention would keep all scores.
+
+    Args:
+        recompute: of each of pipelines.PARTS keep the inputs, and of the largest one all.
     """
+    from common.pipelines import PARTS
+
     for module in model.modules():
         for name, x in module._parameters.items():
             if x is not None:
@@ -400,17 +409,33 @@ def traced(forward: Callable, model: nn.Module) -> tuple[float, float]:
         for name, x in module._buffers.items():
             module._buffers[name] = x if x is None else torch.empty(x.shape, dtype=x.dtype)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[Any, dict[int, torch.Tensor]] = {None: {}}  # part, or None for all others -> place -> tensor
+    inside = [None]
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # alive, so that no other takes its place
+        if (place := tensor.untyped_storage()._cdata) not in weights:
+            kept[inside[-1]][place] = tensor  # alive, so that no other takes its place
         return tensor
 
+    def enter(part: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        for x in (*args, *named.values()):
+            if isinstance(x, torch.Tensor):
+                pack(x)
+        kept[part] = {}
+        inside.append(part)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    for part in model.modules():
+        if recompute and type(part).__name__ in PARTS:
+            part.register_forward_pre_hook(enter, with_kwargs=True)
+            part.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), FlopCounterMode(display=False) as flops:
         out = forward()
     del out
-    held = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights)
-    return float(held), float(flops.get_total_flops())
+    others, *parts = (sum(x.untyped_storage().nbytes() for x in held.values()) for held in kept.values())
+    return float(others + max(parts, default=0)), float(flops.get_total_flops())
 
 
 # -------------------------------------------------------------------------------------------------- --plan

@@ -191,6 +191,7 @@ def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
     once = base.training["activations"]
     assert kept.training["activations"] > 3 * once and wide.training["activations"] > 1.5 * once
     assert of(lora_rank=1, guidance_scale=1.0).flops < 0.6 * base.flops
+    assert of(lora_rank=1, activation_checkpointing="on").training["activations"] < 0.7 * once
     xl = of(model=make_pipeline(tmp_path / "xl", "xl"))
     assert xl.always["text encoders"] > base.always["text encoders"]
     (tmp_path / "model_index.json").write_text('{"_class_name": "Other"}')
