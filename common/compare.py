@@ -193,30 +193,26 @@ def preferences(args: Args, folder: Path, pairs: list[tuple[str, str, str]]) -> 
     from common import chat, constitutions, dist, evaluate, packed, rewards
     from common.args import System
 
-    device, asked = dist.init(seed=1), [[chat.user(prompt)] for prompt, *_ in pairs]
+    device, (prompts, *sides) = dist.init(seed=1), zip(*pairs, strict=True)
+    turns = [[chat.user(prompt)] for prompt in prompts]
     if args.judge.startswith(("http://", "https://")):
         server = chat.Endpoint(args.judge, args.judge_model, chat.Server(), folder / "judged", 8)
-        orders = [
-            (turns, order)
-            for turns, (_, a, b) in zip(asked, pairs, strict=True)
-            for order in ((a, b), (b, a))
-        ]
-        said = server.verdicts(
-            [constitutions.ask_judge(x, QUESTION, order, request=REQUEST) for x, order in orders]
-        )
-        both = [said[i : i + 2] for i in range(0, len(said), 2)]
-        return {args.judge_model: [swapped[0] - first[0] for first, swapped in both if first and swapped]}
+
+        def verdicts(order: list[tuple[str, ...]]) -> list[list[float] | None]:
+            asked = zip(turns, zip(*order, strict=True), strict=True)
+            return server.verdicts(
+                [constitutions.ask_judge(turn, QUESTION, pair, request=REQUEST) for turn, pair in asked]
+            )
+
+        both = zip(verdicts(sides), verdicts(sides[::-1]), strict=True)
+        return {args.judge_model: [b[0] - a[0] for a, b in both if a and b]}
     if ":" in args.judge:
         judge = evaluate.load_judge(args.judge, "")
-        scores = [[judge(prompt, text) for text in texts] for prompt, *texts in pairs]
-        evaluate.mean_scores([x for both in scores for x in both])  # refuses other names
-        return {name: [b[name] - a[name] for a, b in scores] for name in scores[0][0]}
-    models = rewards.load(args.judge, device, System())
-    examples = [packed.Example([], turns) for turns in asked]
-    found = [
-        rewards.score_replies(models, examples, texts, 0, device)
-        for texts in ([a for _, a, _ in pairs], [b for *_, b in pairs])
-    ]
+        found = [[*map(judge, prompts, side)] for side in sides]
+        evaluate.mean_scores([*found[0], *found[1]])  # refuses names that not all have
+        return {name: [b[name] - a[name] for a, b in zip(*found, strict=True)] for name in found[0][0]}
+    models, examples = rewards.load(args.judge, device, System()), [packed.Example([], x) for x in turns]
+    found = [rewards.score_replies(models, examples, [*side], 0, device) for side in sides]
     return {args.judge: [b - a for a, b in zip(*found, strict=True)]}
 
 
