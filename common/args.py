@@ -343,30 +343,38 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
             given for one of them changes the default of the field option by option.
     """
     words, given = take_stages(sys.argv[1:], stages or {})
-    is_main, is_toy = os.environ.get("RANK", "0") == "0", values_of(words).get("model", Args.model) == "toy"
-    defaults = toy  # without it the toy's data are "", which is refused where it is read
-    if not is_toy:
+    is_main = os.environ.get("RANK", "0") == "0"
+    if asks_help(words):
+        defaults = {}
+    elif values_of(words).get("model", Args.model) == "toy":
+        defaults = toy
+    else:  # no data are refused where they are read
         defaults = {f.name: "" for f in fields(Args) if f.default == "toy" and f.name != "model"}
-    settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in toy.items())
-    about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
-    for option, values in presets_of(Args).items():
-        for value, meant in values.items():
-            words_of = " ".join(f"--{name} {x}" for name, x in meant.items())
-            about += f"\n\n--{option} {value} is: {words_of or 'the defaults'}"
-    defaults = with_fields(Args(), **({} if asks_help(words) else defaults))
     try:
-        args = parse_words(words, defaults, description=about)
+        args = parse_words(words, with_fields(Args(), **defaults), description=about(Args, toy))
     except dist.RunError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     merged = {n: merge_options(flat(args)[n], more, stages[n]) for n, more in given.items()}
     args = with_fields(args, **merged, output_dir=os.path.expanduser(args.run.output_dir))
-    for option, values in presets_of(Args).items() if is_main else ():
+    for option, presets in presets_of(Args).items() if is_main else ():
         value = getattr(args, option)
-        if preset := values.get(value):
-            print(describe_preset(f"{option} {value}", preset, flat(args)), flush=True)
+        if presets.get(value):
+            print(describe_preset(f"{option} {value}", presets[value], flat(args)), flush=True)
     return under_an_agent(args, words) if os.environ.get("WANDB_SWEEP_ID") else args
+
+
+def about(Args: type, toy: dict[str, Any]) -> str:
+    """What --help says first: what the script is, and what sets several options at once."""
+
+    def as_words(values: dict[str, Any]) -> str:
+        return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in values.items())
+
+    lines = [Args.__doc__, f"With --model toy (the default) the defaults become: {as_words(toy)}"]
+    for option, presets in presets_of(Args).items():
+        lines += [f"--{option} {x} is: {as_words(meant) or 'the defaults'}" for x, meant in presets.items()]
+    return "\n\n".join(lines)
 
 
 def asks_help(words: list[str]) -> bool:
@@ -378,9 +386,10 @@ def presets_of(Args: type) -> dict[str, dict[str, dict[str, Any]]]:
     return getattr(Args, "presets", {})
 
 
-def merged_presets(Args: type, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """The defaults that the chosen values of options bring."""
-    found = [values.get(chosen.get(option), {}) for option, values in presets_of(Args).items()]
+def preset_by(words: list[str], Args: type) -> dict[str, Any]:
+    """The defaults that the words bring."""
+    chosen = values_of(words)
+    found = [presets.get(chosen.get(option), {}) for option, presets in presets_of(Args).items()]
     return {name: value for preset in found for name, value in preset.items()}
 
 
@@ -403,7 +412,7 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
     import tyro
 
     Args, said = type(defaults), io.StringIO()
-    defaults = with_fields(defaults, **merged_presets(Args, values_of(words)))
+    defaults = with_fields(defaults, **preset_by(words, Args))
     how |= {"use_underscores": True, "config": [tyro.conf.OmitArgPrefixes]}
     if asks_help(words):
         how["config"].append(tyro.conf.FlagCreatePairsOff)  # of a boolean the flag that changes it
@@ -505,6 +514,6 @@ def merge_options(options: str, more: str, Args: type) -> str:
         old, new = shlex.split(options), shlex.split(more)
     except ValueError:
         return f"{options} {more}"  # refused where it is read
-    replaced = split_options(new).keys() | merged_presets(Args, values_of(new)).keys()
+    replaced = split_options(new).keys() | preset_by(new, Args).keys()
     kept = [group for name, group in split_options(old).items() if name not in replaced]
     return " ".join(map(shlex.join, (*kept, *split_options(new).values())))
