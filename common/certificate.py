@@ -6,7 +6,6 @@ Each line has a bound. A script says which lines it has; those here know example
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +91,7 @@ def of_data(tokenizer: Any, dataset: data.Dataset) -> Iterator[Line]:
 
 def of_duplicates(items: Sequence) -> Line:
     """Items that occur before."""
-    known = Counter(repr([ids.tobytes() for ids, _ in x]) if isinstance(x, list) else x for x in items)
+    known = {repr([ids.tobytes() for ids, _ in x]) if isinstance(x, list) else x for x in items}
     return at_most("share of duplicates", 1 - len(known) / len(items), 0.5)
 
 
