@@ -128,7 +128,7 @@ def run_case(started: float, script: str, shape: str) -> dict[str, float]:
         module, args = arguments(script, folder)
         machine = plan.Machine(1, float(64 * 2**30))
         options = {"dtype": "float32"}
-        beside = getattr(module, "beside", plan.no_others)(args)
+        beside = getattr(module, "beside", lambda _: {})(args)
         need = plan.image_need if script == "draftp" else plan.text_need
         how = {"sequences": 2} if script == "dpo" else {}
         needed = need(with_fields(args, **options), machine, beside, **how)
@@ -167,7 +167,7 @@ def table() -> None:
             cells, module = [], importlib.import_module(script)
             for name in shapes:
                 args = with_fields(module.Args(), model=f"{folder}/{name}", **options)
-                beside = getattr(module, "beside", plan.no_others)(args)
+                beside = getattr(module, "beside", lambda _: {})(args)
                 how = {"sequences": 2} if script == "dpo" else {}
                 for count in (1, 8):
                     need = plan.text_need(args, plan.Machine(count, 80 * 2.0**30), beside, **how)

@@ -1,15 +1,14 @@
 """Options: the blocks that scripts share, and the command line.
 
-A script composes blocks into its Args without a prefix, with its own defaults:
+A script composes blocks into its Args, with its own defaults:
 
-    optimization: OmitArgPrefixes[Optimization] = block(Optimization, batch_size=32)
+    optimization: Optimization = block(Optimization, batch_size=32)
 
 In code an option is read where it stands, `args.optimization.batch_size`; on the command line, in sweeps and
 in args.json the names are flat: `--batch_size`. What a resumed run must keep follows from where an option
 stands: all of a script's own, and of a block those in its `fixed`, or all if it has none.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -24,9 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
-
-from tyro.conf import OmitArgPrefixes
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from common import dist
 
@@ -201,34 +198,21 @@ def block(kind: type, **defaults: Any) -> Any:
 # -------------------------------------------------------------------------------------------- Args as a whole
 
 
-def prefixes(Args: type) -> dict[str, str]:
-    """Field that is a dataclass -> what stands before its options: nothing for a block, else "field."."""
-    hints = get_type_hints(Args, include_extras=True)
-    are_blocks = {name: OmitArgPrefixes in getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: "" if is_block else f"{name}." for name, is_block in are_blocks.items()}
-
-
 def flat(args: Any) -> dict[str, Any]:
     """Option -> value under the names of the command line."""
-    before, values = prefixes(type(args)), {}
+    values: dict[str, Any] = {}
     for f in fields(args):
         value = getattr(args, f.name)
-        if is_dataclass(value):
-            values |= {before[f.name] + name: x for name, x in flat(value).items()}
-        else:
-            values[f.name] = value
+        values |= flat(value) if is_dataclass(value) else {f.name: value}
     return values
 
 
 def fixed_names(args: Any) -> set[str]:
     """The options that decide numbers, which a resumed run must keep."""
-    before, names = prefixes(type(args)), set()
+    names: set[str] = set()
     for f in fields(args):
         value = getattr(args, f.name)
-        if is_dataclass(value):
-            names |= {before[f.name] + name for name in getattr(value, "fixed", fixed_names(value))}
-        else:
-            names.add(f.name)
+        names |= set(getattr(value, "fixed", fixed_names(value))) if is_dataclass(value) else {f.name}
     return names
 
 
@@ -238,14 +222,12 @@ def with_fields(args: Any, **changes: Any) -> Any:
     Raises:
         TypeError: no such option.
     """
-    before, own = prefixes(type(args)), {}
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if is_dataclass(value) and f.name not in changes:
-            inner = {name: before[f.name] + name for name in flat(value)}
-            found = {name: changes.pop(option) for name, option in inner.items() if option in changes}
-            own[f.name] = with_fields(value, **found) if found else value
-    return replace(args, **own, **changes)
+    blocks = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in changes}
+    for name, value in blocks.items():
+        if is_dataclass(value):
+            own = changes.keys() & flat(value).keys()
+            changes[name] = with_fields(value, **{option: changes.pop(option) for option in own})
+    return replace(args, **changes)
 
 
 class Snapshot(NamedTuple):
@@ -276,42 +258,37 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     return Snapshot(values, fixed_names(args), toy or {})
 
 
-# (least, most) value of options by their names; one that is not here can be any finite number
+LEAST = math.ulp(0.0)  # of the numbers above 0
+# (what is expected, least and most value) of options; one that is not here can be any finite number
 RANGES = {
-    (0, math.inf): "seed learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps "
-    "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
-    "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
-    "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries "
-    "num_human_pairs copy_retries top_k judge_price lora_scale",
-    (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
-    "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
-    "num_inference_steps num_lv micro_batch_size images_per_prompt num_revisions num_principles "
-    "judge_threads",
-    (2, math.inf): "max_length num_responses",
-    (-1, math.inf): "max_steps",
-    (0, 1): "min_lr_ratio gamma gae_lambda ema_decay top_p label_smoothing",
-    (0.5, 1): "cot_clamp",
+    ("0 or more, and finite", 0, math.inf): "seed learning_rate value_learning_rate weight_decay temperature "
+    "max_grad_norm warmup_steps num_samples value_warmup_steps micro_batch_tokens lora_rank reward_clip "
+    "kl_coef kl_target sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef "
+    "guidance_scale image_size max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team "
+    "judge_retries num_human_pairs copy_retries top_k judge_price lora_scale",
+    ("1 or more, and finite", 1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints "
+    "max_new_tokens rollout_size max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_lv "
+    "num_iterations num_bootstrap_prompts num_inference_steps micro_batch_size images_per_prompt "
+    "num_revisions num_principles judge_threads",
+    ("more than 0, and finite", LEAST, math.inf): "beta lora_alpha kl_horizon beta_concentration "
+    "weight_temperature reward_scale judge_timeout repetition_penalty",
+    ("2 or more, and finite", 2, math.inf): "max_length num_responses",
+    ("-1 or more, and finite", -1, math.inf): "max_steps",
+    ("0 to 1", 0, 1): "min_lr_ratio gamma gae_lambda ema_decay label_smoothing",
+    ("more than 0, at most 1", LEAST, 1): "top_p",
+    ("0.5 to 1", 0.5, 1): "cot_clamp",
 }
-POSITIVE = (
-    "beta lora_alpha top_p kl_horizon beta_concentration weight_temperature reward_scale judge_timeout "
-)
-POSITIVE += "repetition_penalty"
 
 
 def refuse_numbers(values: dict[str, Any]) -> None:
     """End the run if an option, or one of its values, is out of its range; NaN is in none."""
     ranges = {name: limits for limits, names in RANGES.items() for name in names.split()}
     for name, value in values.items():
-        found = value if isinstance(value, list | tuple) else [value]
-        found = [x for x in found if isinstance(x, int | float) and not isinstance(x, bool)]
-        least, most = ranges.get(name, (-math.inf, math.inf))
-        if not all(least <= x <= most and math.isfinite(x) for x in found):
-            limit = f"{least} or more, and finite" if most == math.inf else f"{least} to {most}"
-            raise dist.RunError(
-                f"{name} is {value}; expected {limit if name in ranges else 'a finite number'}"
-            )
-        if name in POSITIVE.split() and not all(x > 0 for x in found):
-            raise dist.RunError(f"{name} is {value}; expected more than 0")
+        expected, least, most = ranges.get(name, ("a finite number", -math.inf, math.inf))
+        for x in value if isinstance(value, list | tuple) else [value]:
+            is_number = isinstance(x, int | float) and not isinstance(x, bool)
+            if is_number and not (least <= x <= most and math.isfinite(x)):
+                raise dist.RunError(f"{name} is {value}; expected {expected}")
 
 
 def refuse_ignored(args: Any, toy: dict[str, Any], by: str, used: dict[str, bool]) -> None:
@@ -369,7 +346,6 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
     """Args from the command line; `toy` replaces defaults while the model is "toy", explicit flags win.
 
     With another model the toy's data are used only if they are asked for, as in --dataset toy.
-    A boolean is set by --flag, --no_flag, --flag=True or --flag True; --help lists the one that changes it.
     A mistake ends the process with one line, from one rank.
 
     Args:
@@ -377,36 +353,42 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
             given for one of them changes the default of the field option by option.
     """
     words, given = take_stages(sys.argv[1:], stages or {})
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default=Args.model)
-    for option in presets_of(Args):
-        peek.add_argument(f"--{option}", default=getattr(Args, option))
-    chosen = vars(peek.parse_known_args(words)[0])
-    presets = {o: x for o, values in presets_of(Args).items() if (x := values.get(chosen[o]))}
-    asks_help = {"-h", "--help"} & set(words)
-    unset = {
-        f.name: "" for f in fields(Args) if f.default == "toy" and f.name != "model"
-    }  # refused where read
-    changed = (toy if chosen["model"] == "toy" else unset) | merged_presets(Args, chosen)
-    defaults = Args() if asks_help else with_fields(Args(), **changed)
-    settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in toy.items())
-    about = f"{Args.__doc__}\n\nWith --model toy (the default) the defaults become: {settings}"
-    for option, values in presets_of(Args).items():
-        for value, meant in values.items():
-            words_of = " ".join(f"--{name} {x}" for name, x in meant.items())
-            about += f"\n\n--{option} {value} is: {words_of or 'the defaults'}"
     is_main = os.environ.get("RANK", "0") == "0"
+    if asks_help(words):
+        defaults = {}
+    elif values_of(words).get("model", Args.model) == "toy":
+        defaults = toy
+    else:  # no data are refused where they are read
+        defaults = {f.name: "" for f in fields(Args) if f.default == "toy" and f.name != "model"}
     try:
-        args = parse_words(words, defaults, description=about)
+        args = parse_words(words, with_fields(Args(), **defaults), description=about(Args, toy))
     except dist.RunError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    merged = {n: merge_options(flat(args)[n], more, stages[n]) for n, more in given.items() if more}
+    merged = {n: merge_options(flat(args)[n], more, stages[n]) for n, more in given.items()}
     args = with_fields(args, **merged, output_dir=os.path.expanduser(args.run.output_dir))
-    for option, preset in presets.items() if is_main else ():
-        print(describe_preset(f"{option} {chosen[option]}", preset, flat(args)), flush=True)
+    for option, presets in presets_of(Args).items() if is_main else ():
+        value = getattr(args, option)
+        if presets.get(value):
+            print(describe_preset(f"{option} {value}", presets[value], flat(args)), flush=True)
     return under_an_agent(args, words) if os.environ.get("WANDB_SWEEP_ID") else args
+
+
+def about(Args: type, toy: dict[str, Any]) -> str:
+    """What --help says first: what the script is, and what sets several options at once."""
+
+    def as_words(values: dict[str, Any]) -> str:
+        return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in values.items())
+
+    lines = [Args.__doc__, f"With --model toy (the default) the defaults become: {as_words(toy)}"]
+    for option, presets in presets_of(Args).items():
+        lines += [f"--{option} {x} is: {as_words(meant) or 'the defaults'}" for x, meant in presets.items()]
+    return "\n\n".join(lines)
+
+
+def asks_help(words: list[str]) -> bool:
+    return bool({"-h", "--help"} & set(words))
 
 
 def presets_of(Args: type) -> dict[str, dict[str, dict[str, Any]]]:
@@ -414,9 +396,10 @@ def presets_of(Args: type) -> dict[str, dict[str, dict[str, Any]]]:
     return getattr(Args, "presets", {})
 
 
-def merged_presets(Args: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that the chosen values of options bring."""
-    found = [values.get(chosen.get(option), {}) for option, values in presets_of(Args).items()]
+def preset_by(words: list[str], Args: type) -> dict[str, Any]:
+    """The defaults that the words bring."""
+    chosen = values_of(words)
+    found = [presets.get(chosen.get(option), {}) for option, presets in presets_of(Args).items()]
     return {name: value for preset in found for name, value in preset.items()}
 
 
@@ -428,7 +411,7 @@ def describe_preset(name: str, preset: dict[str, Any], values: dict[str, Any]) -
 
 
 def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
-    """The options that words set, over defaults; of one that is set twice the last is used.
+    """The options that words set, over defaults and presets; of one that is set twice the last is used.
 
     Args:
         how: passed to tyro.
@@ -438,11 +421,14 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
     """
     import tyro
 
-    words, said = tyro_words(words, defaults), io.StringIO()
+    Args, said = type(defaults), io.StringIO()
+    defaults = with_fields(defaults, **preset_by(words, Args))
+    how |= {"use_underscores": True, "config": [tyro.conf.OmitArgPrefixes]}
+    if asks_help(words):
+        how["config"].append(tyro.conf.FlagCreatePairsOff)  # of a boolean the flag that changes it
     try:
-        with contextlib.nullcontext() if "--help" in words else contextlib.redirect_stderr(said):
-            how |= {"config": (tyro.conf.FlagCreatePairsOff,)}  # of a boolean the flag that changes it
-            return tyro.cli(type(defaults), args=words, default=defaults, use_underscores=True, **how)
+        with contextlib.nullcontext() if asks_help(words) else contextlib.redirect_stderr(said):
+            return tyro.cli(Args, args=as_flags(words, defaults), default=defaults, **how)
     except SystemExit:
         # tyro prints a box of parts between rules; its title stands in the upper edge, or is the first part
         box = re.sub(r"^\s*\u256d.*\n", "title\n---------\n", said.getvalue())
@@ -456,28 +442,18 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
         raise dist.RunError(reason.rstrip(".") + hint) from None
 
 
-def tyro_words(words: list[str], defaults: Any) -> list[str]:
-    """A command line in which booleans stand last, once, by the one flag that --help lists of each.
-
-    --flag, --no_flag, --flag=True and --flag True, the last two as W&B agents write them, are all taken.
-    """
-    booleans = {name: value for name, value in flat(defaults).items() if isinstance(value, bool)}
-    others: list[str] = []
-    chosen: dict[str, bool] = {}
-    name = ""  # of the boolean before, whose value may follow
+def as_flags(words: list[str], defaults: Any) -> list[str]:
+    """The words with --flag=True and --flag True, as W&B agents write them, as --flag; False as --no_flag."""
+    booleans = {name for name, value in flat(defaults).items() if isinstance(value, bool)}
+    found: list[str] = []
     for word in words:
-        flag, _, value = word.partition("=")
-        key, says = flag.removeprefix("--").replace("-", "_"), value.lower()
-        if name and word.lower() in ("true", "false"):
-            chosen[name], name = word.lower() == "true", ""
-        elif flag.startswith("--") and key.removeprefix("no_") in booleans and says in ("", "true", "false"):
-            name = key if key in booleans else ""
-            chosen[key.removeprefix("no_")] = bool(name) == (says != "false")
-        else:
-            others.append(word)
-            name = ""
-    told = (f"--{'' if x else 'no_'}{n}" for n, x in chosen.items() if x != booleans[n])
-    return [*others, *told]
+        if word.lower() in ("true", "false") and found and option_in(found[-1]) in booleans:
+            word = f"{found.pop()}={word}"
+        name, value = option_in(word).removeprefix("no_"), word.partition("=")[2].lower()
+        if name in booleans and value in ("true", "false"):
+            word = f"--{name}" if (value == "true") == (name == option_in(word)) else f"--no_{name}"
+        found.append(word)
+    return found
 
 
 def under_an_agent(args: Any, words: list[str]) -> Any:
@@ -487,67 +463,67 @@ def under_an_agent(args: Any, words: list[str]) -> Any:
     return with_fields(args, track=args.run.track if says else True, output_dir=folder)
 
 
-# ----------------------------------------------------------------- the options of a stage, which are a string
+# ------------------------------------------------------------------------------------ words of a command line
+
+
+def option_in(word: str) -> str:
+    """The option that --option or --option=value sets; none if the word is no option."""
+    return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else ""
+
+
+def split_options(words: list[str]) -> dict[str, list[str]]:
+    """Option -> the words that set it, of the last time that it is set."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--") or not found:
+            found.pop(option_in(word), None)
+            found[option_in(word)] = []
+        found[[*found][-1]].append(word)
+    return found
+
+
+def values_of(words: list[str]) -> dict[str, str]:
+    """Option -> its value, a text."""
+    return {
+        name: " ".join(group).partition("=" if "=" in group[0] else " ")[2]
+        for name, group in split_options(words).items()
+    }
 
 
 def take_stages(words: list[str], stages: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """Take the options of stages out of a command line. -> (the other words, stage -> its options)
+    """Take the options of stages, which are one string each, out of a command line. -> (others, stage -> its)
 
     --sft="--beta 1" and --sft "--beta 1" give them as they are; --sft.beta=1 and --sft.beta 1, which sweeps
     need, one at a time. Taken out here, since a parser would read the "--beta 1" of the second as an option.
     """
-    others, given, i = [], {name: [] for name in stages}, 0
-    while i < len(words):
-        flag, equals, value = words[i].partition("=")
-        name, dot, option = flag.removeprefix("--").partition(".")
-        name = name.replace("-", "_")
-        i += 1
-        if not flag.startswith("--") or name not in given or (not dot and not equals and i == len(words)):
-            others.append(flag + equals + value)
-        elif dot:
-            to_end = next((k for k in range(i, len(words)) if words[k].startswith("--")), len(words))
-            given[name].append(shlex.join([f"--{option}{equals}{value}", *words[i:to_end]]))
-            i = to_end
-        elif equals:
-            given[name].append(value)
-        else:
-            given[name].append(words[i])
-            i += 1
-    return others, {name: " ".join(options) for name, options in given.items()}
-
-
-def split_options(options: str) -> dict[str, list[str]]:
-    """Option -> the words that set it, of the last time that it is set.
-
-    Raises:
-        ValueError: what stands first is no option, or a quotation is not closed.
-    """
-    found: dict[str, list[str]] = {}
-    for word in shlex.split(options):
+    joined: list[str] = []
+    for word in words:
+        if joined and "=" not in joined[-1] and option_in(joined[-1]) in stages:
+            word = f"{joined.pop()}={word}"
+        joined.append(word)
+    others: list[str] = []
+    given: dict[str, list[str]] = {name: [] for name in stages}
+    own: list[str] | None = None  # of the stage whose option came last, which may have more values
+    for word in joined:
+        flag, equals, value = word.partition("=")
+        stage, dot, option = flag.partition(".")
         if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            found.pop(name, None)
-            found[name] = [word]
-        elif not found:
-            raise ValueError(f"{word!r} is no option")
+            own = given.get(option_in(stage)) if dot or equals else None
+        if own is None:
+            others.append(word)
+        elif word.startswith("--") and not dot:
+            own.append(value)
         else:
-            found[name].append(word)
-    return found
+            own.append(shlex.quote(f"--{option}{equals}{value}" if word.startswith("--") else word))
+    return others, {name: " ".join(options) for name, options in given.items() if options}
 
 
 def merge_options(options: str, more: str, Args: type) -> str:
     """The options of both, for a script with these Args; those of more win, and what its presets set."""
     try:
-        old, new = split_options(options), split_options(more)
+        old, new = shlex.split(options), shlex.split(more)
     except ValueError:
         return f"{options} {more}"  # refused where it is read
-    preset = merged_presets(Args, values_of(new))
-    kept = {name: words for name, words in old.items() if name not in new and name not in preset}
-    return " ".join(shlex.join(words) for words in (*kept.values(), *new.values()))
-
-
-def values_of(groups: dict[str, list[str]]) -> dict[str, str]:
-    """Option -> its value, a text, of options as `split_options` finds them."""
-    return {
-        name: " ".join(words).partition("=" if "=" in words[0] else " ")[2] for name, words in groups.items()
-    }
+    replaced = split_options(new).keys() | preset_by(new, Args).keys()
+    kept = [group for name, group in split_options(old).items() if name not in replaced]
+    return " ".join(map(shlex.join, (*kept, *split_options(new).values())))

@@ -6,7 +6,6 @@ Each line has a bound. A script says which lines it has; those here know example
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,33 +45,27 @@ def near(name: str, value: float, expected: float, tolerance: float) -> Line:
 
 def run(run: Any, lines: Iterator[Line]) -> None:
     """With --check try the lines, print them and write check.json; ends the process, 0 if all hold."""
-    if not run.check:
-        return
-    folder = Path(run.output_dir)
-    dist.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-    found = list(lines)
-    if dist.is_main():
-        files.write(folder / "check.json", json.dumps([line._asdict() for line in found], indent=2) + "\n")
-        show(found)
-        print(
-            f"{sum(x.holds for x in found)} of {len(found)} lines hold: {folder / 'check.json'}", flush=True
-        )
-    dist.barrier()
-    sys.exit(int(not all(line.holds for line in found)))
-
-
-def show(found: list[Line]) -> None:
-    """What is to be read, then a table of what has a bound."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("", "what", "found", "bound")
-    for line in found:
-        if isinstance(line.value, str):
+    if not run.check:
+        return
+    file, found = Path(run.output_dir) / "check.json", []
+    dist.from_main(lambda: file.parent.mkdir(parents=True, exist_ok=True))
+    table = Table("", "what", "found", "bound")
+    for line in lines:
+        found.append(line)
+        if not isinstance(line.value, str):
+            table.add_row("ok" if line.holds else "FAILS", line.name, f"{line.value:.4g}", line.bound)
+        elif dist.is_main():
             print(f"{line.name}: {line.value}", flush=True)
-        else:
-            shown.add_row("ok" if line.holds else "FAILS", line.name, f"{line.value:.4g}", line.bound)
-    Console().print(shown)
+    num_held = sum(line.holds for line in found)
+    if dist.is_main():
+        files.write(file, json.dumps([line._asdict() for line in found], indent=2) + "\n")
+        Console().print(table)
+        print(f"{num_held} of {len(found)} lines hold: {file}", flush=True)
+    dist.barrier()
+    sys.exit(int(num_held < len(found)))
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -98,7 +91,7 @@ def of_data(tokenizer: Any, dataset: data.Dataset) -> Iterator[Line]:
 
 def of_duplicates(items: Sequence) -> Line:
     """Items that occur before."""
-    known = Counter(repr([ids.tobytes() for ids, _ in x]) if isinstance(x, list) else x for x in items)
+    known = {repr([ids.tobytes() for ids, _ in x]) if isinstance(x, list) else x for x in items}
     return at_most("share of duplicates", 1 - len(known) / len(items), 0.5)
 
 
@@ -188,18 +181,34 @@ def of_model(
     Args:
         source: what the model started from.
     """
-    is_low = model.compute_dtype != torch.float32
+    is_low, is_policy = model.compute_dtype != torch.float32, isinstance(model, models.Policy)
     device = next(model.parameters()).device
     chosen = [scored_whole(ids, e) for e in few(examples) for ids, _ in e.sequences]
-    is_policy = isinstance(model, models.Policy)
     score = models.token_logps if is_policy else models.rewards
     together = score(model, one_row(chosen, device))
     alone = torch.cat([score(model, one_row([e], device)) for e in chosen])
     yield at_most("packed against alone, most of a token", largest(together - alone), 0.2 if is_low else 1e-3)
     if is_policy:
-        gap = sampler_gap(model, tokenizer, chosen, device)
+        prompts = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in chosen]
+        prompts = [p for p in prompts if p] or [chosen[0].sequences[0].ids[:1].tolist()]
+        samples = generate(model, tokenizer, prompts, max_new_tokens=16)
+        row = one_row([to_example(sample) for sample in samples], device)
+        gap = (models.token_logps(model, row) - sampled_logps(samples, row)).abs().mean().item()
         yield at_most("sampler against training, mean of a token", gap, 0.05 if is_low else 1e-3)
-    far = export_gap(run, model, tokenizer, chosen[0], source, device)
+    row, ids = one_row(chosen[:1], device), torch.from_numpy(chosen[0].sequences[0].ids).long()[None]
+    ours = model.logits(row) if is_policy else models.rewards(model, row)
+
+    def read(path: str) -> float:
+        if is_policy:
+            theirs = loading.read_pretrained(path).float()(ids).logits[0, :-1]
+        else:
+            plain = loading.read_scorer(path, None, (), False).float()
+            theirs = plain.score(plain.base_model(ids)[0][:, -1])
+        return largest(ours.cpu().float() - theirs)
+
+    with files.beside(run.output_dir) as folder:
+        checkpoint.export(replace(run, output_dir=folder), model, tokenizer, source)
+        far = dist.from_main(lambda: read(f"{folder}/model"))
     yield at_most("export, loaded again, most of a logit", far, 0.5 if is_low else 1e-2)
 
 
@@ -210,43 +219,6 @@ def scored_whole(ids: np.ndarray, example: Example) -> Example:
 
 def largest(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
-
-
-def sampler_gap(
-    policy: models.Policy, tokenizer: Any, examples: list[Example], device: torch.device
-) -> float:
-    """Mean distance of the log-probs of short replies, in nats a token."""
-    prompts = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in examples]
-    prompts = [p for p in prompts if p] or [examples[0].sequences[0][0][:1].tolist()]
-    samples = generate(policy, tokenizer, prompts, max_new_tokens=16)
-    row = one_row([to_example(sample) for sample in samples], device)
-    return (models.token_logps(policy, row) - sampled_logps(samples, row)).abs().mean().item()
-
-
-def export_gap(
-    run: Training,
-    model: models.PackedModel,
-    tokenizer: Any,
-    example: Example,
-    source: str,
-    device: torch.device,
-) -> float:
-    """Largest distance of logits, or of a scorer's outputs, once exported and loaded by transformers."""
-    ids, row = example.sequences[0].ids, one_row([example], device)
-    ours = model.logits(row) if isinstance(model, models.Policy) else models.rewards(model, row)
-
-    def read(path: str) -> float:
-        if isinstance(model, models.Policy):
-            plain = loading.read_pretrained(path).float()
-            theirs = plain(torch.from_numpy(ids).long()[None]).logits[0, :-1]
-        else:
-            plain = loading.read_scorer(path, None, (), False).float()
-            theirs = plain.score(plain.base_model(torch.from_numpy(ids).long()[None])[0][:, -1])
-        return largest(ours.cpu().float() - theirs)
-
-    with files.beside(run.output_dir) as folder:
-        checkpoint.export(replace(run, output_dir=folder), model, tokenizer, source)
-        return dist.from_main(lambda: read(f"{folder}/model"))
 
 
 def slope_over_norm(loss: Callable[[], Tensor], model: nn.Module, share: float) -> float:

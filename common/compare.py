@@ -1,6 +1,7 @@
 """Runs side by side: do they have the same metrics and samples, and if not, where do they part first?
 
     python -m common.compare runs/before runs/after [runs/other ...] [--tolerance 1e-6]
+    python -m common.compare runs/a runs/b --judge my_judge:score    # whose answers are better?
 
 Rows of metrics.jsonl are matched by step, those of samples.jsonl by step and place, values by name; stages
 of a pipeline are compared as well, and every run with the first. Speed, times and memory differ from run to
@@ -10,12 +11,12 @@ that of diff: 0 for equal runs, 1 for different ones, 2 if a folder is no run.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import tyro
 IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_\w+)")
 FREE = {"output_dir", "overwrite", "accept_changes", "track", "wandb_project", "run_name", "plan", "check"}
 FREE |= {"max_minutes", "finished_at", "accepted_changes"}  # in args.json, and of no weight
-Rows = dict[tuple[int, int], dict[str, Any]]  # (step, place among the rows of that step) -> name -> value
+QUESTION, REQUEST = "Which reply is better?", "Answer with the letter of that reply alone: (A) or (B)."
 
 
 @dataclass
@@ -35,47 +36,45 @@ class Args:
     """the run folders, two or more"""
     tolerance: float = 0.0
     """numbers a and b count as equal if |a - b| <= tolerance * max(1, |b|); 0: equal to the last bit"""
+    judge: str = ""
+    """judges answers to the same prompts: package.module:function, a reward model, or a server's https://host/v1"""
+    judge_model: str = ""
+    """name of the model at the server"""
 
 
-class Difference(NamedTuple):
-    place: str  # file, step and name
-    one: Any
-    other: Any
+class Place(NamedTuple):
+    """Of a row; they are in the order of training."""
+
+    stage: str
+    step: int
+    file: str
+    number: int  # among the rows of that step in this file
 
 
-@dataclass
-class Comparison:
-    """What comparing two runs has found."""
-
-    num_rows: int = 0  # compared
-    names: set[str] = field(default_factory=set)  # compared
-    differences: list[Difference] = field(default_factory=list)
-    only: tuple[Counter, Counter] = field(default_factory=lambda: (Counter(), Counter()))
-    """how often each run has a name, or a row, that the other lacks there"""
+Run = dict[Place, dict[str, Any]]  # row -> name -> value
 
 
-def read_run(folder: Path) -> dict[str, Rows]:
-    """File -> rows: metrics.jsonl and samples.jsonl of a run and of the stages in it.
+def read_run(folder: Path) -> Run:
+    """The rows of metrics.jsonl and samples.jsonl, of a run and of the stages in it.
 
     Raises:
         ValueError: this folder is no run, or a line in it is no JSON object with a step.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} is no run folder: no metrics.jsonl in it")
-    found = {}
-    for path in sorted((*folder.rglob("metrics.jsonl"), *folder.rglob("samples.jsonl"))):
-        rows: Rows = {}
-        places: Counter[int] = Counter()
+    run: Run = {}
+    for path in (*folder.rglob("metrics.jsonl"), *folder.rglob("samples.jsonl")):
+        file, seen = path.relative_to(folder), Counter()
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
                 step = row.pop("step")
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: no JSON object with a step") from error
-            rows[step, places[step]] = row
-            places[step] += 1
-        found[str(path.relative_to(folder))] = rows
-    return found
+            place = Place(str(file.parent), step, str(file), seen[step])
+            run[place] = {name: value for name, value in row.items() if not IGNORED.fullmatch(name)}
+            seen[step] += 1
+    return run
 
 
 def are_equal(a: Any, b: Any, tolerance: float) -> bool:
@@ -86,45 +85,34 @@ def are_equal(a: Any, b: Any, tolerance: float) -> bool:
     return numbers and abs(a - b) <= tolerance * max(1.0, abs(b)) < float("inf")
 
 
-def in_order(one: dict[str, Rows], other: dict[str, Rows]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(file, key) of all rows of both runs, step by step, so that the first difference is the earliest."""
-    files = [*dict.fromkeys((*one, *other))]
-    keys = {(file, key) for file in files for key in (*one.get(file, {}), *other.get(file, {}))}
-    stages = {file: str(Path(file).parent) for file in files}
-    yield from sorted(keys, key=lambda item: (stages[item[0]], item[1][0], item[0], item[1][1]))
-
-
-def compare(one: dict[str, Rows], other: dict[str, Rows], tolerance: float = 0.0) -> Comparison:
-    """The differences of two runs, the earliest first."""
-    found = Comparison()
-    for file, key in in_order(one, other):
-        rows = [run.get(file, {}).get(key) for run in (one, other)]
-        if None in rows:  # this step was not reached, or not evaluated
-            found.only[rows[0] is None][f"{file}: rows"] += 1
-            continue
-        found.num_rows += 1
-        a, b = ({name: x for name, x in row.items() if not IGNORED.fullmatch(name)} for row in rows)
-        for name in dict.fromkeys((*a, *b)):
-            if name not in a or name not in b:
-                found.only[name not in a][f"{file}: {name}"] += 1
-                continue
-            found.names.add(f"{file}: {name}")
-            if not are_equal(a[name], b[name], tolerance):
-                place = f"{file}: step {key[0]}: {name}" + (f" of row {key[1]}" if key[1] else "")
-                found.differences.append(Difference(place, a[name], b[name]))
-    return found
-
-
-def report(found: Comparison, runs: tuple[Path, Path]) -> str:
-    """What a person reads of a comparison."""
-    lines = [f"{found.num_rows:,} rows and {len(found.names):,} names compared"]
-    for run, names in zip(runs, found.only, strict=True):
-        lines += [f"only {run} has {name} ({count:,} times)" for name, count in names.items()]
-    if found.differences:
-        place, one, other = found.differences[0]
-        lines += [f"{len(found.differences):,} values differ, the first at {place}"]
-        lines += [f"  {run}: {value!r}" for run, value in zip(runs, (one, other), strict=True)]
-    return "\n".join(lines if len(lines) > 1 else [*lines, "equal"])
+def compare(runs: tuple[Run, Run], folders: tuple[Path, Path], tolerance: float = 0.0) -> list[str]:
+    """What differs between two runs, the earliest first, as lines for a person; the first line is a count."""
+    names, lacks = set(), (Counter(), Counter())  # names that both have; that one has and the other lacks
+    shared = sorted(runs[0].keys() & runs[1].keys())
+    differences = []
+    for mine, own, others in zip(lacks, runs, runs[::-1], strict=True):
+        mine.update(f"{place.file}: rows" for place in sorted(own.keys() - others.keys()))
+    for place in shared:
+        rows = [run[place] for run in runs]
+        for name in dict.fromkeys((*rows[0], *rows[1])):
+            label = f"{place.file}: {name}"
+            if name in rows[0] and name in rows[1]:
+                names.add(label)
+                values = [row[name] for row in rows]
+                if not are_equal(*values, tolerance):
+                    differences.append((place, name, values))
+            else:
+                lacks[name in rows[1]][label] += 1
+    lines = [f"{len(shared):,} rows and {len(names):,} names compared"]
+    for folder, found in zip(folders, lacks, strict=True):
+        lines += [f"only {folder} has {label} ({count:,} times)" for label, count in found.items()]
+    if differences:
+        place, name, values = differences[0]
+        of_row = f" of row {place.number}" if place.number else ""
+        where = f"{place.file}: step {place.step}: {name}{of_row}"
+        lines += [f"{len(differences):,} values differ, the first at {where}"]
+        lines += [f"  {folder}: {value!r}" for folder, value in zip(folders, values, strict=True)]
+    return lines
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -144,7 +132,7 @@ def differing(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(x != found[0] for x in found)}
 
 
-def evaluations(runs: list[dict[str, Rows]], as_one: bool) -> list[list[str]]:
+def evaluations(runs: list[Run], as_one: bool) -> list[list[str]]:
     """A line of cells for each eval/ metric: of each run its first and last value.
 
     Args:
@@ -152,10 +140,9 @@ def evaluations(runs: list[dict[str, Rows]], as_one: bool) -> list[list[str]]:
     """
     ends = []
     for run in runs:
-        rows = [
-            row for row in run.get("metrics.jsonl", {}).values() if any(k.startswith("eval/") for k in row)
-        ]
-        ends.append((rows[0], rows[-1]) if rows else ({}, {}))
+        rows = [row for place, row in sorted(run.items()) if place.file == "metrics.jsonl"]
+        rows = [row for row in rows if any(name.startswith("eval/") for name in row)] or [{}]
+        ends.append((rows[0], rows[-1]))
     lines = []
     for name in dict.fromkeys(name for _, last in ends for name in last if name.startswith("eval/")):
         pairs = [[end.get(name) for end in both] for both in ends]
@@ -176,28 +163,106 @@ def in_columns(lines: list[list[str]]) -> str:
     )
 
 
-def main(args: Args) -> int:
+def answered_by_both(runs: tuple[Run, Run]) -> list[tuple[str, str, str]]:
+    """(prompt, answer of one, answer of the other) from the last evaluation in each run's samples.jsonl.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: list[dict] = []
+    for run in runs:
+        places = sorted(place for place in run if place.file == "samples.jsonl" and "response" in run[place])
+        answers, seen = {}, Counter()
+        for row in (run[place] for place in places if place.step == places[-1].step):
+            asked = (row["prompt"], row.get("label"))
+            answers[asked, seen[asked]] = row["response"]
+            seen[asked] += 1
+        found.append(answers)
+    pairs = [(key[0][0], text, found[1][key]) for key, text in found[0].items() if key in found[1]]
+    if not pairs:
+        raise ValueError("no prompt that both runs have answered; --num_samples logs answers")
+    return pairs
+
+
+def preferences(args: Args, folder: Path, pairs: list[tuple[str, str, str]]) -> dict[str, list[float]]:
+    """Score -> for each pair above 0 if the second answer is better, below if the first is, 0 for a tie.
+
+    A server says which of two is better, and is asked in both orders: where it names the same place in both,
+    that is a tie. Where it names none in one of them, the pair is left out.
+    """
+    from common import chat, constitutions, dist, evaluate, packed, rewards
+    from common.args import System
+
+    device, (prompts, *sides) = dist.init(seed=1), zip(*pairs, strict=True)
+    turns = [[chat.user(prompt)] for prompt in prompts]
+    if args.judge.startswith(("http://", "https://")):
+        server = chat.Endpoint(args.judge, args.judge_model, chat.Server(), folder / "judged", 8)
+
+        def verdicts(order: list[tuple[str, ...]]) -> list[list[float] | None]:
+            asked = zip(turns, zip(*order, strict=True), strict=True)
+            return server.verdicts(
+                [constitutions.ask_judge(turn, QUESTION, pair, request=REQUEST) for turn, pair in asked]
+            )
+
+        both = zip(verdicts(sides), verdicts(sides[::-1]), strict=True)
+        return {args.judge_model: [b[0] - a[0] for a, b in both if a and b]}
+    if ":" in args.judge:
+        judge = evaluate.load_judge(args.judge, "")
+        found = [[*map(judge, prompts, side)] for side in sides]
+        evaluate.mean_scores([*found[0], *found[1]])  # refuses names that not all have
+        return {name: [b[name] - a[name] for a, b in zip(*found, strict=True)] for name in found[0][0]}
+    models, examples = rewards.load(args.judge, device, System()), [packed.Example([], x) for x in turns]
+    found = [rewards.score_replies(models, examples, [*side], 0, device) for side in sides]
+    return {args.judge: [b - a for a, b in zip(*found, strict=True)]}
+
+
+def win_rate(name: str, found: list[float]) -> list[str]:
+    """Cells of a row: won, tied, lost; the share won, a tie as half, and Wilson's interval of it."""
+    if not found:
+        raise ValueError(f"{name} has judged none of the answers")
+    count, z = len(found), statistics.NormalDist().inv_cdf(0.975)
+    won, tied = sum(x > 0 for x in found), sum(x == 0 for x in found)
+    share = (won + tied / 2) / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    rates = f"{share:.1%}", f"{middle - half:.1%} to {middle + half:.1%}"
+    return [name, *map(str, (won, tied, count - won - tied)), *rates]
+
+
+def report(args: Args) -> int:
     """Compare and print. -> the exit code"""
-    try:
-        if len(args.runs) < 2:
-            raise ValueError(f"{len(args.runs)} run folders; expected two or more")
-        first, *others = runs = [*map(read_run, args.runs)]
-        changed = differing([*map(read_settings, args.runs)])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if len(args.runs) < 2:
+        raise ValueError(f"{len(args.runs)} run folders; expected two or more")
+    first, *others = runs = [*map(read_run, args.runs)]
+    changed = differing([*map(read_settings, args.runs)])
     is_different = False
     for folder, other in zip(args.runs[1:], others, strict=True):
-        found = compare(first, other, args.tolerance)
-        print(report(found, (args.runs[0], folder)))
-        is_different |= bool(found.differences or any(found.only))
+        lines = compare((first, other), (args.runs[0], folder), args.tolerance)
+        print(*lines, *([] if lines[1:] else ["equal"]), sep="\n")
+        is_different |= len(lines) > 1
     for name, values in changed.items():
         print(f"{name}: {' | '.join(map(str, values))}")
     of_seeds = [*changed] == ["seed"]
     if is_different and (lines := evaluations(runs, of_seeds)):
         heads = ["evaluation", *map(str, args.runs), *(["mean +- standard error"] if of_seeds else [])]
         print(in_columns([heads, *lines]))
+    for folder, other in zip(args.runs[1:], others, strict=True) if args.judge else ():
+        pairs = answered_by_both((first, other))
+        found = preferences(args, folder, pairs)
+        heads = ["judged by", "won", "tied", "lost", "win rate", "95 % (Wilson, a tie as half)"]
+        rows = [win_rate(name, values) for name, values in found.items()]
+        print(f"answers of {folder} against those of {args.runs[0]} to {len(pairs):,} prompts")
+        print(in_columns([heads, *rows]))
     return int(is_different)
+
+
+def main(args: Args) -> int:
+    """`report`, where a mistake is one line. -> the exit code"""
+    try:
+        return report(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

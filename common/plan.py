@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import dist, files, formats, loading, lora
 from common.args import flat, with_fields
@@ -34,10 +35,6 @@ class Memory(NamedTuple):
     gathered: float  # whole weights in the compute dtype while a block, the embedding and the head work
     activations: float  # of one micro-batch
     head: float  # buffers of the chunked head and its float32 gradient
-
-    @property
-    def total(self) -> float:
-        return sum(self)
 
 
 def attention_widths(config: Any) -> tuple[int, int]:
@@ -108,8 +105,8 @@ def choices(
         room: bytes that this model may have of a rank's: two thirds, see `models.memory_choices`.
         folded: bytes that adapters of experts add, see `lora.num_folded`.
     """
-    recompute = choice == "on" or (choice == "auto" and need(recompute=False).total + folded > room)
-    left = room - need(recompute=recompute).total
+    recompute = choice == "on" or (choice == "auto" and sum(need(recompute=False)) + folded > room)
+    left = room - sum(need(recompute=recompute))
     return recompute, whole < left, left
 
 
@@ -197,7 +194,7 @@ def count(model: str, rank: int = 0, target: str = "all-linear", has_vocabulary:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    def read() -> nn.Module:
         folder, gguf = files.model_folder(model, needs_weights=False)
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf) if gguf else loading.config_of(folder)
         if not gguf and not hasattr(config, "vocab_size"):
@@ -209,10 +206,19 @@ def count(model: str, rank: int = 0, target: str = "all-linear", has_vocabulary:
             plain = make(config, dtype=torch.float32)
             if rank:
                 lora.add(plain, rank, 1.0, target)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise dist.RunError(f"model {model}: {formats.first_line(error)}") from error
+        return plain
+
+    plain = built(f"model {model}", read)
     trained = sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    return Model(config, trained, sum(p.numel() for p in plain.parameters()) - trained)
+    return Model(plain.config, trained, sizes(plain) - trained)
+
+
+def built(what: str, read: Callable[[], Any]) -> Any:
+    """read(), a model without numbers; where its config cannot be read the run ends."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise dist.RunError(f"{what}: {formats.first_line(error)}") from error
 
 
 def shards(sharding: str, num_gpus: int) -> int:
@@ -279,62 +285,45 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
 
 
 def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
-    """Of a script that trains the U-Net of a diffusion pipeline through its images."""
-    import diffusers
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import AutoConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+    """Of a script that trains the denoiser of a diffusion pipeline through its images."""
+    from transformers import AutoConfig, CLIPModel
 
-    from common import pipelines
+    from common import diffusion, pipelines
 
-    diffusers.utils.logging.set_verbosity_error()
-    options, folder = flat(args), files.pipeline_folder(args.model)
+    options, guidance = flat(args), args.guidance_scale
     dtype = torch.float32 if options["dtype"] == "float32" else torch.bfloat16
     itemsize, num_shards = dtype.itemsize, shards(options["sharding"], machine.count)
-    sources = [name for name, _ in formats.read_sources(args.reward, "reward")]
-    toy = str(files.toy_folder("images") / "reward_model") if "toy" in sources else ""
-    clips = [toy if x == "toy" else x for x in sources if x != "brightness" and ":" not in x]
-    try:
-        with torch.device("meta"):
-            unet, vae = (
-                kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
-                for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-            )
-            is_xl = unet.config.addition_embed_type == "text_time"
-            kinds = [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)]
-            kinds = kinds[: 1 + is_xl]
-            encoders = [kind(AutoConfig.from_pretrained(folder, subfolder=x)) for x, kind in kinds]
-            rewards = [CLIPModel(AutoConfig.from_pretrained(x)) for x in clips]
-            for part in (vae, *encoders, *rewards, *([unet] if options["lora_rank"] else [])):
-                part.requires_grad_(False)
-            if options["lora_rank"]:
-                pipelines.add_lora(unet, args.system, 1)
-    except (OSError, ValueError, KeyError) as error:
-        reason = f"{formats.first_line(error)}; plans know pipelines with a U-Net"
-        raise dist.RunError(f"model {args.model}: {reason}") from error
-    size, trained = (sum(p.numel() for p in unet.parameters() if not x or p.requires_grad) for x in (0, 1))
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    pixels = options["image_size"] or unet.config.sample_size * scale
-    images, guided = options["micro_batch_size"], 1 + (options["guidance_scale"] != 1)
-    rows, side, channels = images * guided, pixels // scale, unet.config.in_channels
-
-    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=kind, device="meta", requires_grad=True)
-
-    def predict() -> torch.Tensor:
-        c, added = unet.config, None
-        if is_xl:  # the embedded text, and six numbers of sizes and crops
-            width = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
-            added = {"text_embeds": empty(rows, width), "time_ids": empty(rows, 6)}
-        states = empty(rows, 77, c.cross_attention_dim)
-        return unet(empty(rows, channels, side, side), 1, states, added_cond_kwargs=added, return_dict=False)
-
-    a_step, step_flops = traced(predict, unet)
-    an_image, image_flops = traced(lambda: vae.decode(empty(1, channels, side, side)).sample, vae)
-    of_reward = 0.0
-    for model in rewards:
-        crop = model.config.vision_config.image_size
-        inputs = empty(images, 3, crop, crop, kind=torch.float32)
-        of_reward += traced(functools.partial(model.get_image_features, inputs), model)[0]
+    toy = str(files.toy_folder("images") / "reward_model")
+    sources = [toy if x == "toy" else x for x, _ in formats.read_sources(args.reward, "reward")]
+    clips = [x for x in sources if x != "brightness" and ":" not in x]
+    with torch.device("meta"):
+        pipe = empty_pipeline(args.model).to(dtype)
+        rewards = [built(f"reward {x}", lambda x=x: CLIPModel(AutoConfig.from_pretrained(x))) for x in clips]
+        denoiser, vae = pipelines.denoiser_of(pipe), pipe.vae
+        for part in (*pipelines.modules(pipe).values(), *rewards):
+            part.requires_grad_(part is denoiser and not options["lora_rank"])
+        if options["lora_rank"]:
+            pipelines.add_lora(denoiser, args.system, 1)
+    pixels, images = diffusion.image_size(pipe, options["image_size"]), options["micro_batch_size"]
+    side, channels = pixels // pipe.vae_scale_factor, vae.config.latent_channels
+    size, trained = (sum(p.numel() for p in denoiser.parameters() if x or p.requires_grad) for x in (1, 0))
+    choice, of_reward = options["activation_checkpointing"], 0.0
+    recompute = choice == "on" or (choice == "auto" and size > 1.5e9)  # as pipelines.load on a GPU
+    gathered = [sizes(block) for block in pipelines.blocks(denoiser)]
+    with FakeTensorMode():
+        text = {None: text_shapes(pipe, dtype), "": text_shapes(pipe, dtype)}
+        given = diffusion.conditions(pipe, text, [""] * images, pixels, guidance, torch.device("cpu"))
+        rows = images * (1 + diffusion.has_guidance(pipe, guidance))
+        latents = torch.empty(rows, channels, side, side, dtype=dtype, requires_grad=True)
+        a_step, step_flops = traced(
+            lambda: diffusion.prediction(denoiser, latents, 1.0, given), denoiser, recompute
+        )
+        an_image, image_flops = traced(lambda: diffusion.decode(vae, latents[:1], False), vae, recompute)
+        for model in rewards:
+            crop = model.config.vision_config.image_size
+            inputs = torch.empty(images, 3, crop, crop, requires_grad=True)
+            of_reward += traced(functools.partial(model.get_image_features, inputs), model)[0]
+    encoders = [part for name, part in pipelines.modules(pipe).items() if name.startswith("text_encoder")]
     K, S = options["num_grad_steps"] or options["num_inference_steps"], options["num_inference_steps"]
     is_kept = not options["step_checkpointing"]
     most = K * a_step + images * an_image + of_reward if is_kept else max(a_step, an_image, of_reward)
@@ -349,7 +338,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     }
     training = {
         "gradients": 4 * trained / num_shards,
-        "gathered": itemsize * size if itemsize < 4 or num_shards > 1 else 0.0,
+        "gathered": itemsize * (2 * max(gathered) + size - sum(gathered)) * (itemsize < 4 or num_shards > 1),
         "activations": most,
         "latents by step": 4.0 * (K + 2) * images * channels * side**2,
         "images": 6 * 4.0 * images * 3 * pixels**2,
@@ -358,35 +347,95 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     return Need(always, training, {}, step_flops / images * steps + 4 * image_flops, "images")
 
 
+def empty_pipeline(model: str) -> Any:
+    """The diffusers pipeline of a folder or hub id by its configs alone, without tokenizers and scheduler."""
+    import diffusers
+    import transformers
+
+    from common import pipelines
+
+    diffusers.utils.logging.set_verbosity_error()
+    folder = files.pipeline_folder(model)
+
+    def read() -> Any:
+        index = diffusers.DiffusionPipeline.load_config(folder)
+        if index["_class_name"] not in pipelines.KINDS:
+            raise ValueError(f"found a {index['_class_name']}; expected one of {', '.join(pipelines.KINDS)}")
+        parts = {name: x for name, x in index.items() if name[0] != "_"}
+        for name, (_, kind) in [(name, x) for name, x in parts.items() if isinstance(x, list)]:
+            parts[name] = None
+            if name.startswith("text_encoder") and kind:
+                config = transformers.AutoConfig.from_pretrained(folder, subfolder=name)
+                parts[name] = getattr(transformers, kind)(config)
+            elif name in ("unet", "transformer", "vae"):
+                own = getattr(diffusers, kind)
+                parts[name] = own.from_config(own.load_config(folder, subfolder=name))
+        return getattr(diffusers, index["_class_name"])(**parts)
+
+    return built(f"model {model}", read)
+
+
+def text_shapes(pipe: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What a pipeline's text encoders give for a prompt of the greatest length, see diffusion.encode."""
+    from common import pipelines
+
+    config = pipelines.denoiser_of(pipe).config
+    width = getattr(config, "cross_attention_dim", None) or config.joint_attention_dim
+    length = 512 if pipelines.is_flux(pipe) else 77 + 256 * hasattr(pipe, "text_encoder_3")
+    pooled = pipe.text_encoder_2.config.projection_dim if pipelines.is_xl(pipe) else None
+    pooled = pooled or getattr(config, "pooled_projection_dim", 0)
+    shapes = [(length, width), *([(pooled,)] if pooled else [])]
+    return tuple(torch.empty(shape, dtype=dtype) for shape in shapes)
+
+
 def sizes(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def traced(forward: Callable, model: nn.Module) -> tuple[float, float]:
-    """(bytes that backward needs besides the weights, FLOPs) of a forward on tensors without numbers."""
-    from torch.utils.flop_counter import FlopCounterMode
+def traced(forward: Callable, model: nn.Module, recompute: bool = False) -> tuple[float, float]:
+    """(bytes that backward needs besides the weights, FLOPs) of a forward within FakeTensorMode.
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **how: Any) -> torch.Tensor:
-        # without a device torch would take the formulas, which keep all scores
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=how.get("scale"))[0]
+    The model is put on a CPU of no numbers first: on the meta device attention would keep all scores.
 
+    Args:
+        recompute: of each of pipelines.PARTS keep the inputs, and of the largest one all.
+    """
+    from common.pipelines import PARTS
+
+    for module in model.modules():
+        for name, x in module._parameters.items():
+            if x is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
+        for name, x in module._buffers.items():
+            module._buffers[name] = x if x is None else torch.empty(x.shape, dtype=x.dtype)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[Any, dict[int, torch.Tensor]] = {None: {}}  # part, or None for all others -> place -> tensor
+    inside = [None]
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage()._cdata
-        if place not in weights:
-            kept[place] = tensor  # alive, so that no other takes its place
+        if (place := tensor.untyped_storage()._cdata) not in weights:
+            kept[inside[-1]][place] = tensor  # alive, so that no other takes its place
         return tensor
 
-    with (
-        mock.patch.object(nn.functional, "scaled_dot_product_attention", attend),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        FlopCounterMode(display=False) as flops,
-    ):
+    def enter(part: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        for x in (*args, *named.values()):
+            if isinstance(x, torch.Tensor):
+                pack(x)
+        kept[part] = {}
+        inside.append(part)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    for part in model.modules():
+        if recompute and type(part).__name__ in PARTS:
+            part.register_forward_pre_hook(enter, with_kwargs=True)
+            part.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), FlopCounterMode(display=False) as flops:
         out = forward()
     del out
-    return float(sum(t.untyped_storage().nbytes() for t in kept.values())), float(flops.get_total_flops())
+    others, *parts = (sum(x.untyped_storage().nbytes() for x in held.values()) for held in kept.values())
+    return float(others + max(parts, default=0)), float(flops.get_total_flops())
 
 
 # -------------------------------------------------------------------------------------------------- --plan
@@ -400,12 +449,8 @@ def read_machine(spec: str) -> Machine:
     return Machine(int(found[1]), float(found[2]) * 2**30)
 
 
-def no_others(args: Any) -> dict[str, str]:
-    return {}
-
-
 def show(
-    args: Any, beside: Callable[[Any], dict[str, str]] = no_others, need: Callable = text_need, **how: Any
+    args: Any, beside: Callable[[Any], dict[str, str]] = lambda _: {}, need: Callable = text_need, **how: Any
 ) -> None:
     """With --plan, print what a rank would hold, and what would fit; ends the process, 0 if it fits.
 

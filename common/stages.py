@@ -7,6 +7,7 @@ command line of its script, and is read, and refused, before any stage begins.
 import contextlib
 import gc
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -37,8 +38,7 @@ def stage(
         Stopped: a stop was asked for; the stage has saved, and the pipeline must end too.
     """
     if not dist.poll_stop() and not is_complete(folder):
-        if dist.is_main():
-            print(f"\nstage {folder.name}", flush=True)
+        say(f"\nstage {folder.name}")
         given = read_options(folder.name, Args, options)
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
         own = {"output_dir": str(folder), "accept_changes": pipeline.run.accept_changes}
@@ -68,10 +68,9 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
     if run.check:
         dist.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     for name, main, Args, overrides, options in stages:
-        if dist.is_main():
-            print(f"\nstage {name}", flush=True)
+        say(f"\nstage {name}")
         if run.check and not overrides["dataset"]:
-            dist.from_main(lambda: print("not checked: its data are made by a stage before it", flush=True))
+            say("not checked: its data are made by a stage before it")
             continue
         with files.beside(str(folder)) if run.check else contextlib.nullcontext("unused") as own:
             given = {"output_dir": own, "plan": run.plan, "check": run.check}
@@ -111,19 +110,15 @@ def read_options(name: str, Args: type, options: str, reserved: Collection[str] 
     Raises:
         RunError: an unknown option, one that is reserved, or a value of another type.
     """
-    defaults = Args()
     try:
-        groups = args.split_options(options)
+        words = shlex.split(options)
     except ValueError as error:
         raise formats.wrong(f"{name} {options!r}", str(error), '"--option value --option value"') from error
-    if "help" in groups:
-        return args.parse_words(["--help"], defaults, prog=name)
-    for option in groups:
-        if option in reserved or option.removeprefix("no_") in reserved:
+    for option in args.split_options(words):
+        if option.removeprefix("no_") in reserved:
             raise dist.RunError(f"{name}: --{option} is set by the pipeline; leave it out")
-    defaults = args.with_fields(defaults, **args.merged_presets(Args, args.values_of(groups)))
     try:
-        found = args.parse_words([word for group in groups.values() for word in group], defaults)
+        found = args.parse_words(words, Args(), prog=name)
         args.refuse_numbers(args.flat(found))
     except dist.RunError as error:
         raise dist.RunError(f"{name}: {error}") from error
@@ -171,9 +166,8 @@ def begin(path: Path) -> bool:
     """Whether a stage that writes this file has to run; a line of the console says so."""
     if dist.from_main(path.exists):
         return False
-    if dist.is_main():
-        print(f"\nstage {path.parent.name}", flush=True)
-        path.parent.mkdir(exist_ok=True)
+    say(f"\nstage {path.parent.name}")
+    dist.from_main(lambda: path.parent.mkdir(exist_ok=True))
     return True
 
 

@@ -1,6 +1,7 @@
 """Two run folders: equal, equal but for rounding, and each way in which they can differ."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from test_cai import Stub, server  # noqa: F401
 
 from common import compare
 
@@ -145,3 +147,61 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 1 and "step 1: train/loss" in done.stdout and not done.stderr
     done = subprocess.run([*command, "--tolerance", "1e-4"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("equal\n")
+
+
+# whose answers win
+
+
+def answered(folder: Path, step: int, texts: dict[str, str]) -> Path:
+    samples = [{"step": 0, "prompt": "old", "response": "fool", "label": ""}]
+    samples += [{"step": step, "prompt": p, "response": text, "label": ""} for p, text in texts.items()]
+    return write(folder, METRICS, samples)
+
+
+ONE = {"a?": "fool", "b?": "no", "c?": "fool", "d?": "yes, fool", "only here?": "x"}
+OTHER = {"d?": "yes, longer", "c?": "fool", "b?": "fool", "a?": "kind"}
+
+
+def judged(tmp_path: Path, capsys: Any, judge: str, model: str = "") -> str:
+    runs = answered(tmp_path / "a", 5, ONE), answered(tmp_path / "b", 9, OTHER)
+    assert compare.main(compare.Args(runs, 0.0, judge, model)) == 1
+    text = capsys.readouterr().out
+    assert "to 4 prompts" in text
+    return re.sub(" +", " ", text.splitlines()[-1])
+
+
+def kindness(prompt: str, response: str) -> float:
+    return -float("fool" in response)
+
+
+def test_the_last_answers_to_the_same_prompts_are_judged(tmp_path: Path, capsys: Any) -> None:
+    """Two won, a tie and one lost: .625, and by hand (.625 + z^2 / 8) / (1 + z^2 / 4) = .564 +- .344."""
+    assert judged(tmp_path, capsys, "test_compare:kindness") == "score 2 1 1 62.5% 21.9% to 90.8%"
+    assert compare.win_rate("x", [1.0] * 100)[3:] == ["0", "100.0%", "96.3% to 100.0%"]
+    assert compare.main(compare.Args((tmp_path / "a", tmp_path / "b"), 0.0, "test_compare:none")) == 2
+    assert "expected package.module:function" in capsys.readouterr().err
+
+
+def test_a_server_is_asked_in_both_orders(
+    server: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    """It names the other place where the first reply has a fool in it, and the second place for two fools."""
+    assert judged(tmp_path, capsys, server, "m") == "m 2 1 1 62.5% 21.9% to 90.8%"
+    asked = [body["messages"][-1]["content"] for body in Stub.bodies]
+    assert len(set(asked)) == 7  # of the pair that is alike both orders are one request
+    Stub.plan = ["length"] * 99
+    assert compare.main(compare.Args((tmp_path / "a", tmp_path / "b"), 0.0, server, "other")) == 2
+    assert "other has judged none of the answers" in capsys.readouterr().err
+
+
+def test_a_reward_model_judges(tiny_model: str, tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    name, *counts = judged(tmp_path, capsys, str(tmp_path / "judge")).split()[:4]
+    assert name == str(tmp_path / "judge") and counts[1] == "1" and sum(map(int, counts)) == 4

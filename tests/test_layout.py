@@ -74,7 +74,7 @@ def arguments(path: Path) -> dict[str, tuple[str, str]]:
     for body in (n.body for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)):
         for node, after in zip(body, [*body[1:], None], strict=True):
             kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) and node.value else ""
-            if kind and not kind.startswith(("ClassVar", "OmitArgPrefixes")):
+            if kind and not kind.startswith("ClassVar") and "block(" not in ast.unparse(node.value):
                 assert isinstance(after, ast.Expr), f"{path.stem}.{node.target.id} has no help sentence"
                 found[node.target.id] = (kind, after.value.value)
     return found

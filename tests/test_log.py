@@ -545,12 +545,12 @@ def test_a_dataclass_among_the_options_makes_no_pipeline(
         patch.setattr(log.Log, "__call__", mortal)
         with_ema.main(args_of(with_ema.Args, **options))
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
-    with_ema.main(args_of(with_ema.Args, **options, **{"ema.decay": 0.9}))
+    with_ema.main(args_of(with_ema.Args, **options, decay=0.9))
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["ema.decay"] == 0.9
-    with pytest.raises(dist.RunError, match=r"with ema.decay 0.9, now 0.5"):
-        with_ema.main(args_of(with_ema.Args, **options, **{"ema.decay": 0.5}))
-    monkeypatch.setattr(sys, "argv", ["sft_with_ema.py", "--ema.decay=0.7"])
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["decay"] == 0.9
+    with pytest.raises(dist.RunError, match=r"with decay 0.9, now 0.5"):
+        with_ema.main(args_of(with_ema.Args, **options, decay=0.5))
+    monkeypatch.setattr(sys, "argv", ["sft_with_ema.py", "--decay=0.7"])
     assert parse(with_ema.Args, sft.TOY).ema.decay == 0.7
 
 

@@ -31,7 +31,6 @@ def test_the_estimate_by_hand() -> None:
     # inputs of norms and of the products after them: 4; q, k, v and what attention gives: 4 more
     assert found.activations == 7 * 3 * 2 * (8 * 10 + 4 * 20)
     assert found.head == 4 * 1000 + 2 * 4 * 7 * 100
-    assert found.total == sum(found)
 
 
 def test_what_changes_the_estimate() -> None:
@@ -65,7 +64,7 @@ def test_the_estimate_is_near_what_was_measured(task: str, cell: int) -> None:
             itemsize=2,
             recompute=settings.get("checkpointing") == "on",
         )
-        assert 0.97 < need.total / 2**20 / line["peak_mib"] < 1.1
+        assert 0.97 < sum(need) / 2**20 / line["peak_mib"] < 1.1
 
 
 # ----------------------------------------------------------------------------------------------------- --plan
@@ -192,10 +191,54 @@ def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
     once = base.training["activations"]
     assert kept.training["activations"] > 3 * once and wide.training["activations"] > 1.5 * once
     assert of(lora_rank=1, guidance_scale=1.0).flops < 0.6 * base.flops
+    assert of(lora_rank=1, activation_checkpointing="on").training["activations"] < 0.7 * once
     xl = of(model=make_pipeline(tmp_path / "xl", "xl"))
     assert xl.always["text encoders"] > base.always["text encoders"]
-    with pytest.raises(ValueError, match="plans know pipelines with a U-Net"):
-        of(model=make_pipeline(tmp_path / "sd3", "sd3"))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Other"}')
+    with pytest.raises(ValueError, match="found a Other; expected one of StableDiffusionPipeline, "):
+        of(model=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_flow_is_planned_as_it_is_loaded(kind: str, tmp_path: Path, device: torch.device) -> None:
+    """Its parameters, what its text encoders give, and what a prediction and a decoded image keep."""
+    from tiny_diffusion import make_pipeline
+
+    from common import diffusion, pipelines
+
+    options = {"model": make_pipeline(tmp_path, kind), "reward": "brightness", "dtype": "float32"}
+    options |= {"lora_rank": 0, "micro_batch_size": 1, "guidance_scale": 1.0, "image_size": 16}
+    need = plan.image_need(args_of(draftp.Args, **options), machine(), {})
+    pipe = pipelines.read_pipeline(options["model"])
+    for part in pipelines.modules(pipe).values():
+        part.requires_grad_(part is pipe.transformer)
+    assert need.always["weights"] == 4 * plan.sizes(pipe.transformer)
+    encoded: Any = {}
+    diffusion.encode_all(pipe, ["a"], encoded, 1, device)
+    found = [part.shape for part in plan.text_shapes(pipe, torch.float32)]
+    if kind == "flux":  # the CLIP tokenizer of this SD 3 is shorter than any real one
+        assert found == [part.shape for part in encoded["a"]]
+    encoded = {x: tuple(torch.zeros(shape) for shape in found) for x in (None, "a")}
+    given = diffusion.conditions(pipe, encoded, ["a"], 16, 1.0, device)
+    latents, kept = torch.randn(1, 4, 8, 8, requires_grad=True), {}
+    weights = {
+        p.untyped_storage().data_ptr() for p in (*pipe.transformer.parameters(), *pipe.vae.parameters())
+    }
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    sizes = []
+    for forward in (
+        lambda: diffusion.prediction(pipe.transformer, latents, 1.0, given),
+        lambda: diffusion.decode(pipe.vae, latents, False),
+    ):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            forward()
+        sizes.append(sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights))
+    assert need.training["activations"] == pytest.approx(max(sizes), rel=0.02)
 
 
 @pytest.mark.release
