@@ -31,12 +31,15 @@ from common.args import Training
 from common.loading import is_whole
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
-# what .metadata names besides torch's own descriptions, none of which does anything when called
-SAFE = ("pathlib PosixPath", "torch.serialization _get_layout")
-SAFE += ("torch.distributed.checkpoint.filesystem _StorageInfo",)
-OPTIONS = StateDictOptions(
-    ignore_frozen_params=True, strict=False
-)  # frozen weights come from the model's own files
+# what .metadata names, a pickle: torch's descriptions of tensors, none of which does anything when called
+NAMES = "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties ChunkStorageMetadata "
+NAMES += "BytesStorageMetadata _MEM_FORMAT_ENCODING"
+SAFE = {f"torch.distributed.checkpoint.metadata.{name}" for name in NAMES.split()}
+SAFE |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
+SAFE |= {"torch.Size", "pathlib.PosixPath", "pathlib._local.PosixPath"}
+SAFE |= {str(found) for found in vars(torch).values() if isinstance(found, torch.dtype)}
+# frozen weights come from the model's own files
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def newest(output_dir: str | Path) -> Path | None:
@@ -58,13 +61,13 @@ def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
         files.remove(unfinished)
     dist.barrier()
     begun = {name for name, (_, optimizer) in parts.items() if optimizer is not None and optimizer.state}
-    state = _state(parts, begun)
-    if names := dist.gather(_infinite(dict(_flat(state)))):
+    tensors = _tensors(_state(parts, begun))
+    if names := dist.gather(_infinite(tensors)):
         raise dist.RunError(
             f"{names[0]} is not finite, or too large to compute with, after step {step}, which is not saved; "
             f"{last_good(run.output_dir)}; a lower learning_rate or max_grad_norm is the usual cure"
         )
-    dcp.save(state, checkpoint_id=unfinished)
+    dcp.save(tensors, checkpoint_id=unfinished)
     if dist.is_main():
         (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         files.finish(unfinished, final)
@@ -92,21 +95,12 @@ def _infinite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 class _Metadata(pickle.Unpickler):
-    """What a checkpoint says of its tensors: a pickle, which can call whatever it names.
-
-    A run folder may come from others, so only torch's descriptions of tensors are found.
-    """
+    """A run folder may come from others, and a pickle calls whatever it names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        own, found = "torch.distributed.checkpoint.metadata", None
-        if module in (own, "torch") or f"{module} {name}" in SAFE:
-            found = super().find_class(module, name)
-        of_torch = (
-            found is torch.Size or isinstance(found, torch.dtype) or getattr(found, "__module__", "") == own
-        )
-        if (of_torch and "." not in name) or f"{module} {name}" in SAFE:
-            return found
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint of ours does")
+        if f"{module}.{name}" not in SAFE:
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint of ours does")
+        return super().find_class(module, name)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -117,14 +111,6 @@ class _Reader(dcp.FileSystemReader):
                 raise pickle.UnpicklingError(f".metadata names the file {name}, out of the folder")
         found.storage_meta.load_id = self.load_id
         return found
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """What is no tensor, a few numbers of an optimizer, is a pickle too."""
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        super().load_bytes(read_item, io.BytesIO(plain.getvalue()))
 
 
 def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
@@ -152,14 +138,16 @@ def _load(folder: Path, parts: Parts) -> dict[str, Any]:
     saved = _Reader(folder).read_metadata().state_dict_metadata
     begun = {name for name in parts if any(key.startswith(f"{name}.optimizer.state.") for key in saved)}
     state = _state(parts, begun)
-    for name, tensor in _flat(state):
-        size = getattr(saved.get(name), "size", None)
-        if size is not None and size != tensor.shape or name not in saved:
+    tensors = _tensors(state)
+    for name, tensor in tensors.items():
+        size = getattr(saved.get(name), "size", None)  # what is no tensor would be unpickled, and has none
+        if size != tensor.shape:
             raise dist.RunError(
-                f"{folder}: {name} is {list(size) if size else 'missing'} there and {list(tensor.shape)} in "
-                "this model; resume with the model the run began with, or start anew with --overwrite"
+                f"{folder}: {name} is {'missing' if size is None else list(size)} there and "
+                f"{list(tensor.shape)} in this model; resume with the model the run began with, or start "
+                "anew with --overwrite"
             )
-    dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
+    dcp.load(tensors, storage_reader=_Reader(folder))  # in place
     for name, (model, optimizer) in parts.items():
         set_model_state_dict(model, state[name]["model"], options=OPTIONS)
         if name in begun:
@@ -168,7 +156,7 @@ def _load(folder: Path, parts: Parts) -> dict[str, Any]:
 
 
 def _state(parts: Parts, begun: set[str]) -> dict[str, Any]:
-    """What a checkpoint holds of each part, of optimizers only those that have begun.
+    """What there is of each part, of optimizers only those that have begun.
 
     torch gives an optimizer without state some by making a step, which AdamW goes on counting from: one that
     waits, as a policy's while its critic warms up, is left alone.
@@ -181,58 +169,47 @@ def _state(parts: Parts, begun: set[str]) -> dict[str, Any]:
     return state
 
 
-def _flat(state: dict, prefix: str = "") -> list[tuple[str, Tensor]]:
-    found = []
+def _tensors(state: dict, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a state by name, which are all that is saved: numbers of an optimizer are options."""
+    found: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{key}.")
+            found |= _tensors(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
-            found.append((f"{prefix}{key}", value))
+            found[f"{prefix}{key}"] = value
     return found
 
 
 def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str) -> None:
     """Write `model/`: a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
 
-    generation_config stops at the token trained to end a turn.
+    Adapters are merged where nothing else could load them: a reward model's, and those on a model that is
+    adapters itself, a GGUF file, or a part of one that takes pictures too.
 
     Args:
         model: what the policy started from, on which adapters stand.
     """
-    import transformers
-
-    folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
-    adapters, weights = policy.lora_config, {}
-    # transformers loads a reward model, so that is always merged
-    merge = isinstance(policy, models.Scorer) or run.merge_lora
+    folder, adapters = Path(run.output_dir) / "model", policy.lora_config
+    trained = {}
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
-            own = policy.wide.get(name, dtype) if adapters is None else torch.float32
-            weights[name] = tensor.to("cpu", own, copy=True)
+            own = torch.float32 if adapters else policy.wide.get(name, policy.dtype_on_disk)
+            trained[name] = tensor.to("cpu", own, copy=True)
 
     def write() -> None:
-        nonlocal weights, dtype
+        base, gguf = files.model_folder(model)
         generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
+        merge = run.merge_lora or generation is None or not is_whole(base, gguf)
+        weights, dtype = trained, torch.float32
         with files.whole(folder) as unfinished:
-            if adapters is not None and not merge:
-                base = _peft_base(folder.parent / "base_model", policy, tokenizer, generation, model)
+            if adapters and not merge:
                 lora.save(unfinished, adapters, base, weights)
                 generation.save_pretrained(unfinished)
+                _say_where_it_stops(policy, tokenizer)
             else:
-                if adapters is not None:
-                    dtype = torch.float32 if run.merge_dtype == "float32" else dtype
-                    base = _base(policy, model)
-                    lora.merge(base, adapters, weights, dtype)
-                    held = base.state_dict().items()
-                    weights = {name: tensor.to(policy.wide.get(name, dtype)) for name, tensor in held}
-                with torch.device("meta"):
-                    shell = getattr(transformers, policy.auto_class).from_config(
-                        policy.config, dtype=dtype, trust_remote_code=False
-                    )
-                shell.generation_config = generation
-                # of tied weights the file has one
-                held = {x: t for x, t in weights.items() if x not in shell.all_tied_weights_keys}
-                shell.save_pretrained(unfinished, state_dict=held)
+                dtype = torch.float32 if run.merge_dtype == "float32" else policy.dtype_on_disk
+                weights = _merged(policy, base, gguf, trained, dtype) if adapters else trained
+                _save(unfinished, policy, weights, dtype, generation)
             if infinite := _infinite(weights):
                 raise dist.RunError(
                     f"{folder}: not written, {infinite[0]} is not finite in {dtype}; "
@@ -243,44 +220,53 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     dist.from_main(write)
 
 
+def _merged(
+    policy: models.PackedModel, base: str, gguf: str | None, trained: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights of the model that the policy started from, as it is on disk, with its adapters in them."""
+    if isinstance(policy, models.Scorer):
+        plain = models.read_scorer(base, gguf, models.output_names(policy), False)
+    else:
+        plain = models.read_pretrained(base, gguf)
+    lora.merge(plain, policy.lora_config, trained, dtype)
+    return {name: tensor.to(policy.wide.get(name, dtype)) for name, tensor in plain.state_dict().items()}
+
+
+def _save(
+    folder: Path, policy: models.PackedModel, weights: dict[str, Tensor], dtype: torch.dtype, generation: Any
+) -> None:
+    """A folder of transformers; of tied weights the file has one."""
+    import transformers
+
+    with torch.device("meta"):
+        kind = getattr(transformers, policy.auto_class)
+        shell = kind.from_config(policy.config, dtype=dtype, trust_remote_code=False)
+    shell.generation_config = generation
+    held = {name: tensor for name, tensor in weights.items() if name not in shell.all_tied_weights_keys}
+    shell.save_pretrained(folder, state_dict=held)
+
+
 def generation_config(policy: models.Policy, tokenizer: Any) -> Any:
     """The model's own, which also stops at the token trained to end a turn."""
     from transformers import GenerationConfig
 
     config = copy.deepcopy(policy.generation_config) or GenerationConfig()
-    before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = list(dict.fromkeys(x for x in (data.end_token(tokenizer), *before) if x is not None))
+    ends = list(dict.fromkeys(x for x in (data.end_token(tokenizer), *_ends(config)) if x is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     return config
 
 
-def _base(policy: models.PackedModel, model: str) -> nn.Module:
-    """The plain model, as it is on disk, that the policy started from."""
-    folder, gguf = files.model_folder(model)
-    if isinstance(policy, models.Scorer):
-        return models.read_scorer(folder, gguf, models.output_names(policy), False)
-    return models.read_pretrained(folder, gguf)
+def _ends(config: Any) -> list[int | None]:
+    ends = getattr(config, "eos_token_id", None)
+    return ends if isinstance(ends, list) else [ends]
 
 
-def _peft_base(folder: Path, policy: models.Policy, tokenizer: Any, generation: Any, model: str) -> str:
-    """The model that peft puts adapters on, and whose end tokens then stand.
-
-    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written to folder
-    as one, merged, in the dtype that the adapters were trained on.
-    """
-    base, gguf = files.model_folder(model)
-    if not is_whole(base, gguf):
-        plain = _base(policy, model).to(policy.compute_dtype)
-        plain.generation_config = generation
-        with files.whole(folder) as unfinished:
-            plain.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        return str(folder)
-    before, end = getattr(policy.generation_config, "eos_token_id", None), data.end_token(tokenizer)
-    if end not in (before if isinstance(before, list) else [before]):
+def _say_where_it_stops(policy: models.Policy, tokenizer: Any) -> None:
+    """Plain generate reads end tokens from the model under the adapters."""
+    before, end = _ends(policy.generation_config), data.end_token(tokenizer)
+    if end not in before:
         print(
-            f"the model under the adapters stops at {before}, they at {end}: give generate() the "
-            "generation_config of their folder, or export with --merge_lora",
+            f"the model under the adapters stops at {', '.join(map(str, before))}, they at {end}: give "
+            "generate() the generation_config of their folder, or export with --merge_lora",
             flush=True,
         )
-    return base

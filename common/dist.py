@@ -224,37 +224,36 @@ def gather(items: Sequence) -> list:
 
 def from_main(make: Callable[[], Any]) -> Any:
     """The picklable result of `make()`, which only rank 0 runs; a RunError there is raised on every rank."""
-    box: list = [None, None]
-    if is_main():
-        try:
-            box[0] = make()
-        except RunError as error:
-            box[1] = str(error)
+    box = [_attempt(make) if is_main() else None]
     if world_size() > 1:
         torch_dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise RunError(box[1])
-    return box[0]
+    return _results(box)[0]
 
 
 def parallel_map(function: Callable, items: Sequence) -> list:
     """[function(item) for item in items], each rank a share of it; a RunError of one is raised on all."""
-
-    def attempt(item: Any) -> tuple[Any, str | None]:
-        try:
-            return function(item), None
-        except RunError as error:
-            return None, str(error)
-
     size = world_size()
-    mine = [attempt(item) for item in items[rank() :: size]]
+    mine = [_attempt(function, item) for item in items[rank() :: size]]
     done: list = [None] * len(items)
     for r, part in enumerate(gather([mine])):
         done[r::size] = part
-    for _, error in done:
-        if error is not None:
-            raise RunError(error)
-    return [result for result, _ in done]
+    return _results(done)
+
+
+def _attempt(function: Callable, *args: Any) -> Any:
+    """What the function returns, or the RunError that it raises."""
+    try:
+        return function(*args)
+    except RunError as error:
+        return error
+
+
+def _results(found: list) -> list:
+    """What was found, unless there is an error in it, which is raised."""
+    for result in found:
+        if isinstance(result, RunError):
+            raise result
+    return found
 
 
 def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 # what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
 WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
-WRITTEN += ("checkpoints", "model", "model.*tmp", "base_model", "images/step_*.png", "annealed")
+WRITTEN += ("checkpoints", "model", "model.*tmp", "images/step_*.png", "annealed")
 WRITTEN += tuple(f"{name}_[0-9]*.jsonl*" for name in ("generated", "held_out", "groups"))
 STAGES = "[0-5]_*/"  # folders of a pipeline
 WANDB_SECONDS = 30  # of waiting for its server, before a run is tracked offline

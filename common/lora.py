@@ -107,7 +107,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def base_of(folder: str) -> str:
-    """What the adapters of a peft folder stand on; written beside them by a run that has moved, it is there.
+    """What the adapters of a peft folder stand on.
 
     Raises:
         RunError: it is nowhere.
@@ -115,12 +115,9 @@ def base_of(folder: str) -> str:
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not Path(base).is_absolute() or Path(base).exists():
-        return base
-    beside = Path(folder).resolve().parent / Path(base).name
-    if not beside.exists():
+    if Path(base).is_absolute() and not Path(base).exists():
         raise dist.RunError(f"{folder} holds adapters of {base}, which is not there; put it back")
-    return str(beside)
+    return base
 
 
 def read(base: nn.Module, folder: str) -> nn.Module:
