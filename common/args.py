@@ -244,6 +244,7 @@ class Snapshot(NamedTuple):
     values: dict[str, Any]
     fixed: set[str]
     toy: dict[str, Any]  # the script's settings for the toy world
+    changed: dict[str, Any]  # of the values, those that are not the defaults
 
 
 def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
@@ -263,7 +264,8 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
         raise dist.RunError(f"{given[0]} is {values[given[0]]} and lora_rank 0: no adapters to merge")
     if given == ["merge_dtype"] and "merge_lora" in values:
         raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
-    return Snapshot(values, fixed_names(args), toy or {})
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    return Snapshot(values, fixed_names(args), toy or {}, changed)
 
 
 # (least, most) value of options by their names; one that is not here can be any finite number
@@ -390,7 +392,7 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
         args = parse_words(words, defaults, description=about)
     except dist.RunError as error:
         if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.say_last(f"error: {error}", 2)
         sys.exit(2)
     merged = {n: merge_options(flat(args)[n], more, stages[n]) for n, more in given.items() if more}
     args = with_fields(args, **merged, output_dir=os.path.expanduser(args.run.output_dir))

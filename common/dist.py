@@ -10,6 +10,7 @@ import datetime
 import errno
 import hashlib
 import heapq
+import json
 import math
 import os
 import random
@@ -306,9 +307,8 @@ def run(main: Any, args: Any) -> None:
 def leave(code: int) -> None:
     """End a rank's process at once, when what it has registered for its end is done.
 
-    Threads of gloo and of the store may be waiting for Python's lock. When Python closes down it ends them
-    where they stand, in C++ that does not expect it, and that aborts the process ("terminate called without
-    an active exception"): one that has done all its work would count as failed.
+    Closing down, Python ends threads of gloo that wait for its lock where they stand, in C++ that does not
+    expect it, and that aborts the process ("terminate called without an active exception").
     """
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -329,8 +329,22 @@ def outcome(main: Any, args: Any) -> int:
         stopped = isinstance(error, Stopped)
         if _speaks_first(message):
             where = "" if rank() == 0 else f" (rank {rank()})"
-            print(message if stopped else f"error{where}: {message}", file=sys.stderr, flush=True)
+            say_last(message, 0) if stopped else say_last(f"error{where}: {message}", 1)
         return 0 if stopped else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def say_last(message: str, code: int) -> None:
+    """Print why this process will end with this exit code.
+
+    torchrun writes forty lines about the failure of a rank. The message is the last of them if it stands in
+    the file that torchrun names, as its own `record` writes it.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if code and file and "RANK" in os.environ:
+        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": told}))
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str | None:

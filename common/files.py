@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -236,14 +235,13 @@ class Journal:
     def __init__(self, folder: Path):
         """folder: one that all ranks see. Errors in it are forgotten, so that what failed is tried again."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.mine = folder, folder / f"rank_{dist.rank()}.jsonl"
-        self.lock = threading.Lock()
-        self.records: dict[str, dict] = {}
-        self.read_to: Counter[Path] = Counter()  # bytes of each file
-        cut_torn_line(self.mine)
+        self.folder, self.mine, self.lock = folder, folder / f"rank_{dist.rank()}.jsonl", threading.Lock()
+        dist.from_main(self._forget_errors)
         self.refresh()
-        self.records = {key: record for key, record in self.records.items() if "error" not in record}
-        dist.barrier()  # from here on an error is of this run
+
+    def _forget_errors(self) -> None:
+        for path in self.folder.glob("rank_*.jsonl"):
+            write(path, as_lines(row for row in read_rows(path) if "error" not in row))
 
     def add(self, key: str, record: dict) -> None:
         """Append a record; threads may call this."""
@@ -251,17 +249,9 @@ class Journal:
             append(self.mine, {"key": key, **record})
 
     def refresh(self) -> None:
-        """Read what has been written since the last time, by any rank."""
-        for path in sorted(self.folder.glob("rank_*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(self.read_to[path])
-                text = file.read()
-            complete = text[: text.rfind(b"\n") + 1]  # the rest is being written, or torn
-            self.read_to[path] += len(complete)
-            for line in complete.splitlines():
-                with contextlib.suppress(ValueError, KeyError):
-                    record = json.loads(line)
-                    self.records[record.pop("key")] = record
+        """Read what any rank has written."""
+        rows = [row for path in sorted(self.folder.glob("rank_*.jsonl")) for row in read_rows(path)]
+        self.records: dict[str, dict] = {row.pop("key"): row for row in rows}
 
     def collect(self, items: dict[str, Any], make: Callable[[Any], dict], threads: int) -> list[dict]:
         """The record of each item: the one on file, else make(item), which is then never asked for again.
@@ -298,7 +288,7 @@ class Journal:
                     raise (dist.Stopped if record["stopped"] else dist.RunError)(record["error"])
             if len(found) == len(items):
                 return found
-            time.sleep(0.1)
+            time.sleep(0.5)
 
 
 # ------------------------------------------------------------------------------ folders of runs and of models
@@ -392,12 +382,15 @@ def fingerprint(model: str, of_images: bool = False) -> list[tuple[str, int, str
     """Tells a model from others, and from the same folder trained again; a hub id is known by its name.
 
     Of each file its name, size and 64 pieces that are spread over it: other training changes all weights.
+    The card of a model is for people, and names where the run was.
     """
     folder, file = (str(pipeline_folder(model)), None) if of_images else model_folder(model)
     path = Path(folder)
     if not path.is_dir():
         return [(folder, 0, "")]
-    parts = sorted(p for p in path.rglob("*") if p.is_file() and file in (None, p.name))
+    parts = sorted(
+        p for p in path.rglob("*") if p.is_file() and file in (None, p.name) and p.name != "README.md"
+    )
     return [(str(part.relative_to(path)), part.stat().st_size, pieces_digest(part)) for part in parts]
 
 

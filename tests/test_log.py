@@ -496,8 +496,10 @@ def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:
         [*command, f"--output_dir={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(ours) == 1 and "nowhere.jsonl" in ours[0] and "no such file" in ours[0]
+    lines = done.stderr.splitlines()
+    ours = [n for n, line in enumerate(lines) if "error: " in line and "nowhere.jsonl" in line]
+    assert len(ours) == 1 and "no such file" in lines[ours[0]]
+    assert len(lines) - ours[0] == 2  # torchrun's frame alone is after it
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
 
 
