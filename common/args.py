@@ -144,7 +144,7 @@ class Training(Folder):
     save_every: int = 500
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
+    """how many of the newest checkpoints stay on disk; 0: one while training, none after the end"""
     merge_dtype: Literal["auto", "float32"] = "auto"
     """dtype of a model that adapters were folded into; auto is that on disk, which may round them away"""
 
@@ -159,6 +159,8 @@ class Run(Training):
     """package.module:function, (prompt, response) -> a number or a dict; default: exact for toy, else none"""
     merge_lora: bool = False
     """fold the adapters into the exported model instead of writing a peft folder"""
+    keep_best: str = ""
+    """keep and export the best checkpoint too, by this metric, as eval/loss; -NAME: lowest, +NAME: highest"""
 
 
 @dataclass
@@ -264,6 +266,13 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
         raise dist.RunError(f"{given[0]} is {values[given[0]]} and lora_rank 0: no adapters to merge")
     if given == ["merge_dtype"] and "merge_lora" in values:
         raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
+    if values.get("keep_best") and "micro_batch_tokens" not in values:
+        raise dist.RunError(f"keep_best is {values['keep_best']}; expected none: it is of text models")
+    if values.get("keep_best") and values["save_every"] % values["eval_every"]:
+        raise dist.RunError(
+            f"save_every is {values['save_every']}; expected a multiple of eval_every, "
+            f"{values['eval_every']}: keep_best compares checkpoints that were evaluated"
+        )
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     return Snapshot(values, fixed_names(args), toy or {}, changed)
 
@@ -274,8 +283,8 @@ RANGES = {
     "num_samples value_warmup_steps micro_batch_tokens lora_rank temperature reward_clip kl_coef kl_target "
     "sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef guidance_scale image_size "
     "max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team judge_retries "
-    "num_human_pairs copy_retries top_k judge_price lora_scale",
-    (1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints max_new_tokens rollout_size "
+    "num_human_pairs copy_retries top_k judge_price lora_scale keep_checkpoints",
+    (1, math.inf): "batch_size num_epochs eval_every save_every max_new_tokens rollout_size "
     "max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_iterations num_bootstrap_prompts "
     "num_inference_steps num_lv micro_batch_size images_per_prompt num_revisions num_principles "
     "judge_threads",

@@ -2,13 +2,20 @@
 
 A checkpoint is written under a temporary name and renamed when complete, so a kill at any moment leaves the
 previous one as the newest.
+
+    python -m common.checkpoint export runs/dpo --step 500    # model_step_500/, of a checkpoint that was kept
+    python -m common.checkpoint merge runs/dpo                # adapters of model/ into the weights
 """
 
+import argparse
 import copy
 import io
 import json
+import math
 import pickle
 import re
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common import data, dist, files, lora, models
-from common.args import Training
+from common.args import Run, System, Training
 from common.loading import is_whole
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
@@ -38,18 +45,51 @@ SAFE = {f"torch.distributed.checkpoint.metadata.{name}" for name in NAMES.split(
 SAFE |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
 SAFE |= {"torch.Size", "pathlib.PosixPath", "pathlib._local.PosixPath"}
 SAFE |= {str(found) for found in vars(torch).values() if isinstance(found, torch.dtype)}
+LOWER = re.compile(
+    r"loss|nll|kl|perplexity|mae|error|distance|toxicity|refusals"
+)  # metrics better when lower
 # frozen weights come from the model's own files
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+def complete(output_dir: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of the run folder by their steps, the newest last."""
+    found = Path(output_dir).glob("checkpoints/step_*")
+    return dict(sorted((step_of(p), p) for p in found if re.fullmatch(r"step_\d+", p.name)))
+
+
 def newest(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of the run folder."""
-    done = [p for p in Path(output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return max(done, default=None, key=lambda p: int(p.name[5:]))
+    return next(reversed(complete(output_dir).values()), None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step of a checkpoint, -1 of none."""
+    return int(checkpoint.name[5:]) if checkpoint else -1
+
+
+def best(output_dir: str | Path, metric: str) -> Path | None:
+    """The checkpoint whose evaluation was the best, of equals the newest; None without a metric.
+
+    A row is written before the checkpoint of its step, so the values are on file.
+    """
+    if not metric:
+        return None
+    name = metric.lstrip("+-")
+    rows = files.read_rows(Path(output_dir) / "metrics.jsonl", "step")
+    found = {row["step"]: row[name] for row in rows if name in row and math.isfinite(row[name])}
+    steps = [step for step in complete(output_dir) if step in found]
+    sign = -1 if is_lower_better(metric) else 1
+    step = max(steps, default=None, key=lambda step: (sign * found[step], step))
+    return complete(output_dir).get(step)
+
+
+def is_lower_better(metric: str) -> bool:
+    """By the sign before its name, else by what the name says."""
+    return metric[0] == "-" or (metric[0] != "+" and bool(LOWER.search(metric)))
 
 
 def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
-    """Write models, optimizers, the step and a few JSON numbers; keep the newest run.keep_checkpoints.
+    """Write models, optimizers, the step and a few JSON numbers; keep the newest, and the best if asked.
 
     Raises:
         RunError: a weight or a number of an optimizer is not finite; the checkpoint before stays the last.
@@ -71,9 +111,11 @@ def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
     if dist.is_main():
         (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         files.finish(unfinished, final)
-        complete = sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name))
-        for old in complete[: -run.keep_checkpoints]:
-            files.remove(old)
+        done = [*complete(run.output_dir).values()]
+        kept = {*done[-max(1, run.keep_checkpoints) :], best(run.output_dir, run.keep_best)}
+        for old in done:
+            if old not in kept:
+                files.remove(old)
     dist.barrier()
 
 
@@ -136,7 +178,8 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
 def _load(folder: Path, parts: Parts) -> dict[str, Any]:
     numbers = json.loads((folder / "numbers.json").read_text())
     saved = _Reader(folder).read_metadata().state_dict_metadata
-    begun = {name for name in parts if any(key.startswith(f"{name}.optimizer.state.") for key in saved)}
+    waits = {name for name, (_, optimizer) in parts.items() if optimizer is None}
+    begun = {key.partition(".optimizer.state.")[0] for key in saved if ".optimizer.state." in key} - waits
     state = _state(parts, begun)
     tensors = _tensors(state)
     for name, tensor in tensors.items():
@@ -181,7 +224,22 @@ def _tensors(state: dict, prefix: str = "") -> dict[str, Tensor]:
 
 
 def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str) -> None:
-    """Write `model/`: a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
+    """Write `model/` of the policy, and with keep_best `model_best/`, whose weights the policy has then."""
+    write_model(run, policy, tokenizer, model, "model")
+    chosen = dist.from_main(lambda: best(run.output_dir, run.keep_best))
+    if chosen:
+        _load(chosen, {"policy": (policy, None)})
+        if isinstance(policy, models.Scorer):
+            policy.config.reward_mean = policy.config.reward_std = None  # those of the last step
+        write_model(run, policy, tokenizer, model, "model_best")
+        if dist.is_main():
+            print(
+                f"best by {run.keep_best}: {chosen.name}, exported to {run.output_dir}/model_best", flush=True
+            )
+
+
+def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model: str, name: str) -> None:
+    """Write a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
 
     Adapters are merged where nothing else could load them: a reward model's, and those on a model that is
     adapters itself, a GGUF file, or a part of one that takes pictures too.
@@ -189,7 +247,7 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     Args:
         model: what the policy started from, on which adapters stand.
     """
-    folder, adapters = Path(run.output_dir) / "model", policy.lora_config
+    folder, adapters = Path(run.output_dir) / name, policy.lora_config
     trained = {}
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
@@ -270,3 +328,73 @@ def _say_where_it_stops(policy: models.Policy, tokenizer: Any) -> None:
             "generate() the generation_config of their folder, or export with --merge_lora",
             flush=True,
         )
+
+
+# ------------------------------------------------------------------------------------------ of a run's folder
+
+
+def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
+    """(options, model, tokenizer, what it started from) of a run, before training.
+
+    Raises:
+        RunError: it is no run of a text model, or one of a reward model without `model/`.
+    """
+    values = files.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+    if "micro_batch_tokens" not in values:
+        raise dist.RunError(f"{folder}: found no args.json of a text model's run; expected a run folder")
+    run, system = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Run, System))
+    run = replace(run, output_dir=str(folder), keep_best="")
+    system = replace(system, activation_checkpointing="off", compile=False)
+    device, model, last = dist.init(values["seed"]), values["model"], newest(folder)
+    if last and any(
+        name.endswith(".score.weight") for name in _Reader(last).read_metadata().state_dict_metadata
+    ):
+        if not (folder / "model").exists():
+            raise dist.RunError(f"{folder}: no model/, which has the names of a reward model's outputs")
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder / "model", trust_remote_code=False)
+        scorer = models.load_scorer(model, device, system, [*config.id2label.values()])
+        scorer.config.pad_token_id, scorer.config.score_at = config.pad_token_id, config.score_at
+        scorer.config.reward_mean = scorer.config.reward_std = None  # those of the last step
+        return run, scorer, data.load_tokenizer(str(folder)), model
+    tokenizer = data.load_tokenizer(model, values["chat_template"], values["chat_template_kwargs"])
+    return run, models.load(model, device, system), tokenizer, model
+
+
+def export_step(folder: Path, step: int) -> None:
+    """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one."""
+    chosen = complete(folder).get(step)
+    if chosen is None:
+        raise dist.RunError(f"{folder}: no checkpoint of step {step}; found {[*complete(folder)]}")
+    run, policy, tokenizer, model = load_run(folder)
+    _load(chosen, {"policy": (policy, None)})
+    write_model(run, policy, tokenizer, model, f"model_step_{step}")
+    print(f"{folder / f'model_step_{step}'}", flush=True)
+
+
+def merge(folder: Path, merge_dtype: str) -> None:
+    """Fold the adapters of model/ into the weights they stand on, as --merge_lora does, in their place."""
+    if not (folder / "model" / "adapter_config.json").exists():
+        raise dist.RunError(f"{folder / 'model'}: found no adapters; expected those of a run with lora_rank")
+    run, policy, tokenizer, model = load_run(folder)
+    lora.load(policy.model, folder / "model")
+    write_model(replace(run, merge_lora=True, merge_dtype=merge_dtype), policy, tokenizer, model, "model")
+    print(f"{folder / 'model'} is merged", flush=True)
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.checkpoint")
+    commands = parser.add_subparsers(required=True)
+    for name, act in (("export", export_step), ("merge", merge)):
+        command = commands.add_parser(name, help=act.__doc__)
+        command.add_argument("folder", type=Path, help="of a run, as runs/dpo")
+        command.set_defaults(act=act)
+    commands.choices["export"].add_argument("--step", type=int, required=True)
+    commands.choices["merge"].add_argument("--merge_dtype", choices=("auto", "float32"), default="auto")
+    chosen = vars(parser.parse_args(words))
+    dist.run(lambda act: act(**chosen), chosen.pop("act"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -30,6 +30,9 @@ import torch
 
 from common import dist
 
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
+
 # -------------------------------------------------------------------------------------------- whole or absent
 
 
@@ -70,6 +73,8 @@ def finish(unfinished: Path, path: Path, keep: bool = False) -> None:
         keep: a folder that has the name stays, and what is unfinished goes.
     """
     for part in (*unfinished.rglob("*"), unfinished):
+        if part.is_file():
+            part.chmod(0o666 & ~UMASK)  # safetensors makes files that their owner alone may read
         sync(part)
     old = path.with_name(f"{path.name}.old.tmp")
     if path.is_dir() and not keep:

@@ -22,7 +22,15 @@ from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 # what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
 WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
-WRITTEN += ("checkpoints", "model", "model.*tmp", "images/step_*.png", "annealed")
+WRITTEN += (
+    "checkpoints",
+    "model",
+    "model.*tmp",
+    "model_best*",
+    "model_step_[0-9]*",
+    "images/step_*.png",
+    "annealed",
+)
 WRITTEN += tuple(f"{name}_[0-9]*.jsonl*" for name in ("generated", "held_out", "groups"))
 STAGES = "[0-5]_*/"  # folders of a pipeline
 WANDB_SECONDS = 30  # of waiting for its server, before a run is tracked offline
@@ -100,10 +108,11 @@ class Log:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
         if (folder / "model").exists() and not own.exists():
             raise formats.wrong(f"output_dir {folder}", "a model/ that no run has written", "another folder")
-        last = checkpoint.newest(folder)
-        # without a checkpoint there is nothing to resume, so all may change, but for what stages are made of
-        if (last or self.is_pipeline) and own.exists():
-            self.before = files.read_json(own)
+        last, before = checkpoint.newest(folder), files.read_json(own) if own.exists() else {}
+        finished_at = before.get("finished_at", -1)  # which may have left no checkpoint
+        # where nothing can be resumed all may change, but for what stages are made of
+        if last or self.is_pipeline or finished_at >= 0:
+            self.before = before
             script = self.before.get("script", self.script.name)
             if script != self.script.name:
                 what = f"a run of {script}"
@@ -113,7 +122,7 @@ class Log:
         if self.is_pipeline:
             keep = max((row["step"] for row in rows), default=-1)
         else:
-            keep = int(last.name.removeprefix("step_")) if last else -1
+            keep = max(finished_at, checkpoint.step_of(last))
         for name in ("samples.jsonl", "metrics.jsonl"):
             kept = [row for row in files.read_rows(folder / name, "step") if row["step"] <= keep]
             files.write(folder / name, files.as_lines(kept))
@@ -156,6 +165,7 @@ class Log:
             is_done = last >= num_steps and self.before.get("finished_at") == last
             if is_done and self.accepted:
                 self._write_args(self.before["num_steps"], finished_at=last)
+            self._refuse_what_is_over(last, is_done)
             return is_done and (self.folder / "model").is_dir()
 
         found = dist.from_main(compare)
@@ -163,6 +173,21 @@ class Log:
             print(f"{self.folder} is finished at step {last}; --overwrite starts anew", flush=True)
             report.print_table(self.rows, self.columns)
         return found
+
+    def _refuse_what_is_over(self, last: int, is_done: bool) -> None:
+        """End a call that asks a finished run for what it cannot give any more."""
+        adapters = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+        has_adapters = any((self.folder / "model" / name).exists() for name in adapters)
+        if is_done and has_adapters and getattr(self.run, "merge_lora", False):
+            raise dist.RunError(
+                f"{self.folder} is finished, with adapters in model/: python -m common.checkpoint merge "
+                f"{self.folder} merges those of a text model, --overwrite starts anew"
+            )
+        if not is_done and not self.is_pipeline and self.before and not checkpoint.newest(self.folder):
+            raise dist.RunError(
+                f"{self.folder} is finished at step {last} and kept no checkpoint to go on from: give "
+                "another output_dir, or --overwrite to start anew"
+            )
 
     def start(self, num_steps: int, optimization: Optimization | None = None) -> None:
         """Write args.json and the script, and begin to track.
@@ -185,6 +210,11 @@ class Log:
         if optimization:
             planned = self.before.get("num_steps", num_steps)
             print(schedule(optimization, num_steps, planned), flush=True)
+        if metric := getattr(self.run, "keep_best", ""):
+            which = "lowest" if checkpoint.is_lower_better(metric) else "highest"
+            print(
+                f"the checkpoint with the {which} {metric.lstrip('+-')} is kept and exported too", flush=True
+            )
         shutil.copyfile(self.script, self.folder / self.script.name)
         self._write_args(num_steps)
         self._start_wandb()
@@ -213,6 +243,9 @@ class Log:
                     f"{name} is {metrics[name]} at step {step}; the run stops; "
                     f"{checkpoint.last_good(self.folder)}; {cure}"
                 )
+        wanted = getattr(self.run, "keep_best", "").lstrip("+-")
+        if step == 0 and wanted and wanted not in metrics:
+            raise formats.wrong(f"keep_best {wanted}", "no such metric", f"one of {', '.join(metrics)}")
         row = {"step": step, **metrics}
         self.rows.append(row)
         if not dist.is_main():
@@ -298,14 +331,22 @@ class Log:
         if stopped_at is not None:
             print(f"stopped at step {stopped_at} and saved; the same command resumes there", flush=True)
         else:
-            lines, given = report.table(self.rows, self.columns), self.options
-            report.write_card(self.folder / "model", self.script, given.values, given.changed, lines)
+            self._write_cards()
             self._write_args(self.num_steps, finished_at=max(self.steps, default=0))
+            if getattr(self.run, "keep_checkpoints", 1) == 0:
+                files.remove(self.folder / "checkpoints")
             report.print_table(self.rows, self.columns)
             print(f"model, metrics, samples and curves are in {self.folder}", flush=True)
         files.unlock(self.folder)
         if self.wandb and not self.pipeline:
             self._wandb_does("has not finished", self.wandb.finish)
+
+    def _write_cards(self) -> None:
+        best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
+        for name, last in (("model", math.inf), ("model_best", best)):
+            if (self.folder / name).exists() and last >= 0:
+                lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)
+                report.write_card(self.folder / name, self.script, self.options, lines)
 
     # ---------------------------------------------------------------------------------------------------- W&B
 
@@ -328,6 +369,9 @@ class Log:
 
             if mode == "online" and not (os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False)):
                 mode = "offline"
+            if mode == "offline":
+                later = f"wandb sync {self.folder}/wandb/offline-run-*"
+                print(f"W&B is offline: after `wandb login`, `{later}` sends this run", flush=True)
             return wandb.init(
                 project=self.run.wandb_project,
                 name=self.run.run_name or None,

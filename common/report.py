@@ -4,9 +4,9 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common import files
+from common.args import Snapshot
 
 SERIES = (("train", "-", "tab:blue"), ("eval", "o-", "tab:orange"))
 LEAST_SPAN = 0.2  # of an axis, as a share of the largest value on it: less would make noise look like change
@@ -98,16 +98,15 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
     plt.close(figure)
 
 
-def write_card(
-    folder: Path, script: Path, values: dict[str, Any], changed: dict[str, Any], lines: list[list[str]]
-) -> None:
+def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[str]]) -> None:
     """README.md of a model's folder: what it was trained from, on what, by what command, and its table.
 
     Args:
-        values, changed: all options of the run, and those that are not the script's defaults.
         lines: a `table`.
     """
     from huggingface_hub import ModelCardData
+
+    values = options.values
 
     def on_hub(name: str) -> bool:
         return (
@@ -123,7 +122,7 @@ def write_card(
         datasets=[name for name in sources if on_hub(name)] or None,
         tags=["cleanalign", script.stem, *(["lora"] if library == "peft" else [])],
     )
-    words = [f"--{name}={x if isinstance(x, str) else json.dumps(x)}" for name, x in changed.items()]
+    words = [f"--{name}={x if isinstance(x, str) else json.dumps(x)}" for name, x in options.changed.items()]
     lines = [*lines[:1], *[["---", *["---:"] * (len(line) - 1)] for line in lines[:1]], *lines[1:]]
     marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     card = f"""---
