@@ -87,7 +87,7 @@ class Weights(Placement):
     fixed: ClassVar[tuple[str, ...]] = ("dtype", "lora_rank", "lora_alpha", "lora_target")
 
     lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
+    """rank of LoRA adapters, on weights frozen in the dtype of compute; 0 trains all weights"""
     lora_alpha: float = 16.0
     """LoRA's scale is lora_alpha / lora_rank"""
     lora_target: str = "all-linear"

@@ -464,11 +464,10 @@ def cache_folder() -> Path:
     folder = Path(os.environ.get("CLEANALIGN_CACHE") or Path.home() / ".cache" / "cleanalign")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        return folder
     except OSError as error:
-        raise dist.RunError(
-            f"cache folder {folder}: {error.strerror}; set CLEANALIGN_CACHE to another one"
-        ) from error
-    return folder
+        reason = f"{error.strerror}; set CLEANALIGN_CACHE to another one"
+        raise dist.RunError(f"cache folder {folder}: {reason}") from error
 
 
 def remembered(path: Path, look: Callable[[], dict]) -> dict:
