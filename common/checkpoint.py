@@ -45,9 +45,8 @@ SAFE = {f"torch.distributed.checkpoint.metadata.{name}" for name in NAMES.split(
 SAFE |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
 SAFE |= {"torch.Size", "pathlib.PosixPath", "pathlib._local.PosixPath"}
 SAFE |= {str(found) for found in vars(torch).values() if isinstance(found, torch.dtype)}
-LOWER = re.compile(
-    r"loss|nll|kl|perplexity|mae|error|distance|toxicity|refusals"
-)  # metrics better when lower
+# metrics that are better when lower
+LOWER = re.compile(r"loss|nll|kl|perplexity|mae|error|distance|toxicity|refusals")
 # frozen weights come from the model's own files
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -255,19 +254,28 @@ def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model
             trained[name] = tensor.to("cpu", own, copy=True)
 
     def write() -> None:
+        import transformers
+
         base, gguf = files.model_folder(model)
         generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
         merge = run.merge_lora or generation is None or not is_whole(base, gguf)
-        weights, dtype = trained, torch.float32
+        weights, dtype = trained, policy.dtype_on_disk
         with files.whole(folder) as unfinished:
             if adapters and not merge:
                 lora.save(unfinished, adapters, base, weights)
                 generation.save_pretrained(unfinished)
                 _say_where_it_stops(policy, tokenizer)
             else:
-                dtype = torch.float32 if run.merge_dtype == "float32" else policy.dtype_on_disk
-                weights = _merged(policy, base, gguf, trained, dtype) if adapters else trained
-                _save(unfinished, policy, weights, dtype, generation)
+                if adapters:
+                    dtype = torch.float32 if run.merge_dtype == "float32" else dtype
+                    weights = _merged(policy, base, gguf, trained, dtype)
+                with torch.device("meta"):
+                    kind = getattr(transformers, policy.auto_class)
+                    shell = kind.from_config(policy.config, dtype=dtype, trust_remote_code=False)
+                shell.generation_config = generation
+                # of tied weights the file has one
+                held = {x: t for x, t in weights.items() if x not in shell.all_tied_weights_keys}
+                shell.save_pretrained(unfinished, state_dict=held)
             if infinite := _infinite(weights):
                 raise dist.RunError(
                     f"{folder}: not written, {infinite[0]} is not finite in {dtype}; "
@@ -288,20 +296,6 @@ def _merged(
         plain = models.read_pretrained(base, gguf)
     lora.merge(plain, policy.lora_config, trained, dtype)
     return {name: tensor.to(policy.wide.get(name, dtype)) for name, tensor in plain.state_dict().items()}
-
-
-def _save(
-    folder: Path, policy: models.PackedModel, weights: dict[str, Tensor], dtype: torch.dtype, generation: Any
-) -> None:
-    """A folder of transformers; of tied weights the file has one."""
-    import transformers
-
-    with torch.device("meta"):
-        kind = getattr(transformers, policy.auto_class)
-        shell = kind.from_config(policy.config, dtype=dtype, trust_remote_code=False)
-    shell.generation_config = generation
-    held = {name: tensor for name, tensor in weights.items() if name not in shell.all_tied_weights_keys}
-    shell.save_pretrained(folder, state_dict=held)
 
 
 def generation_config(policy: models.Policy, tokenizer: Any) -> Any:

@@ -163,10 +163,11 @@ class Log:
             )
             self._accept(changes(before, now, now))
             is_done = last >= num_steps and self.before.get("finished_at") == last
+            is_done = is_done and (self.folder / "model").is_dir()
+            self._refuse_what_is_over(last, is_done)
             if is_done and self.accepted:
                 self._write_args(self.before["num_steps"], finished_at=last)
-            self._refuse_what_is_over(last, is_done)
-            return is_done and (self.folder / "model").is_dir()
+            return is_done
 
         found = dist.from_main(compare)
         if found and dist.is_main():
