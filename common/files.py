@@ -70,11 +70,12 @@ def finish(unfinished: Path, path: Path, keep: bool = False) -> None:
     leaves the name with all of the old folder, with nothing, or with all of the new one.
 
     Args:
-        keep: a folder that has the name stays, and what is unfinished goes.
+        keep: a folder that has the name stays, and what is unfinished stays too.
     """
     for part in (*unfinished.rglob("*"), unfinished):
         if part.is_file():
-            part.chmod(0o666 & ~UMASK)  # safetensors makes files that their owner alone may read
+            with contextlib.suppress(OSError):  # of a file system without such rights
+                part.chmod(0o666 & ~UMASK)  # safetensors makes files that their owner alone may read
         sync(part)
     old = path.with_name(f"{path.name}.old.tmp")
     if path.is_dir() and not keep:
@@ -85,7 +86,6 @@ def finish(unfinished: Path, path: Path, keep: bool = False) -> None:
     except OSError:
         if not (keep and path.is_dir()):
             raise
-        remove(unfinished)
     sync(path.parent)
     remove(old)
 
@@ -104,10 +104,9 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
     remove(unfinished)
     try:
         yield unfinished
-    except BaseException:
+        finish(unfinished, path, keep=shared)
+    finally:
         remove(unfinished)
-        raise
-    finish(unfinished, path, keep=shared)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,8 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
     import matplotlib.pyplot as plt
 
     panels = {}
-    for name in (*show, *sorted({k[5:] for row in rows for k in row if k.startswith("eval/judge/")})):
+    judged = sorted({k[5:] for row in rows for k in row if k.startswith("eval/judge/")})
+    for name in dict.fromkeys((*show, "reward", *judged)):
         series = {
             kind: [(r["step"], r[f"{kind}/{name}"]) for r in rows if f"{kind}/{name}" in r]
             for kind, *_ in SERIES
