@@ -328,11 +328,7 @@ def _say_where_it_stops(policy: models.Policy, tokenizer: Any) -> None:
 
 
 def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
-    """(options, model, tokenizer, what it started from) of a run, before training.
-
-    Raises:
-        RunError: it is no run of a text model, or one of a reward model without `model/`.
-    """
+    """(options, model, tokenizer, what it started from) of a text model's run, before training."""
     values = files.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
     if "micro_batch_tokens" not in values:
         raise dist.RunError(f"{folder}: found no args.json of a text model's run; expected a run folder")

@@ -82,13 +82,10 @@ class Log:
     def _open(self) -> list[dict]:
         """Make or reopen the folder. -> the rows that stay
 
-        A run goes on from its newest checkpoint. Steps after that are done again and would have two rows, so
-        theirs go; without a checkpoint all is done again, the evaluation at step 0 too. Since a row is
-        written before the checkpoint of its step, no row up to there can be missing.
-
-        A pipeline has no checkpoint. Its rows are evaluations of finished stages, and none is made again, so
-        all stay. The samples of an evaluation are written before its row: a kill between the two leaves the
-        samples of a step without a row, which will be evaluated again, so these go.
+        Steps after the newest checkpoint are done again, so their rows go; since a row is written before the
+        checkpoint of its step, none up to there is missing. A pipeline has no checkpoint, and none of its
+        evaluations is made again. Samples are written before the row of their evaluation: a kill between the
+        two leaves those of a step that will be evaluated again.
         """
         folder, own = self.folder, self.folder / "args.json"
         if folder.resolve() == self.script.resolve().parent:
@@ -146,10 +143,10 @@ class Log:
         continuation was killed before its export.
 
         Args:
-            inputs: fingerprints of what the run is made from besides its options; see files.inputs.
+            inputs: see files.inputs.
 
         Raises:
-            RunError: the run was made from something else, or by other code.
+            RunError: the run was made from something else, by other code, or cannot go on any more.
         """
         if self.run.check:
             return False
@@ -177,12 +174,13 @@ class Log:
 
     def _refuse_what_is_over(self, last: int, is_done: bool) -> None:
         """End a call that asks a finished run for what it cannot give any more."""
-        adapters = ("adapter_config.json", "pytorch_lora_weights.safetensors")
-        has_adapters = any((self.folder / "model" / name).exists() for name in adapters)
-        if is_done and has_adapters and getattr(self.run, "merge_lora", False):
+        adapters = [
+            path for name in ("adapter_config", "*_lora_") for path in self.folder.glob(f"model/{name}*")
+        ]
+        if is_done and adapters and getattr(self.run, "merge_lora", False):
             raise dist.RunError(
                 f"{self.folder} is finished, with adapters in model/: python -m common.checkpoint merge "
-                f"{self.folder} merges those of a text model, --overwrite starts anew"
+                f"{self.folder} merges those of a text model"
             )
         if not is_done and not self.is_pipeline and self.before and not checkpoint.newest(self.folder):
             raise dist.RunError(
@@ -191,16 +189,13 @@ class Log:
             )
 
     def start(self, num_steps: int, optimization: Optimization | None = None) -> None:
-        """Write args.json and the script, and begin to track.
+        """Write args.json and the script, and begin to track; Stopped if that was asked for meanwhile.
 
         Called when the data has loaded: a run that a mistake in its data or options ends before its first
         step leaves nothing that a corrected one would be compared with.
 
         Args:
             optimization: None for a pipeline, whose stages have their own.
-
-        Raises:
-            Stopped: a stop was asked for while the data were read.
         """
         if dist.poll_stop():
             raise dist.Stopped(f"{self.folder}: stopped before a step; the same command goes on from there")
@@ -213,9 +208,7 @@ class Log:
             print(schedule(optimization, num_steps, planned), flush=True)
         if metric := getattr(self.run, "keep_best", ""):
             which = "lowest" if checkpoint.is_lower_better(metric) else "highest"
-            print(
-                f"the checkpoint with the {which} {metric.lstrip('+-')} is kept and exported too", flush=True
-            )
+            print(f"the checkpoint of the {which} {metric.lstrip('+-')} is exported too", flush=True)
         shutil.copyfile(self.script, self.folder / self.script.name)
         self._write_args(num_steps)
         self._start_wandb()
@@ -264,9 +257,8 @@ class Log:
             head = f"step {step:>{len(str(num_steps))}}/{num_steps}"
             if "train/loss" in metrics:
                 training = {name[6:]: value for name, value in metrics.items() if name.startswith("train/")}
-                print(
-                    f"{head}  {self._brief(training)}{self._pace(step, num_steps, training, now)}", flush=True
-                )
+                pace = self._pace(step, num_steps, training, now)
+                print(f"{head}  {self._brief(training)}{pace}", flush=True)
             if evaluation:
                 print(f"{head}  held out: {self._brief(evaluation)}{self.example}", flush=True)
                 self.example = ""

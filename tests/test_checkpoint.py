@@ -439,7 +439,7 @@ def test_the_best_checkpoint_is_kept_and_exported_and_any_other_can_be(
     assert best < 4 and [*checkpoint.complete(tmp_path)] == [best, 4]
     checkpoint.export_step(tmp_path, best)
     checkpoint.export_step(tmp_path, 4)
-    assert "with the highest eval/loss" in capsys.readouterr().out
+    assert "of the highest eval/loss" in capsys.readouterr().out
     found = {name: weights_of(tmp_path / name) for name in ("model", "model_best", f"model_step_{best}")}
     found["model_step_4"] = weights_of(tmp_path / "model_step_4")
     for name, tensor in found["model"].items():
