@@ -232,12 +232,10 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
             policy.config.reward_mean = policy.config.reward_std = None  # those of the last step
         write_model(run, policy, tokenizer, model, "model_best")
         if dist.is_main():
-            print(
-                f"best by {run.keep_best}: {chosen.name}, exported to {run.output_dir}/model_best", flush=True
-            )
+            print(f"best by {run.keep_best}: {chosen.name}, in {run.output_dir}/model_best", flush=True)
 
 
-def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model: str, name: str) -> None:
+def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model: str, to: str) -> None:
     """Write a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
 
     Adapters are merged where nothing else could load them: a reward model's, and those on a model that is
@@ -245,8 +243,9 @@ def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model
 
     Args:
         model: what the policy started from, on which adapters stand.
+        to: the folder's name in the run's.
     """
-    folder, adapters = Path(run.output_dir) / name, policy.lora_config
+    folder, adapters = Path(run.output_dir) / to, policy.lora_config
     trained = {}
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
@@ -332,13 +331,12 @@ def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
     values = files.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
     if "micro_batch_tokens" not in values:
         raise dist.RunError(f"{folder}: found no args.json of a text model's run; expected a run folder")
-    run, system = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Run, System))
-    run = replace(run, output_dir=str(folder), keep_best="")
-    system = replace(system, activation_checkpointing="off", compile=False)
+    values |= {"output_dir": str(folder), "activation_checkpointing": "off", "compile": False}
+    names = {kind: [f.name for f in fields(kind) if f.name in values] for kind in (Run, System)}
+    run, system = (kind(**{name: values[name] for name in own}) for kind, own in names.items())
     device, model, last = dist.init(values["seed"]), values["model"], newest(folder)
-    if last and any(
-        name.endswith(".score.weight") for name in _Reader(last).read_metadata().state_dict_metadata
-    ):
+    saved = _Reader(last).read_metadata().state_dict_metadata if last else ()
+    if any(name.endswith(".score.weight") for name in saved):
         if not (folder / "model").exists():
             raise dist.RunError(f"{folder}: no model/, which has the names of a reward model's outputs")
         from transformers import AutoConfig
@@ -369,7 +367,10 @@ def merge(folder: Path, merge_dtype: str) -> None:
         raise dist.RunError(f"{folder / 'model'}: found no adapters; expected those of a run with lora_rank")
     run, policy, tokenizer, model = load_run(folder)
     lora.load(policy.model, folder / "model")
+    card = folder / "model" / "README.md"
+    text = card.read_text().replace("library_name: peft", "library_name: transformers")
     write_model(replace(run, merge_lora=True, merge_dtype=merge_dtype), policy, tokenizer, model, "model")
+    files.write(card, text)
     print(f"{folder / 'model'} is merged", flush=True)
 
 

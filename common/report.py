@@ -107,16 +107,15 @@ def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[s
     """
     from huggingface_hub import ModelCardData
 
-    values = options.values
+    values, dataset = options.values, options.values.get("dataset", "")
 
     def on_hub(name: str) -> bool:
-        return (
-            name.count("/") == 1 and not Path(name).exists() and not name.startswith(("toy", ".", "/", "~"))
-        )
+        is_path = Path(name).exists() or name.startswith(("toy", ".", "/", "~"))
+        return name.count("/") == 1 and not is_path
 
     kinds = {"adapter_config.json": "peft", "model_index.json": "diffusers", "config.json": "transformers"}
     library = next((kind for name, kind in kinds.items() if (folder / name).exists()), "diffusers")
-    sources = [part.partition("*")[0].partition(":")[0] for part in values["dataset"].split(",")]
+    sources = [part.partition("*")[0].partition(":")[0] for part in dataset.split(",")]
     about = ModelCardData(
         library_name=library,
         base_model=values["model"] if on_hub(values["model"]) else None,
@@ -132,7 +131,7 @@ def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[s
 
 # {folder.resolve().parent.name}
 
-`{values["model"]}`, trained by `{script.name}` of CleanAlign on `{values["dataset"]}`:
+`{values["model"]}`, trained by `{script.name}` of CleanAlign on `{dataset}`:
 
 ```bash
 python {shlex.join([script.name, *words])}

@@ -485,6 +485,7 @@ def test_adapters_are_merged_later_and_never_in_silence(few: Path, tmp_path: Pat
         train(str(tmp_path), str(few), **more, merge_lora=True)
     checkpoint.merge(tmp_path, "auto")
     assert not (tmp_path / "model" / "adapter_config.json").exists()
+    assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
     merged = plain_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), TOKENS)
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
     with pytest.raises(dist.RunError, match="found no adapters"):
