@@ -368,9 +368,9 @@ def merge(folder: Path, merge_dtype: str) -> None:
     run, policy, tokenizer, model = load_run(folder)
     lora.load(policy.model, folder / "model")
     card = folder / "model" / "README.md"
-    text = card.read_text().replace("library_name: peft", "library_name: transformers")
+    text = card.read_text() if card.exists() else ""
     write_model(replace(run, merge_lora=True, merge_dtype=merge_dtype), policy, tokenizer, model, "model")
-    files.write(card, text)
+    files.write(card, text.replace("library_name: peft", "library_name: transformers"))
     print(f"{folder / 'model'} is merged", flush=True)
 
 
