@@ -145,6 +145,8 @@ class Training(Folder):
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 1
     """how many of the newest checkpoints stay on disk; 0: one while training, none after the end"""
+    keep_best: str = ""
+    """keep and export the best checkpoint too, by this metric, as eval/loss; -NAME: lowest, +NAME: highest"""
     merge_dtype: Literal["auto", "float32"] = "auto"
     """dtype of a model that adapters were folded into; auto is that on disk, which may round them away"""
 
@@ -159,8 +161,6 @@ class Run(Training):
     """package.module:function, (prompt, response) -> a number or a dict; default: exact for toy, else none"""
     merge_lora: bool = False
     """fold the adapters into the exported model instead of writing a peft folder"""
-    keep_best: str = ""
-    """keep and export the best checkpoint too, by this metric, as eval/loss; -NAME: lowest, +NAME: highest"""
 
 
 @dataclass

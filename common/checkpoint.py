@@ -257,7 +257,7 @@ def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model
 
         base, gguf = files.model_folder(model)
         generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
-        merge = run.merge_lora or generation is None or not is_whole(base, gguf)
+        merge = generation is None or run.merge_lora or not is_whole(base, gguf)
         weights, dtype = trained, policy.dtype_on_disk
         with files.whole(folder) as unfinished:
             if adapters and not merge:
