@@ -106,7 +106,8 @@ class Log:
         if (folder / "model").exists() and not own.exists():
             raise formats.wrong(f"output_dir {folder}", "a model/ that no run has written", "another folder")
         last, before = checkpoint.newest(folder), files.read_json(own) if own.exists() else {}
-        finished_at = before.get("finished_at", -1)  # which may have left no checkpoint
+        finished_at = before.get("finished_at")  # which may have left no checkpoint
+        finished_at = finished_at if isinstance(finished_at, int) else -1
         # where nothing can be resumed all may change, but for what stages are made of
         if last or self.is_pipeline or finished_at >= 0:
             self.before = before
