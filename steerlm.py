@@ -406,7 +406,8 @@ def main(args: Args) -> None:
     stages.before(args.run, [*todo, ("sft", sft.main, sft.Args, fine_tuned, args.stages.sft)])
     free, decided = dist.from_main(lambda: may_change(args)), snapshot(args, TOY)
     decided = decided._replace(fixed=decided.fixed - free)
-    log = Log(args.run, __file__, SHOWN, decided, is_pipeline=True)
+    columns = ("before", "SFT", *(f"round {n}" for n in range(1, args.num_bootstrap_rounds + 1)))
+    log = Log(args.run, __file__, SHOWN, decided, is_pipeline=True, columns=columns)
     if "dataset" in free:
         log.before.get("inputs", {}).pop("data", None)
     folder, num_rounds = Path(args.run.output_dir), args.num_bootstrap_rounds

@@ -84,7 +84,7 @@ class Weights(Placement):
     fixed: ClassVar[tuple[str, ...]] = ("dtype", "lora_rank", "lora_alpha", "lora_target")
 
     lora_rank: int = 0
-    """rank of LoRA adapters; 0 trains all weights"""
+    """rank of LoRA adapters, on weights frozen in the dtype of compute; 0 trains all weights"""
     lora_alpha: float = 16.0
     """LoRA's scale is lora_alpha / lora_rank"""
     lora_target: str = "all-linear"
@@ -141,7 +141,9 @@ class Training(Folder):
     save_every: int = 500
     """optimizer steps between checkpoints"""
     keep_checkpoints: int = 1
-    """how many of the newest checkpoints stay on disk"""
+    """how many of the newest checkpoints stay on disk; 0: one while training, none after the end"""
+    keep_best: str = ""
+    """keep and export the best checkpoint too, by this metric, as eval/loss; -NAME: lowest, +NAME: highest"""
     merge_dtype: Literal["auto", "float32"] = "auto"
     """dtype of a model that adapters were folded into; auto is that on disk, which may round them away"""
 
@@ -236,6 +238,7 @@ class Snapshot(NamedTuple):
     values: dict[str, Any]
     fixed: set[str]
     toy: dict[str, Any]  # the script's settings for the toy world
+    changed: dict[str, Any]  # of the values, those that are not the defaults
 
 
 def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
@@ -255,7 +258,15 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
         raise dist.RunError(f"{given[0]} is {values[given[0]]} and lora_rank 0: no adapters to merge")
     if given == ["merge_dtype"] and "merge_lora" in values:
         raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
-    return Snapshot(values, fixed_names(args), toy or {})
+    if values.get("keep_best") and "micro_batch_tokens" not in values:
+        raise dist.RunError(f"keep_best is {values['keep_best']}; expected none: it is of text models")
+    if values.get("keep_best") and values["save_every"] % values["eval_every"]:
+        raise dist.RunError(
+            f"save_every is {values['save_every']}; expected a multiple of eval_every, "
+            f"{values['eval_every']}: keep_best compares checkpoints that were evaluated"
+        )
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    return Snapshot(values, fixed_names(args), toy or {}, changed)
 
 
 LEAST = math.ulp(0.0)  # of the numbers above 0
@@ -265,8 +276,8 @@ RANGES = {
     "max_grad_norm warmup_steps num_samples value_warmup_steps micro_batch_tokens lora_rank reward_clip "
     "kl_coef kl_target sft_coef center_coef clip_range clip_range_high clip_range_value entropy_coef "
     "guidance_scale image_size max_minutes num_grad_steps bootstrap_top_k num_bootstrap_rounds num_red_team "
-    "judge_retries num_human_pairs copy_retries top_k judge_price lora_scale",
-    ("1 or more, and finite", 1, math.inf): "batch_size num_epochs eval_every save_every keep_checkpoints "
+    "judge_retries num_human_pairs copy_retries top_k judge_price lora_scale keep_checkpoints",
+    ("1 or more, and finite", 1, math.inf): "batch_size num_epochs eval_every save_every "
     "max_new_tokens rollout_size max_prompt_length samples_per_prompt num_ppo_epochs num_prompts num_lv "
     "num_iterations num_bootstrap_prompts num_inference_steps micro_batch_size images_per_prompt "
     "num_revisions num_principles judge_threads",
@@ -364,7 +375,7 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
         args = parse_words(words, with_fields(Args(), **defaults), description=about(Args, toy))
     except dist.RunError as error:
         if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.say_last(f"error: {error}", 2)
         sys.exit(2)
     merged = {n: merge_options(flat(args)[n], more, stages[n]) for n, more in given.items()}
     args = with_fields(args, **merged, output_dir=os.path.expanduser(args.run.output_dir))

@@ -2,13 +2,20 @@
 
 A checkpoint is written under a temporary name and renamed when complete, so a kill at any moment leaves the
 previous one as the newest.
+
+    python -m common.checkpoint export runs/dpo --step 500    # model_step_500/, of a checkpoint that was kept
+    python -m common.checkpoint merge runs/dpo                # adapters of model/ into the weights
 """
 
+import argparse
 import copy
 import io
 import json
+import math
 import pickle
 import re
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +34,61 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common import data, dist, files, lora, models
-from common.args import Training
+from common.args import Run, System, Training
 from common.loading import is_whole
 
 Parts = dict[str, tuple[nn.Module, Optimizer | None]]
-# what .metadata names besides torch's own descriptions, none of which does anything when called
-SAFE = ("pathlib PosixPath", "torch.serialization _get_layout")
-SAFE += ("torch.distributed.checkpoint.filesystem _StorageInfo",)
-OPTIONS = StateDictOptions(
-    ignore_frozen_params=True, strict=False
-)  # frozen weights come from the model's own files
+# what .metadata names, a pickle: torch's descriptions of tensors, none of which does anything when called
+NAMES = "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties ChunkStorageMetadata "
+NAMES += "BytesStorageMetadata _MEM_FORMAT_ENCODING"
+SAFE = {f"torch.distributed.checkpoint.metadata.{name}" for name in NAMES.split()}
+SAFE |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
+SAFE |= {"torch.Size", "pathlib.PosixPath", "pathlib._local.PosixPath"}
+SAFE |= {str(found) for found in vars(torch).values() if isinstance(found, torch.dtype)}
+# metrics that are better when lower
+LOWER = re.compile(r"loss|nll|kl|perplexity|mae|error|distance|toxicity|refusals")
+# frozen weights come from the model's own files
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def complete(output_dir: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of the run folder by their steps, the newest last."""
+    found = Path(output_dir).glob("checkpoints/step_*")
+    return dict(sorted((step_of(p), p) for p in found if re.fullmatch(r"step_\d+", p.name)))
 
 
 def newest(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of the run folder."""
-    done = [p for p in Path(output_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return max(done, default=None, key=lambda p: int(p.name[5:]))
+    return next(reversed(complete(output_dir).values()), None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step of a checkpoint, -1 of none."""
+    return int(checkpoint.name[5:]) if checkpoint else -1
+
+
+def best(output_dir: str | Path, metric: str) -> Path | None:
+    """The checkpoint whose evaluation was the best, of equals the newest; None without a metric.
+
+    A row is written before the checkpoint of its step, so the values are on file.
+    """
+    if not metric:
+        return None
+    name = metric.lstrip("+-")
+    rows = files.read_rows(Path(output_dir) / "metrics.jsonl", "step")
+    found = {row["step"]: row[name] for row in rows if name in row and math.isfinite(row[name])}
+    steps = [step for step in complete(output_dir) if step in found]
+    sign = -1 if is_lower_better(metric) else 1
+    step = max(steps, default=None, key=lambda step: (sign * found[step], step))
+    return complete(output_dir).get(step)
+
+
+def is_lower_better(metric: str) -> bool:
+    """By the sign before its name, else by what the name says."""
+    return metric[0] == "-" or (metric[0] != "+" and bool(LOWER.search(metric)))
 
 
 def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
-    """Write models, optimizers, the step and a few JSON numbers; keep the newest run.keep_checkpoints.
+    """Write models, optimizers, the step and a few JSON numbers; keep the newest, and the best if asked.
 
     Raises:
         RunError: a weight or a number of an optimizer is not finite; the checkpoint before stays the last.
@@ -58,19 +100,21 @@ def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
         files.remove(unfinished)
     dist.barrier()
     begun = {name for name, (_, optimizer) in parts.items() if optimizer is not None and optimizer.state}
-    state = _state(parts, begun)
-    if names := dist.gather(_infinite(dict(_flat(state)))):
+    tensors = _tensors(_state(parts, begun))
+    if names := dist.gather(_infinite(tensors)):
         raise dist.RunError(
             f"{names[0]} is not finite, or too large to compute with, after step {step}, which is not saved; "
             f"{last_good(run.output_dir)}; a lower learning_rate or max_grad_norm is the usual cure"
         )
-    dcp.save(state, checkpoint_id=unfinished)
+    dcp.save(tensors, checkpoint_id=unfinished)
     if dist.is_main():
         (unfinished / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         files.finish(unfinished, final)
-        complete = sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name))
-        for old in complete[: -run.keep_checkpoints]:
-            files.remove(old)
+        done = [*complete(run.output_dir).values()]
+        kept = {*done[-max(1, run.keep_checkpoints) :], best(run.output_dir, run.keep_best)}
+        for old in done:
+            if old not in kept:
+                files.remove(old)
     dist.barrier()
 
 
@@ -92,21 +136,12 @@ def _infinite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 class _Metadata(pickle.Unpickler):
-    """What a checkpoint says of its tensors: a pickle, which can call whatever it names.
-
-    A run folder may come from others, so only torch's descriptions of tensors are found.
-    """
+    """A run folder may come from others, and a pickle calls whatever it names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        own, found = "torch.distributed.checkpoint.metadata", None
-        if module in (own, "torch") or f"{module} {name}" in SAFE:
-            found = super().find_class(module, name)
-        of_torch = (
-            found is torch.Size or isinstance(found, torch.dtype) or getattr(found, "__module__", "") == own
-        )
-        if (of_torch and "." not in name) or f"{module} {name}" in SAFE:
-            return found
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint of ours does")
+        if f"{module}.{name}" not in SAFE:
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint of ours does")
+        return super().find_class(module, name)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -117,14 +152,6 @@ class _Reader(dcp.FileSystemReader):
                 raise pickle.UnpicklingError(f".metadata names the file {name}, out of the folder")
         found.storage_meta.load_id = self.load_id
         return found
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """What is no tensor, a few numbers of an optimizer, is a pickle too."""
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        super().load_bytes(read_item, io.BytesIO(plain.getvalue()))
 
 
 def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
@@ -150,16 +177,19 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
 def _load(folder: Path, parts: Parts) -> dict[str, Any]:
     numbers = json.loads((folder / "numbers.json").read_text())
     saved = _Reader(folder).read_metadata().state_dict_metadata
-    begun = {name for name in parts if any(key.startswith(f"{name}.optimizer.state.") for key in saved)}
+    waits = {name for name, (_, optimizer) in parts.items() if optimizer is None}
+    begun = {key.partition(".optimizer.state.")[0] for key in saved if ".optimizer.state." in key} - waits
     state = _state(parts, begun)
-    for name, tensor in _flat(state):
-        size = getattr(saved.get(name), "size", None)
-        if size is not None and size != tensor.shape or name not in saved:
+    tensors = _tensors(state)
+    for name, tensor in tensors.items():
+        size = getattr(saved.get(name), "size", None)  # what is no tensor would be unpickled, and has none
+        if size != tensor.shape:
             raise dist.RunError(
-                f"{folder}: {name} is {list(size) if size else 'missing'} there and {list(tensor.shape)} in "
-                "this model; resume with the model the run began with, or start anew with --overwrite"
+                f"{folder}: {name} is {'missing' if size is None else list(size)} there and "
+                f"{list(tensor.shape)} in this model; resume with the model the run began with, or start "
+                "anew with --overwrite"
             )
-    dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
+    dcp.load(tensors, storage_reader=_Reader(folder))  # in place
     for name, (model, optimizer) in parts.items():
         set_model_state_dict(model, state[name]["model"], options=OPTIONS)
         if name in begun:
@@ -168,7 +198,7 @@ def _load(folder: Path, parts: Parts) -> dict[str, Any]:
 
 
 def _state(parts: Parts, begun: set[str]) -> dict[str, Any]:
-    """What a checkpoint holds of each part, of optimizers only those that have begun.
+    """What there is of each part, of optimizers only those that have begun.
 
     torch gives an optimizer without state some by making a step, which AdamW goes on counting from: one that
     waits, as a policy's while its critic warms up, is left alone.
@@ -181,54 +211,66 @@ def _state(parts: Parts, begun: set[str]) -> dict[str, Any]:
     return state
 
 
-def _flat(state: dict, prefix: str = "") -> list[tuple[str, Tensor]]:
-    found = []
+def _tensors(state: dict, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a state by name, which are all that is saved: numbers of an optimizer are options."""
+    found: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{key}.")
+            found |= _tensors(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
-            found.append((f"{prefix}{key}", value))
+            found[f"{prefix}{key}"] = value
     return found
 
 
 def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str) -> None:
-    """Write `model/`: a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
+    """Write `model/` of the policy, and with keep_best `model_best/`, whose weights the policy has then."""
+    write_model(run, policy, tokenizer, model, "model")
+    chosen = dist.from_main(lambda: best(run.output_dir, run.keep_best))
+    if chosen:
+        _load(chosen, {"policy": (policy, None)})
+        if isinstance(policy, models.Scorer):
+            policy.config.reward_mean = policy.config.reward_std = None  # those of the last step
+        write_model(run, policy, tokenizer, model, "model_best")
+        if dist.is_main():
+            print(f"best by {run.keep_best}: {chosen.name}, in {run.output_dir}/model_best", flush=True)
 
-    generation_config stops at the token trained to end a turn.
+
+def write_model(run: Training, policy: models.PackedModel, tokenizer: Any, model: str, to: str) -> None:
+    """Write a folder that plain transformers loads; with LoRA one that peft loads, or a merged one.
+
+    Adapters are merged where nothing else could load them: a reward model's, and those on a model that is
+    adapters itself, a GGUF file, or a part of one that takes pictures too.
 
     Args:
         model: what the policy started from, on which adapters stand.
+        to: the folder's name in the run's.
     """
-    import transformers
-
-    folder, dtype = Path(run.output_dir) / "model", policy.dtype_on_disk
-    adapters, weights = policy.lora_config, {}
-    # transformers loads a reward model, so that is always merged
-    merge = isinstance(policy, models.Scorer) or run.merge_lora
+    folder, adapters = Path(run.output_dir) / to, policy.lora_config
+    trained = {}
     for name, tensor in models.full_weights(policy.model):
         if dist.is_main() and (adapters is None or ".lora_" in name or name == "score.weight"):
-            own = policy.wide.get(name, dtype) if adapters is None else torch.float32
-            weights[name] = tensor.to("cpu", own, copy=True)
+            own = torch.float32 if adapters else policy.wide.get(name, policy.dtype_on_disk)
+            trained[name] = tensor.to("cpu", own, copy=True)
 
     def write() -> None:
-        nonlocal weights, dtype
+        import transformers
+
+        base, gguf = files.model_folder(model)
         generation = generation_config(policy, tokenizer) if isinstance(policy, models.Policy) else None
+        merge = generation is None or run.merge_lora or not is_whole(base, gguf)
+        weights, dtype = trained, policy.dtype_on_disk
         with files.whole(folder) as unfinished:
-            if adapters is not None and not merge:
-                base = _peft_base(folder.parent / "base_model", policy, tokenizer, generation, model)
+            if adapters and not merge:
                 lora.save(unfinished, adapters, base, weights)
                 generation.save_pretrained(unfinished)
+                _say_where_it_stops(policy, tokenizer)
             else:
-                if adapters is not None:
+                if adapters:
                     dtype = torch.float32 if run.merge_dtype == "float32" else dtype
-                    base = _base(policy, model)
-                    lora.merge(base, adapters, weights, dtype)
-                    held = base.state_dict().items()
-                    weights = {name: tensor.to(policy.wide.get(name, dtype)) for name, tensor in held}
+                    weights = _merged(policy, base, gguf, trained, dtype)
                 with torch.device("meta"):
-                    shell = getattr(transformers, policy.auto_class).from_config(
-                        policy.config, dtype=dtype, trust_remote_code=False
-                    )
+                    kind = getattr(transformers, policy.auto_class)
+                    shell = kind.from_config(policy.config, dtype=dtype, trust_remote_code=False)
                 shell.generation_config = generation
                 # of tied weights the file has one
                 held = {x: t for x, t in weights.items() if x not in shell.all_tied_weights_keys}
@@ -243,44 +285,107 @@ def export(run: Training, policy: models.PackedModel, tokenizer: Any, model: str
     dist.from_main(write)
 
 
+def _merged(
+    policy: models.PackedModel, base: str, gguf: str | None, trained: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights of the model that the policy started from, as it is on disk, with its adapters in them."""
+    if isinstance(policy, models.Scorer):
+        plain = models.read_scorer(base, gguf, models.output_names(policy), False)
+    else:
+        plain = models.read_pretrained(base, gguf)
+    lora.merge(plain, policy.lora_config, trained, dtype)
+    return {name: tensor.to(policy.wide.get(name, dtype)) for name, tensor in plain.state_dict().items()}
+
+
 def generation_config(policy: models.Policy, tokenizer: Any) -> Any:
     """The model's own, which also stops at the token trained to end a turn."""
     from transformers import GenerationConfig
 
     config = copy.deepcopy(policy.generation_config) or GenerationConfig()
-    before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = list(dict.fromkeys(x for x in (data.end_token(tokenizer), *before) if x is not None))
+    ends = list(dict.fromkeys(x for x in (data.end_token(tokenizer), *_ends(config)) if x is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends
     return config
 
 
-def _base(policy: models.PackedModel, model: str) -> nn.Module:
-    """The plain model, as it is on disk, that the policy started from."""
-    folder, gguf = files.model_folder(model)
-    if isinstance(policy, models.Scorer):
-        return models.read_scorer(folder, gguf, models.output_names(policy), False)
-    return models.read_pretrained(folder, gguf)
+def _ends(config: Any) -> list[int | None]:
+    ends = getattr(config, "eos_token_id", None)
+    return ends if isinstance(ends, list) else [ends]
 
 
-def _peft_base(folder: Path, policy: models.Policy, tokenizer: Any, generation: Any, model: str) -> str:
-    """The model that peft puts adapters on, and whose end tokens then stand.
-
-    A base that is adapters itself, or a GGUF file, is no model that peft could load. It is written to folder
-    as one, merged, in the dtype that the adapters were trained on.
-    """
-    base, gguf = files.model_folder(model)
-    if not is_whole(base, gguf):
-        plain = _base(policy, model).to(policy.compute_dtype)
-        plain.generation_config = generation
-        with files.whole(folder) as unfinished:
-            plain.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        return str(folder)
-    before, end = getattr(policy.generation_config, "eos_token_id", None), data.end_token(tokenizer)
-    if end not in (before if isinstance(before, list) else [before]):
+def _say_where_it_stops(policy: models.Policy, tokenizer: Any) -> None:
+    """Plain generate reads end tokens from the model under the adapters."""
+    before, end = _ends(policy.generation_config), data.end_token(tokenizer)
+    if end not in before:
         print(
-            f"the model under the adapters stops at {before}, they at {end}: give generate() the "
-            "generation_config of their folder, or export with --merge_lora",
+            f"the model under the adapters stops at {', '.join(map(str, before))}, they at {end}: give "
+            "generate() the generation_config of their folder, or export with --merge_lora",
             flush=True,
         )
-    return base
+
+
+# ------------------------------------------------------------------------------------------ of a run's folder
+
+
+def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
+    """(options, model, tokenizer, what it started from) of a text model's run, before training."""
+    values = files.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+    if "micro_batch_tokens" not in values:
+        raise dist.RunError(f"{folder}: found no args.json of a text model's run; expected a run folder")
+    values |= {"output_dir": str(folder), "activation_checkpointing": "off", "compile": False}
+    names = {kind: [f.name for f in fields(kind) if f.name in values] for kind in (Run, System)}
+    run, system = (kind(**{name: values[name] for name in own}) for kind, own in names.items())
+    device, model, last = dist.init(values["seed"]), values["model"], newest(folder)
+    saved = _Reader(last).read_metadata().state_dict_metadata if last else ()
+    if any(name.endswith(".score.weight") for name in saved):
+        if not (folder / "model").exists():
+            raise dist.RunError(f"{folder}: no model/, which has the names of a reward model's outputs")
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder / "model", trust_remote_code=False)
+        scorer = models.load_scorer(model, device, system, [*config.id2label.values()])
+        scorer.config.pad_token_id, scorer.config.score_at = config.pad_token_id, config.score_at
+        scorer.config.reward_mean = scorer.config.reward_std = None  # those of the last step
+        return run, scorer, data.load_tokenizer(str(folder)), model
+    tokenizer = data.load_tokenizer(model, values["chat_template"], values["chat_template_kwargs"])
+    return run, models.load(model, device, system), tokenizer, model
+
+
+def export_step(folder: Path, step: int) -> None:
+    """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one."""
+    chosen = complete(folder).get(step)
+    if chosen is None:
+        raise dist.RunError(f"{folder}: no checkpoint of step {step}; found {[*complete(folder)]}")
+    run, policy, tokenizer, model = load_run(folder)
+    _load(chosen, {"policy": (policy, None)})
+    write_model(run, policy, tokenizer, model, f"model_step_{step}")
+    print(f"{folder / f'model_step_{step}'}", flush=True)
+
+
+def merge(folder: Path, merge_dtype: str) -> None:
+    """Fold the adapters of model/ into the weights they stand on, as --merge_lora does, in their place."""
+    if not (folder / "model" / "adapter_config.json").exists():
+        raise dist.RunError(f"{folder / 'model'}: found no adapters; expected those of a run with lora_rank")
+    run, policy, tokenizer, model = load_run(folder)
+    lora.load(policy.model, folder / "model")
+    card = folder / "model" / "README.md"
+    text = card.read_text() if card.exists() else ""
+    write_model(replace(run, merge_lora=True, merge_dtype=merge_dtype), policy, tokenizer, model, "model")
+    files.write(card, text.replace("library_name: peft", "library_name: transformers"))
+    print(f"{folder / 'model'} is merged", flush=True)
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.checkpoint")
+    commands = parser.add_subparsers(required=True)
+    for name, act in (("export", export_step), ("merge", merge)):
+        command = commands.add_parser(name, help=act.__doc__)
+        command.add_argument("folder", type=Path, help="of a run, as runs/dpo")
+        command.set_defaults(act=act)
+    commands.choices["export"].add_argument("--step", type=int, required=True)
+    commands.choices["merge"].add_argument("--merge_dtype", choices=("auto", "float32"), default="auto")
+    chosen = vars(parser.parse_args(words))
+    dist.run(lambda act: act(**chosen), chosen.pop("act"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -10,6 +10,7 @@ import datetime
 import errno
 import hashlib
 import heapq
+import json
 import math
 import os
 import random
@@ -27,10 +28,9 @@ from torch import Tensor
 
 # what asks for a stop: schedulers send TERM, INT or USR1, a closed terminal HUP
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-TWICE_SECONDS = (
-    3.0  # torchrun passes on a signal that may have reached its ranks already: that is one request
-)
+TWICE_SECONDS = 3.0  # torchrun passes on a signal that may have reached its ranks already: one request
 LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
+PR_SET_PDEATHSIG = 1  # of Linux
 POLL_SECONDS = 10.0  # between questions whether to stop, where no step ends
 _stop = {"signal": 0, "time": 0.0, "agreed": False, "deadline": math.inf}
 # what is the machine's doing and no bug: the disk is full or the quota used up, nothing may be written, ...
@@ -66,8 +66,9 @@ def init(seed: int) -> torch.device:
             **store,
         )
         atexit.register(_leave)
-        if not alone:
-            _stop_with_parent()
+        if not alone and sys.platform == "linux":
+            # SIGTERM when torchrun dies, as by SIGKILL: its ranks would go on training for nobody
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in STOP_SIGNALS:  # again, if somebody else has taken them since
         signal.signal(number, _on_signal)
     if _stop["agreed"]:  # what an earlier run of this process ended for; a signal nobody has seen yet stays
@@ -98,13 +99,6 @@ def stop_after(minutes: float) -> None:
     _stop["deadline"] = time.monotonic() + 60 * minutes if minutes else math.inf
 
 
-def _stop_with_parent() -> None:
-    """Let Linux send SIGTERM when torchrun dies, as by SIGKILL: its ranks would go on training for nobody."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def world_size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
@@ -125,10 +119,9 @@ def barrier() -> None:
 def all_sum(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Add each value over ranks and bring the results to the host: one collective, one synchronisation.
 
-    Every rank passes the same keys. The pending stop signal of any rank travels along, so all ranks see
-    `stop_requested` at the same step.
+    Every rank passes the same keys in one order, as the metrics of a dummy row are. The pending stop signal
+    of any rank travels along, so all ranks see `stop_requested` at the same step.
     """
-    # a dummy row's metrics are made of the same keys, so the order of `sums` agrees between ranks
     values = (float(is_told_to_stop()), *sums.values())
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     device = values[places[0]].device if places else "cpu"
@@ -145,9 +138,6 @@ def all_sum(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
 
 class Totals:
     """Metrics of a step or an evaluation: of each the sum and the count that divides it, over rows and ranks.
-
-        totals.update({"entropy": (stats.entropy.sum(), len(stats.entropy))})  # for each row
-        totals.reduce("train/")  # -> {"train/entropy": mean over the tokens of all rows and ranks}
 
     What all ranks agree on, as a gradient norm, is a metric like others, (norm, 1). A sum that is divided
     already has the count 0 and stays a sum.
@@ -194,7 +184,6 @@ def in_step(parts: Iterator) -> Iterator:
     Raises:
         Stopped: a stop was asked for.
     """
-
     due, working = time.monotonic() + POLL_SECONDS, 1.0
     while working:
         part = next(parts, None)
@@ -224,37 +213,36 @@ def gather(items: Sequence) -> list:
 
 def from_main(make: Callable[[], Any]) -> Any:
     """The picklable result of `make()`, which only rank 0 runs; a RunError there is raised on every rank."""
-    box: list = [None, None]
-    if is_main():
-        try:
-            box[0] = make()
-        except RunError as error:
-            box[1] = str(error)
+    box = [_attempt(make) if is_main() else None]
     if world_size() > 1:
         torch_dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise RunError(box[1])
-    return box[0]
+    return _results(box)[0]
 
 
 def parallel_map(function: Callable, items: Sequence) -> list:
     """[function(item) for item in items], each rank a share of it; a RunError of one is raised on all."""
-
-    def attempt(item: Any) -> tuple[Any, str | None]:
-        try:
-            return function(item), None
-        except RunError as error:
-            return None, str(error)
-
     size = world_size()
-    mine = [attempt(item) for item in items[rank() :: size]]
+    mine = [_attempt(function, item) for item in items[rank() :: size]]
     done: list = [None] * len(items)
     for r, part in enumerate(gather([mine])):
         done[r::size] = part
-    for _, error in done:
-        if error is not None:
-            raise RunError(error)
-    return [result for result, _ in done]
+    return _results(done)
+
+
+def _attempt(function: Callable, *args: Any) -> Any:
+    """What the function returns, or the RunError that it raises."""
+    try:
+        return function(*args)
+    except RunError as error:
+        return error
+
+
+def _results(found: list) -> list:
+    """What was found, unless there is an error in it, which is raised."""
+    for result in found:
+        if isinstance(result, RunError):
+            raise result
+    return found
 
 
 def shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
@@ -275,22 +263,17 @@ def progress(items: Iterable, what: str, total: int, size: Callable[[Any], int] 
 
     Args:
         total: what the sizes of all items add up to.
-        size: of an item, how much it adds to what is counted.
     """
-    if not is_main():
-        yield from items
-        return
     from tqdm import tqdm
 
-    start, due, done = time.monotonic(), FIRST_SECONDS, 0
-    has_bar = sys.stderr.isatty()
+    start, due, done, has_bar = time.monotonic(), FIRST_SECONDS, 0, is_main() and sys.stderr.isatty()
     with tqdm(total=total, desc=what, delay=3, leave=False, disable=not has_bar) as bar:
         for item in items:
             yield item
             done += size(item)
             bar.update(size(item))
             seconds = time.monotonic() - start
-            if not has_bar and seconds >= due and 0 < done < total:
+            if is_main() and not has_bar and seconds >= due and 0 < done < total:
                 due = seconds + TELL_SECONDS
                 left = tqdm.format_interval(seconds / done * (total - done))
                 print(f"{what}: {done:,} of {total:,}, {left} left", flush=True)
@@ -307,9 +290,8 @@ def run(main: Any, args: Any) -> None:
 def leave(code: int) -> None:
     """End a rank's process at once, when what it has registered for its end is done.
 
-    Threads of gloo and of the store may be waiting for Python's lock. When Python closes down it ends them
-    where they stand, in C++ that does not expect it, and that aborts the process ("terminate called without
-    an active exception"): one that has done all its work would count as failed.
+    Closing down, Python ends threads of gloo that wait for its lock where they stand, in C++ that does not
+    expect it, and that aborts the process ("terminate called without an active exception").
     """
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -330,8 +312,22 @@ def outcome(main: Any, args: Any) -> int:
         stopped = isinstance(error, Stopped)
         if _speaks_first(message):
             where = "" if rank() == 0 else f" (rank {rank()})"
-            print(message if stopped else f"error{where}: {message}", file=sys.stderr, flush=True)
+            say_last(message, 0) if stopped else say_last(f"error{where}: {message}", 1)
         return 0 if stopped else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def say_last(message: str, code: int) -> None:
+    """Print why this process will end with this exit code.
+
+    torchrun writes forty lines about the failure of a rank. The message is the last of them if it stands in
+    the file that torchrun names, as its own `record` writes it.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if code and file and "RANK" in os.environ:
+        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": told}))
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str | None:

@@ -1,8 +1,8 @@
-"""Files that are complete or not there: whole writes, lines that go on after a kill, caches, fingerprints.
+"""Files that outlive a kill: whole ones, lines that go on, a run's folder, fingerprints, caches.
 
 A process may be killed between any two instructions, and the same command must then go on or begin anew
 without taking half a file for a whole one. So a name that others look for is only ever given to what is
-complete.
+complete, and a file that grows does so by lines, of which a kill tears at most the last.
 """
 
 import ast
@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,9 @@ from typing import IO, Any
 import torch
 
 from common import dist
+
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
 
 # -------------------------------------------------------------------------------------------- whole or absent
 
@@ -59,21 +61,31 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def finish(unfinished: Path, path: Path) -> None:
+def finish(unfinished: Path, path: Path, keep: bool = False) -> None:
     """Give something complete its final name, in place of what has that name.
 
     The order matters. The contents reach the disk before the rename, or a crash of the machine could leave
     the name without them; the folder that holds the name reaches it after. A file is replaced in one step. A
     folder that is not empty cannot be: it is moved out of the way first, not deleted in place, so that a kill
     leaves the name with all of the old folder, with nothing, or with all of the new one.
+
+    Args:
+        keep: a folder that has the name stays, and what is unfinished stays too.
     """
     for part in (*unfinished.rglob("*"), unfinished):
+        if part.is_file():
+            with contextlib.suppress(OSError):  # of a file system without such rights
+                part.chmod(0o666 & ~UMASK)  # safetensors makes files that their owner alone may read
         sync(part)
     old = path.with_name(f"{path.name}.old.tmp")
-    if path.is_dir():
+    if path.is_dir() and not keep:
         remove(old)
         os.rename(path, old)
-    os.replace(unfinished, path)
+    try:
+        os.replace(unfinished, path)
+    except OSError:
+        if not (keep and path.is_dir()):
+            raise
     sync(path.parent)
     remove(old)
 
@@ -86,22 +98,15 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
 
     Args:
         shared: several runs may write `path` at once, each under a name of its own; of files the last one
-            stays, of folders the first.
+            stays, of folders the first, which others may be reading.
     """
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp") if shared else temporary(path)
     remove(unfinished)
     try:
         yield unfinished
-    except BaseException:
+        finish(unfinished, path, keep=shared)
+    finally:
         remove(unfinished)
-        raise
-    try:
-        if not shared or not path.is_dir():
-            return finish(unfinished, path)
-    except OSError:
-        if not shared or not path.is_dir():  # put there meanwhile
-            raise
-    remove(unfinished)
 
 
 @contextlib.contextmanager
@@ -125,46 +130,15 @@ def write(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------- JSON lines
 
 
-LOCK = ".lock"  # the file in a run's folder that the process writing there holds
-_locks: dict[Path, IO] = {}
-
-
-def lock(folder: Path) -> None:
-    """Claim a folder for this process until `unlock`; the system frees what a dead one held, however it died.
-
-    Raises:
-        RunError: another living process has it.
-    """
-    path = folder.resolve() / LOCK
-    if path in _locks:  # a stage, or a second run in one process
-        return
-    file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise dist.RunError(
-            f"output_dir {folder}: the run of process {file.read() or 'unknown'} is still writing there; "
-            "wait for it to end, or give another --output_dir"
-        ) from error
-    except OSError:
-        return file.close()  # a file system without locks
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    _locks[path] = file
-
-
-def unlock(folder: Path) -> None:
-    """Let others have the folder while this process goes on."""
-    file = _locks.pop(folder.resolve() / LOCK, None)
-    if file is not None:
-        file.close()
-
-
 def as_lines(records: Iterable[dict]) -> str:
     """Records as JSON lines."""
     return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def append(path: Path, *records: dict) -> None:
+    """Add records to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(as_lines(records))
 
 
 def read_json(path: Path) -> dict:
@@ -216,9 +190,11 @@ def cut_torn_line(path: Path) -> int:
 
 
 def part_name(path: Path, items: list, key: Any) -> Path:
-    """Where the lines of `path` stand until all are there; what they are made of has the suffix .replies."""
-    digest = hashlib.sha256(pickle.dumps((key, items))).hexdigest()[:8]
-    return path.with_name(f"{path.name}.{digest}.part")
+    """Where the lines of `path` stand until all are there, of these items and this key alone.
+
+    What the lines are made of has the suffix .replies.
+    """
+    return path.with_name(f"{path.name}.{digest(pickle.dumps((key, items)))[:8]}.part")
 
 
 def write_lines(
@@ -226,9 +202,7 @@ def write_lines(
 ) -> None:
     """Write work(items) as JSON lines, part by part; not done, the next call goes on where it stopped.
 
-    Lines go to <path>.<digest>.part, where the digest is of key and items: a call with others begins a file
-    of its own and never continues this one. A kill tears at most the last line; it is cut off and its item
-    done again. The file takes its final name after the last item, so who finds that name finds all lines.
+    The lines stand in `part_name` until the last is there, so who finds `path` finds all of them.
 
     Args:
         key: what the lines depend on besides the items; other items or another key start anew.
@@ -244,8 +218,7 @@ def write_lines(
     for start in dist.progress(starts, path.name, len(starts) * size, lambda _: size):
         records = work(items[start : start + size])
         if dist.is_main():
-            with unfinished.open("a") as file:
-                file.write(as_lines(records))
+            append(unfinished, *records)
         if dist.poll_stop():
             raise dist.Stopped(
                 f"{path}: stopped after {start + len(records)} records; the same command goes on from there"
@@ -259,53 +232,40 @@ def write_lines(
 class Journal:
     """Records by key that outlive a kill, and that the ranks share without a collective.
 
-    Each rank appends to a file of its own, so that no two write to one, and reads the files of all. A record
-    is on file before it is used; one whose line a kill has torn is missing again, and no other suffers.
+    Each rank appends to a file of its own, and reads the files of all. A record is on file before it is used;
+    one whose line a kill has torn is missing again.
     """
 
     def __init__(self, folder: Path):
         """folder: one that all ranks see. Errors in it are forgotten, so that what failed is tried again."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.mine = folder, folder / f"rank_{dist.rank()}.jsonl"
-        self.lock = threading.Lock()
-        self.records: dict[str, dict] = {}
-        self.read_to: Counter[Path] = Counter()  # bytes of each file
-        cut_torn_line(self.mine)
+        self.folder, self.mine, self.lock = folder, folder / f"rank_{dist.rank()}.jsonl", threading.Lock()
+        dist.from_main(self._forget_errors)
         self.refresh()
-        self.records = {key: record for key, record in self.records.items() if "error" not in record}
-        dist.barrier()  # from here on an error is of this run
+
+    def _forget_errors(self) -> None:
+        for path in self.folder.glob("rank_*.jsonl"):
+            write(path, as_lines(row for row in read_rows(path) if "error" not in row))
 
     def add(self, key: str, record: dict) -> None:
         """Append a record; threads may call this."""
-        with self.lock, self.mine.open("a") as file:
-            file.write(json.dumps({"key": key, **record}) + "\n")
+        with self.lock:
+            append(self.mine, {"key": key, **record})
 
     def refresh(self) -> None:
-        """Read what has been written since the last time, by any rank."""
-        for path in sorted(self.folder.glob("rank_*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(self.read_to[path])
-                text = file.read()
-            complete = text[: text.rfind(b"\n") + 1]  # the rest is being written, or torn
-            self.read_to[path] += len(complete)
-            for line in complete.splitlines():
-                with contextlib.suppress(ValueError, KeyError):
-                    record = json.loads(line)
-                    self.records[record.pop("key")] = record
+        """Read what any rank has written."""
+        rows = [row for path in sorted(self.folder.glob("rank_*.jsonl")) for row in read_rows(path)]
+        self.records: dict[str, dict] = {row.pop("key"): row for row in rows}
 
     def collect(self, items: dict[str, Any], make: Callable[[Any], dict], threads: int) -> list[dict]:
         """The record of each item: the one on file, else make(item), which is then never asked for again.
 
         A rank makes its share, in threads, and waits for the others' records to appear in their files: a slow
         one holds up no collective. An error, or a stop that was asked for, is put on file too, so that it
-        ends every rank with the same line.
+        ends every rank with the same line, a RunError or Stopped.
 
         Args:
             items: by key, a hexadecimal number; every rank passes the same.
-
-        Raises:
-            RunError: make has raised it, on any rank.
-            Stopped: a stop was asked for, on any rank.
         """
 
         def attempt(key: str) -> None:
@@ -318,9 +278,9 @@ class Journal:
                 raise
 
         share = [key for key in items if int(key, 16) % dist.world_size() == dist.rank()]
+        missing = [key for key in share if key not in self.records]
         with ThreadPoolExecutor(threads) as pool:
             try:
-                missing = [key for key in share if key not in self.records]
                 list(dist.progress(pool.map(attempt, missing), "answers of the server", len(missing)))
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -332,10 +292,47 @@ class Journal:
                     raise (dist.Stopped if record["stopped"] else dist.RunError)(record["error"])
             if len(found) == len(items):
                 return found
-            time.sleep(0.1)
+            time.sleep(0.5)
 
 
-# ---------------------------------------------------------------------------------------------- model folders
+# ------------------------------------------------------------------------------ folders of runs and of models
+
+
+LOCK = ".lock"  # the file in a run's folder that the process writing there holds
+_locks: dict[Path, IO] = {}
+
+
+def lock(folder: Path) -> None:
+    """Claim a folder for this process until `unlock`; the system frees what a dead one held, however it died.
+
+    Raises:
+        RunError: another living process has it.
+    """
+    path = folder.resolve() / LOCK
+    if path in _locks:  # a stage, or a second run in one process
+        return
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise dist.RunError(
+            f"output_dir {folder}: the run of process {file.read() or 'unknown'} is still writing there; "
+            "wait for it to end, or give another --output_dir"
+        ) from error
+    except OSError:
+        return file.close()  # a file system without locks
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[path] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let others have the folder while this process goes on."""
+    file = _locks.pop(folder.resolve() / LOCK, None)
+    if file is not None:
+        file.close()
 
 
 def model_folder(model: str, needs_weights: bool = True) -> tuple[str, str | None]:
@@ -376,22 +373,39 @@ def toy_folder(world: str = "language") -> Path:
         raise dist.RunError(f"cannot build the toy world: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------- caches
+# ---------------------------------------------------------------------------------------------- fingerprints
+
+
+def digest(content: str | bytes) -> str:
+    """16 hexadecimal digits that tell content from any other."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def fingerprint(model: str, of_images: bool = False) -> list[tuple[str, int, str]]:
     """Tells a model from others, and from the same folder trained again; a hub id is known by its name.
 
     Of each file its name, size and 64 pieces that are spread over it: other training changes all weights.
+    The card of a model is for people, and names where the run was.
     """
     folder, file = (str(pipeline_folder(model)), None) if of_images else model_folder(model)
     path = Path(folder)
     if not path.is_dir():
         return [(folder, 0, "")]
-    found = []
-    for part in sorted(p for p in path.rglob("*") if p.is_file() and file in (None, p.name)):
-        found.append((str(part.relative_to(path)), part.stat().st_size, pieces_digest(part)))
-    return found
+    parts = sorted(
+        p for p in path.rglob("*") if p.is_file() and file in (None, p.name) and p.name != "README.md"
+    )
+    return [(str(part.relative_to(path)), part.stat().st_size, pieces_digest(part)) for part in parts]
+
+
+def pieces_digest(path: Path, size: int = 4096) -> str:
+    """Digest of 64 pieces of a file, of this many bytes each, that are spread over it."""
+    found, whole_size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as opened:
+        for start in range(0, whole_size, max(size, whole_size // 64)):
+            opened.seek(start)
+            found.update(opened.read(size))
+    return found.hexdigest()
 
 
 def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
@@ -403,28 +417,23 @@ def inputs(model: str, tokenizer: Any, *datasets: Iterable) -> dict[str, str]:
     """
     if not dist.is_main():
         return {}
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        found = (
-            dataset.fingerprint()
-            if hasattr(dataset, "fingerprint")
-            else json.dumps(list(dataset), default=str)
-        )
-        digest.update(found.encode())
-    parts = {
+
+    def of_data(dataset: Iterable) -> str:
+        own = getattr(dataset, "fingerprint", None)
+        return own() if own else json.dumps(list(dataset), default=str)
+
+    texts = {
         "starting model": repr(fingerprint(model, of_images=tokenizer is None)),
-        "data": digest.hexdigest(),
+        "data": "".join(map(of_data, datasets)),
+        "chat template": str(getattr(tokenizer, "chat_template", None)),
     }
-    parts |= {"chat template": str(getattr(tokenizer, "chat_template", None))}
-    found = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
     day = getattr(tokenizer, "day", None)  # that the template writes
-    return found | ({"day of the chat template": day} if day else {})
+    return {name: digest(x) for name, x in texts.items()} | ({"day of the chat template": day} if day else {})
 
 
 def syntax(*paths: Path) -> str:
     """Fingerprint of what Python files do: comments and docstrings may change."""
-    trees = "".join(_dumped(path, path.stat().st_mtime_ns) for path in paths)
-    return hashlib.sha256(trees.encode()).hexdigest()[:16]
+    return digest("".join(_dumped(path, path.stat().st_mtime_ns) for path in paths))
 
 
 @functools.cache
@@ -446,24 +455,26 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
+# ---------------------------------------------------------------------------------------------------- caches
+
+
 def cache_folder() -> Path:
     """Where things that outlive a run are kept: $CLEANALIGN_CACHE, or ~/.cache/cleanalign."""
     folder = Path(os.environ.get("CLEANALIGN_CACHE") or Path.home() / ".cache" / "cleanalign")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        return folder
     except OSError as error:
-        raise dist.RunError(
-            f"cache folder {folder}: {error.strerror}; set CLEANALIGN_CACHE to another one"
-        ) from error
-    return folder
+        reason = f"{error.strerror}; set CLEANALIGN_CACHE to another one"
+        raise dist.RunError(f"cache folder {folder}: {reason}") from error
 
 
 def remembered(path: Path, look: Callable[[], dict]) -> dict:
     """What `look` tells about a file, asked again when the file's size, its time or this code has changed."""
     at = path.stat()
-    times = (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino)  # what is put back keeps not all of them
-    key = repr((str(path.resolve()), times, syntax(Path(inspect.getsourcefile(look)))))
-    store = cache_folder() / "data" / "files" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    state = (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino)  # what is put back keeps not all of them
+    key = repr((str(path.resolve()), state, syntax(Path(inspect.getsourcefile(look)))))
+    store = cache_folder() / "data" / "files" / f"{digest(key)}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(store.read_text())
     found = look()
@@ -474,20 +485,9 @@ def remembered(path: Path, look: Callable[[], dict]) -> dict:
     return found
 
 
-def pieces_digest(path: Path, size: int = 4096) -> str:
-    """Digest of 64 pieces of a file, of this many bytes each, that are spread over it."""
-    digest, whole_size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as opened:
-        for start in range(0, whole_size, max(size, whole_size // 64)):
-            opened.seek(start)
-            digest.update(opened.read(size))
-    return digest.hexdigest()
-
-
 def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any) -> torch.Tensor:
     """compute(), a collective, or its result from an earlier run with the same model files and key."""
-    digest = hashlib.sha256(pickle.dumps((fingerprint(model), key))).hexdigest()[:16]
-    store = cache_folder() / f"{name}-{digest}.pt"
+    store = cache_folder() / f"{name}-{digest(pickle.dumps((fingerprint(model), key)))}.pt"
 
     def read() -> torch.Tensor | None:
         with contextlib.suppress(Exception):  # it is not there, or damaged: made anew
@@ -495,10 +495,9 @@ def cached(compute: Callable[[], torch.Tensor], name: str, model: str, *key: Any
 
     # rank 0's disk decides and is read, alike for all: another node may have its own cache folder
     found = dist.from_main(read)
-    if found is not None:
-        return found
-    result = compute()
-    if dist.is_main():
-        with whole(store, shared=True) as unfinished:
-            torch.save(result.cpu(), unfinished)
-    return result
+    if found is None:
+        found = compute()
+        if dist.is_main():
+            with whole(store, shared=True) as unfinished:
+                torch.save(found.cpu(), unfinished)
+    return found

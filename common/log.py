@@ -1,9 +1,9 @@
-"""What a run leaves behind: args.json, its script, metrics, samples, curves.png, and W&B if asked.
+"""What a run writes as it goes: args.json, its script, metrics, samples, the console, and W&B if asked.
 
-Only rank 0 writes. Metrics go to the file in full and to the console in part, a few lines a minute.
+Only rank 0 writes. Metrics go to the file in full and to the console in part, a few lines a minute; what is
+made of them at the end is in report.py.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -12,17 +12,26 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, dist, files, formats
+from common import checkpoint, dist, files, formats, report
 from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 # what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
 WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
-WRITTEN += ("checkpoints", "model", "model.*tmp", "base_model", "images/step_*.png", "annealed")
+WRITTEN += (
+    "checkpoints",
+    "model",
+    "model.*tmp",
+    "model_best*",
+    "model_step_[0-9]*",
+    "images/step_*.png",
+    "annealed",
+)
 WRITTEN += tuple(f"{name}_[0-9]*.jsonl*" for name in ("generated", "held_out", "groups"))
 STAGES = "[0-5]_*/"  # folders of a pipeline
 WANDB_SECONDS = 30  # of waiting for its server, before a run is tracked offline
@@ -52,15 +61,15 @@ class Log:
         Raises:
             RunError: the folder cannot be written, or has a run with other options.
         """
-        self.run, self.script, self.show, self.options = run, script, show, options
+        self.run, self.script, self.show, self.options = run, Path(script), show, options
         self.pipeline, self.is_pipeline, self.columns, self.wandb = pipeline, is_pipeline, columns, None
+        self.folder = Path(run.output_dir)
         self.first_step: int | None = None  # of this process, for the time left
         self.called = time.perf_counter()
-        self.warned = False
+        self.warned, self.example = False, ""  # of what was answered since the last line
         self.before: dict[str, Any] = {}  # args.json of the run that goes on
         self.inputs: dict[str, str] = {}
         self.accepted: list[str] = []  # changes
-        self.folder = Path(run.output_dir)
         if not pipeline:
             dist.stop_after(run.max_minutes)
         self.rows: list[dict] = [] if run.check else dist.from_main(self._open)
@@ -74,22 +83,19 @@ class Log:
     def _open(self) -> list[dict]:
         """Make or reopen the folder. -> the rows that stay
 
-        A run goes on from its newest checkpoint. Steps after that are done again and would have two rows, so
-        theirs go; without a checkpoint all is done again, the evaluation at step 0 too. Since a row is
-        written before the checkpoint of its step, no row up to there can be missing.
-
-        A pipeline has no checkpoint. Its rows are evaluations of finished stages, and none is made again, so
-        all stay. The samples of an evaluation are written before its row: a kill between the two leaves the
-        samples of a step without a row, which will be evaluated again, so these go.
+        Steps after the newest checkpoint are done again, so their rows go; since a row is written before the
+        checkpoint of its step, none up to there is missing. A pipeline has no checkpoint, and none of its
+        evaluations is made again. Samples are written before the row of their evaluation: a kill between the
+        two leaves those of a step that will be evaluated again.
         """
-        folder = self.folder
-        if folder.resolve() == Path(self.script).resolve().parent:
+        folder, own = self.folder, self.folder / "args.json"
+        if folder.resolve() == self.script.resolve().parent:
             raise formats.wrong(f"output_dir {folder}", "the folder of the script", "one of the run's own")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files.lock(folder)  # before anything is deleted: another run may be writing there
-            if self.run.overwrite and (folder / "args.json").exists():  # never a folder that is not a run's
-                names = (*WRITTEN, Path(self.script).name, *([STAGES] if self.is_pipeline else []))
+            if self.run.overwrite and own.exists():  # never a folder that is not a run's
+                names = (*WRITTEN, self.script.name, *([STAGES] if self.is_pipeline else []))
                 for path in [path for name in names for path in folder.glob(name)]:
                     files.remove(path)
             if not self.is_pipeline:
@@ -98,27 +104,28 @@ class Log:
                 files.remove(path)
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
-        if (folder / "model").exists() and not (folder / "args.json").exists():
+        if (folder / "model").exists() and not own.exists():
             raise formats.wrong(f"output_dir {folder}", "a model/ that no run has written", "another folder")
-        last = checkpoint.newest(folder)
-        # without a checkpoint there is nothing to resume, so all may change, but for what stages are made of
-        if (last or self.is_pipeline) and (folder / "args.json").exists():
-            self.before = files.read_json(folder / "args.json")
-            own = self.before.get("script", Path(self.script).name)
-            if own != Path(self.script).name:
-                raise formats.wrong(
-                    f"output_dir {folder}", f"a run of {own}", "another output_dir, or --overwrite"
-                )
+        last, before = checkpoint.newest(folder), files.read_json(own) if own.exists() else {}
+        finished_at = before.get("finished_at")  # which may have left no checkpoint
+        finished_at = finished_at if isinstance(finished_at, int) else -1
+        # where nothing can be resumed all may change, but for what stages are made of
+        if last or self.is_pipeline or finished_at >= 0:
+            self.before = before
+            script = self.before.get("script", self.script.name)
+            if script != self.script.name:
+                what = f"a run of {script}"
+                raise formats.wrong(f"output_dir {folder}", what, "another output_dir, or --overwrite")
             self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
         if self.is_pipeline:
             keep = max((row["step"] for row in rows), default=-1)
         else:
-            keep = int(last.name.removeprefix("step_")) if last else -1
-        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep = max(finished_at, checkpoint.step_of(last))
+        for name in ("samples.jsonl", "metrics.jsonl"):
             kept = [row for row in files.read_rows(folder / name, "step") if row["step"] <= keep]
             files.write(folder / name, files.as_lines(kept))
-        return files.read_rows(folder / "metrics.jsonl")
+        return kept
 
     def _accept(self, found: list[str]) -> None:
         """Take note of changes, if they are accepted."""
@@ -144,44 +151,59 @@ class Log:
         continuation was killed before its export.
 
         Args:
-            inputs: fingerprints of what the run is made from besides its options; see files.inputs.
+            inputs: see files.inputs.
 
         Raises:
-            RunError: the run was made from something else, or by other code.
+            RunError: the run was made from something else, by other code, or cannot go on any more.
         """
         if self.run.check:
             return False
         last = max(self.steps, default=0)
 
         def compare() -> bool:
-            self.inputs = inputs | files.code(Path(self.script))
+            self.inputs = inputs | files.code(self.script)
             before, now = (
                 {f"{name} of fingerprint": x for name, x in found.items()}
                 for found in (self.before.get("inputs", {}), self.inputs)
             )
             self._accept(changes(before, now, now))
             is_done = last >= num_steps and self.before.get("finished_at") == last
+            is_done = is_done and (self.folder / "model").is_dir()
+            self._refuse_what_is_over(last, is_done)
             if is_done and self.accepted:
                 self._write_args(self.before["num_steps"], finished_at=last)
-            return is_done and (self.folder / "model").is_dir()
+            return is_done
 
         found = dist.from_main(compare)
         if found and dist.is_main():
             print(f"{self.folder} is finished at step {last}; --overwrite starts anew", flush=True)
-            self._table()
+            report.print_table(self.rows, self.columns)
         return found
 
+    def _refuse_what_is_over(self, last: int, is_done: bool) -> None:
+        """End a call that asks a finished run for what it cannot give any more."""
+        adapters = [
+            path for name in ("adapter_config", "*_lora_") for path in self.folder.glob(f"model/{name}*")
+        ]
+        if is_done and adapters and getattr(self.run, "merge_lora", False):
+            raise dist.RunError(
+                f"{self.folder} is finished, with adapters in model/: python -m common.checkpoint merge "
+                f"{self.folder} merges those of a text model"
+            )
+        if not is_done and not self.is_pipeline and self.before and not checkpoint.newest(self.folder):
+            raise dist.RunError(
+                f"{self.folder} is finished at step {last} and kept no checkpoint to go on from: give "
+                "another output_dir, or --overwrite to start anew"
+            )
+
     def start(self, num_steps: int, optimization: Optimization | None = None) -> None:
-        """Write args.json and the script, and begin to track.
+        """Write args.json and the script, and begin to track; Stopped if that was asked for meanwhile.
 
         Called when the data has loaded: a run that a mistake in its data or options ends before its first
         step leaves nothing that a corrected one would be compared with.
 
         Args:
             optimization: None for a pipeline, whose stages have their own.
-
-        Raises:
-            Stopped: a stop was asked for while the data were read.
         """
         if dist.poll_stop():
             raise dist.Stopped(f"{self.folder}: stopped before a step; the same command goes on from there")
@@ -192,85 +214,20 @@ class Log:
         if optimization:
             planned = self.before.get("num_steps", num_steps)
             print(schedule(optimization, num_steps, planned), flush=True)
-        shutil.copyfile(self.script, self.folder / Path(self.script).name)
+        if metric := getattr(self.run, "keep_best", ""):
+            which = "lowest" if checkpoint.is_lower_better(metric) else "highest"
+            print(f"the checkpoint of the {which} {metric.lstrip('+-')} is exported too", flush=True)
+        shutil.copyfile(self.script, self.folder / self.script.name)
         self._write_args(num_steps)
         self._start_wandb()
 
     def _write_args(self, num_steps: int, **more: Any) -> None:
         self.num_steps = num_steps
         accepted = [*self.before.get("accepted_changes", []), *self.accepted]
-        kept = {
-            "script": Path(self.script).name,
-            "num_steps": num_steps,
-            "inputs": self.inputs,
-            "versions": files.versions(),
-            **more,
-        }
+        kept = {"script": self.script.name, "num_steps": num_steps, "inputs": self.inputs}
+        kept |= {"versions": files.versions(), **more}
         kept |= {"accepted_changes": accepted} if accepted else {}
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
-
-    def _start_wandb(self) -> None:
-        """Online if logged in and W&B can be reached, else offline; never asks, and its failures cost no run.
-
-        The id of a run stays in its folder, so that a resumed run is the same one on W&B; a sweep agent gives
-        the first. A stage has no run of its own: it logs into its pipeline's, which begins and ends it.
-        """
-        if self.pipeline:
-            self.wandb = self.pipeline.wandb
-        if self.pipeline or not self.run.track:
-            return
-        os.environ.setdefault("WANDB_SILENT", "true")
-        id_file, given = self.folder / "wandb_id", os.environ.get("WANDB_MODE")
-
-        def begin(mode: str) -> Any:
-            import wandb
-
-            return wandb.init(
-                project=self.run.wandb_project,
-                name=self.run.run_name or None,
-                id=id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID"),
-                resume="allow",
-                mode=mode,
-                dir=self.folder,
-                config=self.options.values,
-                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
-            )
-
-        def has_key() -> bool:
-            import wandb
-
-            return bool(os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False))
-
-        if self._wandb_does("finds no key", lambda: given or has_key()):
-            self.wandb = self._wandb_does("is not reached", lambda: begin(given or "online"))
-        self.wandb = self.wandb or self._wandb_does("is off", lambda: begin("offline"))
-        if self.wandb:
-            id_file.write_text(self.wandb.id)
-
-    def _wandb_does(self, failing: str, act: Callable[[], Any]) -> Any:
-        """act(), or None where W&B fails, as when its own process has died: the run needs none of it."""
-        try:
-            return act()
-        except Exception as error:
-            self.wandb = None
-            print(f"W&B {failing}: {formats.first_line(error)}", file=sys.stderr, flush=True)
-
-    def _track(self, step: int, values: dict[str, Any]) -> None:
-        """Send to W&B, whose own step only grows.
-
-        The steps of a pipeline and of each of its stages begin anew in one W&B run, so there they are a
-        metric that the curves are drawn over.
-        """
-        if not self.wandb:
-            return
-        if self.pipeline:
-            name = self.folder.name
-            values = {f"{name}/{key}": value for key, value in {**values, "step": step}.items()}
-            self._wandb_does(
-                "is off", lambda: self.wandb.define_metric(f"{name}/*", step_metric=f"{name}/step")
-            )
-        step = None if self.pipeline or self.is_pipeline else step
-        self._wandb_does("is off", lambda: self.wandb and self.wandb.log(values, step=step))
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
@@ -288,12 +245,14 @@ class Log:
                     f"{name} is {metrics[name]} at step {step}; the run stops; "
                     f"{checkpoint.last_good(self.folder)}; {cure}"
                 )
+        wanted = getattr(self.run, "keep_best", "").lstrip("+-")
+        if step == 0 and wanted and wanted not in metrics:
+            raise formats.wrong(f"keep_best {wanted}", "no such metric", f"one of {', '.join(metrics)}")
         row = {"step": step, **metrics}
         self.rows.append(row)
         if not dist.is_main():
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        files.append(self.folder / "metrics.jsonl", row)
         self._track(step, metrics)
         now = time.perf_counter()
         self._warn_of_torchrun(now - self.called)
@@ -306,17 +265,17 @@ class Log:
             head = f"step {step:>{len(str(num_steps))}}/{num_steps}"
             if "train/loss" in metrics:
                 training = {name[6:]: value for name, value in metrics.items() if name.startswith("train/")}
-                print(
-                    f"{head}  {self._brief(training)}{self._pace(step, num_steps, metrics, now)}", flush=True
-                )
+                pace = self._pace(step, num_steps, training, now)
+                print(f"{head}  {self._brief(training)}{pace}", flush=True)
             if evaluation:
-                print(f"{head}  held out: {self._brief(evaluation)}", flush=True)
+                print(f"{head}  held out: {self._brief(evaluation)}{self.example}", flush=True)
+                self.example = ""
 
     def _warn_of_torchrun(self, seconds: float) -> None:
         """Say once that a stop could not save: torchrun kills its ranks 30 s after it was told to stop."""
+        patience = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        has_time = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) > 2 * seconds
-        if under_torchrun and not has_time and seconds > 10 and not self.warned:
+        if under_torchrun and seconds > max(10, patience / 2) and not self.warned:
             self.warned = True
             print(
                 f"a step takes {seconds:.0f} s, and a stop saves at its end, but torchrun kills its ranks "
@@ -325,16 +284,19 @@ class Log:
             )
 
     def _brief(self, metrics: dict[str, float]) -> str:
-        """The shown metrics and the judge's scores on one line, by the last part of their names."""
-        shown = [n for n in self.show if n in metrics] + [n for n in metrics if n.startswith("judge/")]
-        return "  ".join(f"{name.rsplit('/')[-1]} {metrics[name]:.3g}" for name in shown)
+        """The shown metrics, reward and the judge's scores on one line, by the last part of their names."""
+        judged = [name for name in metrics if name.startswith("judge/")]
+        names = [name for name in (*self.show, "reward") if name in metrics] + judged or [*metrics][:4]
+        return "  ".join(f"{name.rsplit('/')[-1]} {metrics[name]:.3g}" for name in dict.fromkeys(names))
 
     def _pace(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
-        pace = f"  {metrics.get('train/tokens_per_second', 0) / 1000:.1f}k tokens/s"
-        if "train/images_per_second" in metrics:
-            pace = f"  {metrics['train/images_per_second']:.3g} images/s"
-        if "train/mfu" in metrics:
-            pace += f"  MFU {metrics['train/mfu']:.1%}  {metrics['train/max_memory_gib']:.1f} GiB"
+        pace = f"  lr {metrics['learning_rate']:.2g}" if "learning_rate" in metrics else ""
+        if "images_per_second" in metrics:
+            pace += f"  {metrics['images_per_second']:.3g} images/s"
+        else:
+            pace += f"  {metrics.get('tokens_per_second', 0) / 1000:.1f}k tokens/s"
+        if "mfu" in metrics:
+            pace += f"  MFU {metrics['mfu']:.1%}  {metrics['max_memory_gib']:.1f} GiB"
         left = (now - self.started) / max(1, step - self.first_step) * (num_steps - step)
         return pace + f"  eta {int(left // 60)}:{int(left % 60):02d}"
 
@@ -343,8 +305,10 @@ class Log:
         if not dist.is_main() or not rows:
             return
         rows = [{"step": step, **row} for row in rows]
-        with open(self.folder / "samples.jsonl", "a") as file:
-            file.write(files.as_lines(rows))
+        files.append(self.folder / "samples.jsonl", *rows)
+        if "response" in rows[0]:  # and no image
+            prompt, response = (textwrap.shorten(str(rows[0][k]), 72) for k in ("prompt", "response"))
+            self.example = f"\n    {prompt} -> {response or '(nothing)'}"
         if self.wandb:
             import wandb
 
@@ -363,35 +327,87 @@ class Log:
         """Draw the curves, and print the table, or how to resume a run that was stopped."""
         if not dist.is_main():
             return
-        with contextlib.suppress(ImportError):
-            _draw(self.rows, self.folder / "curves.png", self.show)
+        stages = self.columns if self.is_pipeline else ()
+        report.draw(self.rows, self.folder / "curves.png", self.show, stages)
         if stopped_at is not None:
             print(f"stopped at step {stopped_at} and saved; the same command resumes there", flush=True)
         else:
+            self._write_cards()
             self._write_args(self.num_steps, finished_at=max(self.steps, default=0))
-            self._table()
+            if getattr(self.run, "keep_checkpoints", 1) == 0:
+                files.remove(self.folder / "checkpoints")
+            report.print_table(self.rows, self.columns)
             print(f"model, metrics, samples and curves are in {self.folder}", flush=True)
         files.unlock(self.folder)
         if self.wandb and not self.pipeline:
             self._wandb_does("has not finished", self.wandb.finish)
 
-    def _table(self) -> None:
-        """Evaluations side by side."""
-        from rich.console import Console
-        from rich.table import Table
+    def _write_cards(self) -> None:
+        best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
+        for name, last in (("model", math.inf), ("model_best", best)):
+            if (self.folder / name).exists() and last >= 0:
+                lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)
+                report.write_card(self.folder / name, self.script, self.options, lines)
 
-        evals = [row for row in self.rows if any(k.startswith("eval/") for k in row)]
-        if not evals:
+    # ---------------------------------------------------------------------------------------------------- W&B
+
+    def _start_wandb(self) -> None:
+        """Online if logged in and W&B can be reached, else offline; never asks, and its failures cost no run.
+
+        The id of a run stays in its folder, so that a resumed run is the same one on W&B; a sweep agent gives
+        the first. A stage has no run of its own: it logs into its pipeline's, which begins and ends it.
+        """
+        if self.pipeline and (shared := self.pipeline.wandb):  # whose steps begin anew with each stage
+            self.wandb, name = shared, self.folder.name
+            self._wandb_does("is off", lambda: shared.define_metric(f"{name}/*", step_metric=f"{name}/step"))
+        if self.pipeline or not self.run.track:
             return
-        shown = [evals[0], evals[-1]] if len(self.columns) == 2 else evals
-        table = Table(title=f"step {shown[0]['step']} -> {shown[-1]['step']}")
-        table.add_column("on held-out data")
-        for heading, _ in zip(self.columns, shown, strict=False):
-            table.add_column(heading, justify="right")
-        names = [k for k in shown[-1] if k.startswith("eval/")]
-        for name in sorted(names, key=lambda k: not k.startswith("eval/judge/")):
-            table.add_row(name[5:], *(f"{row[name]:.3f}" if name in row else "" for row in shown))
-        Console().print(table)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        id_file = self.folder / "wandb_id"
+
+        def begin(mode: str) -> Any:
+            import wandb
+
+            if mode == "online" and not (os.environ.get("WANDB_SWEEP_ID") or wandb.login(prompt=False)):
+                mode = "offline"
+            if mode == "offline":
+                later = f"wandb sync {self.folder}/wandb/offline-run-*"
+                print(f"W&B is offline: after `wandb login`, `{later}` sends this run", flush=True)
+            return wandb.init(
+                project=self.run.wandb_project,
+                name=self.run.run_name or None,
+                id=id_file.read_text() if id_file.exists() else os.environ.get("WANDB_RUN_ID"),
+                resume="allow",
+                mode=mode,
+                dir=self.folder,
+                config=self.options.values,
+                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+            )
+
+        for failing, mode in (
+            ("is not reached", os.environ.get("WANDB_MODE", "online")),
+            ("is off", "offline"),
+        ):
+            self.wandb = self.wandb or self._wandb_does(failing, lambda mode=mode: begin(mode))
+        if self.wandb:
+            id_file.write_text(self.wandb.id)
+
+    def _wandb_does(self, failing: str, act: Callable[[], Any]) -> Any:
+        """act(), or None where W&B fails, as when its own process has died: the run needs none of it."""
+        try:
+            return act()
+        except Exception as error:
+            self.wandb = None
+            print(f"W&B {failing}: {formats.first_line(error)}", file=sys.stderr, flush=True)
+
+    def _track(self, step: int, values: dict[str, Any]) -> None:
+        """Send to W&B, whose own step only grows: those of a pipeline and its stages are metrics."""
+        if not self.wandb:
+            return
+        if self.pipeline:
+            values = {f"{self.folder.name}/{key}": value for key, value in {**values, "step": step}.items()}
+        own = None if self.pipeline or self.is_pipeline else step
+        self._wandb_does("is off", lambda: self.wandb.log(values, step=own))
 
 
 def schedule(optimization: Optimization, num_steps: int, planned: int) -> str:
@@ -406,36 +422,3 @@ def schedule(optimization: Optimization, num_steps: int, planned: int) -> str:
     if planned != num_steps and (shape != "constant" or warmup != optimization.warmup(planned)):
         text += f"; the run was {planned} steps long, so from here on the schedule is another"
     return text + ("; warning: most of the run is warm-up" if 2 * warmup > num_steps else "")
-
-
-def _draw(rows: list[dict], path: Path, show: tuple[str, ...]) -> None:
-    """Small panels of the shown metrics, training line and evaluation points, and of the judge's scores."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    judged = sorted({k[5:] for row in rows for k in row if k.startswith("eval/judge/")})
-    names = [n for n in (*show, *judged) if any(f"train/{n}" in r or f"eval/{n}" in r for r in rows)]
-    if not names:
-        return
-    columns = min(3, len(names))
-    height = -(-len(names) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 2.6 * height), squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    for axis, name in zip(axes.flat, names, strict=False):
-        for prefix, style in (("train", "-"), ("eval", "o-")):
-            points = [(r["step"], r[f"{prefix}/{name}"]) for r in rows if f"{prefix}/{name}" in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=prefix, markersize=4, linewidth=1.2)
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(fontsize=7, frameon=False)
-    for axis in axes[-1]:
-        axis.set_xlabel("optimizer step", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -107,7 +107,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def base_of(folder: str) -> str:
-    """What the adapters of a peft folder stand on; written beside them by a run that has moved, it is there.
+    """What the adapters of a peft folder stand on.
 
     Raises:
         RunError: it is nowhere.
@@ -115,12 +115,9 @@ def base_of(folder: str) -> str:
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not Path(base).is_absolute() or Path(base).exists():
-        return base
-    beside = Path(folder).resolve().parent / Path(base).name
-    if not beside.exists():
+    if Path(base).is_absolute() and not Path(base).exists():
         raise dist.RunError(f"{folder} holds adapters of {base}, which is not there; put it back")
-    return str(beside)
+    return base
 
 
 def read(base: nn.Module, folder: str) -> nn.Module:
@@ -180,5 +177,21 @@ def save(folder: Path, config: Any, base: str, weights: dict[str, Tensor]) -> No
     folder.mkdir(parents=True)
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     config.save_pretrained(folder)
-    named = {f"base_model.model.{name.replace('.default.', '.')}": t for name, t in weights.items()}
+    named = {_in_peft(name): tensor for name, tensor in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path) -> None:
+    """Put what `save` has written into the adapters of a model, on one rank."""
+    from safetensors.torch import load_file
+
+    held = load_file(folder / "adapter_model.safetensors")
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.copy_(held[_in_peft(name)])
+
+
+def _in_peft(name: str) -> str:
+    return f"base_model.model.{name.replace('.default.', '.')}"

@@ -26,7 +26,7 @@ from torch import nn
 
 import cai
 import reward_model
-from common import chat, checkpoint, constitutions, data, dist, files, formats, log
+from common import chat, checkpoint, constitutions, data, dist, files, formats, log, report
 from common.args import merge_options
 from toy import language
 
@@ -607,7 +607,7 @@ def world(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def no_drawing() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "_draw", lambda *rest: None)  # half of a short run's time
+        patch.setattr(report, "draw", lambda *rest: None)  # half of a short run's time
         yield
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import args_of, make_tiny_model
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import sft
 from common import checkpoint, data, dist, files, models, packed
@@ -166,7 +167,8 @@ def test_others_load_an_export_from_elsewhere(
     assert kind == "full" or (untrained - ours).abs().max() > 3 * limit
     monkeypatch.chdir("/")
     found = tmp_path / "run" / "model"
-    for loader in (AutoModelForCausalLM, *([AutoPeftModelForCausalLM] if "adapters" in kind else [])):
+    # adapters on adapters are merged: what they stand on is nothing that peft could load
+    for loader in (AutoModelForCausalLM, *([AutoPeftModelForCausalLM] if kind == "adapters" else [])):
         plain = loader.from_pretrained(found, dtype=getattr(torch, dtype))
         assert (plain_logps(plain, TOKENS) - ours).abs().max() < limit
         if kind == "adapters":  # on a model of others, which goes on
@@ -175,7 +177,7 @@ def test_others_load_an_export_from_elsewhere(
         else:
             assert stops_after(plain, end) == 3
     assert AutoTokenizer.from_pretrained(found).chat_template == tokenizer.chat_template
-    (tmp_path / "run").rename(tmp_path / "moved")  # with the base that it wrote, but not with one of others
+    (tmp_path / "run").rename(tmp_path / "moved")
     again = models.read_pretrained(*files.model_folder(str(tmp_path / "moved")))
     assert (plain_logps(again, TOKENS) - ours).abs().max() < limit
     if kind == "adapters":
@@ -325,18 +327,27 @@ def of_others(folder: Path, ran: Path) -> None:
 
 
 def of_others_in_a_part(folder: Path, ran: Path) -> None:
-    """The same in a part that is no tensor, a number of the optimizer: torch would unpickle it."""
+    """The same where a number of the optimizer should be."""
 
     class Evil:
         def __reduce__(self) -> tuple:
             return open, (str(ran), "w")
 
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    index = next(i for i in metadata.storage_data if i.fqn.endswith("weight_decay"))
+    index = next(i for i in metadata.storage_data if i.fqn.endswith("step"))
     torch.save(Evil(), folder / "__0_9.distcp")
     metadata.storage_data[index].relative_path = "__0_9.distcp"
     metadata.storage_data[index].offset = 0
     metadata.storage_data[index].length = (folder / "__0_9.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def said_to_be_no_tensor(folder: Path, ran: Path) -> None:
+    """Then torch would unpickle it as it stands."""
+    of_others_in_a_part(folder, ran)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    name = next(name for name in metadata.state_dict_metadata if name.endswith("step"))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
@@ -359,6 +370,7 @@ def elsewhere(folder: Path, ran: Path) -> None:
         lambda folder, ran: os.truncate(next(folder.glob("*.distcp")), 5000),
         of_others,
         of_others_in_a_part,
+        said_to_be_no_tensor,
         elsewhere,
     ],
 )
@@ -368,7 +380,8 @@ def test_a_checkpoint_that_is_damaged_or_runs_code_is_one_line_and_runs_none(
     shutil.copytree(stepped, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step_00000001"
     spoil(folder, tmp_path / "ran")
-    with pytest.raises(dist.RunError, match=r"step_00000001: damaged, .*; delete it to go on") as error:
+    said = r"step_00000001: (damaged, .*; delete it to go on|policy.* is missing there)"
+    with pytest.raises(dist.RunError, match=said) as error:
         train(str(tmp_path / "run"), str(few), model=tiny_model, max_steps=2)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
@@ -406,3 +419,98 @@ def test_what_kills_left_of_other_checkpoints_is_cleared(few: Path, tmp_path: Pa
         (tmp_path / "checkpoints" / name / "part").touch()
     train(str(tmp_path), str(few), model=tiny_model, max_steps=2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+# the best one, one of a step, and a later merge
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_best_checkpoint_is_kept_and_exported_and_any_other_can_be(
+    few: Path, tmp_path: Path, tiny_model: str, capsys: Any
+) -> None:
+    """By the highest loss here, so that the best is not the last."""
+    more = dict(model=tiny_model, save_every=1, eval_every=1)
+    train(str(tmp_path), str(few), **more, keep_best="+eval/loss")
+    losses = {row["step"]: row["eval/loss"] for row in files.read_rows(tmp_path / "metrics.jsonl")}
+    best = max((1, 2, 3, 4), key=losses.get)
+    assert best < 4 and [*checkpoint.complete(tmp_path)] == [best, 4]
+    checkpoint.export_step(tmp_path, best)
+    checkpoint.export_step(tmp_path, 4)
+    assert "of the highest eval/loss" in capsys.readouterr().out
+    found = {name: weights_of(tmp_path / name) for name in ("model", "model_best", f"model_step_{best}")}
+    found["model_step_4"] = weights_of(tmp_path / "model_step_4")
+    for name, tensor in found["model"].items():
+        assert torch.equal(tensor, found["model_step_4"][name])
+        assert torch.equal(found["model_best"][name], found[f"model_step_{best}"][name])
+    assert not torch.equal(found["model"]["lm_head.weight"], found["model_best"]["lm_head.weight"])
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~files.UMASK for path in (tmp_path / "model").iterdir())
+    with pytest.raises(dist.RunError, match=rf"no checkpoint of step 7; found \[{best}, 4\]"):
+        checkpoint.export_step(tmp_path, 7)
+    for metric, said in (("eval/los", "found no such metric; expected one of eval/loss"), ("", "")):
+        with pytest.raises(dist.RunError, match=said or "save_every is 3; expected a multiple of eval_every"):
+            options = more if metric else more | dict(save_every=3, eval_every=2)
+            train(str(tmp_path / "b"), str(few), **options, keep_best=metric or "eval/loss")
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [("eval/loss", True), ("eval/judge/correctness", False), ("eval/judge/toxicity", True)]
+    + [("-eval/reward", True), ("+eval/loss", False), ("eval/rewards/accuracies", False), ("eval/kl", True)],
+)
+def test_which_way_is_better_follows_from_the_name_or_its_sign(metric: str, lower: bool) -> None:
+    assert checkpoint.is_lower_better(metric) == lower
+
+
+def test_no_checkpoint_stays_if_none_is_wanted(
+    few: Path, tmp_path: Path, tiny_model: str, capsys: Any
+) -> None:
+    more = dict(model=tiny_model, save_every=1, keep_checkpoints=0)
+    train(str(tmp_path), str(few), **more)
+    train(str(tmp_path), str(few), **more)
+    assert "is finished at step 4" in capsys.readouterr().out and not checkpoint.newest(tmp_path)
+    with pytest.raises(dist.RunError, match="finished at step 4 and kept no checkpoint to go on from"):
+        train(str(tmp_path), str(few), **more, max_steps=5)
+
+
+def test_adapters_are_merged_later_and_never_in_silence(few: Path, tmp_path: Path, tiny_model: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    more = dict(model=tiny_model, lora_rank=4)
+    train(str(tmp_path), str(few), **more)
+    adapted = plain_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), TOKENS)
+    with pytest.raises(dist.RunError, match=f"common.checkpoint merge {tmp_path} merges those"):
+        train(str(tmp_path), str(few), **more, merge_lora=True)
+    checkpoint.merge(tmp_path, "auto")
+    assert not (tmp_path / "model" / "adapter_config.json").exists()
+    assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
+    merged = plain_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), TOKENS)
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(dist.RunError, match="found no adapters"):
+        checkpoint.merge(tmp_path, "auto")
+    checkpoint.export_step(tmp_path, 4)  # from which they come again
+    assert (tmp_path / "model_step_4" / "adapter_config.json").exists()
+
+
+def test_a_reward_model_of_a_step_has_its_outputs_and_no_centre(
+    few: Path, tmp_path: Path, tiny_model: str
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    import reward_model
+
+    options = {**reward_model.TOY, "model": tiny_model, "dataset": f"{few}/pairs", "max_steps": 2}
+    options |= {"output_dir": str(tmp_path), "batch_size": 8}
+    reward_model.main(args_of(reward_model.Args, **options))
+    with pytest.raises(SystemExit) as done:
+        checkpoint.main(["export", str(tmp_path), "--step=2"])
+    assert done.value.code == 0
+    last, again = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        for name in ("model", "model_step_2")
+    )
+    assert torch.equal(last.score.weight, again.score.weight)
+    assert again.config.pad_token_id == last.config.pad_token_id and again.config.id2label == {0: "reward"}
+    assert again.config.reward_mean is None and last.config.reward_mean is not None

@@ -19,7 +19,7 @@ from conftest import ROOT, args_of, read_metrics
 
 import dpo
 import sft
-from common import checkpoint, data, dist, files, log, models
+from common import checkpoint, data, dist, files, log, models, report
 from common.args import Optimization, changes, flat, parse, snapshot, with_fields
 from common.dist import RunError
 
@@ -496,9 +496,64 @@ def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:
         [*command, f"--output_dir={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(ours) == 1 and "nowhere.jsonl" in ours[0] and "no such file" in ours[0]
+    lines = done.stderr.splitlines()
+    ours = [n for n, line in enumerate(lines) if "error: " in line and "nowhere.jsonl" in line]
+    assert len(ours) == 1 and "no such file" in lines[ours[0]]
+    assert len(lines) - ours[0] == 2  # torchrun's frame alone is after it
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
+
+
+# what people look at
+
+
+def test_the_console_shows_the_learning_rate_and_an_answer_and_nothing_empty(
+    tmp_path: Path, capsys: Any
+) -> None:
+    args = args_of(dpo.Args, output_dir=str(tmp_path))
+    run_log = log.Log(args.run, dpo.__file__, dpo.SHOWN, snapshot(args))
+    run_log.samples(0, [{"prompt": "2+2?\n" * 99, "response": "4"}, {"prompt": "b", "response": "c"}])
+    run_log(0, 2, {"eval/unusual": 1.0})
+    run_log(2, 2, {"train/loss": 0.5, "train/learning_rate": 3e-4, "eval/reward": 0.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 0/2  held out: unusual 1" and lines[1].endswith("2+2? [...] -> 4")
+    assert "loss 0.5  lr 0.0003  " in lines[2] and lines[3] == "step 2/2  held out: reward 0.25"
+    assert len(lines) == 4 and len(lines[1]) < 110
+    files.unlock(tmp_path)
+
+
+def test_curves_have_legends_names_and_axes_that_noise_does_not_fill(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    import matplotlib.pyplot as plt
+
+    figures: list = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    rows = [
+        {"step": n, "train/loss": 1.0 / (n + 1), "train/kl": 0.0, "eval/judge/good": 4 - n / 100}
+        for n in range(3)
+    ]
+    report.draw(rows, tmp_path / "curves.png", ("loss", "kl"), ("before", "SFT", "RL"))
+    loss, judged = (axis for axis in figures[0].axes if axis.axison)
+    assert [judged.get_title(), *(x.get_text() for x in judged.get_legend().get_texts())] == [
+        "judge/good",
+        "eval",
+    ]
+    assert judged.lines[0].get_color() != loss.lines[0].get_color()
+    low, high = judged.get_ylim()
+    assert high - low > 0.7 and [x.get_text() for x in loss.get_xticklabels()] == ["before", "SFT", "RL"]
+    report.draw([{"step": 0, "train/loss": 1.0}], tmp_path / "none.png", ("loss",))
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_model_comes_with_a_card(finished: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(finished / "model" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags == ["cleanalign", "dpo"]
+    assert card.data.base_model is None  # the toy is on no hub
+    assert "python dpo.py --" in card.text and "--max_steps=6" in card.text
+    assert re.search(r"\| rewards/margins \| 0.000 \| \S+ \|", card.text)
+    assert "README" not in repr(files.fingerprint(str(finished)))
 
 
 # blocks of a script's own
@@ -647,7 +702,8 @@ def test_what_happens_to_wandb_costs_no_run(
     told = fake_wandb(monkeypatch, dies, key, network)
     dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, track=True)))
     assert told == expected and (tmp_path / "model").exists()
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert ("wandb sync" in out) == ("offline" in expected)
     assert (("W&B is off: the service has gone" in said) == (dies == "log")) and said.count("W&B") <= 1
     assert ("W&B is not reached: no route to api.wandb.ai" in said) == (not network)
 

@@ -1,0 +1,144 @@
+"""What is made of a run for people: the table at its end, the curves, and the card of its model."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import files
+from common.args import Snapshot
+
+SERIES = (("train", "-", "tab:blue"), ("eval", "o-", "tab:orange"))
+LEAST_SPAN = 0.2  # of an axis, as a share of the largest value on it: less would make noise look like change
+
+
+def evaluations(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if any(name.startswith("eval/") for name in row)]
+
+
+def table(rows: list[dict], columns: Sequence[str]) -> list[list[str]]:
+    """Evaluations side by side: headings, and lines of a name and its values, a judge's scores first.
+
+    Args:
+        columns: two are the first and the last evaluation, more are all of them.
+    """
+    found = evaluations(rows)
+    if not found:
+        return []
+    shown = [found[0], found[-1]] if len(columns) == 2 else found
+    names = [name for name in shown[-1] if name.startswith("eval/")]
+    names.sort(key=lambda name: not name.startswith("eval/judge/"))
+    lines = [[name[5:], *(f"{row[name]:.3f}" if name in row else "" for row in shown)] for name in names]
+    return [["on held-out data", *columns[: len(shown)]], *lines]
+
+
+def print_table(rows: list[dict], columns: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    if lines := table(rows, columns):
+        steps = [row["step"] for row in evaluations(rows)]
+        first, *others = lines[0]
+        headings = [first, *(Column(name, justify="right") for name in others)]
+        shown = Table(*headings, title=f"step {steps[0]} -> {steps[-1]}")
+        for line in lines[1:]:
+            shown.add_row(*line)
+        Console().print(shown)
+
+
+def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str] = ()) -> None:
+    """Small panels of the shown metrics and of the judge's scores: training a line, evaluation points.
+
+    A metric that never changes has none.
+
+    Args:
+        stages: of a pipeline, whose steps they are.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {}
+    judged = sorted({k[5:] for row in rows for k in row if k.startswith("eval/judge/")})
+    for name in dict.fromkeys((*show, "reward", *judged)):
+        series = {
+            kind: [(r["step"], r[f"{kind}/{name}"]) for r in rows if f"{kind}/{name}" in r]
+            for kind, *_ in SERIES
+        }
+        if len({value for points in series.values() for _, value in points}) > 1:
+            panels[name] = series
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 2.6 * height), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for i, (axis, (name, series)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
+        for kind, style, colour in SERIES:
+            if series[kind]:
+                axis.plot(*zip(*series[kind], strict=True), style, color=colour, label=kind, markersize=4)
+        low, high = axis.get_ylim()
+        more = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+        if more > 0:
+            axis.set_ylim(low - more / 2, high + more / 2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
+        if stages:
+            axis.set_xticks(range(len(stages)), stages)
+        elif i + columns >= len(panels):
+            axis.set_xlabel("optimizer step", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[str]]) -> None:
+    """README.md of a model's folder: what it was trained from, on what, by what command, and its table.
+
+    Args:
+        lines: a `table`.
+    """
+    from huggingface_hub import ModelCardData
+
+    values, dataset = options.values, options.values.get("dataset", "")
+
+    def on_hub(name: str) -> bool:
+        is_path = Path(name).exists() or name.startswith(("toy", ".", "/", "~"))
+        return name.count("/") == 1 and not is_path
+
+    kinds = {"adapter_config.json": "peft", "model_index.json": "diffusers", "config.json": "transformers"}
+    library = next((kind for name, kind in kinds.items() if (folder / name).exists()), "diffusers")
+    sources = [part.partition("*")[0].partition(":")[0] for part in dataset.split(",")]
+    about = ModelCardData(
+        library_name=library,
+        base_model=values["model"] if on_hub(values["model"]) else None,
+        datasets=[name for name in sources if on_hub(name)] or None,
+        tags=["cleanalign", script.stem, *(["lora"] if library == "peft" else [])],
+    )
+    words = [f"--{name}={x if isinstance(x, str) else json.dumps(x)}" for name, x in options.changed.items()]
+    lines = [*lines[:1], *[["---", *["---:"] * (len(line) - 1)] for line in lines[:1]], *lines[1:]]
+    marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    card = f"""---
+{about.to_yaml()}
+---
+
+# {folder.resolve().parent.name}
+
+`{values["model"]}`, trained by `{script.name}` of CleanAlign on `{dataset}`:
+
+```bash
+python {shlex.join([script.name, *words])}
+```
+
+{marked}
+
+All settings: `args.json` of the run; versions: {", ".join(f"{k} {v}" for k, v in files.versions().items())}.
+"""
+    files.write(folder / "README.md", card)
