@@ -277,10 +277,7 @@ class Batch:
             position_ids=prompts.position_ids[None],
             **{self.cache_name: self.cache.at(rows, prompts.position_ids[source], source)},
             use_cache=True,
-            cu_seq_lens_q=prompts.cu_seqlens,
-            cu_seq_lens_k=prompts.cu_seqlens,
-            max_length_q=prompts.max_seqlen,
-            max_length_k=prompts.max_seqlen,
+            **prompts.attention,
         )[0][0]  # (N, D)
         self.emit(self.ids([row for row, _, _ in spans]), hidden[self.ids([b - 1 for _, _, b in spans])])
 

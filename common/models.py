@@ -68,10 +68,7 @@ class PackedModel(nn.Module):
             input_ids=batch.tokens[None],
             position_ids=batch.position_ids[None],
             use_cache=False,  # with a cache transformers would attend across sequences
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
+            **batch.attention,
         )[0][0]
 
 
@@ -125,8 +122,8 @@ def token_logps(policy: Policy, batch: MicroBatch, temperature: float = 1.0) -> 
 
 
 def rewards(scorer: Scorer, batch: MicroBatch) -> Tensor:
-    """Outputs of a scorer at the last token of each sequence, found from lengths. -> (num_segments, A)"""
-    return scorer(batch, batch.cu_seqlens[1 : batch.num_segments + 1].long() - 1)
+    """Outputs of a scorer at the last token of each sequence. -> (num_segments, A)"""
+    return scorer(batch, batch.ends)
 
 
 def values(scorer: Scorer, batch: MicroBatch) -> Tensor:
@@ -459,6 +456,8 @@ def speed(model: PackedModel, batch: list[Example], seconds: float) -> dict[str,
     metrics = {"train/tokens_per_second": sum(lengths) / seconds}
     if torch.cuda.is_available():
         peak = PEAK_FLOPS * dist.world_size()
-        metrics["train/mfu"] = training_flops(model, lengths) / seconds / peak
+        shared = [example.num_shared for example in batch for _ in example.sequences[1:]]  # is run once
+        flops = training_flops(model, lengths) - training_flops(model, shared)
+        metrics["train/mfu"] = flops / seconds / peak
         metrics["train/max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics

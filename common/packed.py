@@ -1,6 +1,8 @@
 """What one forward is: packed examples, attention within each sequence, a head that holds no logits.
 
 Sequences stand end to end in one row of tokens, without pads; a mask is True on the tokens that are scored.
+What the sequences of an example begin with alike, the prompt of a pair, stands in the row once, and all of
+them look at it (https://arxiv.org/abs/2410.20305): no number changes, and no prompt is run twice.
 `micro_batches` deals the examples of a step out to the ranks and packs each share, `packed_attention` is told
 where sequences begin, and `ChunkedHead` scores tokens without ever holding the logits of a whole row.
 
@@ -56,6 +58,25 @@ class Example:
     def num_targets(self) -> int:
         return sum(int(mask.sum()) for _, mask in self.sequences)
 
+    @functools.cached_property
+    def num_shared(self) -> int:
+        """Tokens that all sequences begin with and that the first scored one of each stands behind.
+
+        The last of them that could be shared is left to each sequence: it scores the token after it.
+        """
+        if len(self.sequences) < 2:
+            return 0
+        scored = [int(mask.argmax()) if mask.any() else len(mask) for _, mask in self.sequences]
+        most = max(0, min(scored) - 1)
+        table = np.stack([ids[:most] for ids, _ in self.sequences])
+        differ = (table != table[0]).any(0)
+        return int(differ.argmax()) if differ.any() else most
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the sequences take in a row."""
+        return self.num_tokens - self.num_shared * (len(self.sequences) - 1)
+
     def end_with(self, ending: tuple[int, ...]) -> "Example":
         """The sequences with these tokens in place of the last one; none is scored."""
         ids = [np.append(ids[:-1], np.array(ending, np.int32)) for ids, _ in self.sequences]
@@ -64,14 +85,17 @@ class Example:
 
 @dataclass
 class MicroBatch:
-    """Sequences end to end: what one forward sees. One without examples only keeps collectives matched."""
+    """Sequences end to end: what one forward sees. One without examples only keeps collectives matched.
+
+    Of an example whose sequences share a prefix the row has P parts: the prefix, then the rest of each.
+    """
 
     tokens: Tensor  # (N,)
-    position_ids: Tensor  # (N,) restart at 0 with each sequence
-    segment_ids: Tensor  # (N,) which of the num_segments sequences
-    cu_seqlens: Tensor  # (S + 1,) int32
-    max_seqlen: int
-    targets: Tensor  # (N_targets,) positions of scored tokens; never the first of a sequence
+    position_ids: Tensor  # (N,) the place in the sequence
+    segment_ids: Tensor  # (N,) which of the num_segments sequences; a shared prefix belongs to the first
+    attention: dict[str, Any]  # what `packed_attention` is told: parts and what each looks at
+    targets: Tensor  # (N_targets,) positions of scored tokens; never the first of a part
+    ends: Tensor  # (num_segments,) position of the last token of each sequence
     num_segments: int  # B x sequences per example
     example_ids: Tensor  # (B,) indices into the list given to `micro_batches`
     fields: dict[str, Tensor]  # (B,) float32 each; of vectors (B, L), padded with NaN to the longest here
@@ -91,7 +115,7 @@ def micro_batches(
     Examples go to ranks by tokens, longest first. One longer than micro_batch_tokens gets a micro-batch of
     its own; a rank with fewer ends with dummies. Slow work is given a name, `what`, to say how far it is.
     """
-    lengths = [example.num_tokens for example in examples]
+    lengths = [example.row_tokens for example in examples]
     limit = token_limit(micro_batch_tokens, device)
     plans = [pack(share, lengths, limit) for share in dist.shares(lengths, dist.world_size())]
     mine = plans[dist.rank()]
@@ -139,23 +163,52 @@ def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: tor
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     taken = [examples[i] for i in chosen]
-    sequences = [sequence for example in taken for sequence in example.sequences]
-    ids, masks = zip(*sequences or [(np.zeros(1, np.int32), np.zeros(1, bool))], strict=True)
-    lengths = np.array([len(x) for x in ids])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    segment_ids = np.repeat(np.arange(len(lengths)), lengths)
+    ids, masks, places, owners, looks, ends = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )  # of each part; looks: at which of the row
+    length = 0
+    for example in taken or [Example([Tokens(np.zeros(1, np.int32), np.zeros(1, bool))], "")]:
+        shared, first = example.num_shared, len(ends)
+        prefix = np.arange(length, length + shared)
+        spans = [(i, shared, len(tokens)) for i, (tokens, _) in enumerate(example.sequences)]
+        for i, start, end in [(0, 0, shared), *spans] if shared else spans:
+            own = np.arange(length, length + end - start)
+            looks.append(np.concatenate([prefix, own]) if start else own)
+            tokens, mask = example.sequences[i]
+            ids.append(tokens[start:end])
+            masks.append(mask[start:end])
+            places.append(np.arange(start, end))
+            owners.append(np.full(end - start, first + i))
+            length += end - start
+            if end == len(tokens):
+                ends.append(length - 1)
+    queries, keys = (put(bounds(map(len, parts)).astype(np.int32)) for parts in (ids, looks))
+    attention = {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys}
+    attention |= {"max_length_q": max(map(len, ids)), "max_length_k": max(map(len, looks))}
+    if any(len(example.sequences) > 1 for example in examples):  # and not as it falls: graphs are compiled
+        attention["kv_indices"] = put(np.concatenate(looks))
     names = examples[0].fields if examples else {}
     return MicroBatch(
         tokens=put(np.concatenate(ids).astype(np.int64)),
-        position_ids=put(np.arange(starts[-1]) - starts[segment_ids]),
-        segment_ids=put(segment_ids),
-        cu_seqlens=put(starts.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
+        position_ids=put(np.concatenate(places)),
+        segment_ids=put(np.concatenate(owners)),
+        attention=attention,
         targets=put(np.flatnonzero(np.concatenate(masks))),
-        num_segments=len(sequences),
+        ends=put(np.array(ends[: len(ends) * bool(taken)], np.int64)),
+        num_segments=sum(len(example.sequences) for example in taken),
         example_ids=put(np.array(chosen, np.int64)),
         fields={name: put(stack([e.fields[name] for e in taken], like)) for name, like in names.items()},
     )
+
+
+def bounds(lengths: Iterable[int]) -> np.ndarray:
+    """Where parts of these lengths begin, and the last one ends."""
+    return np.cumsum([0, *lengths])
 
 
 def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndarray:
@@ -207,14 +260,19 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    kv_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, for transformers' AttentionInterface.
 
     Args:
         query: (1, H, N, K); key, value: (1, H_kv, N, K), H_kv divides H.
-        cu_seq_lens_q: (S + 1,) int32, where sequences begin and the last one ends.
+        cu_seq_lens_q, cu_seq_lens_k: (P + 1,) int32, where parts begin and the last one ends: as queries,
+            and as the keys each looks at, its own the last of them.
+        kv_indices: (N_kv,) the keys all parts look at, one part after the other; None: each only at itself.
 
     Returns:
         (1, N, H, K), and None for the attention weights.
@@ -226,41 +284,46 @@ def packed_attention(
         why = "does its own masking" if cu_seq_lens_q is not None else "is not told where sequences begin"
         raise dist.RunError(f"{type(module).__name__} {why}, so the model cannot take packed rows")
     extra = extras(kwargs)
+    if kv_indices is not None:
+        key, value = key.index_select(2, kv_indices), value.index_select(2, kv_indices)
     if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
         width = max(query.shape[-1], value.shape[-1])
         width = -(-width // 8) * 8  # the kernels want one width for all, a multiple of 8
         q, k, v = (_widen(x[0].transpose(0, 1), width) for x in (query, key, value))  # (N, H, K)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left and right
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)
+        parts = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        out = _flash_kernel(q, k, v, *parts, scale, window)
         return out[None, ..., : value.shape[-1]], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
+    lengths, key_lengths = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+    parts = (query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)))  # one cat in backward
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if extra:
-            return plain_attention(q, k, v, _seen(q, sliding_window), scaling, **extra)
-        how = {**_causal(q, sliding_window), "scale": scaling, "enable_gqa": True}
+            return plain_attention(q, k, v, _seen(q, k, sliding_window), scaling, **extra)
+        how = {**_causal(q, k, sliding_window), "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(q, k, v, **how)
 
-    return torch.cat([attend(*part) for part in parts], 2).transpose(1, 2).contiguous(), None
+    return torch.cat([attend(*part) for part in zip(*parts, strict=True)], 2).transpose(
+        1, 2
+    ).contiguous(), None
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
-    length = q.shape[2]
-    if window is None or length <= window:
-        return {"is_causal": True}
-    return {"attn_mask": _seen(q, window)}
+def _causal(q: Tensor, k: Tensor, window: int | None) -> dict[str, Any]:
+    if q.shape[2] == k.shape[2] and (window is None or q.shape[2] <= window):
+        return {"is_causal": True}  # SDPA's own, which counts from the first key
+    return {"attn_mask": _seen(q, k, window)}
 
 
-def _seen(q: Tensor, window: int | None) -> Tensor:
-    """(n, n), True where a token may look."""
-    t = torch.arange(q.shape[2], device=q.device)
-    return (t[:, None] >= t) & (t[:, None] - t < (window or len(t)))
+def _seen(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """(n, m), True where a token may look; the n queries are the last of the m tokens."""
+    t = torch.arange(k.shape[2], device=q.device)
+    back = t[len(t) - q.shape[2] :, None] - t
+    return (back >= 0) & (back < (window or len(t)))
 
 
 def extras(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -313,14 +376,14 @@ def _find_flash_kernel() -> Callable:
 
         takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
 
-        def kernel(q, k, v, cu, longest, scale, window):
+        def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
             gqa = {"enable_gqa": True} if takes_gqa else {}  # older ones share key heads without being told
-            return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **gqa)
+            return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **gqa)
 
         return kernel
 
-    return lambda q, k, v, cu, longest, scale, window: flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
+    return lambda *given: flash_attn_varlen_func(
+        *given[:-2], softmax_scale=given[-2], causal=True, window_size=given[-1]
     )
 
 
