@@ -184,8 +184,8 @@ def backward(policy: models.Policy, batch: list[Example], args: Args, device: to
     """
     totals, micro_batch_tokens = dist.Totals(), args.system.micro_batch_tokens
     limit = packed.token_limit(micro_batch_tokens, device)
-    small = [group for group in batch if group.num_tokens <= limit]
-    large = [group for group in batch if group.num_tokens > limit]
+    small = [group for group in batch if group.row_tokens <= limit]
+    large = [group for group in batch if group.row_tokens > limit]
     for micro_batch in packed.micro_batches(small, micro_batch_tokens, device) if small else ():
         loss, metrics = loss_and_metrics(policy, micro_batch, args)
         (loss / len(batch)).backward()  # gradients add over micro-batches and ranks

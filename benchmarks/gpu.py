@@ -143,9 +143,9 @@ def run_attention(started: float, heads: int, kv_heads: int, width: int, tokens:
     mask = (owner[:, None] == owner) & (t[:, None] >= t)
 
     def ours() -> Tensor:
-        return packed.packed_attention(
-            nn.Module(), q, k, v, None, cu_seq_lens_q=cu, max_length_q=max(lengths)
-        )[0]
+        places = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+        longest = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return packed.packed_attention(nn.Module(), q, k, v, None, **places, **longest)[0]
 
     def by_document() -> Tensor:
         parts = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)

@@ -110,8 +110,8 @@ def token_logps(policy: Policy, batch: MicroBatch, temperature: float = 1.0) -> 
 
 
 def rewards(scorer: Scorer, batch: MicroBatch) -> Tensor:
-    """Outputs of a scorer at the last token of each sequence, found from lengths. -> (num_segments, A)"""
-    return scorer(batch, batch.cu_seqlens[1 : batch.num_segments + 1].long() - 1)
+    """Outputs of a scorer at the last token of each sequence. -> (num_segments, A)"""
+    return scorer(batch, batch.ends)
 
 
 def values(scorer: Scorer, batch: MicroBatch) -> Tensor:
@@ -435,6 +435,8 @@ def speed(model: PackedModel, batch: list[Example], seconds: float) -> dict[str,
     metrics = {"train/tokens_per_second": sum(lengths) / seconds}
     if torch.cuda.is_available():
         peak = PEAK_FLOPS * dist.world_size()
-        metrics["train/mfu"] = training_flops(model, lengths) / seconds / peak
+        shared = [example.num_shared for example in batch for _ in example.sequences[1:]]  # is run once
+        flops = training_flops(model, lengths) - training_flops(model, shared)
+        metrics["train/mfu"] = flops / seconds / peak
         metrics["train/max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics

@@ -1,6 +1,8 @@
 """What one forward is: packed examples, attention within each sequence, a head that holds no logits.
 
 Sequences stand end to end in one row of tokens, without pads; a mask is True on the tokens that are scored.
+What the sequences of an example begin with alike, the prompt of a pair, stands in the row once, and all of
+them look at it (https://arxiv.org/abs/2410.20305): no number changes, and no prompt is run twice.
 `micro_batches` deals the examples of a step out to the ranks and packs each share, `packed_attention` is told
 where sequences begin, and `ChunkedHead` scores tokens without ever holding the logits of a whole row.
 
@@ -10,6 +12,7 @@ Shapes: N tokens of a row, N_targets scored ones, D width, V vocabulary, H heads
 import bisect
 import contextlib
 import functools
+import heapq
 import inspect
 import math
 import types
@@ -48,6 +51,29 @@ class Example:
     def num_tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.sequences)
 
+    @property
+    def num_targets(self) -> int:
+        return sum(int(mask.sum()) for _, mask in self.sequences)
+
+    @functools.cached_property
+    def num_shared(self) -> int:
+        """Tokens that all sequences begin with and that the first scored one of each stands behind.
+
+        The last of them that could be shared is left to each sequence: it scores the token after it.
+        """
+        if len(self.sequences) < 2:
+            return 0
+        scored = [int(mask.argmax()) if mask.any() else len(mask) for _, mask in self.sequences]
+        most = max(0, min(scored) - 1)
+        table = np.stack([ids[:most] for ids, _ in self.sequences])
+        differ = (table != table[0]).any(0)
+        return int(differ.argmax()) if differ.any() else most
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the sequences take in a row."""
+        return self.num_tokens - self.num_shared * (len(self.sequences) - 1)
+
     def end_with(self, ending: tuple[int, ...]) -> "Example":
         """The sequences with these tokens in place of the last one; none is scored."""
         ids = [np.append(ids[:-1], np.array(ending, np.int32)) for ids, _ in self.sequences]
@@ -56,14 +82,17 @@ class Example:
 
 @dataclass
 class MicroBatch:
-    """Sequences end to end: what one forward sees. One without examples only keeps collectives matched."""
+    """Sequences end to end: what one forward sees. One without examples only keeps collectives matched.
+
+    Of an example whose sequences share a prefix the row has P parts: the prefix, then the rest of each.
+    """
 
     tokens: Tensor  # (N,)
-    position_ids: Tensor  # (N,) restart at 0 with each sequence
-    segment_ids: Tensor  # (N,) which of the num_segments sequences
-    cu_seqlens: Tensor  # (S + 1,) int32
-    max_seqlen: int
-    targets: Tensor  # (N_targets,) positions of scored tokens; never the first of a sequence
+    position_ids: Tensor  # (N,) the place in the sequence
+    segment_ids: Tensor  # (N,) which of the num_segments sequences; a shared prefix belongs to the first
+    attention: dict[str, Any]  # what `packed_attention` is told: parts and what each looks at
+    targets: Tensor  # (N_targets,) positions of scored tokens; never the first of a part
+    ends: Tensor  # (num_segments,) position of the last token of each sequence
     num_segments: int  # B x sequences per example
     example_ids: Tensor  # (B,) indices into the list given to `micro_batches`
     fields: dict[str, Tensor]  # (B,) float32 each; of vectors (B, L), padded with NaN to the longest here
@@ -72,9 +101,7 @@ class MicroBatch:
     @property
     def inputs(self) -> dict[str, Any]:
         """What the trunk of a transformers model takes of it."""
-        given = {"input_ids": self.tokens[None], "position_ids": self.position_ids[None]}
-        given |= {f"cu_seq_lens_{x}": self.cu_seqlens for x in "qk"}
-        return given | {f"max_length_{x}": self.max_seqlen for x in "qk"}
+        return {"input_ids": self.tokens[None], "position_ids": self.position_ids[None], **self.attention}
 
     @property
     def target_segments(self) -> Tensor:
@@ -90,7 +117,7 @@ def micro_batches(
     Examples go to ranks by tokens, longest first. One longer than micro_batch_tokens gets a micro-batch of
     its own; a rank with fewer ends with dummies. Slow work is given a name, `what`, to say how far it is.
     """
-    lengths = [example.num_tokens for example in examples]
+    lengths = [example.row_tokens for example in examples]
     limit = token_limit(micro_batch_tokens, device)
     plans = [pack(share, lengths, limit) for share in dist.shares(lengths, dist.world_size())]
     mine = plans[dist.rank()]
@@ -125,37 +152,63 @@ def token_limit(micro_batch_tokens: int, device: torch.device) -> int:
 def pack(indices: Iterable[int], lengths: list[int], limit: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest bin it fits."""
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    rooms: list[int] = []  # the numbers of tokens that some bin has left, sorted
+    having: dict[int, list[int]] = {}  # tokens left -> heap of the bins; a list of all bins would be too long
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        slot = bisect.bisect_left(rooms, (lengths[index],))
+        slot = bisect.bisect_left(rooms, lengths[index])
         if slot == len(rooms):
             bins.append([])
             left, target = limit, len(bins) - 1
         else:
-            left, target = rooms.pop(slot)
+            left = rooms[slot]
+            target = heapq.heappop(having[left])
+            if not having[left]:
+                del having[left], rooms[slot]
         bins[target].append(index)
-        bisect.insort(rooms, (left - lengths[index], target))
+        left -= lengths[index]
+        if left not in having:
+            bisect.insort(rooms, left)
+            having[left] = []
+        heapq.heappush(having[left], target)
     return bins
 
 
 def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: torch.device) -> MicroBatch:
     """Pack examples[i] for i in chosen; nothing chosen makes a dummy of one token."""
     taken = [examples[i] for i in chosen]
-    sequences = [sequence for example in taken for sequence in example.sequences]
-    ids, masks = zip(*sequences or [(np.zeros(1, np.int32), np.zeros(1, bool))], strict=True)
-    lengths = np.array([len(x) for x in ids])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    segment_ids = np.repeat(np.arange(len(lengths)), lengths)
-    names = examples[0].fields if examples else {}
+    ids, masks, places, owners, ends = [], [], [], [], []
+    looks = []  # the places in the row that each part looks at
+    length = 0
+    for example in taken or [Example([Tokens(np.zeros(1, np.int32), np.zeros(1, bool))], "")]:
+        shared, first = example.num_shared, len(ends)
+        prefix = np.arange(length, length + shared)
+        spans = [(i, shared, len(tokens)) for i, (tokens, _) in enumerate(example.sequences)]
+        for i, start, end in [(0, 0, shared), *spans] if shared else spans:
+            own = np.arange(length, length + end - start)
+            looks.append(np.concatenate([prefix, own]) if start else own)
+            tokens, mask = example.sequences[i]
+            ids.append(tokens[start:end])
+            masks.append(mask[start:end])
+            places.append(np.arange(start, end))
+            owners.append(np.full(end - start, first + i))
+            length += end - start
+            if end == len(tokens):
+                ends.append(length - 1)
     put = functools.partial(to_device, device=device)
+    queries, keys = (put(bounds(map(len, parts)).astype(np.int32)) for parts in (ids, looks))
+    attention = {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys}
+    attention |= {"max_length_q": max(map(len, ids)), "max_length_k": max(map(len, looks))}
+    if any(len(example.sequences) > 1 for example in examples):  # and not as it falls: graphs are compiled
+        attention["kv_indices"] = put(np.concatenate(looks))
+    names = examples[0].fields if examples else {}
     return MicroBatch(
         tokens=put(np.concatenate(ids).astype(np.int64)),
-        position_ids=put(np.arange(starts[-1]) - starts[segment_ids]),
-        segment_ids=put(segment_ids),
-        cu_seqlens=put(starts.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
+        position_ids=put(np.concatenate(places)),
+        segment_ids=put(np.concatenate(owners)),
+        attention=attention,
         targets=put(np.flatnonzero(np.concatenate(masks))),
-        num_segments=len(sequences),
+        ends=put(np.array(ends[: len(ends) * bool(taken)], np.int64)),
+        num_segments=sum(len(example.sequences) for example in taken),
         example_ids=put(np.array(chosen, np.int64)),
         fields={name: put(stack([e.fields[name] for e in taken], like)) for name, like in names.items()},
     )
@@ -165,6 +218,11 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
     """Numbers of the host in the device's queue: the host does not wait for what stands before them."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def bounds(lengths: Iterable[int]) -> np.ndarray:
+    """Where parts of these lengths begin, and the last one ends."""
+    return np.cumsum([0, *lengths])
 
 
 def stack(values: list[float | np.ndarray], like: float | np.ndarray) -> np.ndarray:
@@ -212,14 +270,19 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    kv_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, for transformers' AttentionInterface.
 
     Args:
         query: (1, H, N, K); key, value: (1, H_kv, N, K), H_kv divides H.
-        cu_seq_lens_q: (S + 1,) int32, where sequences begin and the last one ends.
+        cu_seq_lens_q, cu_seq_lens_k: (P + 1,) int32, where parts begin and the last one ends: as queries,
+            and as the keys each looks at, its own the last of them.
+        kv_indices: (N_kv,) the keys all parts look at, one part after the other; None: each only at itself.
 
     Returns:
         (1, N, H, K), and None for the attention weights.
@@ -231,6 +294,8 @@ def packed_attention(
         why = "does its own masking" if cu_seq_lens_q is not None else "is not told where sequences begin"
         raise dist.RunError(f"{type(module).__name__} {why}, so the model cannot take packed rows")
     extra = extras(kwargs)
+    if kv_indices is not None:
+        key, value = key.index_select(2, kv_indices), value.index_select(2, kv_indices)
     if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
         # the kernels want (N, H, K) and one width for all, a multiple of 8
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -238,23 +303,26 @@ def packed_attention(
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left and right
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)
+        parts = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        out = _flash_kernel(q, k, v, *parts, scale, window)
         return out[None, ..., : value.shape[-1]], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
+    lengths, key_lengths = (cu.diff().tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
+    parts = (query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)))  # one cat in backward
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = q.shape[2]
+        n, m = q.shape[2], k.shape[2]
         how = {"scale": scaling, "enable_gqa": True}
-        if not extra and (sliding_window is None or n <= sliding_window):
+        if not extra and n == m <= (sliding_window or m):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
-        t = torch.arange(n, device=q.device)
-        seen = (t[:, None] >= t) & (t[:, None] - t < (sliding_window or n))
+        t = torch.arange(m, device=q.device)
+        back = t[m - n :, None] - t  # the queries are the last of the keys
+        seen = (back >= 0) & (back < (sliding_window or m))
         if extra:
             return plain_attention(q, k, v, seen, scaling, **extra)
         return F.scaled_dot_product_attention(q, k, v, seen, **how)
 
-    return torch.cat([attend(*part) for part in parts], 2).transpose(1, 2).contiguous(), None
+    out = torch.cat([attend(*part) for part in zip(*parts, strict=True)], 2)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def extras(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -308,13 +376,13 @@ def _find_flash_kernel() -> Callable:
         # before 2.13 key heads are shared without being told
         gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-        def kernel(q, k, v, cu, longest, scale, window):
-            return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **gqa)
+        def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
+            return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **gqa)
 
         return kernel
 
-    return lambda q, k, v, cu, longest, scale, window: flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
+    return lambda *given: flash_attn_varlen_func(
+        *given[:-2], softmax_scale=given[-2], causal=True, window_size=given[-1]
     )
 
 

@@ -118,7 +118,8 @@ def test_attention_across_sequences_is_found(lines: Any, monkeypatch: pytest.Mon
 
     def joined(*args: Any) -> packed.MicroBatch:
         row = make(*args)
-        row.cu_seqlens, row.max_seqlen = row.cu_seqlens[[0, -1]], len(row.tokens)
+        whole, length = torch.tensor([0, len(row.tokens)], dtype=torch.int32), len(row.tokens)
+        row.attention = dict(zip(row.attention, (whole, whole, length, length), strict=True))
         return row
 
     monkeypatch.setattr(packed, "make_micro_batch", joined)

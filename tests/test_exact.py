@@ -276,7 +276,7 @@ def test_e5_a_reward_model_recovers_the_reward_and_must_fail_if_read_one_token_e
     report("E5 accuracy below its ceiling", abs(found["ceiling"] - found["accuracy"]), 0.01)
 
     def early(scorer: Any, micro_batch: packed.MicroBatch) -> Tensor:
-        return scorer(micro_batch, micro_batch.cu_seqlens[1 : micro_batch.num_segments + 1].long() - 2)
+        return scorer(micro_batch, micro_batch.ends - 1)
 
     monkeypatch.setattr(models, "rewards", early)
     found = reward_run(tiny, device)

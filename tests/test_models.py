@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -99,13 +100,26 @@ def documents(lengths: tuple[int, ...] = (5, 17, 1, 30), scored: float = 0.6) ->
     ]
 
 
+def replies(prompt: int = 9, lengths: tuple[int, ...] = (7, 1, 12)) -> packed.Example:
+    """Three random replies to one prompt; a random part of the second half of each sequence is scored."""
+    rng = np.random.default_rng(1)
+    asked = rng.integers(2, V, prompt)
+    sequences = []
+    for n in lengths:
+        ids = np.append(asked, rng.integers(2, V, n)).astype(np.int32)
+        mask = (np.arange(len(ids)) >= prompt) & (rng.random(len(ids)) < 0.8)
+        sequences.append(packed.Tokens(ids, mask))
+    return packed.Example(sequences, "")
+
+
 def pack(examples: list[packed.Example]) -> packed.MicroBatch:
     return packed.make_micro_batch(examples, list(range(len(examples))), torch.device("cpu"))
 
 
 def plain_logps(model: nn.Module, example: packed.Example, temperature: float = 1.0) -> Tensor:
     """(n - 1, V) log-probabilities of transformers' own forward over one sequence alone."""
-    ids = torch.from_numpy(example.sequences[0][0]).long()[None]
+    ((ids, _),) = example.sequences
+    ids = torch.from_numpy(ids).long()[None]
     return (model(input_ids=ids).logits[0, :-1] / temperature).log_softmax(-1)
 
 
@@ -143,10 +157,12 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(("kind", "config"), FAMILIES, ids=[kind for kind, _ in FAMILIES])
 def test_a_packed_row_says_what_each_sequence_says_alone(kind: str, config: dict, tmp_path, device):
-    """E3, through the whole model, its head and its logit scale."""
-    plain, examples = save(tmp_path, kind, **config), documents()
+    """E3, through the whole model, its head and its logit scale; three replies share their prompt."""
+    plain, three = save(tmp_path, kind, **config), replies()
+    examples = [*documents(), *(packed.Example([s], "") for s in three.sequences)]
     plain.set_attn_implementation("eager")  # others may leave out caps and sinks
-    policy, row = models.load(str(tmp_path), device, options()), pack(documents())
+    policy, row = models.load(str(tmp_path), device, options()), pack([*documents(), three])
+    assert len(row.tokens) == sum(e.num_tokens for e in examples) - 2 * three.num_shared > 2 * 8
     for temperature in (1.0, 0.7):
         stats = policy(row, temperature)
         for ours, theirs in zip(stats, plain_stats(plain, examples, temperature), strict=False):
@@ -170,7 +186,8 @@ def test_a_row_without_its_boundaries_would_be_noticed(folder: Path, device):
         plain_stats(transformers.AutoModelForCausalLM.from_pretrained(folder), examples)[0],
     )
     length = len(row.tokens)
-    row.cu_seqlens, row.max_seqlen = torch.tensor([0, length], dtype=torch.int32), length
+    whole = torch.tensor([0, length], dtype=torch.int32)
+    row.attention = dict(zip(row.attention, (whole, whole, length, length), strict=True))
     assert (models.token_logps(policy, row) - alone).abs().max() > 0.1
     row = pack(examples)
     row.position_ids = torch.arange(length).flip(0)
@@ -182,10 +199,7 @@ def test_plain_transformers_leaks_where_we_do_not(folder: Path):
     plain, row = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), pack(documents())
     ids, positions = row.tokens[None], row.position_ids[None]
     alone = torch.cat(
-        [
-            plain(input_ids=ids[:, a:b]).logits
-            for a, b in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False)
-        ],
+        [plain(input_ids=ids[:, a:b]).logits for a, b in itertools.pairwise(row.attention["cu_seq_lens_q"])],
         1,
     )
     wrong = (
@@ -259,13 +273,20 @@ def test_a_refused_model_stops_the_load(tmp_path, device):
 # ------------------------------------------------------------------------------------------ attention kernels
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, left: int | None) -> Tensor:
-    """(N, H, K) by a masked softmax over the whole row; a token sees itself and `left` tokens before it."""
-    n, groups = len(q), q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    segment, t = torch.bucketize(torch.arange(n), cu[1:].long(), right=True), torch.arange(n)
-    distance = t[:, None] - t
-    seen = (segment[:, None] == segment) & (distance >= 0)
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, left: int | None
+) -> Tensor:
+    """(N, H, K) by a masked softmax over all keys. The queries of a part are the last of its keys; a token
+    sees itself and `left` keys before it.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    (part, t), (key_part, s) = (
+        (torch.bucketize(torch.arange(int(cu[-1])), cu[1:].long(), right=True), torch.arange(int(cu[-1])))
+        for cu in (cu_q, cu_k)
+    )
+    behind = cu_q[1:][part] - t  # tokens from here to the end of the part
+    distance = (cu_k[1:][key_part] - s) - behind[:, None]
+    seen = (part[:, None] == key_part) & (distance >= 0)
     if left is not None:
         seen &= distance <= left
     scores = torch.einsum("ihk,jhk->hij", q, k) * scale
@@ -333,10 +354,11 @@ def flash_attn_kernel(
 def _kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
     for cu, longest in ((cu_q, max_q), (cu_k, max_k)):
         assert cu.dtype == torch.int32 and type(longest) is int and longest >= cu.diff().max()
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and len(q) == cu_q[-1]
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    assert len(q) == cu_q[-1] and len(k) == len(v) == cu_k[-1]
     assert type(window) is tuple and window[1] == 0, "not causal"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dense_attention(q, k, v, cu_q, scale, None if window[0] == -1 else window[0])
+    return dense_attention(q, k, v, cu_q, cu_k, scale, None if window[0] == -1 else window[0])
 
 
 KERNELS = {
@@ -382,9 +404,14 @@ def test_the_stand_in_has_the_signature_of_the_installed_torch():
 def test_attention_back_ends_equal_a_masked_softmax(
     kernel: str, heads: int, key_heads: int, width: int, value_width: int, window: int | None
 ):
-    """Forward and backward in float64. A window of 4 is a token and the 3 before it, as in transformers."""
+    """Forward and backward in float64. A window of 4 is a token and the 3 before it, as in transformers.
+
+    Of the last three parts the first is the prefix of the two others.
+    """
     torch.manual_seed(0)
-    cu = torch.tensor([0, 5, 6, 23, 40], dtype=torch.int32)
+    cu = torch.tensor([0, 5, 6, 23, 31, 40], dtype=torch.int32)
+    looks = torch.tensor([*range(23), *range(6, 31), *range(6, 23), *range(31, 40)])
+    cu_k = torch.tensor([0, 5, 6, 23, 48, 74], dtype=torch.int32)
     inputs = [
         torch.randn(1, h, 40, w, dtype=torch.float64, requires_grad=True)
         for h, w in ((heads, width), (key_heads, width), (key_heads, value_width))
@@ -397,13 +424,15 @@ def test_attention_back_ends_equal_a_masked_softmax(
         scaling=0.3,
         sliding_window=window,
         cu_seq_lens_q=cu,
-        cu_seq_lens_k=cu,
+        cu_seq_lens_k=cu_k,
         max_length_q=17,
-        max_length_k=17,
+        max_length_k=26,
+        kv_indices=looks,
         dropout=0.0,
     )
     q, k, v = (x[0].transpose(0, 1) for x in inputs)
-    theirs = dense_attention(q, k, v, cu, 0.3, None if window is None else window - 1)[None]
+    k, v = (x[looks] for x in (k, v))
+    theirs = dense_attention(q, k, v, cu, cu_k, 0.3, None if window is None else window - 1)[None]
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
     for a, b in zip(
         torch.autograd.grad(ours, inputs, upstream),
@@ -431,6 +460,7 @@ def test_caps_and_sinks_equal_formulas_over_the_whole_row(cap: float | None, wit
         scaling=0.3,
         sliding_window=window,
         cu_seq_lens_q=cu,
+        cu_seq_lens_k=cu,
         softcap=cap,
         s_aux=sinks if with_sinks else None,
     )
@@ -457,6 +487,10 @@ def test_the_real_kernel_equals_sdpa_on_gpu(window: int | None):
     low = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
     high = [x.detach().float().requires_grad_() for x in low]
     settings = {"scaling": 0.125, "sliding_window": window, "cu_seq_lens_q": cu, "max_length_q": 194}
+    looks = [*range(200), *range(6, 333)]  # the last part goes on from the one before
+    cu_k = torch.tensor([0, 5, 6, 200, 527], dtype=torch.int32, device="cuda")
+    settings |= {"cu_seq_lens_k": cu_k, "max_length_k": 327}
+    settings |= {"kv_indices": torch.tensor(looks, device="cuda")}
     outs = [packed.packed_attention(nn.Identity(), *x, None, **settings)[0] for x in (low, high)]
     upstream = torch.randn_like(outs[0])
     for a, b in zip(

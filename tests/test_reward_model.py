@@ -278,7 +278,7 @@ def test_the_end_of_each_sequence_is_read_however_rows_are_packed(
     for sequence in (s for e in examples for s in e.sequences):
         micro_batch = packed.make_micro_batch([packed.Example([sequence], "")], [0], device)
         alone.append(models.rewards(scorer, micro_batch))
-        assert micro_batch.cu_seqlens[-1] == len(sequence[0])
+        assert micro_batch.ends.tolist() == [len(sequence[0]) - 1]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert together.std() > 0.1
 
