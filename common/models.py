@@ -69,9 +69,10 @@ class PackedModel(nn.Module):
             position_ids=batch.position_ids[None],
             use_cache=False,  # with a cache transformers would attend across sequences
             cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens if batch.cu_keys is None else batch.cu_keys,
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
+            **({} if batch.key_index is None else {"key_index": batch.key_index}),
         )[0][0]
 
 

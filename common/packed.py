@@ -76,6 +76,9 @@ class MicroBatch:
     example_ids: Tensor  # (B,) indices into the list given to `micro_batches`
     fields: dict[str, Tensor]  # (B,) float32 each; of vectors (B, L), padded with NaN to the longest here
     is_last: bool = True  # of the optimizer step on this rank: copies of the model add up gradients after it
+    # where the keys of each sequence stand, and (S + 1,) where each one's begin; None: where its tokens do
+    key_index: Tensor | None = None
+    cu_keys: Tensor | None = None
 
     @property
     def target_segments(self) -> Tensor:
@@ -208,6 +211,8 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    key_index: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, for transformers' AttentionInterface.
@@ -215,6 +220,8 @@ def packed_attention(
     Args:
         query: (1, H, N, K); key, value: (1, H_kv, N, K), H_kv divides H.
         cu_seq_lens_q: (S + 1,) int32, where sequences begin and the last one ends.
+        key_index, cu_seq_lens_k: places in the row of what each sequence sees, which ends with itself, and
+            (S + 1,) where it begins in that list; without an index it sees itself alone.
 
     Returns:
         (1, N, H, K), and None for the attention weights.
@@ -226,7 +233,7 @@ def packed_attention(
         why = "does its own masking" if cu_seq_lens_q is not None else "is not told where sequences begin"
         raise dist.RunError(f"{type(module).__name__} {why}, so the model cannot take packed rows")
     extra = extras(kwargs)
-    if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
+    if key_index is None and _flash_kernel is not None and query.dtype != torch.float32 and not extra:
         width = max(query.shape[-1], value.shape[-1])
         width = -(-width // 8) * 8  # the kernels want one width for all, a multiple of 8
         q, k, v = (_widen(x[0].transpose(0, 1), width) for x in (query, key, value))  # (N, H, K)
@@ -234,13 +241,18 @@ def packed_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = _flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, window)
         return out[None, ..., : value.shape[-1]], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # one cat in backward
+    lengths = seen_lengths = cu_seq_lens_q.diff().tolist()
+    if key_index is not None:
+        seen_lengths = cu_seq_lens_k.diff().tolist()
+        key, value = key[:, :, key_index], value[:, :, key_index]
+    sizes = (lengths, seen_lengths, seen_lengths)
+    # split, not sliced: one cat in backward
+    parts = zip(*(x.split(n, 2) for x, n in zip((query, key, value), sizes, strict=True)), strict=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if extra:
-            return plain_attention(q, k, v, _seen(q, sliding_window), scaling, **extra)
-        how = {**_causal(q, sliding_window), "scale": scaling, "enable_gqa": True}
+            return plain_attention(q, k, v, _seen(q, k, sliding_window), scaling, **extra)
+        how = {**_causal(q, k, sliding_window), "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(q, k, v, **how)
 
     return torch.cat([attend(*part) for part in parts], 2).transpose(1, 2).contiguous(), None
@@ -250,17 +262,17 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
-    length = q.shape[2]
-    if window is None or length <= window:
+def _causal(q: Tensor, k: Tensor, window: int | None) -> dict[str, Any]:
+    if q.shape[2] == k.shape[2] <= (window or math.inf):
         return {"is_causal": True}
-    return {"attn_mask": _seen(q, window)}
+    return {"attn_mask": _seen(q, k, window)}
 
 
-def _seen(q: Tensor, window: int | None) -> Tensor:
-    """(n, n), True where a token may look."""
-    t = torch.arange(q.shape[2], device=q.device)
-    return (t[:, None] >= t) & (t[:, None] - t < (window or len(t)))
+def _seen(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """(n, S), True where the n last of S tokens may look."""
+    t = torch.arange(k.shape[2], device=q.device)
+    own = t[-q.shape[2] :, None]
+    return (own >= t) & (own - t < (window or len(t)))
 
 
 def extras(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What one forward is: micro-batches hold their sequences end to end, and what travels with the examples."""
 
 import math
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from common import dist
-from common.packed import Example, Tokens, make_micro_batch, pack
+from common.packed import Example, Tokens, make_micro_batch, pack, packed_attention
 
 CPU = torch.device("cpu")
 
@@ -62,3 +64,22 @@ def test_a_field_is_a_number_or_a_vector_of_each_example() -> None:
     assert make_micro_batch(examples, [2], CPU).fields["ranks"].tolist() == [[1.0]]
     assert make_micro_batch(examples, [], CPU).fields["ranks"].shape == (0, 2)
     assert make_micro_batch(examples, [], CPU).fields["margin"].shape == (0,)
+
+
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 5}, {"softcap": 2.0}], ids=str)
+def test_a_sequence_may_go_on_from_another_one(more: dict) -> None:
+    """After a beginning of 6 tokens, ends of 3 and 4 whose keys are gathered attend as whole sequences."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 13, 8, generator=generator) for heads in (4, 2, 2))
+    seen = [[*range(6)], [*range(9)], [*range(6), *range(9, 13)]]
+
+    def attend(places: list[int], cu: list[int], **given: Any) -> torch.Tensor:
+        parts = (x[:, :, places] for x in (q, k, v))
+        bounds = torch.tensor(cu, dtype=torch.int32)
+        return packed_attention(torch.nn.Module(), *parts, None, cu_seq_lens_q=bounds, **given, **more)[0][0]
+
+    index = {"key_index": torch.tensor(sum(seen, [])), "cu_seq_lens_k": torch.tensor([0, 6, 15, 25])}
+    found = attend([*range(13)], [0, 6, 9, 13], **index)
+    wholes = [attend(places, [0, len(places)]) for places in seen]
+    expected = torch.cat([wholes[0], wholes[1][6:], wholes[2][6:]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
