@@ -103,49 +103,59 @@ def score_replies(
     Raises:
         RunError: a function raises, or does not return one finite number a reply.
     """
+    num_each = len(replies) // len(examples)
+    asked = [examples[i // num_each] for i in range(len(replies))]
     total = torch.zeros(len(replies), device=device)
     for reward in rewards:
         if reward.function:
-            numbers = torch.tensor(_call(reward, examples, replies), device=device)
+            numbers = _call(reward, asked, replies, num_each)
         else:
-            numbers = _read(reward, examples, replies, micro_batch_tokens, device)
-            asked = [examples[i * len(examples) // len(replies)].prompt for i in range(len(replies))]
-            _refuse_infinite(reward, numbers.tolist(), replies, asked)
-        total += reward.weight * numbers
+            numbers = _read(reward, asked, replies, micro_batch_tokens, device)
+        for number, reply, example in zip(numbers, replies, asked, strict=True):
+            # so large a one that float32 cannot hold its square is as bad as NaN
+            if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
+                raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {example.prompt!r}")
+        total += reward.weight * torch.tensor(numbers, device=device)
     return total.tolist()
 
 
 def _read(
-    reward: Reward, examples: list[Example], replies: list[str], micro_batch_tokens: int, device: torch.device
-) -> Tensor:
-    """A reward model's numbers. -> (replies,)"""
-    num_each = len(replies) // len(examples)
+    reward: Reward, asked: list[Example], replies: list[str], micro_batch_tokens: int, device: torch.device
+) -> list[float]:
+    """A reward model's numbers."""
 
     def encode(i: int) -> Example:
-        prompt, reply = (
-            as_messages(examples[i // num_each].prompt),
-            {"role": "assistant", "content": replies[i]},
-        )
-        return Example([data.encode_response(reward.tokenizer, prompt, [reply])], "")
+        reply = [{"role": "assistant", "content": replies[i]}]
+        return Example([data.encode_response(reward.tokenizer, as_messages(asked[i].prompt), reply)], "")
 
     conversations = dist.parallel_map(encode, range(len(replies)))
-    return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0]
+    return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0].tolist()
 
 
-def _call(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
+def _call(reward: Reward, asked: list[Example], replies: list[str], num_each: int) -> list[float]:
     """A function's numbers; the ranks share the prompts, all replies to one stay together."""
-    num_each, size = len(replies) // len(examples), dist.world_size()
-    shares = [[i for i in range(len(replies)) if i // num_each % size == part] for part in range(size)]
+    places, size = range(len(replies)), dist.world_size()
+    shares = [[i for i in places if i // num_each % size == part] for part in range(size)]
 
     def numbers_of(share: list[int]) -> list[float]:
-        asked = [examples[i // num_each] for i in share]
-        return _checked(reward, asked, [replies[i] for i in share]) if share else []
+        """One call; an error names the function and the prompt."""
+        prompts, records = [asked[i].prompt for i in share], [asked[i].record for i in share]
+        try:
+            found = call_function(reward.function, prompts, [replies[i] for i in share], records)
+            found = [float(number) for number in found]
+        except Exception as error:  # a user's function may raise anything
+            problem = f"reward {reward.name} raised {what_happened(error)}"
+            raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}") from error
+        if len(found) != len(share):
+            problem = f"reward {reward.name} gave {len(found)} numbers for {len(share)} responses"
+            raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}")
+        return found
 
-    numbers = [0.0] * len(replies)
-    for share, found in zip(shares, dist.parallel_map(numbers_of, shares), strict=True):
-        for i, number in zip(share, found, strict=True):
-            numbers[i] = number
-    return numbers
+    found = dist.parallel_map(lambda share: numbers_of(share) if share else [], shares)
+    numbers = {
+        i: x for share, own in zip(shares, found, strict=True) for i, x in zip(share, own, strict=True)
+    }
+    return [numbers[i] for i in places]
 
 
 def call_function(function: Callable, prompts: list, replies: list[str], records: list[dict]) -> Any:
@@ -165,30 +175,6 @@ def call_function(function: Callable, prompts: list, replies: list[str], records
     named |= {"prompts": prompts, "completions": as_asked}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
     return function(**{name: value for name, value in named.items() if takes_all or name in known})
-
-
-def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
-    """One call of a function, an example for each reply; an error names the function and the prompt."""
-    prompts = [example.prompt for example in examples]
-    shown = f"the first prompt was {prompts[0]!r}"
-    try:
-        found = call_function(reward.function, prompts, replies, [example.record for example in examples])
-        found = [float(number) for number in found]
-    except Exception as error:  # a user's function may raise anything
-        raise dist.RunError(f"reward {reward.name} raised {what_happened(error)}; {shown}") from error
-    if len(found) != len(replies):
-        raise dist.RunError(
-            f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"
-        )
-    _refuse_infinite(reward, found, replies, prompts)
-    return found
-
-
-def _refuse_infinite(reward: Reward, numbers: list[float], replies: list[str], prompts: list) -> None:
-    """End the run at a reward that is NaN, infinite, or so large that float32 cannot hold its square."""
-    for number, reply, prompt in zip(numbers, replies, prompts, strict=True):
-        if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
-            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
 
 
 def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
