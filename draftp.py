@@ -200,19 +200,15 @@ def renoise(x_0: Tensor, noise: Tensor, schedule: diffusion.Schedule, i: int) ->
     return schedule.signal[i] * x_0.detach() + schedule.noise[i] * noise
 
 
-def annealed(
-    predict: Callable[[Tensor, int], Tensor],
-    predict_base: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    schedule: diffusion.Schedule,
-    weights: list[float],
-) -> Tensor:
-    """Annealed importance guidance: x_0 when step i follows weights[i] of the policy and the rest base."""
-    for i, w in enumerate(weights):
+def annealed(predict: Callable, predict_base: Callable, weights: list[float]) -> Callable:
+    """Annealed importance guidance: weights[i] of the policy's prediction at step i, the rest base's."""
+
+    def mixed(x: Tensor, i: int) -> Tensor:
+        w = weights[i]
         p = (1 - w) * predict_base(x, i) if w < 1 else 0.0  # a model that has no share is not asked
-        p = p + w * predict(x, i) if w > 0 else p
-        x = sampler_step(p, x, schedule, i)
-    return x
+        return p + w * predict(x, i) if w > 0 else p
+
+    return mixed
 
 
 def annealing_weights(name: str, num_steps: int) -> list[float]:
@@ -313,14 +309,13 @@ def draw_images(
     totals, found, count = dist.Totals(), [], args.run.images_per_prompt
     items = [example for example in examples for _ in range(count)]
     for micro_batch in diffusion.micro_batches(items, args.system.micro_batch_size, sampler.device):
-        both = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+        predict, predict_base = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+        if name:
+            weights = annealing_weights(name, args.num_inference_steps)
+            predict, predict_base = annealed(predict, predict_base, weights), None
         indices = [first * count + i for i in micro_batch.indices]
         x = diffusion.noise(args.seed, 0, indices, sampler.pipe, sampler.size, sampler.device)
-        if not name:
-            x_0, kl = denoise(*both, x, sampler.schedule, most_grad_steps(args))
-        else:
-            weights = annealing_weights(name, args.num_inference_steps)
-            x_0, kl = annealed(*both, x, sampler.schedule, weights), x.new_zeros(len(x))
+        x_0, kl = denoise(predict, predict_base, x, sampler.schedule, most_grad_steps(args))
         _, metrics, images = losses_and_images(sampler, x_0, kl, micro_batch, args)
         num_images = micro_batch.weights.sum()
         totals.update({name: (value @ micro_batch.weights, num_images) for name, value in metrics.items()})

@@ -31,7 +31,7 @@ from common.generate import Sample, generate, rollout
 
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
-LEAST_SHARED = 64  # tokens that questions have in common, from which on it pays to read them once
+LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
