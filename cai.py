@@ -629,10 +629,11 @@ def ask_for_feedback(
 
 
 def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
-    """The stages for --plan and --check, with the data that the user gives them and the first model."""
+    """The stages for --plan and --check, with the data that the user gives them and a model that is there."""
     todo = []
     for name, dataset in data_given(args).items():
-        own = dict(model=args.model, dataset=dataset, **shared)
+        model = args.model if name == "sft" else args.sl_model or args.model
+        own = dict(model=model, dataset=dataset, **shared)
         if name == "ppo":  # a check needs a reward that is there
             own["dataset"] = args.dataset if args.preference_model or args.run.plan else ""
             own["reward"] = args.preference_model or args.model

@@ -461,7 +461,7 @@ def check(args: Args) -> None:
 def load_value_model(args: Args, scored_by: list, tokenizer: Any, device: torch.device) -> models.Scorer:
     """From the first reward model that reads the policy's tokens, else from the policy; its head is zero."""
     vocabulary = tokenizer.get_vocab()
-    alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
+    alike = [r.name for r in scored_by if r.rater and r.rater.tokenizer.get_vocab() == vocabulary]
     return models.load_scorer((*alike, args.model)[0], device, args.system, ["value"], zero_head=True)
 
 

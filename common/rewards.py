@@ -18,14 +18,47 @@ from common.args import Inference, System, load_function, what_happened
 from common.packed import Example, Tokens
 
 
+class Rater(NamedTuple):
+    """A reward model or one of attributes, its own tokenizer, and the names of its outputs."""
+
+    model: nn.Module
+    tokenizer: Any
+    names: list[str]
+
+    def __call__(self, replies: list[Tokens], micro_batch_tokens: int, device: torch.device) -> Tensor:
+        """Attribute values of encoded replies, on the scale of the labels; a collective. -> (replies, A)"""
+        examples = [Example([reply], "") for reply in replies]
+        return models.score(self.model, examples, micro_batch_tokens, device, centred=False)
+
+    def judge(
+        self, exchanges: list[tuple[formats.Messages, str]], micro_batch_tokens: int, device: torch.device
+    ) -> list[dict[str, float]]:
+        """Attribute values of replies by name, each after its prompt without the label lines in it."""
+        replies = []
+        for prompt, text in exchanges:
+            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in prompt]
+            reply = [{"role": "assistant", "content": text}]
+            replies.append(data.encode_response(self.tokenizer, turns, reply))
+        outputs = self(replies, micro_batch_tokens, device)
+        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
+
+
+def load_rater(path: str, device: torch.device, system: System | Inference) -> Rater:
+    """A model with a linear head, read where it was trained."""
+    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
+    model = models.load_scorer(path, device, system, trainable=False)
+    tokenizer = data.load_tokenizer(path)
+    read_where_trained(model, tokenizer)
+    return Rater(model, tokenizer, models.output_names(model))
+
+
 class Reward(NamedTuple):
-    """A function, or a reward model with its own tokenizer."""
+    """A function, or a reward model, which is a rater of one output."""
 
     weight: float
     name: str
     function: Callable | None
-    scorer: models.Scorer | None
-    tokenizer: Any
+    rater: Rater | None
 
 
 def load(spec: str, device: torch.device, system: System) -> list[Reward]:
@@ -34,20 +67,16 @@ def load(spec: str, device: torch.device, system: System) -> list[Reward]:
     Raises:
         RunError: none is named, there is no such model or function, or a model has several outputs.
     """
+    if not spec:
+        raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
     rewards = []
-    for source, weight in formats.read_sources(spec or "-", "reward"):
-        if source == "-":
-            raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
-        if ":" in source:
-            rewards.append(Reward(weight, source, load_function(source), None, None))
-        else:
-            scorer = models.load_scorer(source, device, system, trainable=False)
-            tokenizer = data.load_tokenizer(source)
-            read_where_trained(scorer, tokenizer)
-            if scorer.config.num_labels > 1:
-                found = ", ".join(models.output_names(scorer))
-                raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
-            rewards.append(Reward(weight, source, None, scorer, tokenizer))
+    for source, weight in formats.read_sources(spec, "reward"):
+        function, rater = (load_function(source) if ":" in source else None), None
+        if function is None:
+            rater = load_rater(source, device, system)
+            if len(rater.names) > 1:
+                raise dist.RunError(f"reward {source} has the outputs {', '.join(rater.names)}; expected one")
+        rewards.append(Reward(weight, source, function, rater))
     return rewards
 
 
@@ -79,9 +108,9 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
 def check(rewards: list[Reward], *datasets: Iterable[Example]) -> None:
     """End the run now if the template of a reward model does not take one of the prompts."""
     for reward in rewards:
-        if reward.tokenizer:
+        if reward.rater:
             prompts = [as_messages(example.prompt) for dataset in datasets for example in dataset]
-            templates.check_prompts(reward.tokenizer, prompts, f"reward {reward.name}")
+            templates.check_prompts(reward.rater.tokenizer, prompts, f"reward {reward.name}")
 
 
 def as_messages(prompt: formats.Messages | str) -> formats.Messages:
@@ -126,10 +155,12 @@ def _read(
 
     def encode(i: int) -> Example:
         reply = [{"role": "assistant", "content": replies[i]}]
-        return Example([data.encode_response(reward.tokenizer, as_messages(asked[i].prompt), reply)], "")
+        return Example(
+            [data.encode_response(reward.rater.tokenizer, as_messages(asked[i].prompt), reply)], ""
+        )
 
     conversations = dist.parallel_map(encode, range(len(replies)))
-    return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0].tolist()
+    return models.score(reward.rater.model, conversations, micro_batch_tokens, device)[:, 0].tolist()
 
 
 def _call(reward: Reward, asked: list[Example], replies: list[str], num_each: int) -> list[float]:
@@ -185,37 +216,3 @@ def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
     square = (count * square + scores.square().sum().item()) / total
     running.update(count=total, mean=mean, square=square)
     return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
-
-
-class Rater(NamedTuple):
-    """An attribute model, its own tokenizer, and the names of its outputs."""
-
-    model: nn.Module
-    tokenizer: Any
-    names: list[str]
-
-    def __call__(self, replies: list[Tokens], micro_batch_tokens: int, device: torch.device) -> Tensor:
-        """Attribute values of encoded replies, on the scale of the labels; a collective. -> (replies, A)"""
-        examples = [Example([reply], "") for reply in replies]
-        return models.score(self.model, examples, micro_batch_tokens, device, centred=False)
-
-    def judge(
-        self, exchanges: list[tuple[formats.Messages, str]], micro_batch_tokens: int, device: torch.device
-    ) -> list[dict[str, float]]:
-        """Attribute values of replies by name, each after its prompt without the label lines in it."""
-        replies = []
-        for prompt, text in exchanges:
-            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in prompt]
-            reply = [{"role": "assistant", "content": text}]
-            replies.append(data.encode_response(self.tokenizer, turns, reply))
-        outputs = self(replies, micro_batch_tokens, device)
-        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
-
-
-def load_rater(path: str, device: torch.device, system: Inference) -> Rater:
-    """A regression model of attributes, whose outputs are on the scale of the labels."""
-    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
-    model = models.load_scorer(path, device, system, trainable=False)
-    tokenizer = data.load_tokenizer(path)
-    read_where_trained(model, tokenizer)
-    return Rater(model, tokenizer, models.output_names(model))

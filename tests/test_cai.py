@@ -1192,6 +1192,13 @@ def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
     assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2]
 
 
+def test_a_stage_that_is_replaced_is_neither_planned_nor_checked() -> None:
+    args = args_of(cai.Args, sl_model="sl", preference_model="rm", dataset="red", helpful_pairs="h")
+    ((name, *_, own, _),) = cai.stages_before(args, {})
+    assert name == "ppo" and own == {"model": "sl", "dataset": "red", "reward": "rm"}
+    assert [x[0] for x in cai.stages_before(args_of(cai.Args, rl="dpo"), {})] == ["sft", "dpo"]
+
+
 def test_help_has_fewer_than_seventy_flags() -> None:
     for script in ("cai.py", "steerlm.py"):
         done = subprocess.run(
