@@ -26,11 +26,12 @@ Each stage has its files in output_dir; one that is complete is not run again.
 Metrics, results and departures from the paper: docs/cai.md
 """
 
+import itertools
 import json
 import math
 import random
+import re
 import string
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -50,12 +51,9 @@ from common.evaluate import answer, answer_metrics, describe, load_judge, refuse
 from common.log import Log
 from common.stages import stage
 
-SHOWN = ()
-# what a judge that names the best and the worst of several is asked after the principles
-EXTREMES = [
-    f"Which reply is the {x} by all of these? Answer with its letter alone." for x in ("best", "worst")
-]
-STAGES = {"sft": sft.Args, "reward_model": reward_model.Args, "ppo": ppo.Args, "dpo": dpo.Args}
+EXTREME = "Which reply is the {} by all of these? Answer with its letter alone."  # asked with hard_labels
+SCRIPTS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
+STAGES = {name: script.Args for name, script in SCRIPTS.items()}
 FOLDERS = {"sft": "2_sft", "reward_model": "4_preference_model", "ppo": "5_ppo", "dpo": "5_dpo"}
 RESERVED = stages.RESERVED | {"reward", "score"}  # options of stages that the pipeline sets or does not offer
 
@@ -224,14 +222,12 @@ def name_of(role: str, args: Args) -> tuple[str, str]:
     return args.server.judge_url, args.judge_model or args.model
 
 
-def load_other(
-    role: str, own: chat.Model, args: Args, device: torch.device, reasons: bool = False
-) -> chat.Model | chat.Endpoint:
+def load_other(role: str, own: chat.Model, args: Args, device: torch.device) -> chat.Model | chat.Endpoint:
     """The critic or the judge; `own`, the model that speaks anyway, where it is the same."""
     url, path = name_of(role, args)
     if url:
         folder = Path(args.run.output_dir) / "answers"
-        return chat.Endpoint(url, path, args.server, folder, args.max_new_tokens, reasons)
+        return chat.Endpoint(url, path, args.server, folder, args.max_new_tokens, args.cot)
     return own if path == own.path else load_model(path, args, device, own.keep)
 
 
@@ -245,24 +241,14 @@ def stream_of(kind: str, number: int = 0) -> int:
     return streams[kind]
 
 
-def inputs_key(speaker: str, role: str, args: Args) -> tuple:
-    """What replies and verdicts depend on besides prompts and requests: models, precision, template, seed."""
-    url, path = name_of(role, args)
-    other = (url, path, args.server.judge_body) if url else files.fingerprint(path)
-    return (
-        files.fingerprint(speaker),
-        other,
-        args.system.dtype,
-        args.chat_template,
-        args.chat_template_kwargs,
-        args.decoding,
-        args.seed,
-    )
+def key_of(speaker: str, role: str, args: Args, *texts: Any) -> tuple:
+    """What replies and verdicts depend on besides prompts: two models, the options, and texts from files.
 
-
-def kept_in(path: Path, items: list, key: tuple) -> Path:
-    """The folder of a stage's replies, which stay till the run ends, for one with another max_new_tokens."""
-    return files.part_name(path, items, key).with_suffix(".replies")
+    All but max_new_tokens: a reply that has ended stays what it is.
+    """
+    (url, path), options = name_of(role, args), snapshot(args)
+    given = [(name, options.values[name]) for name in sorted(options.fixed - {"max_new_tokens"})]
+    return files.fingerprint(speaker), "" if url else files.fingerprint(path), repr((given, texts))
 
 
 # -------------------------------------------------------------------------------- 1. critiques and revisions
@@ -277,56 +263,48 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
     """
     constitution = constitutions.read_constitution(args.constitution)
     shots = constitutions.read_few_shots(args.few_shots)
-    examples, items = {turn["content"] for turn in shots}, list(enumerate(prompts))
-    speaker = args.helpful_model or args.model
-    options = (args.num_revisions, args.use_critique, args.copy_retries, args.temperature)
-    key = (inputs_key(speaker, "critic", args), options, constitution, shots)
-    helper = load_model(speaker, args, device, kept_in(path, items, key))
+    examples, speaker = {turn["content"] for turn in shots}, args.helpful_model or args.model
+    key = key_of(speaker, "critic", args, constitution, shots)
+    # replies stay here till the run ends, also for one with another max_new_tokens
+    keep = files.part_name(path, prompts, key).with_suffix(".replies")
+    helper = load_model(speaker, args, device, keep)
     critic = load_other("critic", helper, args, device)
 
-    def revise(talks: list, current: list[str], number: int, first: int) -> list[chat.Reply]:
+    def revise(talks: list, current: list[str], number: int) -> list[chat.Reply]:
         """Revisions of the current replies; those that copy them are asked for again."""
-        revised = helper.replies(talks, stream_of("revision", number), first, args.temperature)
+        revised = helper.replies(talks, stream_of("revision", number), 0, args.temperature)
         for attempt in range(1, args.copy_retries + 1):
             again = [i for i, x in enumerate(revised) if is_copy(clean(x.text, "Revision"), current[i])]
             asked, stream = [talks[i] for i in again], stream_of("revision", number + 1000 * attempt)
-            found = helper.replies(asked, stream, first, args.temperature) if again else []
+            found = helper.replies(asked, stream, 0, args.temperature) if again else []
             for i, reply in zip(again, found, strict=True):
                 revised[i] = reply
         return revised
 
-    def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
-        first, asked = chunk[0][0], [prompt for _, prompt in chunk]
-        replies = helper.replies(asked, stream_of("reply"), first, args.temperature)
-        made = {"max_new_tokens": args.max_new_tokens}
-        records = [
-            {"prompt": prompt, "initial": reply.text, "ended": reply.ended, **made, "rounds": []}
-            for prompt, reply in zip(asked, replies, strict=True)
-        ]
-        current = [reply.text for reply in replies]
-        for number in range(1, args.num_revisions + 1):
-            rngs = [random_for(args.seed, f"round {number}", prompt) for prompt in asked]
-            drawn = [rng.randrange(len(constitution)) for rng in rngs]
-            talks = [with_shots(shots, [*p, assistant(r)]) for p, r in zip(asked, current, strict=True)]
-            critiques = [chat.Reply("", True)] * len(talks)
-            if args.use_critique:
-                talks = [[*talk, user(constitution[k][0])] for talk, k in zip(talks, drawn, strict=True)]
-                critiques = critic.replies(talks, stream_of("critique", number), first, args.temperature)
-                critiques = [x._replace(text=clean(x.text, "Critique")) for x in critiques]
-                talks = [[*talk, assistant(x.text)] for talk, x in zip(talks, critiques, strict=True)]
-            talks = [[*talk, user(constitution[k][1])] for talk, k in zip(talks, drawn, strict=True)]
-            for i, reply in enumerate(revise(talks, current, number, first)):
-                text, critique = clean(reply.text, "Revision"), critiques[i]
-                kept = reply.ended and not critique.refused and text not in {"", critique.text, *examples}
-                step = {"principle": drawn[i], "critique": critique.text, "revision": text, "kept": kept}
-                step |= {"cue": text != reply.text, "ended": reply.ended, "copied": is_copy(text, current[i])}
-                records[i]["rounds"].append(
-                    step | ({"refused": critique.refused} if critique.refused else {})
-                )
-                current[i] = text if kept else current[i]
-        return records
-
-    files.write_lines(path, items, (key, args.max_new_tokens), work, size=len(items))
+    replies = helper.replies(prompts, stream_of("reply"), 0, args.temperature)
+    current = [reply.text for reply in replies]
+    rounds: list[list[dict]] = [[] for _ in prompts]
+    for number in range(1, args.num_revisions + 1):
+        rngs = [random_for(args.seed, f"round {number}", prompt) for prompt in prompts]
+        drawn = [rng.randrange(len(constitution)) for rng in rngs]
+        talks = [with_shots(shots, [*p, assistant(r)]) for p, r in zip(prompts, current, strict=True)]
+        critiques = [chat.Reply("", True)] * len(talks)
+        if args.use_critique:
+            talks = [[*talk, user(constitution[k][0])] for talk, k in zip(talks, drawn, strict=True)]
+            critiques = critic.replies(talks, stream_of("critique", number), 0, args.temperature)
+            critiques = [x._replace(text=clean(x.text, "Critique")) for x in critiques]
+            talks = [[*talk, assistant(x.text)] for talk, x in zip(talks, critiques, strict=True)]
+        talks = [[*talk, user(constitution[k][1])] for talk, k in zip(talks, drawn, strict=True)]
+        for i, reply in enumerate(revise(talks, current, number)):
+            text, critique = clean(reply.text, "Revision"), critiques[i]
+            kept = reply.ended and not critique.refused and text not in {"", critique.text, *examples}
+            step = {"principle": drawn[i], "critique": critique.text, "revision": text, "kept": kept}
+            step |= {"cue": text != reply.text, "ended": reply.ended, "copied": is_copy(text, current[i])}
+            rounds[i].append(step | ({"refused": critique.refused} if critique.refused else {}))
+            current[i] = text if kept else current[i]
+    first = [{"initial": x.text, "ended": x.ended, "max_new_tokens": args.max_new_tokens} for x in replies]
+    records = zip(prompts, first, rounds, strict=True)
+    stages.write_lines(path, [{"prompt": p, **reply, "rounds": steps} for p, reply, steps in records])
     stages.say(*dict.fromkeys((helper.report(), critic.report())))
 
 
@@ -375,41 +353,32 @@ def compare_replies(
     """
     principles = constitutions.read_comparisons(args.comparisons)
     shots = constitutions.read_judge_few_shots(args.judge_few_shots)
-    items, options = list(enumerate(prompts)), (args.temperatures, args.samples_per_prompt, args.hard_labels)
-    options += (args.num_principles, args.cot, args.judge_request)
-    key = (inputs_key(sl_model, "judge", args), options, principles, shots)
-    policy = load_model(sl_model, args, device, kept_in(path, items, key))
-    judge = load_other("judge", policy, args, device, args.cot)
-    found = candidates(policy, prompts, args)
+    key = key_of(sl_model, "judge", args, principles, shots)
+    keep = files.part_name(path, prompts, key).with_suffix(".replies")
+    policy = load_model(sl_model, args, device, keep)
+    judge = load_other("judge", policy, args, device)
 
-    def work(chunk: list[tuple[int, formats.Messages]]) -> list[dict]:
+    def work(chunk: list[tuple[dict, list[dict]]]) -> list[dict]:
         records, groups = [], []
-        for place, prompt in chunk:
-            rng = random_for(args.seed, "comparisons", prompt)
-            usable = [reply for reply in found[place] if reply["ended"] and reply["text"]]
+        for record, replies in chunk:
+            rng = random_for(args.seed, "comparisons", record["prompt"])
+            usable = [reply for reply in replies if reply["ended"] and reply["text"]]
             rng.shuffle(usable)
-            cut_off, size = len(found[place]) - len(usable), len(usable) if args.hard_labels else 2
-            record = {"prompt": prompt, "cut_off": cut_off, "max_new_tokens": args.max_new_tokens}
-            records.append(record | {"comparisons": []})
-            for i in range(0, len(usable) - 1, max(2, size)):
-                groups.append((records[-1], usable[i : i + size], rng))
+            records.append(record | {"cut_off": len(replies) - len(usable), "comparisons": []})
+            size = max(2, len(usable)) if args.hard_labels else 2
+            groups += [(records[-1], usable[i : i + size], rng) for i in range(0, len(usable) - 1, size)]
         for (record, *_), item in zip(groups, compare(judge, groups, principles, shots, args), strict=True):
             record["comparisons"].append(item)
         return records
 
-    def try_out(chunk: list[tuple[formats.Messages, str, str]]) -> list[dict]:
-        groups = []
-        for prompt, *sides in chunk:
-            replies, rng = [{"text": text} for text in sides], random_for(args.seed, "human", prompt)
-            rng.shuffle(replies)
-            groups.append(({"prompt": prompt, "chosen": sides[0]}, replies, rng))
-        found = compare(judge, groups, principles, shots, args)
-        return [record | item for (record, *_), item in zip(groups, found, strict=True)]
-
+    made = [{"prompt": prompt, "max_new_tokens": args.max_new_tokens} for prompt in prompts]
+    replies = candidates(policy, prompts, args)
     tried = path.with_name("human_pairs.jsonl")  # first: with the other file the stage is complete
     if human_pairs and not dist.from_main(tried.exists):
-        files.write_lines(tried, human_pairs, key, try_out)
-    files.write_lines(path, items, (key, args.max_new_tokens), work)
+        sides = [[{"text": text, "ended": True} for text in pair] for _, *pair in human_pairs]
+        asked = [{"prompt": prompt, "chosen": chosen} for prompt, chosen, _ in human_pairs]
+        files.write_lines(tried, [*zip(asked, sides, strict=True)], key, work)
+    files.write_lines(path, [*zip(made, replies, strict=True)], (key, args.max_new_tokens), work)
     stages.say(*dict.fromkeys((policy.report(), judge.report())))
 
 
@@ -418,36 +387,41 @@ def compare(judge: Any, groups: list, principles: list[str], shots: list, args: 
 
     Of two replies under drawn principles, in both orders; with hard_labels of the best with the worst of all.
     """
-    items, questions, most = [], [], max([2, *(len(replies) for _, replies, _ in groups)])
+    items, asked = [], []
     for record, replies, rng in groups:
-        texts, item = [reply["text"] for reply in replies], {"a": replies[0], "b": replies[1]}
+        item, texts = {"a": replies[0], "b": replies[1]}, [reply["text"] for reply in replies]
         if args.hard_labels:
             item |= {"principles": [*range(len(principles))], "candidates": replies}
-            asked = [ask_judge(record["prompt"], "\n".join([*principles, x]), texts) for x in EXTREMES]
+            wanted = ("\n".join([*principles, EXTREME.format(x)]) for x in ("best", "worst"))
+            questions = [ask_judge(record["prompt"], rules, texts) for rules in wanted]
         else:
             item["principles"] = rng.sample(range(len(principles)), args.num_principles)
             how = (shots, "".join(rng.choice("AB") for _ in shots), "" if args.cot else args.judge_request)
             orders = [(principles[k], order) for k in item["principles"] for order in (texts, texts[::-1])]
-            asked = [ask_judge(record["prompt"], principle, order, *how) for principle, order in orders]
-        asked = asked if len(set(texts)) > 1 else []
-        items.append((item, len(questions), len(questions) + len(asked)))
-        questions += asked
-    probs = judge.verdicts(questions, string.ascii_uppercase[:most])
-    for item, start, end in items:
-        settle(item, probs[start:end])
-    return [item for item, _, _ in items]
+            questions = [ask_judge(record["prompt"], principle, order, *how) for principle, order in orders]
+        items.append(item)
+        asked.append(questions if len(set(texts)) > 1 else [])
+    most = max([2, *(len(replies) for _, replies, _ in groups)])
+    answers = judge.verdicts([*itertools.chain(*asked)], string.ascii_uppercase[:most])
+    ends = itertools.accumulate(map(len, asked))
+    for item, questions, end in zip(items, asked, ends, strict=True):
+        settle(item, answers[end - len(questions) : end])
+    return items
 
 
 def settle(item: dict, answers: list[list[float] | None]) -> None:
-    """Write the judge's answers into a comparison."""
+    """Write what the judge said into a comparison: p_ab, p_ba, of each principle P(the first is better)."""
     if "candidates" in item and answers:
         count = range(len(item["candidates"]))
         best, worst = (max(count, key=p.__getitem__) if p else None for p in answers)
-        readable = best is not None and worst is not None
-        if readable and best != worst:
+        if None in (best, worst):
+            answers = [None, None]
+        elif best == worst:
+            answers = []
+        else:
             item["a"], item["b"] = item["candidates"][best], item["candidates"][worst]
-        answers = [None, None] if not readable else [[1.0], [0.0]] if best != worst else []
-    letters = [p and p[0] for p in answers]  # P(the first is better)
+            answers = [[1.0], [0.0]]
+    letters = [p and p[0] for p in answers]
     item["p_ab"], item["p_ba"] = letters[::2], letters[1::2]
 
 
@@ -464,52 +438,41 @@ def candidates(policy: chat.Model, prompts: list[formats.Messages], args: Args) 
 
 
 def read_temperatures(args: Args) -> list[float]:
-    try:
-        temperatures = [float(x) for x in args.temperatures.split(",")]
-    except ValueError:
-        temperatures = []
-    if not temperatures or min(temperatures) < 0:
+    texts = args.temperatures.split(",")
+    if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) for text in texts):
         raise formats.wrong("temperatures", repr(args.temperatures), "numbers of 0 or more, joined by commas")
-    return temperatures
+    return [float(text) for text in texts]
 
 
 def read_comparison(item: dict, args: Args) -> float | None:
-    """P(a is better); None for a tie or where an answer of the judge could not be read: no label."""
-    if is_tie(item) or has_failed(item):
+    """P(a is better); 1/2 for a tie, of equal replies too; None where an answer could not be read."""
+    if None in item["p_ab"] + item["p_ba"]:
         return None
-    return ensemble(item["p_ab"], item["p_ba"], args.cot_clamp if args.cot else 1.0)
+    return ensemble(item["p_ab"], item["p_ba"], args.cot_clamp if args.cot else 1.0) if item["p_ab"] else 0.5
 
 
-def has_failed(item: dict) -> bool:
-    return None in item["p_ab"] + item["p_ba"]
-
-
-def is_tie(item: dict) -> bool:
-    """Equal replies, or exactly as good."""
-    return not item["p_ab"] or (not has_failed(item) and ensemble(item["p_ab"], item["p_ba"]) == 0.5)
+def labelled(items: list[dict], args: Args) -> list[tuple[dict, float]]:
+    """The comparisons that give a label, neither ties nor unreadable, with P(a is better)."""
+    found = [(item, read_comparison(item, args)) for item in items]
+    return [(item, p) for item, p in found if p not in (None, 0.5)]
 
 
 def preferences_of(record: dict, args: Args) -> list[dict]:
     """What the preference model and DPO read: the likelier winner as chosen, with its probability."""
     pairs = []
-    for item in record["comparisons"]:
-        p_a = read_comparison(item, args)
-        if p_a is not None:
-            chosen, rejected = ("a", "b") if p_a > 0.5 else ("b", "a")
-            sides = {
-                "chosen": [assistant(item[chosen]["text"])],
-                "rejected": [assistant(item[rejected]["text"])],
-            }
-            pair = {"prompt": record["prompt"], **sides, "label_prob": max(p_a, 1 - p_a)}
-            pairs.append({**pair, **{name: item[name] for name in ("p_ab", "p_ba", "principles")}})
+    for item, p_a in labelled(record["comparisons"], args):
+        sides = zip(("chosen", "rejected"), "ab" if p_a > 0.5 else "ba", strict=True)
+        pair = {"prompt": record["prompt"]} | {name: [assistant(item[x]["text"])] for name, x in sides}
+        pair["label_prob"] = max(p_a, 1 - p_a)
+        pairs.append(pair | {name: item[name] for name in ("p_ab", "p_ba", "principles")})
     return pairs
 
 
 def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
     """Means over the comparisons that give a label; shares of all comparisons for those that give none."""
     items = [item for record in records for item in record["comparisons"]]
-    labels = [p for p in (read_comparison(item, args) for item in items) if p is not None]
-    readable = [item for item in items if not has_failed(item)]
+    found, labels = [read_comparison(item, args) for item in items], [p for _, p in labelled(items, args)]
+    readable = (item for item, p in zip(items, found, strict=True) if p is not None)
     orders = [both for item in readable for both in zip(item["p_ab"], item["p_ba"], strict=True)]
     metrics = {
         "judge/num_pairs": float(len(labels)),
@@ -517,20 +480,23 @@ def judge_metrics(records: list[dict], args: Args) -> dict[str, float]:
         "judge/label_prob": sum(max(p, 1 - p) for p in labels) / max(1, len(labels)),
         "judge/entropy": sum(map(entropy, labels)) / max(1, len(labels)),
         "judge/position_bias": sum(position_bias(*both) for both in orders) / max(1, len(orders)),
-        "judge/ties": sum(map(is_tie, items)) / max(1, len(items)),
-        "judge/parse_failures": sum(map(has_failed, items)) / max(1, len(items)),
+        "judge/ties": found.count(0.5) / max(1, len(items)),
+        "judge/parse_failures": found.count(None) / max(1, len(items)),
         "judge/cut_off": float(sum(record["cut_off"] for record in records)),
     }
     return metrics
 
 
-def agreement(items: list[dict], args: Args) -> dict[str, float]:
+def agreement(records: list[dict], args: Args) -> dict[str, float]:
     """How often the judge prefers the reply that people chose, of those of their pairs it has a label for."""
-    labels = [(item, p) for item in items if (p := read_comparison(item, args)) is not None]
-    right = sum(item["a" if p > 0.5 else "b"]["text"] == item["chosen"] for item, p in labels)
-    share, sure = (x / max(1, len(labels)) for x in (right, sum(max(p, 1 - p) for _, p in labels)))
-    found = {"agreement_with_humans": share, "calibration_error": abs(share - sure)}
-    return {f"judge/{k}": x for k, x in {**found, "num_human_pairs": float(len(labels))}.items()}
+    agrees, sure = [], []
+    for record in records:
+        for item, p in labelled(record["comparisons"], args):
+            agrees.append(item["a" if p > 0.5 else "b"]["text"] == record["chosen"])
+            sure.append(max(p, 1 - p))
+    share, mean = (sum(x) / max(1, len(x)) for x in (agrees, sure))
+    found = {"agreement_with_humans": share, "calibration_error": abs(share - mean)}
+    return {f"judge/{k}": x for k, x in {**found, "num_human_pairs": float(len(sure))}.items()}
 
 
 # -------------------------------------------------------------------------------------------------- pipeline
@@ -573,23 +539,26 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
         if args.preference_model:
             reader = data.load_tokenizer(args.preference_model)
             templates.check_prompts(reader, prompts, f"model {args.preference_model}")
-
-    def refuse_large_batch(name: str, load: Callable, given: str, num_own: int) -> None:
-        """`given` is what the user adds to a stage's data, and is read; num_own comes from stages before."""
-        if not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
+    each = 1 if args.hard_labels else args.samples_per_prompt * len(read_temperatures(args)) // 2
+    num_pairs, num_revisions = 0 if args.pairs else len(prompts) * each, len(prompts) * args.num_revisions
+    if args.revisions:
+        num_revisions = sum(len(demonstrations_of(record)) for record in stages.read_lines(args.revisions))
+    readers = dict.fromkeys(("reward_model", "dpo"), (data.load_pairs, num_pairs))
+    readers["sft"] = data.load_sft, num_revisions
+    for name, given in data_given(args).items():
+        if name in readers and not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
+            load, made = readers[name]
             train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
-            stages.refuse_large_batch(name, options[name], data.num_kept(num_own) + train.epoch_size)
+            stages.refuse_large_batch(name, options[name], data.num_kept(made) + train.epoch_size)
 
-    if not args.sl_model:
-        num = len(prompts) * args.num_revisions
-        if args.revisions:
-            num = sum(len(demonstrations_of(record)) for record in stages.read_lines(args.revisions))
-        refuse_large_batch("sft", data.load_sft, args.helpful_demonstrations, num)
-    if args.rl == "dpo" or not args.preference_model:
-        num_pairs = 1 if args.hard_labels else args.samples_per_prompt * len(read_temperatures(args)) // 2
-        num = 0 if args.pairs else len(prompts) * num_pairs
-        name = "dpo" if args.rl == "dpo" else "reward_model"
-        refuse_large_batch(name, data.load_pairs, stages.mixed(args.pairs, args.helpful_pairs), num)
+
+def data_given(args: Args) -> dict[str, str]:
+    """Of each trained stage that is to come the data that the user adds to what stages before make."""
+    todo = {} if args.sl_model else {"sft": args.helpful_demonstrations}
+    pairs = stages.mixed(args.pairs, args.helpful_pairs)
+    if args.rl == "dpo":
+        return todo | {"dpo": pairs}
+    return todo | ({} if args.preference_model else {"reward_model": pairs}) | {"ppo": args.helpful_prompts}
 
 
 def load_red_team(args: Args, tokenizer: Any) -> tuple[list[formats.Messages], data.Dataset, list]:
@@ -599,11 +568,12 @@ def load_red_team(args: Args, tokenizer: Any) -> tuple[list[formats.Messages], d
     train, held_out = data.load_prompts(
         tokenizer, args.dataset, args.eval_dataset, args.max_prompt_length, "red_team"
     )
-    known = {json.dumps(example.prompt) for example in train}
-    prompts = [json.loads(text) for text in dict.fromkeys(json.dumps(example.prompt) for example in train)]
+    known = dict.fromkeys(json.dumps(example.prompt) for example in train)
+    prompts = [json.loads(text) for text in known]
     unseen = [example for example in held_out if json.dumps(example.prompt) not in known]
-    if dist.is_main() and len(unseen) < len(held_out):
-        print(f"red team: {len(held_out) - len(unseen)} held-out prompts left out, they are trained on too")
+    if len(unseen) < len(held_out):
+        num = len(held_out) - len(unseen)
+        stages.say(f"red team: {num} held-out prompts left out, they are trained on too")
     if not unseen:
         raise formats.wrong("eval_dataset", "prompts of the training data only", "some that are not in it")
     draw = random.Random(args.seed)
@@ -658,47 +628,16 @@ def ask_for_feedback(
     return folder / "pairs.jsonl", metrics
 
 
-def evaluate(
-    step: int,
-    model: str,
-    metrics: dict[str, float],
-    held_out: dict[str, data.Dataset],
-    log: Log,
-    args: Args,
-    device: torch.device,
-) -> None:
-    """A row of metrics, with these, and lines of samples.jsonl: a model's answers, judged and described.
-
-    Args:
-        held_out: prompts by the kind they are of.
-    """
-    if step in log.steps:
-        return
-    speaker, judge = load_model(model, args, device), load_judge(args.run.judge, args.dataset)
-    sampling = Sampling(args.max_new_tokens, args.temperature)
-    for kind, examples in held_out.items():
-        how = (args.run.num_samples, sampling, args.seed, step, judge)
-        answers = answer(speaker.policy, speaker.tokenizer, examples, *how)
-        for a, found in zip(answers, describe([a.text for a in answers]), strict=True):
-            a.scores = found | a.scores
-        log.samples(step, [a.row() for a in answers])
-        for name, value in answer_metrics(answers).items():
-            metrics = metrics | {f"eval/judge/{kind}_{name.rpartition('/')[2]}": value}
-    log(step, 2, metrics)
-
-
 def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
-    """The stages for --plan and --check, with the data that the user gives them and the first model."""
-    names = ("sft", "dpo") if args.rl == "dpo" else ("sft", "reward_model", "ppo")
-    pairs = stages.mixed(args.pairs, args.helpful_pairs)
-    prompts = args.dataset if args.preference_model or args.run.plan else ""  # PPO needs a reward
-    data_of = {"sft": args.helpful_demonstrations, "reward_model": pairs, "dpo": pairs, "ppo": prompts}
-    mains = {"sft": sft.main, "reward_model": reward_model.main, "dpo": dpo.main, "ppo": ppo.main}
+    """The stages for --plan and --check, with the data that the user gives them and a model that is there."""
     todo = []
-    for name in names:
-        own = dict(model=args.model, dataset=data_of[name], **shared)
-        own |= {"reward": args.preference_model or args.model} if name == "ppo" else {}
-        todo.append((name, mains[name], STAGES[name], own, getattr(args.stages, name)))
+    for name, dataset in data_given(args).items():
+        model = args.model if name == "sft" else args.sl_model or args.model
+        own = dict(model=model, dataset=dataset, **shared)
+        if name == "ppo":  # a check needs a reward that is there
+            own["dataset"] = args.dataset if args.preference_model or args.run.plan else ""
+            own["reward"] = args.preference_model or args.model
+        todo.append((name, SCRIPTS[name].main, STAGES[name], own, getattr(args.stages, name)))
     return todo
 
 
@@ -731,14 +670,13 @@ def main(args: Args) -> None:
     device = dist.init(args.seed)
     check(args)
     options = stages.read_all(args.stages, STAGES, RESERVED)
-    columns = ("before", "SL-CAI", "RL-CAI")
     common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
     stages.before(args.run, stages_before(args, common))
     folder, given = Path(args.run.output_dir), snapshot(args, TOY)
     later = [folder / FOLDERS[name] for name in ("reward_model", args.rl)]
     if not dist.from_main(lambda: any(map(stages.has_begun, later))):
         given.fixed.discard("max_new_tokens")  # see stages.begin_again
-    log = Log(args.run, __file__, SHOWN, given, is_pipeline=True, columns=columns)
+    log = Log(args.run, __file__, (), given, is_pipeline=True, columns=("before", "SL-CAI", "RL-CAI"))
     if args.server.forget_answers:
         dist.from_main(lambda: files.remove(folder / "answers"))
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
@@ -757,38 +695,51 @@ def main(args: Args) -> None:
     log.start(2)
     stages.write_lines(folder / "0_prompts" / "train.jsonl", [{"prompt": prompt} for prompt in prompts])
     stages.write_lines(folder / "0_prompts" / "test.jsonl", [{"prompt": e.prompt} for e in red_team])
-    evaluate(0, args.model, {}, held_out, log, args, device)
+
+    def evaluate(step: int, model: str, metrics: dict[str, float]) -> None:
+        """A row with these metrics and those of a model's answers, and the answers in samples.jsonl."""
+        if step in log.steps:
+            return
+        speaker, sampling = load_model(model, args, device), Sampling(args.max_new_tokens, args.temperature)
+        how = (args.run.num_samples, sampling, args.seed, step, load_judge(args.run.judge, args.dataset))
+        for kind, examples in held_out.items():
+            answers = answer(speaker.policy, speaker.tokenizer, examples, *how)
+            for a, found in zip(answers, describe([a.text for a in answers]), strict=True):
+                a.scores = found | a.scores
+            log.samples(step, [a.row() for a in answers])
+            means = {name.rpartition("/")[2]: mean for name, mean in answer_metrics(answers).items()}
+            metrics = metrics | {f"eval/judge/{kind}_{name}": mean for name, mean in means.items()}
+        log(step, 2, metrics)
+
+    def run(name: str, model: str, *sources: Any, **own: Any) -> str:
+        """Run a stage on a model and a mixture of data. -> its folder, which holds its model"""
+        script, at = SCRIPTS[name], folder / FOLDERS[name]
+        own |= dict(model=model, dataset=stages.mixed(*sources), **common)
+        stage(script.main, script.Args, at, own, getattr(args.stages, name), log)
+        return str(at)
 
     # 1. critiques and revisions, 2. SL-CAI
+    evaluate(0, args.model, {})
     sl_model, metrics = args.sl_model, {}
-    if not args.sl_model:
+    if not sl_model:
         demonstrations, metrics = revise(prompts, args, device)
-        mixture = stages.mixed(demonstrations, args.helpful_demonstrations)
-        sl_model = str(folder / FOLDERS["sft"])
-        overrides = dict(model=args.model, dataset=mixture, **common)
-        stage(sft.main, sft.Args, Path(sl_model), overrides, args.stages.sft, log)
-    evaluate(1, sl_model, metrics, held_out, log, args, device)
+        sl_model = run("sft", args.model, demonstrations, args.helpful_demonstrations)
+    evaluate(1, sl_model, metrics)
 
     # 3. AI feedback
     pairs, metrics = args.pairs, {}
     if not pairs:
         pairs, metrics = ask_for_feedback(prompts, sl_model, args, device, human_pairs)
-    overrides = dict(model=sl_model, dataset=stages.mixed(pairs, args.helpful_pairs), **common)
 
     # 4. preference model, 5. RL-CAI
-    last = folder / FOLDERS[args.rl]
     if args.rl == "dpo":
-        stage(dpo.main, dpo.Args, last, overrides, args.stages.dpo, log)
+        last = run("dpo", sl_model, pairs, args.helpful_pairs)
     else:
-        reward = args.preference_model or str(folder / FOLDERS["reward_model"])
-        if not args.preference_model:
-            own = args.stages.reward_model
-            stage(reward_model.main, reward_model.Args, Path(reward), overrides, own, log)
-        overrides["dataset"] = stages.mixed(folder / "0_prompts", args.helpful_prompts)
-        stage(ppo.main, ppo.Args, last, overrides | {"reward": reward}, args.stages.ppo, log)
-    evaluate(2, str(last), metrics, held_out, log, args, device)
+        reward = args.preference_model or run("reward_model", sl_model, pairs, args.helpful_pairs)
+        last = run("ppo", sl_model, folder / "0_prompts", args.helpful_prompts, reward=reward)
+    evaluate(2, last, metrics)
 
-    stages.export(last, folder)
+    stages.export(Path(last), folder)
     dist.from_main(
         lambda: [files.remove(path) for x in ("replies", "part") for path in folder.glob(f"*/*.{x}")]
     )

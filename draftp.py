@@ -45,7 +45,6 @@ from common.plan import image_need
 from common.plan import show as show_plan
 
 SHOWN = ("loss", "reward", "kl", "diversity", "grad_norm")
-SHOWN_PROMPTS = 16  # in the grid of draw_prompts
 
 
 @dataclass
@@ -201,21 +200,15 @@ def renoise(x_0: Tensor, noise: Tensor, schedule: diffusion.Schedule, i: int) ->
     return schedule.signal[i] * x_0.detach() + schedule.noise[i] * noise
 
 
-def annealed(
-    predict: Callable[[Tensor, int], Tensor],
-    predict_base: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    schedule: diffusion.Schedule,
-    weights: list[float],
-) -> Tensor:
-    """Annealed importance guidance: x_0 when step i follows weights[i] of the policy and the rest base."""
-    for i, w in enumerate(weights):
-        if w in (0.0, 1.0):  # exactly one of the models, and half the work
-            p = predict(x, i) if w else predict_base(x, i)
-        else:
-            p = (1 - w) * predict_base(x, i) + w * predict(x, i)
-        x = sampler_step(p, x, schedule, i)
-    return x
+def annealed(predict: Callable, predict_base: Callable, weights: list[float]) -> Callable:
+    """Annealed importance guidance: weights[i] of the policy's prediction at step i, the rest base's."""
+
+    def mixed(x: Tensor, i: int) -> Tensor:
+        w = weights[i]
+        p = (1 - w) * predict_base(x, i) if w < 1 else 0.0  # a model that has no share is not asked
+        return p + w * predict(x, i) if w > 0 else p
+
+    return mixed
 
 
 def annealing_weights(name: str, num_steps: int) -> list[float]:
@@ -224,15 +217,13 @@ def annealing_weights(name: str, num_steps: int) -> list[float]:
     Raises:
         RunError: no such name.
     """
-    shape, _, p = name.partition("_")
-    t = [i / num_steps for i in range(num_steps)]  # never reaches 1
-    if name in ("base", "draft"):
-        return [float(name == "draft")] * num_steps
-    if name == "linear":
-        return t
-    if shape in ("power", "step") and re.fullmatch(r"\d*\.?\d+", p):
-        return [x ** float(p) if shape == "power" else float(x >= float(p)) for x in t]
-    raise formats.wrong("schedules", name, "base, draft, linear, power_p or step_p, with a number p")
+    same = {"base": "step_1", "draft": "step_0", "linear": "power_1"}
+    found = re.fullmatch(r"(power|step)_(\d*\.?\d+)", same.get(name, name))
+    if not found:
+        raise formats.wrong("schedules", name, "base, draft, linear, power_p or step_p, with a number p")
+    shape, p = found[1], float(found[2])
+    t = (i / num_steps for i in range(num_steps))  # never reaches 1
+    return [x**p if shape == "power" else float(x >= p) for x in t]
 
 
 def draft_loss(rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
@@ -290,17 +281,15 @@ def loss_and_metrics(
     sampler: Sampler, micro_batch: diffusion.MicroBatch, step: int, num_grad_steps: int, args: Args
 ) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, a sum over its images that the caller divides, and metrics as (sum, count)."""
-
-    def noise(copy: int) -> Tensor:
-        at, shape = (args.seed, step, micro_batch.indices), (sampler.pipe, sampler.size)
-        return diffusion.noise(*at, *shape, sampler.device, copy)
-
     both, schedule = predictors(sampler, micro_batch.prompts, args.guidance_scale), sampler.schedule
-    last = args.num_inference_steps - 1
-    samples = [denoise(*both, noise(0), schedule, num_grad_steps, args.system.step_checkpointing)]
-    for copy in range(1, args.num_lv):
-        x = renoise(samples[0][0], noise(copy), schedule, last)
-        samples.append(denoise(*both, x, schedule, 1, args.system.step_checkpointing, first=last))
+    first, samples = 0, []
+    for copy in range(args.num_lv):
+        at = (args.seed, step, micro_batch.indices)
+        x = diffusion.noise(*at, sampler.pipe, sampler.size, sampler.device, copy)
+        if copy:  # the last step again, K = 1
+            first = args.num_inference_steps - 1
+            x = renoise(samples[0][0], x, schedule, first)
+        samples.append(denoise(*both, x, schedule, num_grad_steps, args.system.step_checkpointing, first))
     loss, totals = 0.0, Counter()
     for x_0, kl in samples:
         losses, metrics, _ = losses_and_images(sampler, x_0, kl, micro_batch, args)
@@ -320,14 +309,13 @@ def draw_images(
     totals, found, count = dist.Totals(), [], args.run.images_per_prompt
     items = [example for example in examples for _ in range(count)]
     for micro_batch in diffusion.micro_batches(items, args.system.micro_batch_size, sampler.device):
-        both = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+        predict, predict_base = predictors(sampler, micro_batch.prompts, args.guidance_scale)
+        if name:
+            weights = annealing_weights(name, args.num_inference_steps)
+            predict, predict_base = annealed(predict, predict_base, weights), None
         indices = [first * count + i for i in micro_batch.indices]
         x = diffusion.noise(args.seed, 0, indices, sampler.pipe, sampler.size, sampler.device)
-        if not name:
-            x_0, kl = denoise(*both, x, sampler.schedule, most_grad_steps(args))
-        else:
-            weights = annealing_weights(name, args.num_inference_steps)
-            x_0, kl = annealed(*both, x, sampler.schedule, weights), x.new_zeros(len(x))
+        x_0, kl = denoise(predict, predict_base, x, sampler.schedule, most_grad_steps(args))
         _, metrics, images = losses_and_images(sampler, x_0, kl, micro_batch, args)
         num_images = micro_batch.weights.sum()
         totals.update({name: (value @ micro_batch.weights, num_images) for name, value in metrics.items()})
@@ -349,20 +337,17 @@ def grad_steps(step: int, args: Args) -> int:
 
 def check(args: Args) -> None:
     """Refuse settings that do not go together, before anything is loaded."""
-    if not 0 <= args.num_grad_steps <= args.num_inference_steps:
-        raise formats.wrong(
-            "num_grad_steps", args.num_grad_steps, f"0 to {args.num_inference_steps}, all steps"
-        )
-    if args.num_lv > 1 and args.num_grad_steps != 1:
-        raise formats.wrong("num_lv", args.num_lv, "num_grad_steps 1 with it: it repeats the last step alone")
-    if args.run.num_samples < 1:
-        raise formats.wrong("num_samples", args.run.num_samples, "at least 1: images are compared")
-    if args.run.lora_scale != 1 and not args.run.draw_prompts:
-        raise formats.wrong(
-            "lora_scale", args.run.lora_scale, "1, or draw_prompts: training has no such scale"
-        )
-    for name in args.run.schedules.split(","):
-        annealing_weights(name, args.num_inference_steps)
+    K, S, run = args.num_grad_steps, args.num_inference_steps, args.run
+    for name, value, is_good, expected in (
+        ("num_grad_steps", K, 0 <= K <= S, f"0 to {S}, all steps"),
+        ("num_lv", args.num_lv, 1 in (K, args.num_lv), "num_grad_steps 1: it repeats the last step"),
+        ("num_samples", run.num_samples, run.num_samples >= 1, "at least 1: images are compared"),
+        ("lora_scale", run.lora_scale, run.lora_scale == 1 or run.draw_prompts, "1 without draw_prompts"),
+    ):
+        if not is_good:
+            raise formats.wrong(name, value, expected)
+    for name in run.schedules.split(","):
+        annealing_weights(name, S)
 
 
 def setup(args: Args, pipe: Any, policy: nn.Module, ref_policy: nn.Module | None, examples: list) -> Sampler:
@@ -386,23 +371,23 @@ def load_reference(args: Args, device: torch.device) -> nn.Module:
 
 
 def checks(sampler: Sampler, prompts: list[str], args: Args) -> Iterator[certificate.Line]:
-    """What --check tries: the gradient of a reward, sampling against diffusers, and the export."""
-    device, scale, num_steps = sampler.device, args.guidance_scale, args.num_inference_steps
-    schedule, predict = sampler.schedule, predictors(sampler, prompts[:2], scale)[0]
+    """What --check tries: sampling against diffusers, the gradient of a reward, and the export."""
+    device, scale, schedule = sampler.device, args.guidance_scale, sampler.schedule
+    num_steps, K = args.num_inference_steps, most_grad_steps(args)
+    is_low = models.resolve_dtype(args.system.dtype, device) != torch.float32
     part = diffusion.as_micro_batch([diffusion.as_example(x, {"prompt": x}) for x in prompts[:2]], device)
-    is_low, K = models.resolve_dtype(args.system.dtype, device) != torch.float32, most_grad_steps(args)
     start = diffusion.noise(args.seed, 0, part.indices, sampler.pipe, sampler.size, device)
+    predict = predictors(sampler, part.prompts, scale)[0]
     yield certificate.of_duplicates(prompts)
-    with torch.no_grad():
-        ours, middle = denoise(predict, None, start, schedule, 0)[0], start
-        for i in range(num_steps - K):
-            middle = sampler_step(predict(middle, i), middle, schedule, i)
+    ours = denoise(predict, None, start, schedule, 0)[0]
     theirs = diffusion.drawn_by_diffusers(sampler.pipe, part.prompts, start, num_steps, scale)
     gap = ((ours - theirs).abs().mean() / ours.std()).item()
     yield certificate.at_most("latents against those of diffusers, relative", gap, 0.1 if is_low else 1e-2)
 
     def loss() -> Tensor:  # of the last K steps alone, as their gradient is
-        x_0, kl = denoise(predict, None, middle, schedule, K, args.system.step_checkpointing, num_steps - K)
+        first = num_steps - K
+        middle = renoise(ours, start, schedule, first)
+        x_0, kl = denoise(predict, None, middle, schedule, K, args.system.step_checkpointing, first)
         return losses_and_images(sampler, x_0, kl, part, args)[0].sum()
 
     slope = certificate.slope_over_norm(loss, sampler.policy, 0.05 if is_low else 2e-3)
@@ -412,9 +397,9 @@ def checks(sampler: Sampler, prompts: list[str], args: Args) -> Iterator[certifi
         dist.from_main(lambda: files.write(Path(folder) / "args.json", json.dumps({"model": args.model})))
         pipe = pipelines.read_pipeline(f"{folder}/model").to(device, sampler.pipe.text_encoder.dtype)
         read = sampler._replace(pipe=pipe, policy=pipelines.denoiser_of(pipe), encoded={})
-        again = predictors(read, part.prompts, scale)[0]
-        far = (predict(start, 0) - again(start, 0)).abs().max().item()
-    yield certificate.at_most("export, loaded again, most of a prediction", far, 0.1 if is_low else 1e-2)
+        far = predict(start, 0) - predictors(read, part.prompts, scale)[0](start, 0)
+    most = far.abs().max().item()
+    yield certificate.at_most("export, loaded again, most of a prediction", most, 0.1 if is_low else 1e-2)
 
 
 def draw_finished(args: Args, device: torch.device) -> None:
@@ -430,16 +415,17 @@ def draw_finished(args: Args, device: torch.device) -> None:
     sampler = setup(args, pipe, policy, ref_policy, examples)
     folder, texts = Path(run.output_dir) / "annealed" / title, diffusion.texts(examples)
     columns: dict[str, list] = {name: [] for name in run.schedules.split(",")}
-    for part, first in pictures.in_pieces(examples, args.system.micro_batch_size * dist.world_size()):
+    size = args.system.micro_batch_size * dist.world_size()
+    for first in dist.progress(range(0, len(examples), size), "prompts", len(examples), lambda _: size):
         sampler.encoded.clear()
         for name, drawn in columns.items():
-            piece, _ = draw_images(sampler, part, args, name, first)
+            piece, _ = draw_images(sampler, examples[first : first + size], args, name, first)
             pictures.save_images(folder / name, piece.images, first, run.images_per_prompt)
-            shown = len(texts[first:SHOWN_PROMPTS]) * run.images_per_prompt
+            shown = len(texts[first : run.num_samples]) * run.images_per_prompt
             drawn.append(piece._replace(images=piece.images[:shown]))  # the others are on disk
     joined = {name: pictures.joined(pieces) for name, pieces in columns.items()}
-    pictures.save_schedules(folder, texts[:SHOWN_PROMPTS], joined, run.images_per_prompt)
-    pictures.save_prompts(folder, texts)
+    pictures.save_schedules(folder, texts[: run.num_samples], joined, run.images_per_prompt)
+    dist.from_main(lambda: files.write(folder / "prompts.txt", "\n".join(texts) + "\n"))
 
 
 TOY = dict(num_inference_steps=20, guidance_scale=3.0, kl_coef=1.0, learning_rate=3e-4, warmup_steps=5)
@@ -462,9 +448,6 @@ def main(args: Args) -> None:
     shown = [*dict(zip(diffusion.texts(eval_set), eval_set, strict=True)).values()][: run.num_samples]
     prompts = diffusion.texts(shown)
 
-    def batch(step: int) -> list[Example]:
-        return data.batch(train_set, step, optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
-
     if log.is_finished(num_steps, files.inputs(args.model, None, train_set, eval_set)):
         return
     log.start(num_steps, optimization)
@@ -474,14 +457,16 @@ def main(args: Args) -> None:
     ref_policy = load_reference(args, device) if beside(args) else None
     sampler = setup(args, pipe, policy, ref_policy, train_set)
     certificate.run(run, checks(sampler, diffusion.texts(train_set), args))
-    batches = [batch(step) for step in range(1, num_steps + 1)]
-    batches.append([example for example in shown for _ in range(run.images_per_prompt)])
-    sampler.encoded.update(diffusion.encode_ahead(pipe, batches, args.system.micro_batch_size, device))
+    how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)
+    batches = [data.batch(train_set, step, *how) for step in range(1, num_steps + 1)]  # alike on every rank
+    drawn_later = [example for example in shown for _ in range(run.images_per_prompt)]
+    ahead = diffusion.encode_ahead(pipe, [*batches, drawn_later], args.system.micro_batch_size, device)
+    sampler.encoded.update(ahead)
     groups = models.parameter_groups(policy, optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    ema, parts = None, {"policy": (policy, optimizer)}
-    if args.ema_decay > 0:
-        ema = pipelines.average(policy, args.ema_decay)
+    ema = pipelines.average(policy, args.ema_decay) if args.ema_decay > 0 else None
+    parts = {"policy": (policy, optimizer)}
+    if ema:
         parts["ema"] = (nn.ParameterList(ema.shadow_params), None)  # the same memory under names
     base, base_totals = draw_images(sampler, shown, args)  # before resume() changes the policy
     columns = {"base": base}  # drawn already, of the schedules at the end
@@ -509,7 +494,7 @@ def main(args: Args) -> None:
 
     for step in range(start_step + 1, num_steps + 1):
         # update
-        step_start, examples = time.perf_counter(), batch(step)  # the same on every rank
+        step_start, examples = time.perf_counter(), batches[step - 1]
         lr = optimization.learning_rate * models.lr_factor(step, num_steps, optimization)
         models.set_lr(optimizer, lr)
         totals, num_grad_steps = dist.Totals(), grad_steps(step, args)

@@ -494,7 +494,7 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     if args.advantage == "gae":
         # from the first reward model that reads the policy's tokens, else from the policy
         vocabulary = tokenizer.get_vocab()
-        alike = [r.name for r in scored_by if r.scorer and r.tokenizer.get_vocab() == vocabulary]
+        alike = [r.name for r in scored_by if r.rater and r.rater.tokenizer.get_vocab() == vocabulary]
         start_from = (*alike, args.model)[0]
         value_model = models.load_scorer(start_from, device, system, ["value"], zero_head=True)
         parts["value"] = (value_model, models.adamw(value_model, optimization))

@@ -30,6 +30,7 @@ from common.generate import Sample, generate, rollout
 
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
+LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
@@ -189,11 +190,34 @@ def encode_options(tokenizer: Any, question: formats.Messages, lead: str, letter
 def letter_probs(
     policy: Any, examples: list[packed.Example], micro_batch_tokens: int, device: torch.device, count: int
 ) -> list[list[float]]:
-    """P(letter) among `count` letters, of each example."""
-    table = torch.zeros(len(examples), count, device=device)
-    for row in packed.micro_batches(examples, micro_batch_tokens, device, "verdicts") if examples else ():
-        table[row.example_ids] = policy.logits(row).gather(1, row.fields["letters"].long())
+    """P(letter) among `count` letters, of each example; what some in a row begin with is read once."""
+    table, groups = torch.zeros(len(examples), count, device=device), beginning_alike(examples)
+    for row in packed.micro_batches(groups, micro_batch_tokens, device, "verdicts") if groups else ():
+        places, letters = (x[~x.isnan()].long() for x in (row.fields["places"], row.fields["letters"]))
+        table[places] = policy.logits(row).gather(1, letters.view(len(places), count))
     return dist.sum_over_ranks(table).softmax(-1).tolist()  # each example was scored by one rank
+
+
+def beginning_alike(examples: list[packed.Example]) -> list[packed.Example]:
+    """Questions in a row with a long beginning in common as one example each, which packing reads once.
+
+    A group grows as long as that spares more tokens. Its fields have the questions' places in the list.
+    """
+    groups: list[tuple[int, list[int]]] = []  # tokens in common, questions
+    for i, example in enumerate(examples):
+        ids = example.sequences[0].ids
+        shared, members = groups[-1] if groups else (0, [])
+        common = min(shared, formats.common_prefix(examples[i - 1].sequences[0].ids, ids))
+        if common >= LEAST_SHARED and common * len(members) > shared * (len(members) - 1):
+            groups[-1] = (common, [*members, i])
+        else:
+            groups.append((len(ids), [i]))
+    found = []
+    for _, members in groups:
+        letters = np.concatenate([examples[i].fields["letters"] for i in members])
+        fields = {"letters": letters, "places": np.array(members, np.float64)}
+        found.append(packed.Example([examples[i].sequences[0] for i in members], "", fields))
+    return found
 
 
 # ----------------------------------------------------------------------------------- a model behind a server

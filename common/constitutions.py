@@ -3,11 +3,12 @@
 And what is made of them: what a judge is asked, what of a revision is kept.
 """
 
+import contextlib
 import difflib
 import json
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,23 @@ from common.files import toy_folder
 from common.formats import Messages, as_messages, first_line, wrong
 
 
-def read_json(name: str, what: str, read: Callable[[Any], list], expected: str) -> list:
-    """read(content of a JSON file) of the current folder or of the repository; toy: the toy world's file.
-
-    Raises:
-        RunError: no such file, no JSON, or another shape than the one expected.
-    """
+def read_json(name: str, what: str) -> Any:
+    """The content of a JSON file of the current folder or of the repository; toy: of the toy world's."""
     path = toy_folder() / "constitution.json" if name == "toy" else Path(name).expanduser()
     path = path if path.exists() else Path(__file__).parent.parent / path
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise wrong(f"{what} {name}", first_line(error), "a JSON file") from error
+
+
+@contextlib.contextmanager
+def shaped(where: str, expected: str) -> Iterator[None]:
+    """Within the block content of another shape than the one expected ends the run with a line."""
     try:
-        return read(content)
+        yield
     except (TypeError, KeyError, AttributeError) as error:
-        raise wrong(f"{what} {name}", repr(error), expected) from error
+        raise wrong(where, repr(error), expected) from error
 
 
 def without_marks(text: str) -> str:
@@ -41,30 +43,25 @@ def without_marks(text: str) -> str:
 
 def read_constitution(name: str) -> list[tuple[str, str]]:
     """(critique request, revision request) of each principle."""
-
-    def read(content: Any) -> list[tuple[str, str]]:
+    content, where = read_json(name, "constitution"), f"constitution {name}"
+    with shaped(where, "name: {prompt: [...], edit_request}"):
         if "revisions" in content:
-            pairs = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
+            found = [(p["critique_request"], p["revision_request"]) for p in content["revisions"]]
         else:
-            pairs = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
-        return [(without_marks(critique), without_marks(revision)) for critique, revision in pairs]
-
-    pairs = read_json(name, "constitution", read, "name: {prompt: [...], edit_request}")
+            found = [(text, p["edit_request"]) for p in content.values() for text in p["prompt"]]
+        pairs = [(without_marks(critique), without_marks(revision)) for critique, revision in found]
     if not pairs or not all(text for pair in pairs for text in pair):
-        raise wrong(f"constitution {name}", "an empty request", "text for every critique and revision")
+        raise wrong(where, "an empty request", "text for every critique and revision")
     return pairs
 
 
 def read_comparisons(name: str) -> list[str]:
     """The principles to compare by."""
-
-    def read(content: Any) -> list[str]:
-        found = content["comparisons"] if isinstance(content, dict) else content
-        if not isinstance(found, list) or not found or not all(isinstance(x, str) and x for x in found):
-            raise TypeError(type(found).__name__)
-        return [without_marks(text) for text in found]
-
-    return read_json(name, "comparisons", read, "a list of principles, each a text")
+    content = read_json(name, "comparisons")
+    found = content.get("comparisons") if isinstance(content, dict) else content
+    if not isinstance(found, list) or not found or not all(isinstance(x, str) and x for x in found):
+        raise wrong(f"comparisons {name}", type(found).__name__, "a list of principles, each a text")
+    return [without_marks(text) for text in found]
 
 
 SPEAKERS = {"Human": "user", "CritiqueRequest": "user", "RevisionRequest": "user"}
@@ -74,13 +71,11 @@ MARK = re.compile(rf"\n\n({'|'.join(SPEAKERS)}):")
 
 def read_few_shots(name: str) -> Messages:
     """Examples of critique and revision as one conversation: transcripts, or NeMo-Aligner's samples."""
-
-    def read(content: Any) -> Messages:
+    content = read_json(name, "few_shots") if name else []
+    with shaped(f"few_shots {name}", "a list of transcripts, or samples"):
         samples = content["samples"] if isinstance(content, dict) else content
         shots = [read_shot(sample, f"few_shots {name} item {i}") for i, sample in enumerate(samples)]
-        return [turn for turns in shots for turn in turns]
-
-    return read_json(name, "few_shots", read, "a list of transcripts, or samples") if name else []
+    return [turn for turns in shots for turn in turns]
 
 
 def read_shot(sample: Any, where: str) -> Messages:
@@ -99,15 +94,13 @@ def read_shot(sample: Any, where: str) -> Messages:
 
 def read_judge_few_shots(name: str) -> list[tuple[Messages, str, str]]:
     """(prompt, better reply, worse reply) of each example."""
-    shots = []
-    for i, item in enumerate(read_json(name, "judge_few_shots", list, "a list") if name else ()):
+    shots, content = [], read_json(name, "judge_few_shots") if name else []
+    for i, item in enumerate(content):
         where = f"judge_few_shots {name} item {i}"
-        try:
+        with shaped(where, "prompt, corrects and incorrects"):
             prompt = as_messages(item["prompt"].removesuffix("\n\nAssistant:"), where)
-            pairs = [(right, wrong) for right in item["corrects"] for wrong in item["incorrects"]]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise wrong(where, repr(error), "prompt, corrects and incorrects") from error
-        shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
+            pairs = ((right, wrong) for right in item["corrects"] for wrong in item["incorrects"])
+            shots += [(prompt, right.strip(), wrong.strip()) for right, wrong in pairs]
     return shots
 
 

@@ -18,14 +18,47 @@ from common.args import Inference, System, load_function, what_happened
 from common.packed import Example, Tokens
 
 
+class Rater(NamedTuple):
+    """A reward model or one of attributes, its own tokenizer, and the names of its outputs."""
+
+    model: nn.Module
+    tokenizer: Any
+    names: list[str]
+
+    def __call__(self, replies: list[Tokens], micro_batch_tokens: int, device: torch.device) -> Tensor:
+        """Attribute values of encoded replies, on the scale of the labels; a collective. -> (replies, A)"""
+        examples = [Example([reply], "") for reply in replies]
+        return models.score(self.model, examples, micro_batch_tokens, device, centred=False)
+
+    def judge(
+        self, exchanges: list[tuple[formats.Messages, str]], micro_batch_tokens: int, device: torch.device
+    ) -> list[dict[str, float]]:
+        """Attribute values of replies by name, each after its prompt without the label lines in it."""
+        replies = []
+        for prompt, text in exchanges:
+            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in prompt]
+            reply = [{"role": "assistant", "content": text}]
+            replies.append(data.encode_response(self.tokenizer, turns, reply))
+        outputs = self(replies, micro_batch_tokens, device)
+        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
+
+
+def load_rater(path: str, device: torch.device, system: System | Inference) -> Rater:
+    """A model with a linear head, read where it was trained."""
+    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
+    model = models.load_scorer(path, device, system, trainable=False)
+    tokenizer = data.load_tokenizer(path)
+    read_where_trained(model, tokenizer)
+    return Rater(model, tokenizer, models.output_names(model))
+
+
 class Reward(NamedTuple):
-    """A function, or a reward model with its own tokenizer."""
+    """A function, or a reward model, which is a rater of one output."""
 
     weight: float
     name: str
     function: Callable | None
-    scorer: models.Scorer | None
-    tokenizer: Any
+    rater: Rater | None
 
 
 def load(spec: str, device: torch.device, system: System) -> list[Reward]:
@@ -34,20 +67,16 @@ def load(spec: str, device: torch.device, system: System) -> list[Reward]:
     Raises:
         RunError: none is named, there is no such model or function, or a model has several outputs.
     """
+    if not spec:
+        raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
     rewards = []
-    for source, weight in formats.read_sources(spec or "-", "reward"):
-        if source == "-":
-            raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
-        if ":" in source:
-            rewards.append(Reward(weight, source, load_function(source), None, None))
-        else:
-            scorer = models.load_scorer(source, device, system, trainable=False)
-            tokenizer = data.load_tokenizer(source)
-            read_where_trained(scorer, tokenizer)
-            if scorer.config.num_labels > 1:
-                found = ", ".join(models.output_names(scorer))
-                raise dist.RunError(f"reward {source} has the outputs {found}; expected one")
-            rewards.append(Reward(weight, source, None, scorer, tokenizer))
+    for source, weight in formats.read_sources(spec, "reward"):
+        function, rater = (load_function(source) if ":" in source else None), None
+        if function is None:
+            rater = load_rater(source, device, system)
+            if len(rater.names) > 1:
+                raise dist.RunError(f"reward {source} has the outputs {', '.join(rater.names)}; expected one")
+        rewards.append(Reward(weight, source, function, rater))
     return rewards
 
 
@@ -79,9 +108,9 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
 def check(rewards: list[Reward], *datasets: Iterable[Example]) -> None:
     """End the run now if the template of a reward model does not take one of the prompts."""
     for reward in rewards:
-        if reward.tokenizer:
+        if reward.rater:
             prompts = [as_messages(example.prompt) for dataset in datasets for example in dataset]
-            templates.check_prompts(reward.tokenizer, prompts, f"reward {reward.name}")
+            templates.check_prompts(reward.rater.tokenizer, prompts, f"reward {reward.name}")
 
 
 def as_messages(prompt: formats.Messages | str) -> formats.Messages:
@@ -103,49 +132,61 @@ def score_replies(
     Raises:
         RunError: a function raises, or does not return one finite number a reply.
     """
+    num_each = len(replies) // len(examples)
+    asked = [examples[i // num_each] for i in range(len(replies))]
     total = torch.zeros(len(replies), device=device)
     for reward in rewards:
         if reward.function:
-            numbers = torch.tensor(_call(reward, examples, replies), device=device)
+            numbers = _call(reward, asked, replies, num_each)
         else:
-            numbers = _read(reward, examples, replies, micro_batch_tokens, device)
-            asked = [examples[i * len(examples) // len(replies)].prompt for i in range(len(replies))]
-            _refuse_infinite(reward, numbers.tolist(), replies, asked)
-        total += reward.weight * numbers
+            numbers = _read(reward, asked, replies, micro_batch_tokens, device)
+        for number, reply, example in zip(numbers, replies, asked, strict=True):
+            # so large a one that float32 cannot hold its square is as bad as NaN
+            if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
+                raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {example.prompt!r}")
+        total += reward.weight * torch.tensor(numbers, device=device)
     return total.tolist()
 
 
 def _read(
-    reward: Reward, examples: list[Example], replies: list[str], micro_batch_tokens: int, device: torch.device
-) -> Tensor:
-    """A reward model's numbers. -> (replies,)"""
-    num_each = len(replies) // len(examples)
+    reward: Reward, asked: list[Example], replies: list[str], micro_batch_tokens: int, device: torch.device
+) -> list[float]:
+    """A reward model's numbers."""
 
     def encode(i: int) -> Example:
-        prompt, reply = (
-            as_messages(examples[i // num_each].prompt),
-            {"role": "assistant", "content": replies[i]},
+        reply = [{"role": "assistant", "content": replies[i]}]
+        return Example(
+            [data.encode_response(reward.rater.tokenizer, as_messages(asked[i].prompt), reply)], ""
         )
-        return Example([data.encode_response(reward.tokenizer, prompt, [reply])], "")
 
     conversations = dist.parallel_map(encode, range(len(replies)))
-    return models.score(reward.scorer, conversations, micro_batch_tokens, device)[:, 0]
+    return models.score(reward.rater.model, conversations, micro_batch_tokens, device)[:, 0].tolist()
 
 
-def _call(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
+def _call(reward: Reward, asked: list[Example], replies: list[str], num_each: int) -> list[float]:
     """A function's numbers; the ranks share the prompts, all replies to one stay together."""
-    num_each, size = len(replies) // len(examples), dist.world_size()
-    shares = [[i for i in range(len(replies)) if i // num_each % size == part] for part in range(size)]
+    places, size = range(len(replies)), dist.world_size()
+    shares = [[i for i in places if i // num_each % size == part] for part in range(size)]
 
     def numbers_of(share: list[int]) -> list[float]:
-        asked = [examples[i // num_each] for i in share]
-        return _checked(reward, asked, [replies[i] for i in share]) if share else []
+        """One call; an error names the function and the prompt."""
+        prompts, records = [asked[i].prompt for i in share], [asked[i].record for i in share]
+        try:
+            found = call_function(reward.function, prompts, [replies[i] for i in share], records)
+            found = [float(number) for number in found]
+        except Exception as error:  # a user's function may raise anything
+            problem = f"reward {reward.name} raised {what_happened(error)}"
+            raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}") from error
+        if len(found) != len(share):
+            problem = f"reward {reward.name} gave {len(found)} numbers for {len(share)} responses"
+            raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}")
+        return found
 
-    numbers = [0.0] * len(replies)
-    for share, found in zip(shares, dist.parallel_map(numbers_of, shares), strict=True):
-        for i, number in zip(share, found, strict=True):
-            numbers[i] = number
-    return numbers
+    found = dist.parallel_map(lambda share: numbers_of(share) if share else [], shares)
+    numbers = {
+        i: x for share, own in zip(shares, found, strict=True) for i, x in zip(share, own, strict=True)
+    }
+    return [numbers[i] for i in places]
 
 
 def call_function(function: Callable, prompts: list, replies: list[str], records: list[dict]) -> Any:
@@ -167,30 +208,6 @@ def call_function(function: Callable, prompts: list, replies: list[str], records
     return function(**{name: value for name, value in named.items() if takes_all or name in known})
 
 
-def _checked(reward: Reward, examples: list[Example], replies: list[str]) -> list[float]:
-    """One call of a function, an example for each reply; an error names the function and the prompt."""
-    prompts = [example.prompt for example in examples]
-    shown = f"the first prompt was {prompts[0]!r}"
-    try:
-        found = call_function(reward.function, prompts, replies, [example.record for example in examples])
-        found = [float(number) for number in found]
-    except Exception as error:  # a user's function may raise anything
-        raise dist.RunError(f"reward {reward.name} raised {what_happened(error)}; {shown}") from error
-    if len(found) != len(replies):
-        raise dist.RunError(
-            f"reward {reward.name} gave {len(found)} numbers for {len(replies)} responses; {shown}"
-        )
-    _refuse_infinite(reward, found, replies, prompts)
-    return found
-
-
-def _refuse_infinite(reward: Reward, numbers: list[float], replies: list[str], prompts: list) -> None:
-    """End the run at a reward that is NaN, infinite, or so large that float32 cannot hold its square."""
-    for number, reply, prompt in zip(numbers, replies, prompts, strict=True):
-        if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
-            raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {prompt!r}")
-
-
 def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
     """Scores by the mean and standard deviation of all so far, these included; updates `running`."""
     count, mean, square = (running.get(k, 0.0) for k in ("count", "mean", "square"))
@@ -199,37 +216,3 @@ def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:
     square = (count * square + scores.square().sum().item()) / total
     running.update(count=total, mean=mean, square=square)
     return (scores - mean) / max(1e-6, math.sqrt(max(0.0, square - mean**2)))
-
-
-class Rater(NamedTuple):
-    """An attribute model, its own tokenizer, and the names of its outputs."""
-
-    model: nn.Module
-    tokenizer: Any
-    names: list[str]
-
-    def __call__(self, replies: list[Tokens], micro_batch_tokens: int, device: torch.device) -> Tensor:
-        """Attribute values of encoded replies, on the scale of the labels; a collective. -> (replies, A)"""
-        examples = [Example([reply], "") for reply in replies]
-        return models.score(self.model, examples, micro_batch_tokens, device, centred=False)
-
-    def judge(
-        self, exchanges: list[tuple[formats.Messages, str]], micro_batch_tokens: int, device: torch.device
-    ) -> list[dict[str, float]]:
-        """Attribute values of replies by name, each after its prompt without the label lines in it."""
-        replies = []
-        for prompt, text in exchanges:
-            turns = [{name: x for name, x in turn.items() if name != "label"} for turn in prompt]
-            reply = [{"role": "assistant", "content": text}]
-            replies.append(data.encode_response(self.tokenizer, turns, reply))
-        outputs = self(replies, micro_batch_tokens, device)
-        return [dict(zip(self.names, output, strict=True)) for output in outputs.tolist()]
-
-
-def load_rater(path: str, device: torch.device, system: Inference) -> Rater:
-    """A regression model of attributes, whose outputs are on the scale of the labels."""
-    gc.collect()  # FSDP's modules refer to themselves: what came before is freed here, not by counting
-    model = models.load_scorer(path, device, system, trainable=False)
-    tokenizer = data.load_tokenizer(path)
-    read_where_trained(model, tokenizer)
-    return Rater(model, tokenizer, models.output_names(model))

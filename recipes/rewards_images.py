@@ -1,21 +1,21 @@
 """Rewards of images for draftp.py, to read and to change.
 
-    --reward "recipes.rewards_images:hps*100,recipes.rewards_images:aesthetic*0.5"
+    --reward "yuvalkirstain/PickScore_v1,recipes.rewards_images:hps*100,recipes.rewards_images:aesthetic*0.5"
 
-PickScore and other CLIP models need no function: `--reward yuvalkirstain/PickScore_v1`. A reward takes
-prompts, images (B, 3, H, W) in [0, 1] and the records of the prompts, as rewards of replies do, and returns
-(B,) with gradients to the pixels. Models are float32 and frozen, and loaded when first asked, on every rank.
+A reward takes prompts, images (B, 3, H, W) in [0, 1] and the records of the prompts, as rewards of replies
+do, and returns (B,) with gradients to the pixels. Models are float32 and frozen, loaded on every rank when
+first asked. `brightness` and CLIP models, as PickScore, go by names of their own: --reward brightness.
 """
 
 import functools
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from common.image_rewards import clip_score
 
 # files or hub ids; where there is no network, set these to what you have downloaded
 HPS_CLIP = os.environ.get("HPS_CLIP", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")  # its config and processor
@@ -23,6 +23,58 @@ HPS_WEIGHTS = os.environ.get("HPS_WEIGHTS", "")  # HPS_v2.1_compressed.pt; defau
 AESTHETIC_CLIP = os.environ.get("AESTHETIC_CLIP", "openai/clip-vit-large-patch14")
 # from github.com/christophschuhmann/improved-aesthetic-predictor
 AESTHETIC_WEIGHTS = os.environ.get("AESTHETIC_WEIGHTS", "sac+logos+ava1-l14-linearMSE.pth")
+
+
+def brightness(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:
+    """Mean of all pixels, 0 to 1: needs no weights. -> (B,)"""
+    return images.flatten(1).mean(1)
+
+
+def clip(source: str, device: torch.device) -> Callable:
+    """PickScore's form: exp(logit_scale) cos(image, text) of a CLIPModel with its processor."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    processor = CLIPProcessor.from_pretrained(source, trust_remote_code=False)
+    model = CLIPModel.from_pretrained(source, dtype=torch.float32)
+    return clip_score(frozen(model, device), processor)
+
+
+def clip_score(model: Any, processor: Any, scale: float | None = None) -> Callable:
+    """scale * cos(image, text) of a frozen CLIPModel, its own exp(logit_scale) if None, as a reward."""
+    length = model.config.text_config.max_position_embeddings
+
+    def features(images: Tensor) -> Tensor:
+        pixels = clip_pixels(images, processor.image_processor)
+        return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=1)
+
+    def score(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:
+        tokens = processor.tokenizer(
+            prompts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(images.device)
+        with torch.no_grad():
+            text = F.normalize(model.get_text_features(**tokens).pooler_output, dim=1)
+        factor = model.logit_scale.exp() if scale is None else scale
+        return factor * (features(images) * text).sum(1)
+
+    score.features = features  # distances between images are taken on these
+    return score
+
+
+def clip_pixels(images: Tensor, processor: Any) -> Tensor:
+    """What a CLIP image processor does to a picture, differentiable: resize, crop the middle, normalize."""
+    height, width = images.shape[2:]
+    if processor.do_resize and min(height, width) != (short := processor.size["shortest_edge"]):
+        size = [short * x // min(height, width) for x in (height, width)]
+        # antialiased, as in the reward model's training
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    if processor.do_center_crop:
+        height, width = processor.crop_size["height"], processor.crop_size["width"]
+        top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+        images = images[:, :, top : top + height, left : left + width]
+    if processor.do_normalize:
+        mean, std = (images.new_tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+        images = (images - mean) / std
+    return images
 
 
 def hps(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:

@@ -184,10 +184,10 @@ def test_a_judge_of_hard_labels_names_the_best_and_the_worst_by_all_principles()
     for item in (first, second):
         assert (item["a"]["text"], item["b"]["text"]) == ("best", "worst")
         assert cai.read_comparison(item, args) == 1.0
-    assert cai.is_tie(third) and cai.read_comparison(third, args) is None
+    assert cai.read_comparison(third, args) == 0.5 and cai.labelled([third], args) == []
     mute = type("Mute", (), {"verdicts": lambda asked, letters: [None] * len(asked)})
     (item,) = cai.compare(mute, list(groups())[:1], ["P"], [], args)
-    assert cai.has_failed(item)
+    assert cai.read_comparison(item, args) is None and cai.labelled([item], args) == []
 
 
 @pytest.mark.parametrize("lead", ["", "The first is rude." + chat.CONCLUSION])
@@ -207,10 +207,12 @@ def questions() -> list[formats.Messages]:
     return [constitutions.ask_judge(ASK, rule, pair) for rule in RULES for pair in pairs]
 
 
-def judged(**more: Any) -> list[float]:
+def judged(least_shared: int = chat.LEAST_SHARED, **more: Any) -> list[float]:
     """P(A) of twelve comparisons by the toy's base model; called here and on the two ranks."""
     args = judge_args(**more)
-    return [p[0] for p in cai.load_model("toy", args, dist.init(args.seed)).verdicts(questions())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "LEAST_SHARED", least_shared)
+        return [p[0] for p in cai.load_model("toy", args, dist.init(args.seed)).verdicts(questions())]
 
 
 def test_letters_are_read_as_plain_transformers_reads_them(toy: Path, tokenizer: Any) -> None:
@@ -240,6 +242,21 @@ def test_the_judge_is_the_same_on_two_ranks_and_in_small_rows(two_ranks: Any) ->
     ours, theirs = two_ranks("test_cai:judged")
     assert ours == theirs and ours == pytest.approx(alone, abs=1e-5)
     assert judged(micro_batch_tokens=50) == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_questions_begin_with_is_read_once(
+    tokenizer: Any, two_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orders and principles share the conversation; the answers are those of each question alone."""
+    examples = [chat.encode_options(tokenizer, question, "", "AB") for question in questions()]
+    alone = judged()
+    monkeypatch.setattr(chat, "LEAST_SHARED", 4)
+    groups = chat.beginning_alike(examples)
+    assert sum(e.row_tokens for e in groups) < 0.8 * sum(e.num_tokens for e in examples)
+    assert [int(i) for e in groups for i in e.fields["places"]] == [*range(len(examples))]
+    assert judged(least_shared=4) == pytest.approx(alone, abs=1e-5)
+    for found in two_ranks("test_cai:judged", least_shared=4):
+        assert found == pytest.approx(alone, abs=1e-5)
 
 
 def test_reasoning_comes_before_the_letter_and_a_cut_off_one_is_no_verdict(
@@ -430,7 +447,7 @@ def endpoint_args(url: str, folder: Any, **more: Any) -> cai.Args:
 
 
 def endpoint(args: cai.Args) -> chat.Endpoint:
-    return cai.load_other("judge", None, args, None, args.cot)
+    return cai.load_other("judge", None, args, None)
 
 
 def ask(url: str, folder: str, texts: list[str], **more: Any) -> list[str]:
@@ -1142,7 +1159,8 @@ def test_the_judge_is_tried_on_what_people_chose(
     found = cai.agreement(read(tmp_path / "human_pairs.jsonl"), args)
     assert found["judge/num_human_pairs"] == 10 and found["judge/agreement_with_humans"] >= 0.9
     # .9 agreed with, .8 sure of: off by .1
-    sure = [{**compared([0.8], [0.2], a="x", b="y"), "chosen": "x" if i else "y"} for i in range(10)]
+    items = [compared([0.8], [0.2], a="x", b="y")]
+    sure = [{"comparisons": items, "chosen": "x" if i else "y"} for i in range(10)]
     assert cai.agreement(sure, args)["judge/calibration_error"] == pytest.approx(0.1)
 
 
@@ -1168,6 +1186,13 @@ def test_options_of_a_finished_stage_stay_and_those_of_the_next_may_change(
     assert json.loads((folder / "5_ppo" / "args.json").read_text())["kl_coef"] == 0.3
     assert json.loads((folder / "args.json").read_text())["ppo"] == ppo
     assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2]
+
+
+def test_a_stage_that_is_replaced_is_neither_planned_nor_checked() -> None:
+    args = args_of(cai.Args, sl_model="sl", preference_model="rm", dataset="red", helpful_pairs="h")
+    ((name, *_, own, _),) = cai.stages_before(args, {})
+    assert name == "ppo" and own == {"model": "sl", "dataset": "red", "reward": "rm"}
+    assert [x[0] for x in cai.stages_before(args_of(cai.Args, rl="dpo"), {})] == ["sft", "dpo"]
 
 
 def test_help_has_fewer_than_seventy_flags() -> None:

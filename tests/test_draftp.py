@@ -18,6 +18,7 @@ from torch import Tensor
 import draftp
 from common import diffusion, dist, image_rewards, models, pictures, pipelines
 from common.packed import Example
+from recipes import rewards_images
 
 BRIEF = {
     "reward": "brightness",
@@ -301,7 +302,7 @@ def test_pixels_are_prepared_as_by_the_processor(tiny: Path) -> None:
     image = (image * 255).round() / 255
     picture = Image.fromarray((image[0] * 255).byte().permute(1, 2, 0).numpy())
     theirs = processor(picture, return_tensors="pt").pixel_values
-    ours = image_rewards.clip_pixels(image, processor)
+    ours = rewards_images.clip_pixels(image, processor)
     assert ours.shape == theirs.shape == (1, 3, 16, 16)
     assert (ours - theirs).abs().max() < 0.03  # PIL rounds to 1 / 255, over a deviation of .27
     plain = torch.nn.functional.interpolate(image, (24, 36), mode="bicubic")[:, :, 4:20, 10:26]
@@ -315,7 +316,7 @@ def test_the_clip_reward_is_the_logit_of_clip(tiny: Path, device: torch.device) 
     model = CLIPModel.from_pretrained(tiny / "clip")
     processor = CLIPProcessor.from_pretrained(tiny / "clip")
     images, prompts = torch.rand(2, 3, 24, 24, requires_grad=True), ["a cat", "two dogs"]
-    pixels = image_rewards.clip_pixels(images, processor.image_processor)
+    pixels = rewards_images.clip_pixels(images, processor.image_processor)
     tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")
     expected = model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
     reward = image_rewards.load_reward(f"{tiny / 'clip'}*0.5,brightness*2", device, examples("a cat"))

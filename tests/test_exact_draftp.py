@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -343,19 +344,23 @@ def test_other_schedules_are_refused(name: str) -> None:
         draftp.annealing_weights(name, 4)
 
 
+def drawn(model: Any, base: Any, schedule: Schedule, weights: list[float]) -> torch.Tensor:
+    """The sample of the noise under annealed guidance."""
+    mixed = draftp.annealed(predict(model), predict(base), weights)
+    return draftp.denoise(mixed, None, NOISE, schedule, 0)[0]
+
+
 def test_the_ends_of_annealing_are_the_two_models_exactly(schedule: Schedule) -> None:
     model, base = linear_model(False), linear_model(False)
     base.b = base.b + 0.5
     for name, one in (("base", base), ("draft", model)):
-        x = draftp.annealed(predict(model), predict(base), NOISE, schedule, draftp.annealing_weights(name, S))
+        x = drawn(model, base, schedule, draftp.annealing_weights(name, S))
         assert torch.equal(x, draftp.denoise(predict(one), None, NOISE, schedule, S)[0])
-    between = draftp.annealed(
-        predict(model), predict(base), NOISE, schedule, draftp.annealing_weights("linear", S)
-    )
+    between = drawn(model, base, schedule, draftp.annealing_weights("linear", S))
     assert (between - x).abs().max() > 1e-3
 
 
 def test_between_equal_models_annealing_changes_nothing(schedule: Schedule) -> None:
     model = linear_model(False)
-    x = draftp.annealed(predict(model), predict(model), NOISE, schedule, [0.5] * S)
+    x = drawn(model, model, schedule, [0.5] * S)
     torch.testing.assert_close(x, draftp.denoise(predict(model), None, NOISE, schedule, S)[0])

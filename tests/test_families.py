@@ -20,7 +20,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import checkpoint, data, dist, generate, lora, models, packed
+from common import chat, checkpoint, data, dist, generate, lora, models, packed
 from common.args import Run, System, flat
 
 
@@ -215,6 +215,15 @@ def check_function(folder: Path, plain: nn.Module, device: torch.device) -> None
         written = plain.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
         assert reply.tokens == written[0, len(prompt) :].tolist()[: len(reply.tokens)]
         assert len(reply.tokens) == 16 or reply.tokens[-1] in (2, data.end_token(tokenizer))
+    rng, asked = np.random.default_rng(0), []
+    beginning = rng.integers(4, V, chat.LEAST_SHARED)
+    for n in (5, 9, 4):  # questions that begin alike are read together
+        ids = np.append(beginning, rng.integers(4, V, n)).astype(np.int32)
+        tokens = packed.Tokens(ids, np.arange(len(ids)) == len(ids) - 1)
+        asked.append(packed.Example([tokens], "", {"letters": np.array([5.0, 6.0], np.float32)}))
+    assert len(chat.beginning_alike(asked)) == 1
+    each = [chat.letter_probs(policy, [question], 0, device, 2)[0] for question in asked]
+    close(torch.tensor(chat.letter_probs(policy, asked, 0, device, 2)), torch.tensor(each))
 
 
 def check_scripts(kind: str, folder: Path, few: Path, device: torch.device) -> None:

@@ -329,7 +329,7 @@ def test_what_a_template_does_not_take_is_one_line_wherever_it_is_encoded(tmp_pa
         data.read_responses(strict, record, "here:3")
     with pytest.raises(dist.RunError, match=r"^cannot be encoded: no system role$"):
         data.encode_prompt(strict, system)
-    reward = rewards.Reward(1.0, "runs/rm", None, None, strict)
+    reward = rewards.Reward(1.0, "runs/rm", None, rewards.Rater(None, strict, ["score"]))
     examples = load("prompts", write(tmp_path, record), tokenizer_for(templates.CHATML))
     with pytest.raises(
         dist.RunError, match=r"^reward runs/rm: after the prompt .*: cannot be encoded: no system"
