@@ -87,8 +87,13 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the stage in this folder is done."""
-    return dist.from_main((folder / "model").is_dir)
+    """Whether the stage in this folder is done; a kill after its export may have left it without its curves."""
+
+    def look() -> bool:
+        own = folder / "args.json"
+        return (folder / "model").is_dir() and (not own.exists() or "finished_at" in files.read_json(own))
+
+    return dist.from_main(look)
 
 
 def has_begun(folder: Path) -> bool:

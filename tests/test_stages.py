@@ -159,6 +159,19 @@ def test_a_finished_stage_is_not_run_again_and_its_row_is_kept(few: Path, tmp_pa
         pipeline(str(few), str(folder), seed=2)
 
 
+def test_a_stage_killed_between_its_export_and_its_curves_draws_them(few: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    pipeline(str(few), str(folder), num_stages=1)
+    stage = folder / "1_sft"
+    rows, end = read_metrics(stage), json.loads((stage / "args.json").read_text())
+    assert end.pop("finished_at") == 3
+    (stage / "args.json").write_text(json.dumps(end))
+    (stage / "curves.png").unlink()
+    pipeline(str(few), str(folder), num_stages=2)
+    assert (stage / "curves.png").exists() and read_metrics(stage) == rows
+    assert json.loads((stage / "args.json").read_text())["finished_at"] == 3
+
+
 def test_what_decides_numbers_may_change_until_a_stage_has_begun(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
