@@ -48,6 +48,10 @@ class Example:
     def num_tokens(self) -> int:
         return sum(len(ids) for ids, _ in self.sequences)
 
+    @property
+    def num_targets(self) -> int:
+        return sum(int(mask.sum()) for _, mask in self.sequences)
+
     def end_with(self, ending: tuple[int, ...]) -> "Example":
         """The sequences with these tokens in place of the last one; none is scored."""
         ids = [np.append(ids[:-1], np.array(ending, np.int32)) for ids, _ in self.sequences]
