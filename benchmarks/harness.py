@@ -303,7 +303,7 @@ def sft_step(policy: Any, optimizer: Any, batch: list, row_tokens: int, device: 
     import sft
     from common import dist, models, packed
 
-    num_targets, totals = sum(int(m.sum()) for e in batch for _, m in e.sequences), dist.Totals()
+    num_targets, totals = sum(example.num_targets for example in batch), dist.Totals()
     for row in packed.micro_batches(batch, row_tokens, device):
         loss, metrics = sft.loss_and_metrics(policy, row)
         (loss / num_targets).backward()

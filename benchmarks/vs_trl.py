@@ -225,8 +225,7 @@ def run_ours(started: float, work: dict, folder: str) -> dict[str, Any]:
         meter.step_begins()
         batch = examples[start : start + len(step["examples"])]
         start += len(batch)
-        scored = sum(int(mask.sum()) for e in batch for _, mask in e.sequences)
-        count = scored if work.task == "sft" else len(batch)
+        count = sum(e.num_targets for e in batch) if work.task == "sft" else len(batch)
         totals = dist.Totals()
         for row in packed.micro_batches(batch, work.row_tokens, device):
             loss, metrics = script.loss_and_metrics(policy, *before, row, *after)
