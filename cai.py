@@ -232,7 +232,7 @@ def load_other(
     if url:
         folder = Path(args.run.output_dir) / "answers"
         return chat.Endpoint(url, path, args.server, folder, args.max_new_tokens, reasons)
-    return own if path == own.path else load_model(path, args, device, own.how["keep"])
+    return own if path == own.path else load_model(path, args, device, own.keep)
 
 
 def stream_of(kind: str, number: int = 0) -> int:

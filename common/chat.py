@@ -100,27 +100,24 @@ def with_reasoning(question: formats.Messages) -> formats.Messages:
 # ------------------------------------------------------------------------------------ a model in this process
 
 
+@dataclass(eq=False)
 class Model:
     """A model in this process, spread over the ranks; its methods are collectives."""
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: Any,
-        device: torch.device,
-        system: Inference,
-        max_new_tokens: int,
-        seed: int,
-        decoding: Decoding,
-        reasons: bool = False,
-        keep: Path | None = None,
-    ):
-        """reasons: before it says which option is best; keep: a folder for replies, see `generate`."""
+    path: str
+    tokenizer: Any
+    device: torch.device
+    system: Inference
+    max_new_tokens: int
+    seed: int
+    decoding: Decoding
+    reasons: bool = False  # before it says which option is best
+    keep: Path | None = None  # a folder for replies, see `generate`
+
+    def __post_init__(self) -> None:
         gc.collect()  # FSDP's modules refer to themselves: what spoke before is freed here, not by counting
-        self.path, self.tokenizer, self.device, self.system = path, tokenizer, device, system
-        self.how = {"max_new_tokens": max_new_tokens, "seed": seed, "keep": keep, **asdict(decoding)}
-        self.reasons, self.tokens, self.seconds = reasons, 0, 0.0
-        self.policy = models.load(path, device, system, trainable=False)
+        self.tokens, self.seconds = 0, 0.0
+        self.policy = models.load(self.path, self.device, self.system, trainable=False)
         self.limit = getattr(self.policy.config, "max_position_embeddings", None) or math.inf
 
     def replies(
@@ -142,11 +139,14 @@ class Model:
             self.policy,
             self.tokenizer,
             [tokens if ok else tokens[-1:] for tokens, ok in zip(prompts, fits, strict=True)],
+            max_new_tokens=self.max_new_tokens,
             temperature=temperature,
             samples_per_prompt=samples_per_prompt,
+            seed=self.seed,
             step=stream,
             first_index=first,
-            **self.how,
+            keep=self.keep,
+            **asdict(self.decoding),
         )
         self.tokens += sum(len(s.tokens) for s in samples)
         self.seconds += time.monotonic() - start
@@ -199,22 +199,26 @@ def letter_probs(
 # ----------------------------------------------------------------------------------- a model behind a server
 
 
+@dataclass(eq=False)
 class Endpoint:
     """A model behind a server with OpenAI's chat API, which may fail or stall; nothing is asked twice.
 
     A prompt that the server will not have costs that prompt: no critique, or no verdict.
     """
 
-    def __init__(
-        self, url: str, model: str, server: Server, folder: Path, max_new_tokens: int, reasons: bool = False
-    ):
-        """folder: of the answers, which all ranks see; reasons: before it says which option is best."""
-        self.model, self.server, self.url = model, server, url.rstrip("/") + "/chat/completions"
-        self.max_new_tokens, self.reasons, self.used = max_new_tokens, reasons, []
+    url: str
+    model: str
+    server: Server
+    folder: Path  # of the answers, which all ranks see
+    max_new_tokens: int
+    reasons: bool = False  # before it says which option is best
+
+    def __post_init__(self) -> None:
+        self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(timeout=server.judge_timeout, headers=headers)  # follows no redirect
-        self.extra, self.answers = read_body(server.judge_body), files.Journal(folder)
+        self.client = httpx.Client(timeout=self.server.judge_timeout, headers=headers)  # follows no redirect
+        self.extra, self.answers = read_body(self.server.judge_body), files.Journal(self.folder)
 
     def ask(self, conversations: list[formats.Messages], letters: str = "", **how: Any) -> list[dict]:
         """What `read_answer` makes of each answer; every rank passes the same conversations."""

@@ -284,8 +284,10 @@ def with_context(value: dict, turns: Messages, where: str) -> Messages:
 
 
 def given_turns(value: dict, where: str) -> Any:
-    """What a record has as `messages` or `conversations`, a list or a transcript; None without."""
+    """A record's whole conversation, a list or a transcript, which may stand in its text; None without."""
     turns = first(value, CONVERSATIONS)
+    if turns is None and is_transcript(value.get("text")):
+        return value["text"]
     if turns is not None and not isinstance(turns, list) and not is_transcript(turns):
         raise wrong(where, f"messages {turns!r}", "a list of role/content messages")
     return turns
@@ -294,8 +296,6 @@ def given_turns(value: dict, where: str) -> Any:
 def conversation(tokenizer: Any, value: dict, where: str) -> Messages | None:
     """The turns of a record that holds a whole conversation, else None."""
     turns = given_turns(value, where)
-    if turns is None and is_transcript(value.get("text")):
-        turns = value["text"]
     if turns is None:
         return None
     return with_context(value, as_turns(tokenizer, turns, where, lead=lead_of(value, where)), where)
@@ -401,16 +401,11 @@ def is_two_lined(stream: Stream, kind: str) -> bool:
 def regroup(records: list[Record], two_lined: bool) -> Iterator[Record]:
     """A record for each example: of two lines that are compared, or of each instance of a task."""
     if two_lined:
-        one, two = (*records, None)[:2]
-        if (
-            two is None
-            or set(one.value) != set(two.value)
-            or one.value.get("label") != two.value.get("label")
-        ):
-            raise wrong(
-                one.where, "one text of a pair", "the other, alike but for its text, in the line after"
-            )
-        texts, numbers = [one.value["text"], two.value["text"]], {}
+        one, two = records[0], records[-1]
+        texts, numbers = [record.value.get("text") for record in records], {}
+        if len(texts) < 2 or None in texts or {**one.value, "text": ""} != {**two.value, "text": ""}:
+            expected = "the other, alike but for its text, in the line after"
+            raise wrong(one.where, "one text of a pair", expected)
         if "label" in one.value:  # the sign tells the side, negative the first; the size the strength
             given = one.value["label"] if isinstance(one.value["label"], list) else [one.value["label"]]
             strength = next((number(x, one.where, "label") for x in given if x not in (None, -100)), 0)

@@ -90,12 +90,18 @@ def refuse_unknown(tokenizer: Any, given: dict) -> None:
 # ------------------------------------------------------------------------------------------------- renderings
 
 
-def fill(tokenizer: Any, turns: list[dict], for_reply: bool, tools: Any = None, given: Any = ()) -> str:
-    """What the library writes of turns; it would copy them first, which takes as long."""
+def fill(
+    tokenizer: Any, turns: list[dict], for_reply: bool, tools: Any = None, given: dict | None = None
+) -> str:
+    """What `apply_chat_template` writes of turns, of which it would make copies that take as long.
+
+    Args:
+        given: variables of the template; strftime_now is the day.
+    """
     from transformers.utils import chat_template_utils
 
     template = chat_template_utils._compile_jinja_template(tokenizer.get_chat_template(tools=tools))
-    seen = {**tokenizer.special_tokens_map, **dict(given)}
+    seen = tokenizer.special_tokens_map | (given or {})
     day = datetime.date.fromisoformat(seen.get("strftime_now") or getattr(tokenizer, "day", DAY))
     seen |= {"messages": turns, "tools": tools, "documents": None, "strftime_now": day.strftime}
     return template.render(**seen, add_generation_prompt=for_reply)
@@ -121,7 +127,7 @@ def render(tokenizer: Any, messages: Messages, for_reply: bool) -> str:
             thoughts = {"thinking": turn["reasoning_content"]} if "reasoning_content" in turn else {}
             turns.append({**turn, "role": m["role"], "content": content, **thoughts})  # thinking: of gpt-oss
         tools, given = hidden(tokenizer, messages[0].get("tools")), messages[0].get("chat_template_kwargs")
-        return fill(tokenizer, turns, for_reply, tools, given or {})
+        return fill(tokenizer, turns, for_reply, tools, given)
 
 
 def hidden(tokenizer: Any, value: Any, is_own: bool = False) -> Any:

@@ -437,6 +437,9 @@ def test_lines_of_a_pair_with_other_labels_are_refused(families: dict, tmp_path:
     lines = [{"text": f"{NEMO}{reply}\n<extra_id_2>", "label": [-int(reply)]} for reply in "78"]
     with pytest.raises(dist.RunError, match="data.jsonl:1: found one text of a pair; expected the other"):
         load("pairs", write(tmp_path, *lines), families["chatml"])
+    mixed = [{"text": f"{NEMO}{reply}\n"} for reply in "78"] + [PAIRS[0]] * 2
+    with pytest.raises(dist.RunError, match="data.jsonl:3: found one text of a pair; expected the other"):
+        load("pairs", write(tmp_path, *mixed), families["chatml"])
 
 
 def test_rankings_have_a_rank_for_each_response(families: dict, tmp_path: Path) -> None:

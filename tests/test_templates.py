@@ -1,5 +1,6 @@
 """Chat templates: every reply is trained after what generation would start it from, and nothing is lost."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -525,6 +526,19 @@ def test_channels_in_a_content_are_its_thoughts_and_its_answer(tmp_path: Path, c
     for text in (RAW.replace("analysis", "commentary to=f"), "Hm." + RAW, RAW + RAW):
         with pytest.raises(dist.RunError, match="data.jsonl:1: found the channels .*; expected an analysis"):
             sft(tokenizer, tmp_path, {"messages": [ASK, {**SEVEN, "content": text}]})
+
+
+@pytest.mark.parametrize("name", FILES[::6])
+def test_a_conversation_is_rendered_as_the_library_renders_it(name: str) -> None:
+    tokenizer = family(name)
+    if templates.takes_parts(tokenizer) or "strftime_now(" in tokenizer.chat_template:
+        pytest.skip("is told another day, or takes no plain texts")
+    tools = formats.with_context(TOOLS[0], formats.as_messages(TOOLS[0]["messages"], ""), "")
+    for turns in (CHAT, [ASK, {**SEVEN, "reasoning_content": "why"}], tools):
+        expected = None
+        with contextlib.suppress(Exception):  # it may not take tools
+            expected = tokenizer.apply_chat_template(turns, turns[0].get("tools"), tokenize=False)
+        assert expected is None or templates.render(tokenizer, turns, False) == expected
 
 
 def test_several_templates_by_name_take_labels_and_tools(tmp_path: Path) -> None:
