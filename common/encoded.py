@@ -103,10 +103,12 @@ class Encoded(Sequence):
             [x.values.to_numpy(zero_copy_only=False) for x in example.row[n][0]] for n in ("ids", "mask")
         ]
         # copies: views of a batch would hold the pages around each of its examples
-        example.sequences = [Tokens(ids.copy(), mask) for ids, mask in zip(*sides, strict=True)]
+        example.sequences = [Tokens(ids.copy(), mask.copy()) for ids, mask in zip(*sides, strict=True)]
         example.label = example.row["label"][0].as_py()
         fields = json.loads(example.row["fields"][0].as_py())
-        example.fields = {n: np.array(x, np.float32) if isinstance(x, list) else x for n, x in fields.items()}
+        example.fields = {
+            name: np.array(x, np.float32) if isinstance(x, list) else float(x) for name, x in fields.items()
+        }
         return example
 
     def take(self, chosen: np.ndarray) -> "Encoded":
@@ -308,7 +310,7 @@ def write(part: Path, groups: Iterable[list]) -> Report:
     report = Report()
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        with part.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for found in groups:
                 made = [x for x in found if isinstance(x, Made)]
                 report.num_cut += sum(x.is_cut for x in made)

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from common import dist
@@ -50,7 +50,8 @@ class Pieces:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.known, self.room = tokenizer, {}, self.ROOM
-        self.marks = self.words = None  # one piece
+        self.stretch = functools.lru_cache(64)(self.encode_stretch)  # a conversation and its beginnings
+        self.marks, self.words = re.compile("(?!)"), None  # one piece
         tokenizer("a", verbose=False)  # nothing is padded or cut from here on
         self.core = core = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         added = core.get_added_tokens_decoder().values() if core else ()
@@ -64,22 +65,24 @@ class Pieces:
             if all(cut(f"a{x} bc") == cut(f"a{x}") + cut(" bc") for x in self.BEFORE):
                 self.words = self.WORDS
 
-    def encode(self, text: str) -> Iterable[int]:
+    def encode(self, text: str) -> list[int]:
         if self.core is None:
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces = [text]
-        if self.marks:
-            starts = [0, *(m.start() for m in self.marks.finditer(text)), len(text)]
-            pieces = [text[i:k] for i, k in itertools.pairwise(starts)]
-        if self.words:
-            pieces = [word for piece in pieces for word in self.words.findall(piece)]
+        starts = sorted({0, *(m.start() for m in self.marks.finditer(text)), len(text)})
+        return sum((self.stretch(text[i:k]) for i, k in itertools.pairwise(starts)), [])
+
+    def encode_stretch(self, text: str) -> list[int]:
+        """Tokens from one special token to the next."""
+        if not self.words:
+            return self.core.encode(text, add_special_tokens=False).ids
+        words = self.words.findall(text)
         if self.room < 0:
             self.known, self.room = {}, self.ROOM
-        if new := [piece for piece in dict.fromkeys(pieces) if piece not in self.known]:
+        if new := [*{*words}.difference(self.known)]:
             found = self.core.encode_batch_fast(new, add_special_tokens=False)
             self.known |= zip(new, (encoding.ids for encoding in found), strict=True)
             self.room -= sum(map(len, new)) + 40 * len(new)
-        return itertools.chain.from_iterable(map(self.known.__getitem__, pieces))
+        return [*itertools.chain.from_iterable(map(self.known.__getitem__, words))]
 
 
 pieces = functools.lru_cache(maxsize=4)(Pieces)
@@ -90,7 +93,7 @@ def tokenize(tokenizer: Any, text: str, plain: bool = False) -> tuple[int, ...]:
     """Tokens of a rendered conversation. Only plain text needs a BOS: a template writes its own."""
     with encoding():
         text.encode()  # half of a surrogate pair, which the tokenizer would not name
-        tokens = (*itertools.chain.from_iterable(map(pieces(tokenizer).encode, text.split(BREAK))),)
+        tokens = tuple(sum(map(pieces(tokenizer).encode, text.split(BREAK)), []))
     rows = num_rows(tokenizer)
     if max(tokens, default=0) >= rows:
         token = tokenizer.convert_ids_to_tokens(max(tokens))
