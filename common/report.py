@@ -47,12 +47,9 @@ def print_table(rows: list[dict], columns: Sequence[str]) -> None:
 
 
 def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str] = ()) -> None:
-    """Small panels of the shown metrics and of the judge's scores: training a line, evaluation points.
+    """Small panels of the shown metrics and the judge's scores: training a line, evaluation points.
 
-    A metric that never changes has none.
-
-    Args:
-        stages: of a pipeline, whose steps they are.
+    A metric that never changes has none. The steps of a pipeline are its stages.
     """
     try:
         import matplotlib
@@ -100,11 +97,7 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
 
 
 def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[str]]) -> None:
-    """README.md of a model's folder: what it was trained from, on what, by what command, and its table.
-
-    Args:
-        lines: a `table`.
-    """
+    """README.md of a model's folder: what it was trained from, on what, by what command, its table."""
     from huggingface_hub import ModelCardData
 
     values, dataset = options.values, options.values.get("dataset", "")
