@@ -153,12 +153,14 @@ def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
 def agreement(asked: Sequence[float], found: Sequence[float]) -> dict[str, float]:
     """How far numbers are what they should be: mae, and Pearson's and Spearman's correlation.
 
-    A pair with a NaN is left out. A constant correlates with nothing: where either side is one, the two
-    correlations are left out.
+    A pair with a NaN is left out; where all are, there is nothing to say. A constant correlates with nothing:
+    where either side is one, the two correlations are left out.
     """
     import pandas as pd
 
     both = pd.DataFrame({"asked": asked, "found": found}, dtype=float).dropna()
+    if both.empty:
+        return {}
     metrics = {"mae": float((both.asked - both.found).abs().mean())}
     if both.asked.nunique() > 1 and both.found.nunique() > 1:
         metrics["pearson"] = float(both.corr().iloc[0, 1])

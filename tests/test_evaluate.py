@@ -38,6 +38,7 @@ def test_ranks_agree_where_values_do_not() -> None:
 
 def test_a_constant_correlates_with_nothing_and_a_missing_value_is_left_out() -> None:
     assert agreement([0, 1, 2], [1, 1, 1]) == {"mae": pytest.approx(2 / 3)}
+    assert agreement([math.nan, 1], [1, math.nan]) == {}  # no NaN is written where nothing is known
     assert agreement([2, 2], [0, 1]) == {"mae": 1.5}
     assert agreement([0, float("nan"), 2], [0, 5, 2]) == pytest.approx(
         {"mae": 0, "pearson": 1, "spearman": 1}
