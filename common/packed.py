@@ -179,7 +179,7 @@ def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: tor
     ids, masks, places, owners, ends = [], [], [], [], []
     looks = []  # the places in the row that each part looks at
     length = 0
-    for example in taken or [Example([Tokens(np.zeros(1, np.int32), np.zeros(1, bool))], "")]:
+    for example in taken:
         shared, first = example.num_shared, len(ends)
         prefix = np.arange(length, length + shared)
         spans = [(i, shared, len(tokens)) for i, (tokens, _) in enumerate(example.sequences)]
@@ -194,6 +194,9 @@ def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: tor
             length += end - start
             if end == len(tokens):
                 ends.append(length - 1)
+    if not ids:
+        for parts, dtype in ((ids, np.int32), (masks, bool), (places, int), (owners, int), (looks, int)):
+            parts.append(np.zeros(1, dtype))
     put = functools.partial(to_device, device=device)
     queries, keys = (put(bounds(map(len, parts)).astype(np.int32)) for parts in (ids, looks))
     attention = {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys}
@@ -207,7 +210,7 @@ def make_micro_batch(examples: Sequence[Example], chosen: list[int], device: tor
         segment_ids=put(np.concatenate(owners)),
         attention=attention,
         targets=put(np.flatnonzero(np.concatenate(masks))),
-        ends=put(np.array(ends[: len(ends) * bool(taken)], np.int64)),
+        ends=put(np.array(ends, np.int64)),
         num_segments=sum(len(example.sequences) for example in taken),
         example_ids=put(np.array(chosen, np.int64)),
         fields={name: put(stack([e.fields[name] for e in taken], like)) for name, like in names.items()},

@@ -552,7 +552,11 @@ def test_without_a_checkpoint_samples_are_taken_unless_they_are_of_other_setting
     monkeypatch.setattr(spin, "generate", counted)
     for seed, expected in ((1, [1, 1]), (1, [1, 1]), (2, [1, 1, 2, 2])):
         run(str(folder), **settings, max_steps=0, seed=seed)
-        shutil.rmtree(folder / "model")  # as if it had been killed before its first checkpoint
+        # as if it had been killed before its first checkpoint
+        shutil.rmtree(folder / "model")
+        settled = json.loads((folder / "args.json").read_text())
+        del settled["finished_at"]
+        (folder / "args.json").write_text(json.dumps(settled))
         assert calls == expected  # once for the pairs held out, once for the others
     assert lines(folder, 0)[0]["seed"] == 2
 
