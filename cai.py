@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from tyro.conf import OmitArgPrefixes
 
 import dpo
 import ppo
@@ -157,11 +156,11 @@ class Args:
     temperature: float = 1.0
     """temperature of first replies, critiques, revisions, and answers at each evaluation"""
 
-    decoding: OmitArgPrefixes[chat.Decoding] = block(chat.Decoding)
-    stages: OmitArgPrefixes[Stages] = block(Stages)
-    server: OmitArgPrefixes[chat.Server] = block(chat.Server)
-    system: OmitArgPrefixes[Inference] = block(Inference)
-    run: OmitArgPrefixes[PipelineRun] = block(PipelineRun, output_dir=f"runs/{Path(__file__).stem}")
+    decoding: chat.Decoding = block(chat.Decoding)
+    stages: Stages = block(Stages)
+    server: chat.Server = block(chat.Server)
+    system: Inference = block(Inference)
+    run: PipelineRun = block(PipelineRun, output_dir=f"runs/{Path(__file__).stem}")
 
 
 # ------------------------------------------------------------------------------------------------- the maths

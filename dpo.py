@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
 from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
@@ -51,7 +50,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
     max_length: int = 1024
     """most tokens of prompt and response; longer ones are cut, and counted"""
     cut: Literal["end", "start", "drop"] = "end"
@@ -73,10 +72,10 @@ class Args:
     precompute_ref: bool = False
     """score the reference policy once before training, cached, instead of keeping a frozen copy in memory"""
 
-    optimization: OmitArgPrefixes[Optimization] = block(Optimization, learning_rate=5e-7, max_grad_norm=10.0)
-    system: OmitArgPrefixes[System] = block(System)
-    run: OmitArgPrefixes[Run] = block(Run, output_dir=f"runs/{Path(__file__).stem}")
-    sampling: OmitArgPrefixes[Sampling] = block(Sampling)
+    optimization: Optimization = block(Optimization, learning_rate=5e-7, max_grad_norm=10.0)
+    system: System = block(System)
+    run: Run = block(Run, output_dir=f"runs/{Path(__file__).stem}")
+    sampling: Sampling = block(Sampling)
 
 
 def dpo_loss(h: Tensor, beta: float, label_prob: Tensor | float = 1.0) -> Tensor:

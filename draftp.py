@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, diffusion, dist, files, formats, models, pictures, pipelines
 from common.args import Optimization, Run, Weights, block, parse, snapshot
@@ -110,15 +109,11 @@ class Args:
     ema_decay: float = 0.0
     """decay of the moving average of the trained weights, which is evaluated and exported; 0 keeps none"""
 
-    optimization: OmitArgPrefixes[Optimization] = block(
-        Optimization, learning_rate=1e-4, max_grad_norm=10.0, batch_size=8
-    )
-    system: OmitArgPrefixes[ImageSystem] = block(
+    optimization: Optimization = block(Optimization, learning_rate=1e-4, max_grad_norm=10.0, batch_size=8)
+    system: ImageSystem = block(
         ImageSystem, lora_rank=32, lora_alpha=32.0, lora_target="to_q,to_k,to_v,to_out.0"
     )
-    run: OmitArgPrefixes[ImageRun] = block(
-        ImageRun, output_dir=f"runs/{Path(__file__).stem}", eval_every=20, save_every=200
-    )
+    run: ImageRun = block(ImageRun, output_dir=f"runs/{Path(__file__).stem}", eval_every=20, save_every=200)
 
 
 class Sampler(NamedTuple):

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan, rewards
 from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
@@ -56,7 +55,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
 
     # reward
     reward: str = ""
@@ -120,9 +119,9 @@ class Args:
     temperature: float = 1.0
     """temperature of sampling and of every log-probability"""
 
-    optimization: OmitArgPrefixes[Optimization] = block(Optimization, learning_rate=1e-6)
-    system: OmitArgPrefixes[System] = block(System)
-    run: OmitArgPrefixes[Run] = block(Run, output_dir=f"runs/{Path(__file__).stem}")
+    optimization: Optimization = block(Optimization, learning_rate=1e-6)
+    system: System = block(System)
+    run: Run = block(Run, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

@@ -31,7 +31,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
 from common.args import Chat, Optimization, System, Training, block, parse, snapshot
@@ -55,7 +54,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
     max_length: int = 2048
     """most tokens of prompt and response; a longer example is dropped, and counted; by --score refused"""
     score: str = ""
@@ -71,11 +70,9 @@ class Args:
     center_coef: float = 0.0
     """pairs: weight of (r_c + r_r)^2, which keeps rewards around 0; 0.01 is usual"""
 
-    optimization: OmitArgPrefixes[Optimization] = block(
-        Optimization, learning_rate=9e-6, lr_schedule="cosine"
-    )
-    system: OmitArgPrefixes[System] = block(System)
-    run: OmitArgPrefixes[Training] = block(Training, output_dir=f"runs/{Path(__file__).stem}")
+    optimization: Optimization = block(Optimization, learning_rate=9e-6, lr_schedule="cosine")
+    system: System = block(System)
+    run: Training = block(Training, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def bt_loss(margins: Tensor, label_prob: Tensor | float = 1.0) -> Tensor:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, models, packed, plan
 from common.args import Chat, Optimization, Run, Sampling, System, block, parse, snapshot
@@ -44,18 +43,16 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
     max_length: int = 2048
     """most tokens of prompt and response; longer ones are cut at the end, and counted"""
     train_on_prompt: bool = False
     """score every token of a conversation instead of the assistant's turns (or the roles the data names)"""
 
-    optimization: OmitArgPrefixes[Optimization] = block(
-        Optimization, learning_rate=2e-5, lr_schedule="cosine", batch_size=128
-    )
-    system: OmitArgPrefixes[System] = block(System)
-    run: OmitArgPrefixes[Run] = block(Run, output_dir=f"runs/{Path(__file__).stem}")
-    sampling: OmitArgPrefixes[Sampling] = block(Sampling)
+    optimization: Optimization = block(Optimization, learning_rate=2e-5, lr_schedule="cosine", batch_size=128)
+    system: System = block(System)
+    run: Run = block(Run, output_dir=f"runs/{Path(__file__).stem}")
+    sampling: Sampling = block(Sampling)
 
 
 def sft_loss(token_logps: Tensor) -> Tensor:

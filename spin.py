@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, labels, models, packed, plan
 from common.args import Chat, Optimization, Run, Sampling, System, block, parse, snapshot
@@ -77,7 +76,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
     max_length: int = 1024
     """tokens of prompt and response; a prompt without room for max_new_tokens more is dropped, and counted"""
 
@@ -97,9 +96,9 @@ class Args:
     top_p: float = 1.0
     """sample from the fewest tokens that hold this much of the mass"""
 
-    optimization: OmitArgPrefixes[IteratedOptimization] = block(IteratedOptimization, lr_schedule="linear")
-    system: OmitArgPrefixes[System] = block(System)
-    run: OmitArgPrefixes[IteratedRun] = block(IteratedRun, output_dir=f"runs/{Path(__file__).stem}")
+    optimization: IteratedOptimization = block(IteratedOptimization, lr_schedule="linear")
+    system: System = block(System)
+    run: IteratedRun = block(IteratedRun, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def spin_loss(h: Tensor, beta: float, ell: str = "logistic") -> Tensor:

@@ -30,7 +30,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from tyro.conf import OmitArgPrefixes
 
 import reward_model
 import sft
@@ -84,7 +83,7 @@ class Args:
     """rated responses, to train the attribute model on"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
 
     # stages made before, and what a stage does
     attribute_model: str = ""
@@ -106,11 +105,9 @@ class Args:
     temperature: float = 1.0
     """temperature of sampling in a bootstrap round; the following table is greedy, as in the paper"""
 
-    stages: OmitArgPrefixes[Stages] = block(Stages)
-    system: OmitArgPrefixes[Inference] = block(Inference)
-    run: OmitArgPrefixes[PipelineRun] = block(
-        PipelineRun, output_dir=f"runs/{Path(__file__).stem}", num_samples=32
-    )
+    stages: Stages = block(Stages)
+    system: Inference = block(Inference)
+    run: PipelineRun = block(PipelineRun, output_dir=f"runs/{Path(__file__).stem}", num_samples=32)
 
 
 def load_policy(path: str, args: Args, device: torch.device) -> nn.Module:

@@ -31,7 +31,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from common import certificate, checkpoint, data, dist, files, formats, labels, models, packed, plan
 from common.args import Chat, Optimization, Run, Sampling, System, block, parse, refuse_ignored, snapshot
@@ -73,7 +72,7 @@ class Args:
     """held-out data; default: the data set's test split, else 5 % of its prompts"""
     seed: int = 1
     """seed of the order of data and of samples"""
-    chat: OmitArgPrefixes[Chat] = block(Chat)
+    chat: Chat = block(Chat)
 
     # algorithm
     attribute_model: str = ""
@@ -101,9 +100,9 @@ class Args:
     temperature: float = 1.0
     """temperature of sampling and of every log-probability"""
 
-    optimization: OmitArgPrefixes[Optimization] = block(Optimization, learning_rate=1e-6, batch_size=128)
-    system: OmitArgPrefixes[System] = block(System)
-    run: OmitArgPrefixes[IteratedRun] = block(IteratedRun, output_dir=f"runs/{Path(__file__).stem}")
+    optimization: Optimization = block(Optimization, learning_rate=1e-6, batch_size=128)
+    system: System = block(System)
+    run: IteratedRun = block(IteratedRun, output_dir=f"runs/{Path(__file__).stem}")
 
 
 def beta_logprobs(predicted: Tensor, concentration: float = 24.0, edges: str = "nearest") -> Tensor:

@@ -87,7 +87,7 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the stage in this folder is done; one killed after its export may be left without its curves."""
+    """Whether the stage in this folder is done; a kill after its export may have left it without curves."""
 
     def look() -> bool:
         own = folder / "args.json"
