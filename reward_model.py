@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -284,7 +285,7 @@ def score_file(args: Args, device: torch.device) -> None:
 
     def work(chunk: list[formats.Record]) -> list[dict]:
         found = dist.parallel_map(encode, chunk)
-        examples = [Example([sequence], "") for sequences in found for sequence in sequences]
+        examples = [Example(sequences, "") for sequences in found]
         outputs = iter(models.score(scorer, examples, args.system.micro_batch_tokens, device).tolist())
         scored = [[next(outputs) for _ in sequences] for sequences in found]
         return [r.value | with_rewards(r.value, own, names) for r, own in zip(chunk, scored, strict=True)]
@@ -292,6 +293,27 @@ def score_file(args: Args, device: torch.device) -> None:
     files.write_lines(target, records, (files.fingerprint(args.model), args.system.dtype, args.chat), work)
     if dist.is_main():
         print(f"{len(records):,} records scored: {target}", flush=True)
+        print_accuracy(record.value for record in formats.read_file(target))
+
+
+def print_accuracy(scored: Iterable[dict]) -> None:
+    """Shares of pairs whose chosen response has the higher reward, by the field `subset` as in RewardBench.
+
+    Equal rewards count as wrong; the mean over subsets gives each the same weight.
+    """
+    right: dict[str, list[bool]] = {}
+    for record in scored:
+        if isinstance(record.get("chosen_reward"), float):  # an attribute model gives several numbers
+            subset = right.setdefault(str(record.get("subset", "")), [])
+            subset.append(record["chosen_reward"] > record["rejected_reward"])
+    shares = {name: (sum(found) / len(found), len(found)) for name, found in sorted(right.items())}
+    for name, (share, count) in shares.items() if len(shares) > 1 else ():
+        print(f"accuracy {share:.3f} of {count:,} pairs: {name or 'without subset'}", flush=True)
+    if shares:
+        mean = sum(share for share, _ in shares.values()) / len(shares)
+        share = sum(share * count for share, count in shares.values()) / sum(n for _, n in shares.values())
+        more = f", {mean:.3f} as the mean over {len(shares)} subsets" if len(shares) > 1 else ""
+        print(f"accuracy {share:.3f} of {sum(n for _, n in shares.values()):,} pairs{more}", flush=True)
 
 
 def make_room(target: Path, overwrite: bool) -> None:

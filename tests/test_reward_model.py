@@ -626,6 +626,26 @@ def test_a_scored_file_has_the_direct_scores(
     assert [x for v in one for x in flat(v, names)] == pytest.approx(direct, abs=1e-5)
 
 
+def test_the_accuracy_of_scored_pairs_is_said_by_subset(
+    scorer_run: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As in RewardBench: a subset of two pairs and one of one; equal replies are not told apart."""
+    pairs = [
+        ("easy", "Moo.", "Go away, you clown."),
+        ("easy", "Go away, you clown.", "Moo."),
+        ("tie", "a", "a"),
+    ]
+    path = tmp_path / "bench.jsonl"
+    ask = {"prompt": "What does the cow say?"}
+    path.write_text(
+        "".join(json.dumps({**ask, "subset": s, "chosen": a, "rejected": b}) + "\n" for s, a, b in pairs)
+    )
+    score(scorer_run, str(path))
+    said = capsys.readouterr().out.splitlines()
+    assert "accuracy 0.500 of 2 pairs: easy" in said and "accuracy 0.000 of 1 pairs: tie" in said
+    assert "accuracy 0.333 of 3 pairs, 0.250 as the mean over 2 subsets" in said
+
+
 def test_an_attribute_model_makes_a_file_of_ratings(
     attribute_run: tuple[Path, list[dict]], few: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
