@@ -185,8 +185,10 @@ def of_model(
     device = next(model.parameters()).device
     chosen = [scored_whole(ids, e) for e in few(examples) for ids, _ in e.sequences]
     score = models.token_logps if is_policy else models.rewards
-    together = score(model, one_row(chosen, device))
-    alone = torch.cat([score(model, one_row([e], device)) for e in chosen])
+    packed_so = [*chosen, *(e for e in few(examples) if len(e.sequences) > 1)]  # the latter share beginnings
+    together = score(model, one_row(packed_so, device))
+    sequences = [Example([sequence], "") for e in packed_so for sequence in e.sequences]
+    alone = torch.cat([score(model, one_row([e], device)) for e in sequences])
     yield at_most("packed against alone, most of a token", largest(together - alone), 0.2 if is_low else 1e-3)
     if is_policy:
         prompts = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in chosen]

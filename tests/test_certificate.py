@@ -119,10 +119,25 @@ def test_attention_across_sequences_is_found(lines: Any, monkeypatch: pytest.Mon
     def joined(*args: Any) -> packed.MicroBatch:
         row = make(*args)
         whole, length = torch.tensor([0, len(row.tokens)], dtype=torch.int32), len(row.tokens)
-        row.attention = dict(zip(row.attention, (whole, whole, length, length), strict=True))
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        row.attention = dict(zip(names, (whole, whole, length, length), strict=True))
         return row
 
     monkeypatch.setattr(packed, "make_micro_batch", joined)
+    assert not lines()["packed against alone, most of a token"].holds
+
+
+def test_a_beginning_that_is_not_looked_at_is_found(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = packed.make_micro_batch
+
+    def cut(*args: Any) -> packed.MicroBatch:
+        row = make(*args)
+        given = row.attention
+        given.pop("kv_indices", None)
+        given |= {"cu_seq_lens_k": given["cu_seq_lens_q"], "max_length_k": given["max_length_q"]}
+        return row
+
+    monkeypatch.setattr(packed, "make_micro_batch", cut)
     assert not lines()["packed against alone, most of a token"].holds
 
 
