@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import data, dist, files, lora, models, packed
+from common import data, dist, files, loading, lora, models, packed
 from common.decode import Batch, Sample, Settings, decode, rollout_attention
 
 
@@ -151,7 +151,7 @@ class Replica:
         self.model.to_empty(device=self.device).requires_grad_(False).eval()
         self.model.tie_weights()  # to_empty made two of each shared parameter
         if self.device.type == "cuda" and policy.compute_dtype != torch.float32:
-            packed.fuse_norms(self.model)
+            loading.fuse_norms(self.model)
         self.trunk = getattr(self.model, self.model.base_model_prefix)
         self.logit_scale, self.cap = policy.logit_scale, policy.head.cap
         buffers = dict(policy.model.named_buffers())

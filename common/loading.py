@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import re
+import types
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import dist, formats, lora
@@ -283,3 +285,31 @@ def check_packable(model: nn.Module) -> None:
     for reason, found in reasons.items():
         if found:
             raise dist.RunError(f"the model ({config.model_type}) {reason}, which packed rows do not support")
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let RMSNorms run as one kernel; the eight of transformers take a fifth of a training step on a GPU.
+
+    Rounds once, from float32, where transformers rounds before and after the product with the weight.
+    """
+    for module in model.modules():
+        if is_plain_rms_norm(type(module)):
+            module.forward = types.MethodType(_rms_norm, module)
+
+
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
+
+
+@functools.cache
+def is_plain_rms_norm(kind: type[nn.Module]) -> bool:
+    """Whether a class computes weight * x / rms(x), tried out on numbers: Gemma's adds 1 to its weight."""
+    if not kind.__name__.endswith("RMSNorm"):
+        return False
+    with contextlib.suppress(TypeError, AttributeError), torch.random.fork_rng(devices=[]), torch.no_grad():
+        norm, x = kind(8, eps=0.1), torch.randn(3, 8)
+        norm.weight.normal_()
+        return dict(norm.named_parameters()).keys() == {"weight"} and torch.allclose(
+            norm(x), _rms_norm(norm, x)
+        )
+    return False

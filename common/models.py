@@ -221,7 +221,7 @@ def _load(
         vars(plain).update(known)
         shell = kind(plain, dtype)
     if device.type == "cuda" and dtype != torch.float32:
-        packed.fuse_norms(shell)
+        loading.fuse_norms(shell)
     shell.eval()  # no dropout, layer drop or router noise, ever: policy and reference are one function
     if not trainable:
         shell.requires_grad_(False)

@@ -10,12 +10,10 @@ Shapes: N tokens of a row, N_targets scored ones, D width, V vocabulary, H heads
 """
 
 import bisect
-import contextlib
 import functools
 import heapq
 import inspect
 import math
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -387,34 +385,6 @@ def _find_flash_kernel() -> Callable:
     return lambda *given: flash_attn_varlen_func(
         *given[:-2], softmax_scale=given[-2], causal=True, window_size=given[-1]
     )
-
-
-def fuse_norms(model: nn.Module) -> None:
-    """Let RMSNorms run as one kernel; the eight of transformers take a fifth of a training step on a GPU.
-
-    Rounds once, from float32, where transformers rounds before and after the product with the weight.
-    """
-    for module in model.modules():
-        if is_plain_rms_norm(type(module)):
-            module.forward = types.MethodType(_rms_norm, module)
-
-
-def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
-
-
-@functools.cache
-def is_plain_rms_norm(kind: type[nn.Module]) -> bool:
-    """Whether a class computes weight * x / rms(x), tried out on numbers: Gemma's adds 1 to its weight."""
-    if not kind.__name__.endswith("RMSNorm"):
-        return False
-    with contextlib.suppress(TypeError, AttributeError), torch.random.fork_rng(devices=[]), torch.no_grad():
-        norm, x = kind(8, eps=0.1), torch.randn(3, 8)
-        norm.weight.normal_()
-        return dict(norm.named_parameters()).keys() == {"weight"} and torch.allclose(
-            norm(x), _rms_norm(norm, x)
-        )
-    return False
 
 
 # ----------------------------------------------------------------------------------------------- chunked head

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import checkpoint, data, dist, lora, models, packed, plan
+from common import checkpoint, data, dist, loading, lora, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
@@ -508,11 +508,11 @@ def test_norms_are_fused_where_they_are_plain(kind: str, plain: bool):
     """Fused, they say the same in float32; Gemma's adds 1 to its weight and is left alone."""
     module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
     norm = getattr(module, f"{kind}RMSNorm")(16, eps=1e-3)
-    assert packed.is_plain_rms_norm(type(norm)) == plain
+    assert loading.is_plain_rms_norm(type(norm)) == plain
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 16)
     before, forward = norm(x), norm.forward
-    packed.fuse_norms(norm)
+    loading.fuse_norms(norm)
     assert (norm.forward != forward) == plain
     torch.testing.assert_close(norm(x), before)
 
