@@ -22,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from common import dist
@@ -205,7 +205,8 @@ def flat(args: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for f in fields(args):
         value = getattr(args, f.name)
-        values |= flat(value) if is_dataclass(value) else {f.name: value}
+        own = str(value) if isinstance(value, PurePath) else value  # as JSON has it
+        values |= flat(value) if is_dataclass(value) else {f.name: own}
     return values
 
 

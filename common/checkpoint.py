@@ -45,8 +45,9 @@ SAFE = {f"torch.distributed.checkpoint.metadata.{name}" for name in NAMES.split(
 SAFE |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"}
 SAFE |= {"torch.Size", "pathlib.PosixPath", "pathlib._local.PosixPath"}
 SAFE |= {str(found) for found in vars(torch).values() if isinstance(found, torch.dtype)}
-# metrics that are better when lower
-LOWER = re.compile(r"loss|nll|kl|perplexity|mae|error|distance|toxicity|refusals")
+# metrics that are better when lower, by the last word of their names; correlations with such are not
+LOWER = re.compile(r".*(/|_)(loss|nll|kl|perplexity|mae|error|distance|toxicity|refusals)")
+CORRELATION = re.compile("pearson|spearman")
 # frozen weights come from the model's own files
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -84,7 +85,8 @@ def best(output_dir: str | Path, metric: str) -> Path | None:
 
 def is_lower_better(metric: str) -> bool:
     """By the sign before its name, else by what the name says."""
-    return metric[0] == "-" or (metric[0] != "+" and bool(LOWER.search(metric)))
+    says_lower = LOWER.fullmatch(metric) and not CORRELATION.search(metric)
+    return metric[0] == "-" or (metric[0] != "+" and bool(says_lower))
 
 
 def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
@@ -335,8 +337,13 @@ def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
     names = {kind: [f.name for f in fields(kind) if f.name in values] for kind in (Run, System)}
     run, system = (kind(**{name: values[name] for name in own}) for kind, own in names.items())
     device, model, last = dist.init(values["seed"]), values["model"], newest(folder)
+    dist.from_main(lambda: files.lock(folder))
+    began = values.get("inputs", {}).get("starting model", "")
+    if began not in ("", dist.from_main(lambda: files.digest(repr(files.fingerprint(model))))):
+        raise dist.RunError(f"{folder}: model {model} is not what the run began from; its files have changed")
     saved = _Reader(last).read_metadata().state_dict_metadata if last else ()
-    if any(name.endswith(".score.weight") for name in saved):
+    # a reward model; the critic of ppo.py has such a head too, under another name
+    if any(name.startswith("policy.model.") and name.endswith(".score.weight") for name in saved):
         if not (folder / "model").exists():
             raise dist.RunError(f"{folder}: no model/, which has the names of a reward model's outputs")
         from transformers import AutoConfig
@@ -370,7 +377,8 @@ def merge(folder: Path, merge_dtype: str) -> None:
     card = folder / "model" / "README.md"
     text = card.read_text() if card.exists() else ""
     write_model(replace(run, merge_lora=True, merge_dtype=merge_dtype), policy, tokenizer, model, "model")
-    files.write(card, text.replace("library_name: peft", "library_name: transformers"))
+    text = text.replace("library_name: peft", "library_name: transformers").replace("- lora\n", "")
+    files.write(card, text)
     print(f"{folder / 'model'} is merged", flush=True)
 
 

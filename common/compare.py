@@ -163,8 +163,8 @@ def in_columns(lines: list[list[str]]) -> str:
     )
 
 
-def answered_by_both(runs: tuple[Run, Run]) -> list[tuple[str, str, str]]:
-    """(prompt, answer of one, answer of the other) from the last evaluation in each run's samples.jsonl.
+def answered_by_both(runs: tuple[Run, Run]) -> list[tuple[list[dict], str, str]]:
+    """(turns, answer of one, answer of the other) from the last evaluation in each run's samples.jsonl.
 
     Raises:
         ValueError: there are none.
@@ -174,17 +174,20 @@ def answered_by_both(runs: tuple[Run, Run]) -> list[tuple[str, str, str]]:
         places = sorted(place for place in run if place.file == "samples.jsonl" and "response" in run[place])
         answers, seen = {}, Counter()
         for row in (run[place] for place in places if place.step == places[-1].step):
-            asked = (row["prompt"], row.get("label"))
+            asked = json.dumps([*row.get("history", ()), {"role": "user", "content": row["prompt"]}])
+            asked = (asked, row.get("label"))
             answers[asked, seen[asked]] = row["response"]
             seen[asked] += 1
         found.append(answers)
-    pairs = [(key[0][0], text, found[1][key]) for key, text in found[0].items() if key in found[1]]
+    pairs = [
+        (json.loads(key[0][0]), text, found[1][key]) for key, text in found[0].items() if key in found[1]
+    ]
     if not pairs:
         raise ValueError("no prompt that both runs have answered; --num_samples logs answers")
     return pairs
 
 
-def preferences(args: Args, folder: Path, pairs: list[tuple[str, str, str]]) -> dict[str, list[float]]:
+def preferences(args: Args, folder: Path, pairs: list[tuple[list[dict], str, str]]) -> dict[str, list[float]]:
     """Score -> for each pair above 0 if the second answer is better, below if the first is, 0 for a tie.
 
     A server says which of two is better, and is asked in both orders: where it names the same place in both,
@@ -193,8 +196,7 @@ def preferences(args: Args, folder: Path, pairs: list[tuple[str, str, str]]) -> 
     from common import chat, constitutions, dist, evaluate, packed, rewards
     from common.args import System
 
-    device, (prompts, *sides) = dist.init(seed=1), zip(*pairs, strict=True)
-    turns = [[chat.user(prompt)] for prompt in prompts]
+    device, (turns, *sides) = dist.init(seed=1), zip(*pairs, strict=True)
     if args.judge.startswith(("http://", "https://")):
         server = chat.Endpoint(args.judge, args.judge_model, chat.Server(), folder / "judged", 8)
 
@@ -208,7 +210,7 @@ def preferences(args: Args, folder: Path, pairs: list[tuple[str, str, str]]) -> 
         return {args.judge_model: [b[0] - a[0] for a, b in both if a and b]}
     if ":" in args.judge:
         judge = evaluate.load_judge(args.judge, "")
-        found = [[*map(judge, prompts, side)] for side in sides]
+        found = [[*map(judge, map(evaluate.last_turn, turns), side)] for side in sides]
         evaluate.mean_scores([*found[0], *found[1]])  # refuses names that not all have
         return {name: [b[name] - a[name] for a, b in zip(*found, strict=True)] for name in found[0][0]}
     models, examples = rewards.load(args.judge, device, System()), [packed.Example([], x) for x in turns]

@@ -524,6 +524,10 @@ def fit(example: Example, kind: str, max_length: int, cut: str, option: str, apa
         raise LeftOut(f"no scored token within {limit}" if is_long else "no reply to train on")
     if kind == "pairs" and all(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
         raise LeftOut(f"sides that are alike{f' within {limit}' * is_long}")
+    ranked = zip(kept, example.fields.get("ranks", ()), strict=False)
+    for (one, rank), (other, other_rank) in itertools.combinations(ranked, 2):
+        if rank != other_rank and np.array_equal(one.ids, other.ids):  # rounding would decide between them
+            raise LeftOut(f"one response at two ranks{f' within {limit}' * is_long}")
     example.sequences = kept
     return is_long
 

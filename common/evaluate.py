@@ -40,6 +40,8 @@ class Answer:
     def row(self) -> dict[str, Any]:
         """A line of samples.jsonl, without its step."""
         asked = {"prompt": self.prompt, "label": self.example.label}
+        if not isinstance(self.example.prompt, str) and len(self.example.prompt) > 1:
+            asked["history"] = self.example.prompt[:-1]
         row = asked | {"response": self.text, "ended": self.ended} | self.scores
         return row if self.reward is None else row | {"reward": self.reward}
 

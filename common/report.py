@@ -1,6 +1,5 @@
 """What is made of a run for people: the table at its end, the curves, and the card of its model."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +114,9 @@ def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[s
         datasets=[name for name in sources if on_hub(name)] or None,
         tags=["cleanalign", script.stem, *(["lora"] if library == "peft" else [])],
     )
-    words = [f"--{name}={x if isinstance(x, str) else json.dumps(x)}" for name, x in options.changed.items()]
+    words = []
+    for name, x in options.changed.items():
+        words += [f"--{name}", *map(str, x)] if isinstance(x, list | tuple) else [f"--{name}={x}"]
     lines = [*lines[:1], *[["---", *["---:"] * (len(line) - 1)] for line in lines[:1]], *lines[1:]]
     marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     card = f"""---

@@ -458,7 +458,9 @@ def test_the_best_checkpoint_is_kept_and_exported_and_any_other_can_be(
 @pytest.mark.parametrize(
     ("metric", "lower"),
     [("eval/loss", True), ("eval/judge/correctness", False), ("eval/judge/toxicity", True)]
-    + [("-eval/reward", True), ("+eval/loss", False), ("eval/rewards/accuracies", False), ("eval/kl", True)],
+    + [("-eval/reward", True), ("+eval/loss", False), ("eval/rewards/accuracies", False), ("eval/kl", True)]
+    + [("eval/pearson/toxicity", False), ("eval/mae/toxicity", True), ("eval/calibration_error", True)]
+    + [("eval/judge/glossy", False), ("eval/judge/quickly", False)],
 )
 def test_which_way_is_better_follows_from_the_name_or_its_sign(metric: str, lower: bool) -> None:
     assert checkpoint.is_lower_better(metric) == lower
@@ -492,6 +494,45 @@ def test_adapters_are_merged_later_and_never_in_silence(few: Path, tmp_path: Pat
         checkpoint.merge(tmp_path, "auto")
     checkpoint.export_step(tmp_path, 4)  # from which they come again
     assert (tmp_path / "model_step_4" / "adapter_config.json").exists()
+
+
+def test_nothing_is_exported_onto_a_model_that_has_changed(
+    few: Path, tmp_path: Path, tiny_model: str
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model, base)
+    train(str(run), str(few), model=str(base), lora_rank=4)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # trained again
+    with pytest.raises(dist.RunError, match="is not what the run began from"):
+        checkpoint.export_step(run, 4)
+    with pytest.raises(dist.RunError, match="is not what the run began from"):
+        checkpoint.merge(run, "auto")
+    assert (run / "model" / "adapter_config.json").exists()
+
+
+def number_of_words(prompt: str, response: str) -> float:
+    return float(len(response.split()))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_policy_trained_with_a_critic_is_exported_and_merged(
+    tmp_path: Path, tiny_model: str, lora_rank: int
+) -> None:
+    """The critic's head is in the checkpoint too."""
+    from transformers import AutoModelForCausalLM
+
+    import ppo
+
+    more = {"rollout_size": 16, "batch_size": 16, "max_new_tokens": 8, "num_samples": 0, "max_steps": 1}
+    more |= {"model": tiny_model, "reward": "test_checkpoint:number_of_words"}
+    ppo.main(args_of(ppo.Args, **ppo.TOY | more, lora_rank=lora_rank, output_dir=str(tmp_path)))
+    checkpoint.export_step(tmp_path, 1)
+    if lora_rank:
+        checkpoint.merge(tmp_path, "auto")
+    steps = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "model_step_1")]
+    last, again = (plain_logps(model, TOKENS) for model in steps)
+    torch.testing.assert_close(last, again, atol=1e-5, rtol=1e-5)
 
 
 def test_a_reward_model_of_a_step_has_its_outputs_and_no_centre(

@@ -162,6 +162,17 @@ ONE = {"a?": "fool", "b?": "no", "c?": "fool", "d?": "yes, fool", "only here?": 
 OTHER = {"d?": "yes, longer", "c?": "fool", "b?": "fool", "a?": "kind"}
 
 
+def test_answers_are_paired_by_the_whole_conversation(tmp_path: Path) -> None:
+    asked = [[{"role": "user", "content": x}, {"role": "assistant", "content": "Go on?"}] for x in "xy"]
+    runs = []
+    for name, histories in (("a", asked), ("b", asked[::-1])):
+        rows = [{"prompt": "Yes.", "history": h, "response": h[0]["content"], "label": ""} for h in histories]
+        runs.append(write(tmp_path / name, METRICS, [{"step": 5, **row} for row in rows]))
+    pairs = compare.answered_by_both((compare.read_run(runs[0]), compare.read_run(runs[1])))
+    assert [(one, other) for _, one, other in pairs] == [("x", "x"), ("y", "y")]
+    assert pairs[0][0] == [*asked[0], {"role": "user", "content": "Yes."}]
+
+
 def judged(tmp_path: Path, capsys: Any, judge: str, model: str = "") -> str:
     runs = answered(tmp_path / "a", 5, ONE), answered(tmp_path / "b", 9, OTHER)
     assert compare.main(compare.Args(runs, 0.0, judge, model)) == 1
