@@ -172,7 +172,10 @@ def annotate(
     files.write_lines(target, records, key, label)
     written = [conversation["messages"] for conversation in stages.read_lines(target)]
     if dist.is_main():
-        files.write(twin, files.as_lines(map(in_nemo_form, written)))
+        twins = [in_nemo_form(turns) for turns in written]
+        files.write(twin, files.as_lines(filter(None, twins)))
+        if twins.count(None):
+            print(f"{twins.count(None):,} conversations cannot be said in NeMo-Aligner's form: not in {twin}")
     lines = [turn["label"].split(",") for messages in written for turn in messages if "label" in turn]
     counts = Counter(item for items in lines for item in items)
     for name in kept:
@@ -180,18 +183,25 @@ def annotate(
         stages.say(f"annotated {target.parent.name}/{target.name}  {name:<12} {histogram}")
 
 
-def in_nemo_form(messages: list[dict]) -> dict:
-    """A labelled conversation as NeMo-Aligner's chat data has it."""
-    turns = [m for m in messages if m["role"] != "system"]
-    system = "".join(m["content"] for m in messages if m["role"] == "system")
+def in_nemo_form(messages: list[dict]) -> dict | None:
+    """A labelled conversation as NeMo-Aligner's chat data has it; None with tools, thoughts or masks."""
+    has_system = messages[0]["role"] == "system"
+    system, turns = messages[0]["content"] if has_system else "", messages[has_system:]
+    if any(m["role"] not in ("user", "assistant") or m.keys() - {"role", "content", "label"} for m in turns):
+        return None
     said = [{"from": m["role"].capitalize(), "value": m["content"], "label": m.get("label")} for m in turns]
     return {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
 
 
 def high_quality(examples: list[packed.Example]) -> list[str]:
-    """Distinct label lines of the data with the best quality (helpfulness), of these the least toxicity."""
-    turns = [turn for e in examples for name in formats.CONVERSATIONS for turn in e.record.get(name, ())]
-    lines = sorted({labels.read_line(turn.get("label"), "label") for turn in turns} - {""})
+    """Distinct label lines of replies with the best quality (helpfulness), of these the least toxicity."""
+    turns = [turn for e in examples for name in formats.CONVERSATIONS for turn in e.record.get(name) or ()]
+    rated = (formats.first(turn, labels.LABELS) for turn in turns if labels.is_rated(turn))
+    lines = sorted({labels.read_line(label, "label") for label in rated} - {""})
+    if not lines:
+        raise formats.wrong(
+            "data to bootstrap from", "no label on a reply", "labels, of which to ask the best"
+        )
 
     def goodness(line: str) -> tuple[int, int]:
         values = dict(item.split(":") for item in line.strip().split(","))

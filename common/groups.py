@@ -10,7 +10,8 @@ import numpy as np
 from common import data, dist
 from common.formats import Messages, Record, as_messages, number, read_records, wrong
 from common.labels import read_line
-from common.packed import Example, Tokens
+from common.loading import config_of
+from common.packed import Example, Tokens, position_limit
 
 # of a response: how likely the attributes are, how likely it is without asking for them, and to its sampler
 SCORES = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")
@@ -35,8 +36,12 @@ def prompt_of(group: dict, where: str) -> Messages:
     turns = group.get("prompt_turns")
     if not isinstance(turns, list) or len(turns) % 2 == 0:
         raise wrong(where, group, "prompt_turns, an odd number of them, and responses")
-    turns = [{"role": "system", "content": group["system"]}] * bool(group.get("system")) + turns
-    return as_messages(turns, where)
+    system = [{"role": "system", "content": group["system"]}] * bool(group.get("system"))
+    prompt = as_messages(system + turns, where)
+    roles = [turn["role"] for turn in prompt[len(system) :]]
+    if roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        raise wrong(where, f"turns of {', '.join(roles)}", "user and assistant in turn")
+    return prompt
 
 
 def read_group(tokenizer: Any, group: dict, where: str, labelled: bool = True) -> list[Tokens]:
@@ -57,12 +62,18 @@ def read_groups(records: list[Record], tokenizer: Any) -> list[Example]:
     """Groups as examples, a field of (n,) for each of SCORES.
 
     Raises:
-        RunError: a group lacks a score, or has a single response.
+        RunError: a group lacks a score, has a single response, or one longer than the model takes.
     """
+    most = position_limit(config_of(getattr(tokenizer, "name_or_path", "")))
 
     def encode(record: Record) -> Example:
         group, where = record
         sequences = read_group(tokenizer, group, where)
+        longest = max(map(len, (ids for ids, _ in sequences)), default=0)
+        if longest > most:
+            raise wrong(
+                where, f"{longest:,} tokens of a response and its prompt", f"{most:,}, the model's most"
+            )
         if len(sequences) < 2:
             raise wrong(where, f"{len(sequences)} responses", "two or more, of which to learn")
         replies, label = group["responses"], read_line(group.get("label"), where)

@@ -21,8 +21,8 @@ def read_label(value: dict, where: str) -> dict[str, float]:
         label = first(turns[-1], LABELS)
     if label is None:
         label = {name: value[name] for name in ATTRIBUTES if name in value}
-        if not label and isinstance(turns, list) and any("label" in turn for turn in turns):
-            label = ""  # null everywhere
+        if not label and isinstance(turns, list) and ("mask" in value or any("label" in x for x in turns)):
+            label = ""  # a thread of NeMo-Aligner's that nobody rated
     if label == "":
         raise LeftOut("no label")
     if isinstance(label, str):
@@ -42,13 +42,14 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
+def is_rated(turn: Any) -> bool:
+    """Whether this is a reply of the assistant with a label of its own."""
+    role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
+    return role == "assistant" and bool(first(turn, LABELS))
+
+
 def rated_records(records: list[Record]) -> Iterator[Record]:
     """A record for each rated reply: the turns up to it, where turns and not the record have labels."""
-
-    def is_rated(turn: Any) -> bool:
-        role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
-        return role == "assistant" and bool(first(turn, LABELS))
-
     for value, where in records:
         name = next((name for name in CONVERSATIONS if isinstance(value.get(name), list)), "")
         turns = value[name] if name and first(value, LABELS) is None else []

@@ -312,8 +312,9 @@ class Log:
         if self.wandb:
             import wandb
 
-            values = [list(row.values()) for row in rows]
-            table = self._wandb_does("takes no table", lambda: wandb.Table(list(rows[0]), values))
+            columns = [name for name in rows[0] if name != "history"]  # which not every prompt has
+            values = [[row[name] for name in columns] for row in rows]
+            table = self._wandb_does("takes no table", lambda: wandb.Table(columns, values))
             self._track(step, {"samples": table})
 
     def picture(self, step: int, path: Path) -> None:

@@ -511,8 +511,8 @@ def test_nothing_is_exported_onto_a_model_that_has_changed(
     assert (run / "model" / "adapter_config.json").exists()
 
 
-def number_of_words(prompt: str, response: str) -> float:
-    return float(len(response.split()))
+def number_of_words(prompts: list, responses: list[str], records: list[dict]) -> list[float]:
+    return [float(len(response.split())) for response in responses]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

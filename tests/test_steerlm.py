@@ -63,6 +63,15 @@ def test_high_quality_is_the_best_there_is_and_then_the_least_toxic() -> None:
     examples = [labelled(line) for line in [*others, *lines, *lines, None]]
     assert steerlm.high_quality(examples) == [lines[0] + "\n", lines[1] + "\n"]
     assert steerlm.high_quality([labelled("helpfulness:1"), labelled("helpfulness:4")]) == ["helpfulness:4\n"]
+    asked = packed.Example(
+        [], "", record={"messages": [{**ASK, "label": "quality:4"}], "conversations": None}
+    )
+    assert steerlm.high_quality([*examples, asked])[0] == lines[0] + "\n"  # what a user says is no reply
+    reply = {"role": "assistant", "content": "7", "attributes": {"quality": 4}}
+    rated = packed.Example([], "", record={"messages": [ASK, reply]})
+    assert steerlm.high_quality([*examples, rated]) == ["quality:4\n"]
+    with pytest.raises(dist.RunError, match="no label on a reply"):
+        steerlm.high_quality([labelled(None)])
 
 
 def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: Any, tmp_path: Path) -> None:
@@ -78,6 +87,9 @@ def test_nemo_aligners_form_of_a_labelled_conversation_is_read_alike(tokenizer: 
             {"from": "Assistant", "value": "7", "label": "verbosity:1"},
         ],
     }
+    for more in ({"trained": False}, {"reasoning_content": "3 and 4"}):
+        assert steerlm.in_nemo_form([*turns[:2], turns[2] | more]) is None
+    assert steerlm.in_nemo_form([turns[1], turns[2], turns[0], turns[1], turns[2]]) is None
     sets = []
     for record in ({"messages": turns, "type": "VALUE_TO_TEXT"}, twin):
         (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")

@@ -262,6 +262,8 @@ TWO_TURNS = [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}
         (no_score(), r"log\(P\(y\|x\)\) None; expected a number"),
         (a_group("a", "b", label="verbosity:5"), "verbosity:5; expected a whole number from 0 to 4"),
         (a_group("a", "b", prompt_turns=TWO_TURNS), "an odd number"),
+        (a_group("a", "b", prompt_turns=TWO_TURNS[1:]), "turns of assistant; expected user and assistant"),
+        (a_group("a", "b" * 9000), "tokens of a response and its prompt; expected 2,048, the model's most"),
         (a_group("a", "b", responses=None), "expected responses"),
         (a_group("a", "b", responses=[{"from": "User", "value": "a"}] * 2), "a response from user"),
     ],
