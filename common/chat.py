@@ -33,6 +33,10 @@ CONCLUSION = "\nThe better reply is "
 LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
+NO_OPTION = re.compile(  # the article at the start of a sentence, and the pronoun
+    r"(?<![a-z] )\bA(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"
+    r"|(?<!eply )(?<!ption )\bI(?=['\u2019]|,? [a-z])"
+)
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
 UNWANTED = re.compile(
     r"content.{0,20}(filter|polic|manag)|moderation|safety|inappropriate|inspection|context.length|too long"
@@ -338,7 +342,7 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     """P(letter) from the letter an answer gives, and from the log-probabilities at its token if it has any.
 
     The letter stands where an answer does: at the start, alone or before a mark, and no other option is
-    named after it; at the end where reasoning comes first.
+    named after it, in brackets or not; at the end where reasoning comes first.
 
     Args:
         tokens: OpenAI's logprobs.content. Without it a probability is 0 or 1.
@@ -347,10 +351,13 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     if reasons:
         found = re.search(rf"(?:{lead}|\()([{letters}])\W*$", text)
     else:
-        found = re.match(rf"\W*{lead}?([{letters}])(?:\W*$|\W*\n|\)?\W*[.,:;])", text)
-    if not found or (not reasons and re.search(rf"\([{letters}]\)", text[found.end(1) + 1 :])):
+        found = re.match(rf"(?!\W*I,)\W*{lead}?([{letters}])(?:\W*$|\W*\n|\)?\W*[.,:;])", text)
+    if not found:
         return None
     letter, probs = found[1], dict.fromkeys(letters, 0.0)
+    after = NO_OPTION.sub("", text[found.end(1) :])
+    if any(x in probs and x != letter for x in re.findall(r"[^\W_]+", after)):
+        return None
     named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letter]
     for top in (named[-reasons].get("top_logprobs") or []) if named else []:
         name = re.sub(r"\W", "", top["token"])

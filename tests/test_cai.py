@@ -349,6 +349,16 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
         ("(A). Not (B)", False, None),
         ("Reply (B) is worse because", False, None),
         ("(B) is worse", False, None),
+        ("Option A: rude. Option B: kind.", False, None),
+        ("A: rude\nB: kind", False, None),
+        ("A, B", False, None),
+        ("A\nB", False, None),
+        ("A.\nNo wait, B.", False, None),
+        ("Reply A; reply B", False, None),
+        ("B. A is kinder", False, None),
+        ("B, not A when it counts", False, None),
+        ("B. A calm reply is better", False, 0.0),
+        ("A. Be kind, as in (A).", False, 1.0),
         ("A reply like that", False, None),
         ("Both are fine.", False, None),
         ("", False, None),
@@ -361,6 +371,14 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
 def test_a_letter_counts_where_an_answer_stands(text: str, cot: bool, expected: float | None) -> None:
     found = chat.read_verdict(text, [], cot)
     assert (found and found[0]) == expected
+
+
+def test_a_pronoun_is_no_option() -> None:
+    letters = "ABCDEFGHI"
+    assert chat.read_verdict("I, as an AI, cannot compare.", [], False, letters) is None
+    assert chat.read_verdict("(A). I think, and I'm sure.", [], False, letters)[0] == 1
+    assert chat.read_verdict("I: it is kind", [], False, letters)[8] == 1
+    assert chat.read_verdict("A, I", [], False, letters) is None
 
 
 def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
