@@ -6,6 +6,7 @@ first can be talked with:
     python -m common.chat --model runs/sft "What does the cat say?"
 """
 
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +74,7 @@ class Server:
     judge_body: str = "{}"
     """JSON that each request has besides; null leaves a field out: {"temperature": null, "logprobs": null}"""
     judge_timeout: float = 60.0
-    """seconds that the server has for an answer"""
+    """seconds that the server has for an answer, from the request to its last byte"""
     judge_retries: int = 8
     """times to ask the server again, after waits that grow to a minute, before the run stops"""
     judge_threads: int = 16
@@ -80,7 +82,8 @@ class Server:
     judge_price: tuple[float, float] = (0.0, 0.0)
     """of a million tokens that the server reads, and of a million that it writes; for the cost of a stage"""
     forget_answers: bool = False
-    """ask everything again; else the server's answers in output_dir are used, with --overwrite too"""
+    """ask everything again, once: a restart before the run's end keeps what was asked since; else the
+    server's answers in output_dir are used, with --overwrite too"""
 
 
 class Reply(NamedTuple):
@@ -245,7 +248,9 @@ class Endpoint:
         self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(timeout=self.server.judge_timeout, headers=headers)  # follows no redirect
+        self.client = httpx.AsyncClient(timeout=None, headers=headers)  # follows no redirect
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.extra, self.answers = read_body(self.server.judge_body), files.Journal(self.folder)
 
     def ask(self, conversations: list[formats.Messages], letters: str = "", **how: Any) -> list[dict]:
@@ -276,7 +281,9 @@ class Endpoint:
             time.sleep(min(60.0, wait))
             wait = BACKOFF * 2**attempt
             try:
-                response = self.client.post(self.url, json=body)
+                # httpx's own limit is one of each read: a server that drips bytes never comes to it
+                limited = asyncio.wait_for(self.client.post(self.url, json=body), self.server.judge_timeout)
+                response = asyncio.run_coroutine_threadsafe(limited, self.loop).result()
                 if response.status_code == 200:
                     return read_answer(response.json(), letters, self.reasons)
             except Exception as error:  # no connection, no answer in time, or an answer of another form
