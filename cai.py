@@ -676,8 +676,6 @@ def main(args: Args) -> None:
     if not dist.from_main(lambda: any(map(stages.has_begun, later))):
         given.fixed.discard("max_new_tokens")  # see stages.begin_again
     log = Log(args.run, __file__, (), given, is_pipeline=True, columns=("before", "SL-CAI", "RL-CAI"))
-    if args.server.forget_answers:
-        dist.from_main(lambda: files.remove(folder / "answers"))
     begun = {folder / FOLDERS[name]: own for name, own in options.items()}
     stages.refuse_changed_stages(begun, RESERVED, args.run.accept_changes)
 
@@ -692,6 +690,9 @@ def main(args: Args) -> None:
         return
     check_stages(args, options, prompts)
     log.start(2)
+    asked_again = folder / ".asked_again"  # till the run ends: a restart keeps what it has paid
+    if args.server.forget_answers and not dist.from_main(asked_again.exists):
+        dist.from_main(lambda: [files.remove(folder / "answers"), files.write(asked_again, "")])
     stages.write_lines(folder / "0_prompts" / "train.jsonl", [{"prompt": prompt} for prompt in prompts])
     stages.write_lines(folder / "0_prompts" / "test.jsonl", [{"prompt": e.prompt} for e in red_team])
 
@@ -743,6 +744,7 @@ def main(args: Args) -> None:
         lambda: [files.remove(path) for x in ("replies", "part") for path in folder.glob(f"*/*.{x}")]
     )
     log.finish()
+    dist.from_main(lambda: files.remove(asked_again))
 
 
 if __name__ == "__main__":

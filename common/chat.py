@@ -6,6 +6,7 @@ first can be talked with:
     python -m common.chat --model runs/sft "What does the cat say?"
 """
 
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,10 @@ CONCLUSION = "\nThe better reply is "
 LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
+NO_OPTION = re.compile(  # the article at the start of a sentence, and the pronoun
+    r"(?<![a-z] )\bA(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"
+    r"|(?<!eply )(?<!ption )\bI(?=['\u2019]|,? [a-z])"
+)
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
 UNWANTED = re.compile(
     r"content.{0,20}(filter|polic|manag)|moderation|safety|inappropriate|inspection|context.length|too long"
@@ -68,7 +74,7 @@ class Server:
     judge_body: str = "{}"
     """JSON that each request has besides; null leaves a field out: {"temperature": null, "logprobs": null}"""
     judge_timeout: float = 60.0
-    """seconds that the server has for an answer"""
+    """seconds that the server has for an answer, from the request to its last byte"""
     judge_retries: int = 8
     """times to ask the server again, after waits that grow to a minute, before the run stops"""
     judge_threads: int = 16
@@ -76,7 +82,8 @@ class Server:
     judge_price: tuple[float, float] = (0.0, 0.0)
     """of a million tokens that the server reads, and of a million that it writes; for the cost of a stage"""
     forget_answers: bool = False
-    """ask everything again; else the server's answers in output_dir are used, with --overwrite too"""
+    """ask everything again, once: a restart before the run's end keeps what was asked since; else the
+    server's answers in output_dir are used, with --overwrite too"""
 
 
 class Reply(NamedTuple):
@@ -241,7 +248,9 @@ class Endpoint:
         self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(timeout=self.server.judge_timeout, headers=headers)  # follows no redirect
+        self.client = httpx.AsyncClient(timeout=None, headers=headers)  # follows no redirect
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.extra, self.answers = read_body(self.server.judge_body), files.Journal(self.folder)
 
     def ask(self, conversations: list[formats.Messages], letters: str = "", **how: Any) -> list[dict]:
@@ -272,7 +281,9 @@ class Endpoint:
             time.sleep(min(60.0, wait))
             wait = BACKOFF * 2**attempt
             try:
-                response = self.client.post(self.url, json=body)
+                # httpx's own limit is one of each read: a server that drips bytes never comes to it
+                limited = asyncio.wait_for(self.client.post(self.url, json=body), self.server.judge_timeout)
+                response = asyncio.run_coroutine_threadsafe(limited, self.loop).result()
                 if response.status_code == 200:
                     return read_answer(response.json(), letters, self.reasons)
             except Exception as error:  # no connection, no answer in time, or an answer of another form
@@ -338,7 +349,7 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     """P(letter) from the letter an answer gives, and from the log-probabilities at its token if it has any.
 
     The letter stands where an answer does: at the start, alone or before a mark, and no other option is
-    named after it; at the end where reasoning comes first.
+    named after it, in brackets or not; at the end where reasoning comes first.
 
     Args:
         tokens: OpenAI's logprobs.content. Without it a probability is 0 or 1.
@@ -347,10 +358,13 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     if reasons:
         found = re.search(rf"(?:{lead}|\()([{letters}])\W*$", text)
     else:
-        found = re.match(rf"\W*{lead}?([{letters}])(?:\W*$|\W*\n|\)?\W*[.,:;])", text)
-    if not found or (not reasons and re.search(rf"\([{letters}]\)", text[found.end(1) + 1 :])):
+        found = re.match(rf"(?!\W*I,)\W*{lead}?([{letters}])(?:\W*$|\W*\n|\)?\W*[.,:;])", text)
+    if not found:
         return None
     letter, probs = found[1], dict.fromkeys(letters, 0.0)
+    after = NO_OPTION.sub("", text[found.end(1) :])
+    if any(x in probs and x != letter for x in re.findall(r"[^\W_]+", after)):
+        return None
     named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letter]
     for top in (named[-reasons].get("top_logprobs") or []) if named else []:
         name = re.sub(r"\W", "", top["token"])

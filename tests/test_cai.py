@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import ROOT, args_of, read_metrics
@@ -349,6 +349,16 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
         ("(A). Not (B)", False, None),
         ("Reply (B) is worse because", False, None),
         ("(B) is worse", False, None),
+        ("Option A: rude. Option B: kind.", False, None),
+        ("A: rude\nB: kind", False, None),
+        ("A, B", False, None),
+        ("A\nB", False, None),
+        ("A.\nNo wait, B.", False, None),
+        ("Reply A; reply B", False, None),
+        ("B. A is kinder", False, None),
+        ("B, not A when it counts", False, None),
+        ("B. A calm reply is better", False, 0.0),
+        ("A. Be kind, as in (A).", False, 1.0),
         ("A reply like that", False, None),
         ("Both are fine.", False, None),
         ("", False, None),
@@ -361,6 +371,14 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
 def test_a_letter_counts_where_an_answer_stands(text: str, cot: bool, expected: float | None) -> None:
     found = chat.read_verdict(text, [], cot)
     assert (found and found[0]) == expected
+
+
+def test_a_pronoun_is_no_option() -> None:
+    letters = "ABCDEFGHI"
+    assert chat.read_verdict("I, as an AI, cannot compare.", [], False, letters) is None
+    assert chat.read_verdict("(A). I think, and I'm sure.", [], False, letters)[0] == 1
+    assert chat.read_verdict("I: it is kind", [], False, letters)[8] == 1
+    assert chat.read_verdict("A, I", [], False, letters) is None
 
 
 def test_log_probabilities_of_the_letter_are_used_where_there_are_any() -> None:
@@ -423,7 +441,9 @@ class Stub(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        for i in range(0, len(content), 8 if fault == "drip" else len(content)):
+            time.sleep(0.05 * (fault == "drip"))
+            self.wfile.write(content[i : i + 8] if fault == "drip" else content)
 
     def log_message(self, *rest: Any) -> None:
         pass
@@ -470,6 +490,12 @@ def test_a_server_that_fails_in_every_way_is_survived_and_asked_nothing_twice(
     assert len(answered) == 6 and set(answered.values()) == {1}
     assert ask(server, str(tmp_path), texts) == expected  # a restart
     assert Stub.seen == Counter(answered) + Counter(faults)
+
+
+def test_a_server_that_drips_bytes_is_out_of_time(server: str, tmp_path: Path) -> None:
+    """The limit is one of the whole answer, not of each read."""
+    Stub.plan = ["drip"]
+    assert ask(server, str(tmp_path), ["a"]) == ["to a"] and sum(Stub.seen.values()) == 2
 
 
 def test_a_verdict_of_a_server_uses_its_log_probabilities_if_it_sends_any(
@@ -1119,6 +1145,32 @@ def test_a_batch_that_only_the_judged_pairs_show_to_be_too_large_is_no_dead_end(
         cai.main(small(tmp_path / "run", world, dpo="--batch_size 19 --max_steps 1", **settings))
     cai.main(small(tmp_path / "run", world, dpo="--batch_size 4 --max_steps 1 --num_samples 0", **settings))
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_answers_are_forgotten_once_and_only_by_a_run_that_begins(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid = tmp_path / "answers" / "rank_0.jsonl"
+    paid.parent.mkdir()
+    paid.write_text("old")
+
+    def start(**more: Any) -> None:
+        with pytest.raises(dist.RunError):
+            cai.main(small(tmp_path, world, sl_model="toy", forget_answers=True, num_samples=1, **more))
+
+    def killed(*_: Any) -> None:
+        found.append(paid.exists())
+        paid.parent.mkdir(exist_ok=True)
+        paid.write_text("new")
+        raise dist.RunError("killed")
+
+    found: list[bool] = []
+    monkeypatch.setattr(cai, "load_model", killed)
+    start(reward_model="--batch_size 1000")
+    assert paid.read_text() == "old"
+    for overwrite in (False, False, True):
+        start(overwrite=overwrite)
+    assert found == [False, True, True]
 
 
 @pytest.mark.slow
