@@ -411,7 +411,7 @@ class Stub(BaseHTTPRequestHandler):
                 fault = "filter"
             Stub.seen[fault or body] += 1
         if fault == "slow":
-            time.sleep(0.6)
+            time.sleep(3.0)
         if fault.isdigit() or fault == "filter":
             said = b'{"error": {"code": "content_filter", "message": "The prompt was filtered"}}'
             said = said if fault == "filter" else b""
@@ -442,7 +442,7 @@ class Stub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         for i in range(0, len(content), 8 if fault == "drip" else len(content)):
-            time.sleep(0.05 * (fault == "drip"))
+            time.sleep(0.3 * (fault == "drip"))
             self.wfile.write(content[i : i + 8] if fault == "drip" else content)
 
     def log_message(self, *rest: Any) -> None:
@@ -462,7 +462,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def endpoint_args(url: str, folder: Any, **more: Any) -> cai.Args:
-    more = {"judge_timeout": 0.3, "judge_retries": 12, **more}
+    more = {"judge_timeout": 2.0, "judge_retries": 12, **more}
     return args_of(cai.Args, judge_url=url, judge_model="m", output_dir=str(folder), **more)
 
 
@@ -936,7 +936,7 @@ def test_generated_files_are_the_same_on_two_ranks(tmp_path: Path, world: Path, 
 
 def test_a_critic_and_judge_behind_a_server(server: str, world: Path, tmp_path: Path) -> None:
     Stub.plan = ["429", "garbage", "slow"]
-    settings = {"judge_url": server, "judge_model": "m", "judge_timeout": 0.3, "judge_retries": 12}
+    settings = {"judge_url": server, "judge_model": "m", "judge_timeout": 2.0, "judge_retries": 12}
     settings |= {"critic_url": server, "critic_model": "m"}
     args = small(tmp_path, world, num_red_team=12, **settings)
     prompts = cai.load_red_team(args, cai.load_tokenizer("toy", args))[0]
