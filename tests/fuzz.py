@@ -71,10 +71,19 @@ def documented() -> dict[str, list[list[dict]]]:
     return found
 
 
-def places(value: Any, here: tuple = ()) -> list[tuple]:
-    """Where every value in a tree of JSON stands."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [here, *(p for key, v in inner for p in places(v, (*here, key)))]
+def places(value: Any) -> list[tuple]:
+    """Where every value in a tree of JSON stands, level by level: it may be a thousand deep."""
+    found, level = [], [((), value)]
+    while level:
+        found += [place for place, _ in level]
+        level = [
+            ((*place, key), inner)
+            for place, x in level
+            for key, inner in (
+                x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ()
+            )
+        ]
+    return found
 
 
 def put(tree: Any, place: tuple, value: Any) -> Any:
