@@ -32,7 +32,8 @@ def wrong(where: str, found: Any, expected: str) -> dist.RunError:
     if isinstance(found, dict):
         found = "the fields " + ", ".join(k if v is not None else f"{k} (null)" for k, v in found.items())
     else:
-        found = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(found)[:80])
+        found = str(found)[:80]
+    found = "".join(c if c.isprintable() else repr(c)[1:-1] for c in found)  # one line, whatever it holds
     return dist.RunError(f"{where}: found {found}; expected {expected}")
 
 

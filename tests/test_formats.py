@@ -177,3 +177,9 @@ def test_a_bad_file_is_named(tmp_path: Path, function: Any, content: Any, expect
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(dist.RunError, match=r"comparisons nowhere.json: found .*expected a JSON file"):
         constitutions.read_comparisons("nowhere.json")
+
+
+def test_a_refusal_is_one_line_whatever_names_a_record_has() -> None:
+    assert (
+        str(formats.wrong("x:1", {"resp\nse": 1}, "text")) == "x:1: found the fields resp\\nse; expected text"
+    )
