@@ -391,7 +391,7 @@ class Log:
         ):
             self.wandb = self.wandb or self._wandb_does(failing, lambda mode=mode: begin(mode))
         if self.wandb:
-            id_file.write_text(self.wandb.id)
+            files.write(id_file, self.wandb.id)
 
     def _wandb_does(self, failing: str, act: Callable[[], Any]) -> Any:
         """act(), or None where W&B fails, as when its own process has died: the run needs none of it."""
