@@ -12,6 +12,7 @@ Prints a line of figures; exit code 1 if a process ended otherwise than it shoul
 """
 
 import argparse
+import atexit
 import collections
 import json
 import os
@@ -48,7 +49,11 @@ def rank(number: int, port: int, end: str, plain: bool) -> None:
         if end == "one fails":
             dist.barrier()
 
-    sys.exit(dist.outcome(main, None)) if plain else dist.run(main, None)
+    if plain:
+        code = dist.outcome(main, None)
+        atexit.unregister(dist._leave)
+        sys.exit(code)
+    dist.run(main, None)
 
 
 def start(number: int, port: int, end: str, plain: bool, log: Path) -> int:
