@@ -741,9 +741,6 @@ def main(args: Args) -> None:
     evaluate(2, last, metrics)
 
     stages.export(Path(last), folder)
-    dist.from_main(
-        lambda: [files.remove(path) for x in ("replies", "part") for path in folder.glob(f"*/*.{x}")]
-    )
     log.finish()
     dist.from_main(lambda: files.remove(asked_again))
 

@@ -460,7 +460,6 @@ def main(args: Args) -> None:
             keep = files.part_name(sampled, [], files.fingerprint(last)).with_suffix(".replies")
             records = sample_best(last, train_set, tokenizer, number, keep, args, device)
             annotate(attribute_model, tokenizer, records, sampled, args, device)
-            dist.from_main(lambda keep=keep: files.remove(keep))
         before, last = last, str(folder / f"5_sft_{number}")
         overrides = dict(model=before, dataset=f"{annotated},{sampled.parent}", **shared)
         stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)

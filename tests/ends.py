@@ -1,7 +1,7 @@
 """End two ranks with collectives in flight, again and again: no process may abort.
 
     python tests/ends.py 150             # 150 runs of two ranks, 300 processes
-    python tests/ends.py 20 --python     # as Python ends a process, to see that this can abort
+    python tests/ends.py 30 --python     # as Python ends a process, to see that this aborts some
 
 Python's own end stops the threads of gloo where they stand, in C++ that does not expect it ("terminate
 called without an active exception"). Each run has one of three ends: both ranks leave while sums are under
@@ -77,7 +77,7 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=int)
-    parser.add_argument("--python", action="store_true", help="end as Python does by itself")
+    parser.add_argument("--python", action="store_true", help="end as Python does, with nothing of dist")
     args = parser.parse_args()
     torch.set_num_threads(1)
     codes, log = collections.Counter(), Path(tempfile.mkstemp()[1])
