@@ -40,6 +40,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "text")
 RESPONSES = ("completion", "response", "output", "answer")
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
+TEXTS = (*CONVERSATIONS, *PROMPTS[:-1], *RESPONSES, *CHOSEN, *REJECTED)
 # of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
 ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
@@ -196,8 +197,8 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
 
 def read_channels(text: str, where: str) -> dict[str, str]:
     """Content and thoughts of a reply in gpt-oss's raw format; {} without channels, others are refused."""
-    pieces = re.split(r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>", text)
-    if len(pieces) == 1:
+    marks = r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>"
+    if "<|channel|>" not in text or len(pieces := re.split(marks, text)) == 1:
         return {}
     names = [name.strip() for name in pieces[1::2]]
     said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", piece) for piece in pieces[2::2]]
