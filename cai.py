@@ -640,6 +640,18 @@ def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
     return todo
 
 
+def speakers(args: Args) -> dict[str, dict[str, str]]:
+    """For --plan: the models that a stage holds which trains nothing, by what they do, and where they are."""
+    helper, sl_model = args.helpful_model or args.model, args.sl_model or args.model
+    found = {} if args.revisions or args.sl_model else {"revisions": {"helpful model": helper}}
+    found |= {} if args.pairs else {"comparisons": {"SL-CAI": sl_model}}
+    for name, role, own in (("revisions", "critic", helper), ("comparisons", "judge", args.sl_model)):
+        url, path = name_of(role, args)
+        if name in found and not url and path != own:  # as `load_other`
+            found[name][role] = path
+    return found
+
+
 TOY = dict(
     helpful_demonstrations="toy",
     helpful_pairs="toy",
@@ -670,7 +682,8 @@ def main(args: Args) -> None:
     check(args)
     options = stages.read_all(args.stages, STAGES, RESERVED)
     common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
-    stages.before(args.run, stages_before(args, common))
+    slots = args.max_prompt_length + 3 * args.max_new_tokens  # prompt, reply, critique, revision
+    stages.before(args, stages_before(args, common), speakers(args), slots)
     folder, given = Path(args.run.output_dir), snapshot(args, TOY)
     later = [folder / FOLDERS[name] for name in ("reward_model", args.rl)]
     if not dist.from_main(lambda: any(map(stages.has_begun, later))):

@@ -410,7 +410,11 @@ def main(args: Args) -> None:
     rated = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
     fine_tuned = dict(model=args.model, dataset=args.dataset, **shared)  # before it is annotated
     todo = [("reward_model", reward_model.main, reward_model.Args, rated, args.stages.reward_model)]
-    stages.before(args.run, [*todo, ("sft", sft.main, sft.Args, fine_tuned, args.stages.sft)])
+    todo.append(("sft", sft.main, sft.Args, fine_tuned, args.stages.sft))
+    held = {"policy": args.conditioned_model or args.model}
+    held["attribute model"] = args.attribute_model or args.model
+    slots = options["sft"].max_length + args.max_new_tokens
+    stages.before(args, todo, {"annotation and following": held}, slots)
     free, decided = dist.from_main(lambda: may_change(args)), snapshot(args, TOY)
     decided = decided._replace(fixed=decided.fixed - free)
     columns = ("before", "SFT", *(f"round {n}" for n in range(1, args.num_bootstrap_rounds + 1)))
