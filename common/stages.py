@@ -55,12 +55,7 @@ def stage(
         raise dist.Stopped(f"stopped in or after {folder.name}; the same command goes on from there")
 
 
-def before(
-    given: Any,
-    stages: Iterable[tuple[str, Callable, type, dict[str, Any], str]],
-    speakers: dict[str, dict[str, str]],
-    slots: int,
-) -> None:
+def before(given: Any, stages: Iterable[tuple], speakers: dict[str, dict[str, str]], slots: int) -> None:
     """With --plan or --check, those of every stage by its own script; ends the process, 0 if all say yes.
 
     Args:

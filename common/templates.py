@@ -511,9 +511,8 @@ def refuse_rendered(tokenizer: Any, value: dict, where: str) -> None:
     for name, given in value.items():
         for turn in (given if isinstance(given, list) else [given]) if name in formats.TEXTS else ():
             role = str(formats.first(turn, ("role", "from"))).lower() if isinstance(turn, dict) else ""
-            text = (
-                formats.first(turn, ("content", "value")) if formats.ROLES.get(role) == "assistant" else turn
-            )
+            is_own = formats.ROLES.get(role) == "assistant"
+            text = formats.first(turn, ("content", "value")) if is_own else turn
             text = text.strip() if isinstance(text, str) and "<|message|>" not in text else ""
             if begins.match(text) or text.endswith(end):
                 expected = "a text without the chat template's own marks, or messages"

@@ -39,33 +39,21 @@ def adds_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-class Words(dict):
-    """Tokens of words after a space, and of what begins a text, after BREAK; as bytes of int32."""
-
-    MOST = 1 << 17  # short ones are remembered until there are more
-
-    def __missing__(self, word: str) -> bytes:
-        found = self.encode(word[1:] if word[0] == BREAK else " " + word)
-        if len(self) > self.MOST:
-            self.clear()
-        if len(word) < 100:
-            self[word] = found
-        return found
-
-
-class Pieces:
+class Pieces(dict):
     """Tokens of a text, which a tokenizer makes of pieces that do not see each other: most recur.
 
     It cuts before a special token, and a byte-level one between words too. What begins with a space and a
-    letter is a word of its own whatever is before it, which is tried with all kinds of characters.
+    letter is a word of its own whatever is before it, which is tried with all kinds of characters. Short
+    pieces are kept, as bytes of int32: words without their space, and the first of a stretch after BREAK.
     """
 
+    MOST = 1 << 17  # that are kept
     BETWEEN = re.compile(" (?=[A-Za-z])")
     BEFORE = (*string.printable, *"\u00e9\u4e2d\u0301\u2026\u00a0", "'s", "12", "123", "\n\n", "\r\n")
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.words = tokenizer, None
-        self.marks = re.compile("(?!)")  # one piece
+        self.tokenizer, self.marks = tokenizer, re.compile("(?!)")
+        self.between = self.marks  # one piece
         self.stretch = functools.lru_cache(64)(self.encode_stretch)  # a conversation and its beginnings
         tokenizer("a", verbose=False)  # nothing is padded or cut from here on
         self.core = core = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
@@ -78,8 +66,7 @@ class Pieces:
         if is_plain and "ByteLevel(" in repr(before) and repr(core.normalizer) in ("None", "NFC()"):
             cut = lambda text: [piece for piece, _ in before.pre_tokenize_str(text)]  # noqa: E731
             if all(cut(f"a{x} bc") == cut(f"a{x}") + cut(" bc") for x in self.BEFORE):
-                self.words = Words()
-                self.words.encode = self.encode_piece
+                self.between = self.BETWEEN
 
     def encode(self, text: str) -> np.ndarray:
         """(N,) int32"""
@@ -87,19 +74,23 @@ class Pieces:
         found = (self.stretch(text[i:k]) for i, k in itertools.pairwise(starts))
         return np.frombuffer(b"".join(found), np.int32)
 
-    def encode_piece(self, text: str) -> bytes:
-        if self.core is None:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        else:
-            ids = self.core.encode(text, add_special_tokens=False).ids
-        return np.array(ids, np.int32).tobytes()
-
     def encode_stretch(self, text: str) -> bytes:
         """Tokens from one special token to the next."""
-        if self.words is None:
-            return self.encode_piece(text)
-        first, *others = self.BETWEEN.split(text)
-        return b"".join(map(self.words.__getitem__, [BREAK + first, *others]))
+        first, *others = self.between.split(text)
+        return b"".join(map(self.__getitem__, [BREAK + first, *others]))
+
+    def __missing__(self, piece: str) -> bytes:
+        text = piece[1:] if piece[0] == BREAK else " " + piece
+        if self.core:
+            ids = self.core.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found = np.array(ids, np.int32).tobytes()
+        if len(self) > self.MOST:
+            self.clear()
+        if len(piece) < 100:
+            self[piece] = found
+        return found
 
 
 pieces = functools.lru_cache(maxsize=4)(Pieces)

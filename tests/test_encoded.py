@@ -109,7 +109,9 @@ def test_remembered_pieces_are_exact_for_every_kind_of_tokenizer(name: str, toke
         made = family(name)
     draw = random.Random(name)
     ways_agree(made, [chat(draw) for _ in range(40)])
-    assert (tokenizing.Pieces(made).words is not None) == (name not in ("llama2", "gemma", "lines", "toy"))
+    assert (tokenizing.Pieces(made).between.pattern != "(?!)") == (
+        name not in ("llama2", "gemma", "lines", "toy")
+    )
 
 
 SPLIT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -140,7 +142,8 @@ def test_a_text_is_cut_only_where_its_parts_do_not_see_each_other(how: dict, cut
     core.normalizer = how.get("normalizer")
     core.add_tokens([how.get("added", "<x>")])
     pieces, draw = tokenizing.Pieces(tokenizer), random.Random(0)
-    assert (pieces.words is not None) == cuts
+    pieces.MOST = 20  # some are forgotten
+    assert (pieces.between.pattern != "(?!)") == cuts
     words = [*WORDS, "<r>", "<l>", "b c", ". b", "  ", "it's b", "12 c"]
     for _ in range(300):
         text = draw.choice(["", " "]).join(draw.choices(words, k=6))
