@@ -193,38 +193,37 @@ def encode_options(tokenizer: Any, question: formats.Messages, lead: str, letter
     return packed.Example([tokens], "", {"letters": np.array([side[at] for side in sides], np.float32)})
 
 
-@torch.no_grad()
 def letter_probs(
     policy: Any, examples: list[packed.Example], micro_batch_tokens: int, device: torch.device, count: int
 ) -> list[list[float]]:
     """P(letter) among `count` letters, of each example; what some in a row begin with is read once."""
-    table, groups = torch.zeros(len(examples), count, device=device), beginning_alike(examples)
-    for row in packed.micro_batches(groups, micro_batch_tokens, device, "verdicts") if groups else ():
-        places, letters = (x[~x.isnan()].long() for x in (row.fields["places"], row.fields["letters"]))
-        table[places] = policy.logits(row).gather(1, letters.view(len(places), count))
-    return dist.sum_over_ranks(table).softmax(-1).tolist()  # each example was scored by one rank
+
+    def logits(row: packed.MicroBatch) -> torch.Tensor:
+        letters = row.fields["letters"]
+        return policy.logits(row).gather(1, letters[~letters.isnan()].long().view(-1, count))
+
+    groups = beginning_alike(examples)
+    found = packed.table(logits, groups, micro_batch_tokens, device, (count,), "verdicts")
+    return found.softmax(-1).tolist()
 
 
 def beginning_alike(examples: list[packed.Example]) -> list[packed.Example]:
     """Questions in a row with a long beginning in common as one example each, which packing reads once.
 
-    A group grows as long as that spares more tokens. Its fields have the questions' places in the list.
+    A group grows as long as that spares more tokens.
     """
-    groups: list[tuple[int, list[int]]] = []  # tokens in common, questions
+    groups: list[tuple[int, list[packed.Example]]] = []  # tokens in common, questions
     for i, example in enumerate(examples):
         ids = example.sequences[0].ids
         shared, members = groups[-1] if groups else (0, [])
         common = min(shared, formats.common_prefix(examples[i - 1].sequences[0].ids, ids))
         if common >= LEAST_SHARED and common * len(members) > shared * (len(members) - 1):
-            groups[-1] = (common, [*members, i])
+            groups[-1] = (common, [*members, example])
         else:
-            groups.append((len(ids), [i]))
-    found = []
-    for _, members in groups:
-        letters = np.concatenate([examples[i].fields["letters"] for i in members])
-        fields = {"letters": letters, "places": np.array(members, np.float64)}
-        found.append(packed.Example([examples[i].sequences[0] for i in members], "", fields))
-    return found
+            groups.append((len(ids), [example]))
+    fields = [{"letters": np.concatenate([e.fields["letters"] for e in group])} for _, group in groups]
+    sequences = [[e.sequences[0] for e in group] for _, group in groups]
+    return [packed.Example(x, "", own) for x, own in zip(sequences, fields, strict=True)]
 
 
 # ----------------------------------------------------------------------------------- a model behind a server

@@ -253,7 +253,7 @@ def test_what_questions_begin_with_is_read_once(
     monkeypatch.setattr(chat, "LEAST_SHARED", 4)
     groups = chat.beginning_alike(examples)
     assert sum(e.row_tokens for e in groups) < 0.8 * sum(e.num_tokens for e in examples)
-    assert [int(i) for e in groups for i in e.fields["places"]] == [*range(len(examples))]
+    assert [e.sequences[0] for e in examples] == [x for group in groups for x in group.sequences]
     assert judged(least_shared=4) == pytest.approx(alone, abs=1e-5)
     for found in two_ranks("test_cai:judged", least_shared=4):
         assert found == pytest.approx(alone, abs=1e-5)
