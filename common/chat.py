@@ -35,10 +35,12 @@ CONCLUSION = "\nThe better reply is "
 LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
+ARTICLE = r"(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"  # follows one
 NO_OPTION = re.compile(  # the article at the start of a sentence, and the pronoun
-    r"(?<![a-z] )\bA(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"
-    r"|(?<!eply )(?<!ption )\bI(?=['\u2019]|,? [a-z])"
+    rf"(?<![a-z] )\bA{ARTICLE}|(?<!eply )(?<!ption )\bI(?=['\u2019]|,? [a-z])"
 )
+OPTION = r"(?i:reply|response|option|choice|answer)"
+SMALL = re.compile(rf"(?:\b{OPTION}\W+(?:is\W+)?|\()[a-z]\b(?!\.[a-z]|{ARTICLE})")  # (b), reply b
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
 UNWANTED = re.compile(
     r"content.{0,20}(filter|polic|manag)|moderation|safety|inappropriate|inspection|context.length|too long"
@@ -348,12 +350,14 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     """P(letter) from the letter an answer gives, and from the log-probabilities at its token if it has any.
 
     The letter stands where an answer does: at the start, alone or before a mark, and no other option is
-    named after it, in brackets or not; at the end where reasoning comes first.
+    named after it; at the end where reasoning comes first. A capital is a name of an option, and so is a
+    small letter in brackets or after reply, response, option, choice or answer.
 
     Args:
         tokens: OpenAI's logprobs.content. Without it a probability is 0 or 1.
     """
-    lead = r"(?i:(?:the )?(?:final )?(?:answer|better reply|best reply|reply|option|choice)\W*(?:is\W*)?)"
+    text = SMALL.sub(lambda named: named[0][:-1] + named[0][-1].upper(), text)
+    lead = rf"(?i:(?:the )?(?:final |better |best )?{OPTION}\W*(?:is\W*)?)"
     if reasons:
         found = re.search(rf"(?:{lead}|\()([{letters}])\W*$", text)
     else:

@@ -85,6 +85,20 @@ def agreed(value: dict, names: Iterable[str], where: str) -> Any:
     return found[0][1] if found else None
 
 
+def unread(value: dict, has_replies: bool) -> list[str]:
+    """Lines for a record with several fields that could be its prompt, or its reply: the first one is.
+
+    Answers to compare replies with stand beside those in many a data set, which is no mistake.
+    """
+    lines, replies = [], {"reply": CONVERSATIONS + RESPONSES, "chosen": CHOSEN, "rejected": REJECTED}
+    for what, names in {"prompt": PROMPTS, **(replies if has_replies else {})}.items():
+        taken, *others = [name for name in names if value.get(name) is not None] or [""]
+        others = [name for name in others if (taken, name) != ("instruction", "input")]  # which are joined
+        if others and not (what == "prompt" and first(value, CONVERSATIONS)):
+            lines.append(f"{taken} is read as the {what}, and beside it not {', '.join(others)}")
+    return lines
+
+
 def number(value: Any, where: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
         raise wrong(where, f"{name} {value!r}", "a number below 1e15")
