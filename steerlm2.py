@@ -254,9 +254,9 @@ def sequence_logps(
     A group longer than micro_batch_tokens is run a response at a time, others as one, with the prompt once.
     """
     limit, examples = packed.token_limit(args.system.micro_batch_tokens, device), []
-    for group in groups:
-        whole = Example(group, "")
-        examples += [whole] if whole.row_tokens <= limit else [Example([sequence], "") for sequence in group]
+    for whole in (Example(group, "") for group in groups):
+        fits = whole.row_tokens <= limit
+        examples += [whole] if fits else [Example([sequence], "") for sequence in whole.sequences]
     return packed.table(lambda batch: response_logps(policy, batch, args), examples, limit, device)
 
 

@@ -20,6 +20,7 @@ from harness import ROOT, NoText, documents, llama, random_policy, sft_step
 from torch import Tensor, nn
 
 from common import decode, dist, generate, models, packed
+from common.lm_head import ChunkedHead
 
 SMALL = {"vocab_size": 2048, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2}
 
@@ -103,7 +104,7 @@ def check_head(
     nn.init.normal_(head.weight, std=0.2)
     y = torch.randint(vocab_size, (tokens,), device=device)
     g = torch.randn(2, tokens, device=device)
-    chunked = packed.ChunkedHead.like(head)
+    chunked = ChunkedHead.like(head)
     chunked.compiled = compiled
     stats = chunked(h, y)
     ours = torch.autograd.grad((g[0] * stats.logps + g[1] * stats.entropy).sum(), (h, head.weight, head.bias))

@@ -4,6 +4,7 @@ A command whose output nobody reads to the end, as with `| head`, ends without a
 """
 
 import atexit
+import contextlib
 import os
 import select
 import signal
@@ -14,25 +15,22 @@ from typing import Any
 def is_unread() -> bool:
     """Whether standard output is a pipe that nobody reads any more."""
     poll = select.poll()
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, it is closed, or no file
         poll.register(sys.stdout.fileno(), 0)
-    except (AttributeError, OSError, ValueError):  # there is none, it is closed, or it is no file
-        return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _end(kind: type, error: BaseException, trace: Any) -> None:
-    """What Python does with an error that ends the process."""
     if isinstance(error, BrokenPipeError) and is_unread():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGPIPE)
     sys.__excepthook__(kind, error, trace)
 
 
+@atexit.register
 def _drop_the_rest() -> None:
-    if is_unread():  # what is not written yet would be at exit, with a message that it cannot be
+    if is_unread():  # Python writes at exit what is left, or that it cannot
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 sys.excepthook = _end
-atexit.register(_drop_the_rest)

@@ -366,9 +366,9 @@ def export_step(folder: Path, step: int) -> None:
     _load(chosen, {"policy": (policy, None)})
     to, values = folder / f"model_step_{step}", files.read_json(folder / "args.json")
     write_model(run, policy, tokenizer, model, to.name)
-    report.write_card(
-        to, values["script"], values, files.read_rows(folder / "metrics.jsonl", "step"), step=step
-    )
+    rows = [row for row in files.read_rows(folder / "metrics.jsonl", "step") if row["step"] <= step]
+    lines = report.table(rows, ("before", "after"))
+    report.write_card(to, values["script"], values, lines, None, f" to step {step}")
     print(to, flush=True)
 
 

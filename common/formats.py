@@ -85,18 +85,15 @@ def agreed(value: dict, names: Iterable[str], where: str) -> Any:
     return found[0][1] if found else None
 
 
-def unread(value: dict, has_replies: bool) -> list[str]:
-    """Lines for a record with several fields that could be its prompt, or its reply: the first one is.
-
-    Answers to compare replies with stand beside those in many a data set, which is no mistake.
-    """
-    lines, replies = [], {"reply": CONVERSATIONS + RESPONSES, "chosen": CHOSEN, "rejected": REJECTED}
-    for what, names in {"prompt": PROMPTS, **(replies if has_replies else {})}.items():
+def unread(value: dict, has_replies: bool) -> Iterator[str]:
+    """Lines for a record with several fields that could be its prompt, or its reply: the first one is."""
+    replies = {"reply": CONVERSATIONS + RESPONSES, "chosen": CHOSEN, "rejected": REJECTED}
+    prompts = {} if has_replies and first(value, CONVERSATIONS) else {"prompt": PROMPTS}
+    for what, names in (prompts | replies if has_replies else prompts).items():
         taken, *others = [name for name in names if value.get(name) is not None] or [""]
         others = [name for name in others if (taken, name) != ("instruction", "input")]  # which are joined
-        if others and not (what == "prompt" and first(value, CONVERSATIONS)):
-            lines.append(f"{taken} is read as the {what}, and beside it not {', '.join(others)}")
-    return lines
+        if others:
+            yield f"{taken} is read as the {what}, and beside it not {', '.join(others)}"
 
 
 def number(value: Any, where: str, name: str) -> float:

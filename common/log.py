@@ -345,10 +345,11 @@ class Log:
 
     def _write_cards(self) -> None:
         best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
-        told = (self.script.name, self.options.values, self.rows, self.columns)
-        for name, step in (("model", math.inf), ("model_best", best)):
-            if (self.folder / name).exists() and step >= 0:
-                report.write_card(self.folder / name, *told, step, self.options.changed)
+        for name, last, at in (("model", math.inf, ""), ("model_best", best, f" to step {best}")):
+            if (self.folder / name).exists() and last >= 0:
+                lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)
+                told = (self.script.name, self.options.values, lines, self.options.changed)
+                report.write_card(self.folder / name, *told, at)
 
     # ---------------------------------------------------------------------------------------------------- W&B
 

@@ -1,10 +1,8 @@
 """What is made of a run for people: the table at its end, the curves, and the card of its model."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common import files
 
@@ -97,24 +95,17 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
 
 
 def write_card(
-    folder: Path,
-    script: str,
-    values: dict[str, Any],
-    rows: list[dict],
-    columns: Sequence[str] = ("before", "after"),
-    step: float = math.inf,
-    changed: dict[str, Any] | None = None,
+    folder: Path, script: str, values: dict, lines: list[list[str]], changed: dict | None, at: str = ""
 ) -> None:
     """README.md of a model's folder: what it was trained from, on what, by what command, its table.
 
     Args:
-        values: of all options, of which `changed` make the command.
-        rows: of metrics.jsonl.
-        step: that it was trained to, if that is not the last one.
+        values: of all options; those that are `changed` make the command.
+        at: which step it is of, if that is not the last one.
     """
     from huggingface_hub import ModelCardData
 
-    dataset, lines = values.get("dataset", ""), table([r for r in rows if r["step"] <= step], columns)
+    dataset = values.get("dataset", "")
 
     def on_hub(name: str) -> bool:
         is_path = Path(name).exists() or name.startswith(("toy", ".", "/", "~"))
@@ -134,7 +125,6 @@ def write_card(
         words += [f"--{name}", *map(str, x)] if isinstance(x, list | tuple) else [f"--{name}={x}"]
     lines = [*lines[:1], *[["---", *["---:"] * (len(line) - 1)] for line in lines[:1]], *lines[1:]]
     marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    at = f" to step {step}" if step < math.inf else ""
     command = "." if changed is None else f":\n\n```bash\n{shlex.join(words)}\n```"
     card = f"""---
 {about.to_yaml()}

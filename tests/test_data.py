@@ -676,7 +676,7 @@ def test_a_field_that_another_is_read_instead_of_is_named(
 ) -> None:
     source = write(tmp_path, record)
     load(kind, source, families["chatml"])
-    assert re.findall(r": (.* beside it .*)", capsys.readouterr().out) == lines
+    assert re.findall(r".*: (.* beside it .*)", capsys.readouterr().out) == lines
 
 
 def test_records_tell_their_split_and_a_file_is_read_by_it(tokenizer: Any, tmp_path: Path) -> None:
