@@ -170,14 +170,14 @@ def add_reference(policy: models.Policy, pairs: data.Dataset, reached: list[int]
     asked = [pairs[i] for i in reached]
 
     def logps(micro_batch: MicroBatch) -> Tensor:
-        return response_logps(policy(micro_batch).logps, micro_batch)
+        return response_logps(policy(micro_batch).logps, micro_batch).flatten()
 
     def score() -> Tensor:
-        return packed.table(logps, asked, (2,), args.system.micro_batch_tokens, device, "reference")
+        return packed.table(logps, asked, args.system.micro_batch_tokens, device, what="reference")
 
     key = ("ref_logps", args.model, args.system.dtype, [pair.sequences for pair in asked])
     found = np.full((len(pairs), 2), np.nan, np.float32)
-    found[reached] = files.cached(score, *key).cpu().numpy()
+    found[reached] = files.cached(score, *key).view(-1, 2).cpu().numpy()
     return pairs.with_fields(dict(zip(REF_LOGPS, found.T, strict=True)))
 
 

@@ -117,9 +117,9 @@ def opponent_logps(
     """log pi_t(y|x) and log pi_t(y'|x) of each pair, by LOGPS, while the policy is the opponent."""
 
     def logps(micro_batch: MicroBatch) -> Tensor:
-        return response_logps(policy(micro_batch).logps, micro_batch)
+        return response_logps(policy(micro_batch).logps, micro_batch).flatten()
 
-    found = packed.table(logps, pairs, (2,), micro_batch_tokens, device)
+    found = packed.table(logps, pairs, micro_batch_tokens, device).view(-1, 2)
     return [dict(zip(LOGPS, both, strict=True)) for both in found.tolist()]
 
 

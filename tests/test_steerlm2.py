@@ -568,7 +568,7 @@ def test_every_response_is_scored_by_the_three_models(sampled: Path, device: tor
             ("log(P(y|x))", plain),
             ("log(Q(y|a,x))", steerlm2.read_group(tokenizer, line, "")),
         ):
-            expected = steerlm2.sequence_logps(policy, sequences, args, device)
+            expected = steerlm2.sequence_logps(policy, [[x] for x in sequences], args, device)
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-4)
 
 
