@@ -236,7 +236,7 @@ def beside(args: Args) -> dict[str, str]:
 
 # SimPO's own, section 4 of its paper: gamma is half of beta
 Args.presets = {"loss": {"simpo": dict(beta=2.0, simpo_gamma=1.0, sft_coef=0.0)}}
-TOY = dict(beta=0.3, sft_coef=0.2, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40)
+TOY = dict(beta=0.3, sft_coef=0.5, learning_rate=2e-4, warmup_steps=5, batch_size=64, max_steps=40)
 TOY |= dict(eval_every=20, num_samples=200)
 
 

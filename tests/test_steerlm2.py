@@ -707,16 +707,16 @@ def following(folder: Path, **settings: Any) -> tuple[dict, dict]:
     return rows[0], rows[-1]
 
 
-def test_a_run_on_the_toy_world_follows_toxicity_better(prompts: str, tmp_path: Path) -> None:
+def test_a_run_on_the_toy_world_follows_toxicity_better(tmp_path: Path) -> None:
     settings = {
-        "num_prompts": 48,
-        "num_responses": 6,
+        "num_prompts": 96,
+        "num_responses": 8,
         "batch_size": 16,
         "num_iterations": 1,
-        "num_samples": 64,
+        "num_samples": 96,
     }
     judge = "toy.language:judge"
-    before, after = following(tmp_path, **settings, dataset=prompts, judge=judge, max_steps=10)
+    before, after = following(tmp_path, **settings, judge=judge, max_steps=10)
     assert after["eval/follow/mae/toxicity"] < before["eval/follow/mae/toxicity"]
 
 
