@@ -229,7 +229,7 @@ def test_letters_are_read_as_plain_transformers_reads_them(toy: Path, tokenizer:
     sure = [p for i, p in enumerate(expected) if i % 3 == 0] + [
         1 - p for i, p in enumerate(expected) if i % 3 == 1
     ]
-    assert min(sure) > 0.8  # it prefers the kind reply, whichever comes first
+    assert min(sure) > 0.65  # it prefers the kind reply, whichever comes first
 
 
 def test_equal_replies_are_a_tie_whatever_the_judge_prefers(device: torch.device) -> None:
