@@ -641,6 +641,18 @@ def stages_before(args: Args, shared: dict[str, Any]) -> list[tuple]:
     return todo
 
 
+def speakers(args: Args) -> dict[str, dict[str, str]]:
+    """For --plan: the models that a stage holds which trains nothing, by what they do, and where they are."""
+    helper, sl_model = args.helpful_model or args.model, args.sl_model or args.model
+    found = {} if args.revisions or args.sl_model else {"revisions": {"helpful model": helper}}
+    found |= {} if args.pairs else {"comparisons": {"SL-CAI": sl_model}}
+    for name, role, own in (("revisions", "critic", helper), ("comparisons", "judge", args.sl_model)):
+        url, path = name_of(role, args)
+        if name in found and not url and path != own:  # as `load_other`
+            found[name][role] = path
+    return found
+
+
 TOY = dict(
     helpful_demonstrations="toy",
     helpful_pairs="toy",
@@ -649,7 +661,7 @@ TOY = dict(
     comparisons="toy",
     few_shots="",
     judge_few_shots="",
-    num_red_team=768,
+    num_red_team=512,
     num_revisions=2,
     copy_retries=0,  # where nothing is wrong with a reply, the toy's revision is the reply
     judge_request="",
@@ -657,9 +669,9 @@ TOY = dict(
     num_samples=200,
     sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60 "
     "--num_samples 0",
-    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60",
+    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40",
     ppo="--kl_coef 0.05 --learning_rate 3e-4 --value_learning_rate 1e-3 --warmup_steps 5 --rollout_size 128 "
-    "--batch_size 64 --max_steps 60 --max_new_tokens 48 --eval_every 60 --num_samples 0",
+    "--batch_size 64 --max_steps 40 --max_new_tokens 48 --eval_every 40 --num_samples 0",
     dpo="--beta 0.3 --learning_rate 3e-4 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40 "
     "--num_samples 0",
 )
@@ -671,7 +683,8 @@ def main(args: Args) -> None:
     check(args)
     options = stages.read_all(args.stages, STAGES, RESERVED)
     common = {name: getattr(args, name) for name in ("seed", "chat_template", "chat_template_kwargs")}
-    stages.before(args.run, stages_before(args, common))
+    slots = args.max_prompt_length + 3 * args.max_new_tokens  # prompt, reply, critique, revision
+    stages.before(args, stages_before(args, common), speakers(args), slots)
     folder, given = Path(args.run.output_dir), snapshot(args, TOY)
     later = [folder / FOLDERS[name] for name in ("reward_model", args.rl)]
     if not dist.from_main(lambda: any(map(stages.has_begun, later))):

@@ -62,7 +62,7 @@ def sft_loss(token_logps: Tensor) -> Tensor:
 
 def loss_and_metrics(policy: models.Policy, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, tuple]]:
     """Loss of a micro-batch, summed over its scored tokens; the caller divides. Metrics as (sum, count)."""
-    stats = policy(micro_batch)  # (N_targets,) each
+    stats = policy(micro_batch, equal_weights=True)  # (N_targets,) each
     loss, num_targets = sft_loss(stats.logps), len(stats.logps)
     metrics = {
         "loss": (loss, num_targets),

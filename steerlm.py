@@ -395,11 +395,11 @@ def export(args: Args, last: str) -> None:
     dist.barrier()
 
 
-TOY = dict(ratings="toy", attributes="verbosity:1,toxicity:0", num_bootstrap_rounds=1)
+TOY = dict(ratings="toy", attributes="complexity:0,verbosity:2,toxicity:0", num_bootstrap_rounds=1)
 TOY |= dict(num_bootstrap_prompts=256, max_new_tokens=48, num_samples=32)
 FEW_STEPS = "--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 "
 TOY["reward_model"] = FEW_STEPS + "--max_steps 40 --eval_every 40"
-TOY["sft"] = FEW_STEPS + "--max_steps 120 --eval_every 120 --num_samples 0"
+TOY["sft"] = FEW_STEPS + "--max_steps 60 --eval_every 60 --num_samples 0"
 
 
 def main(args: Args) -> None:
@@ -410,7 +410,11 @@ def main(args: Args) -> None:
     rated = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)
     fine_tuned = dict(model=args.model, dataset=args.dataset, **shared)  # before it is annotated
     todo = [("reward_model", reward_model.main, reward_model.Args, rated, args.stages.reward_model)]
-    stages.before(args.run, [*todo, ("sft", sft.main, sft.Args, fine_tuned, args.stages.sft)])
+    todo.append(("sft", sft.main, sft.Args, fine_tuned, args.stages.sft))
+    held = {"policy": args.conditioned_model or args.model}
+    held["attribute model"] = args.attribute_model or args.model
+    slots = options["sft"].max_length + args.max_new_tokens
+    stages.before(args, todo, {"annotation and following": held}, slots)
     free, decided = dist.from_main(lambda: may_change(args)), snapshot(args, TOY)
     decided = decided._replace(fixed=decided.fixed - free)
     columns = ("before", "SFT", *(f"round {n}" for n in range(1, args.num_bootstrap_rounds + 1)))

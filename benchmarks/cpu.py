@@ -51,7 +51,7 @@ def run_head(
     import torch
     import torch.nn.functional as F
 
-    from common import packed
+    from common.lm_head import ChunkedHead
 
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocab_size, bias=False)
@@ -59,7 +59,7 @@ def run_head(
     y = torch.randint(vocab_size, (num_tokens,))
     before, cpu = peak_mib(), time.process_time()
     if kind == "chunked":
-        logps = packed.ChunkedHead.like(head)(h, y).logps
+        logps = ChunkedHead.like(head)(h, y).logps
     else:
         logps = -F.cross_entropy(head(h), y, reduction="none")
     (-logps.sum()).backward()

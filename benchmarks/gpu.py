@@ -53,6 +53,7 @@ from harness import (
 from torch import Tensor, nn
 
 from common import dist, generate, models, packed, plan
+from common.lm_head import ChunkedHead, TokenStats
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2},
@@ -187,13 +188,13 @@ def run_attention(started: float, heads: int, kv_heads: int, width: int, tokens:
 # --------------------------------------------------------------------------------------------------- training
 
 
-def dense_head(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float) -> packed.TokenStats:
+def dense_head(head: nn.Linear, h: Tensor, tokens: Tensor, scale: float, equal_weights: bool) -> TokenStats:
     """What the chunked head replaces: all logits at once."""
     raw = F.linear(h, head.weight).float()
     logp = (raw * scale).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     accuracy = (logp.argmax(-1) == tokens).float()
-    return packed.TokenStats(logp.gather(1, tokens[:, None])[:, 0], entropy, accuracy, raw.detach().mean(-1))
+    return TokenStats(logp.gather(1, tokens[:, None])[:, 0], entropy, accuracy, raw.detach().mean(-1))
 
 
 def pad(examples: list[packed.Example], group: int = 8) -> list[packed.Example]:
@@ -312,7 +313,7 @@ def run_head(started: float, vocab_size: int, tokens: int, width: int) -> dict[s
 
     def work() -> None:
         head.weight.grad = h.grad = None
-        packed.ChunkedHead.like(head)(h, y).logps.sum().neg().backward()
+        ChunkedHead.like(head)(h, y).logps.sum().neg().backward()
 
     spent = seconds(work, 3)
     grad = vocab_size * width * head.weight.element_size() / 2**20
@@ -426,6 +427,7 @@ CELLS: dict[str, tuple[Callable, list[dict]]] = {
             *({"check": name} for name in CHECKS if name != "check_tests"),
             {"check": "check_sampler", "lora_rank": 16},
             {"check": "check_head", "compiled": True},
+            {"check": "check_head", "compiled": True, "equal_weights": True},
             {"check": "check_tests"},
         ],
     ),
@@ -469,6 +471,7 @@ TINY: dict[str, list[dict]] = {
     "checks": [
         {"check": "check_attention", "tokens": 1200},
         {"check": "check_head", "tokens": 70, "width": 64, "vocab_size": 500},
+        {"check": "check_head", "tokens": 70, "width": 64, "vocab_size": 500, "equal_weights": True},
         {"check": "check_float32", "count": 1},
         {"check": "check_bfloat16", "count": 2},
         {"check": "check_score_head"},

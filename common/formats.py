@@ -40,6 +40,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "text")
 RESPONSES = ("completion", "response", "output", "answer")
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
+TEXTS = (*CONVERSATIONS, *PROMPTS[:-1], *RESPONSES, *CHOSEN, *REJECTED)
 # of a pair: its numbers, each as it is where there is none, and the other names that two of them go by
 PAIR_FIELDS = {"chosen_reward": 1.0, "rejected_reward": 0.0, "margin": 0.0, "label_prob": 1.0}
 ALSO = {f"{s}_reward": (f"score_{s}", f"{s}_score", f"{s}_rating") for s in ("chosen", "rejected")}
@@ -83,6 +84,17 @@ def agreed(value: dict, names: Iterable[str], where: str) -> Any:
         if other != found[0][1]:
             raise wrong(where, f"{found[0][0]} {found[0][1]!r} beside {name} {other!r}", "one of them")
     return found[0][1] if found else None
+
+
+def unread(value: dict, has_replies: bool) -> Iterator[str]:
+    """Lines for a record with several fields that could be its prompt, or its reply: the first one is."""
+    replies = {"reply": CONVERSATIONS + RESPONSES, "chosen": CHOSEN, "rejected": REJECTED}
+    prompts = {} if has_replies and first(value, CONVERSATIONS) else {"prompt": PROMPTS}
+    for what, names in (prompts | replies if has_replies else prompts).items():
+        taken, *others = [name for name in names if value.get(name) is not None] or [""]
+        others = [name for name in others if (taken, name) != ("instruction", "input")]  # which are joined
+        if others:
+            yield f"{taken} is read as the {what}, and beside it not {', '.join(others)}"
 
 
 def number(value: Any, where: str, name: str) -> float:
@@ -196,8 +208,8 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
 
 def read_channels(text: str, where: str) -> dict[str, str]:
     """Content and thoughts of a reply in gpt-oss's raw format; {} without channels, others are refused."""
-    pieces = re.split(r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>", text)
-    if len(pieces) == 1:
+    marks = r"(?:<\|start\|>assistant)?<\|channel\|>(.*?)<\|message\|>"
+    if "<|channel|>" not in text or len(pieces := re.split(marks, text)) == 1:
         return {}
     names = [name.strip() for name in pieces[1::2]]
     said = [re.sub(r"\s*<\|(?:end|return)\|>\s*$", "", piece) for piece in pieces[2::2]]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common import data, dist, files, loading, lora, models, packed
 from common.decode import Batch, Sample, Settings, decode, rollout_attention
+from common.lm_head import float32_logits
 
 
 def generate(
@@ -211,7 +212,7 @@ class Replica:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) float32 of hidden states (n, D)."""
         head = self.model.get_output_embeddings()
-        return packed.float32_logits(hidden, head.weight, head.bias, cap=self.cap) * self.logit_scale
+        return float32_logits(hidden, head.weight, head.bias, cap=self.cap) * self.logit_scale
 
 
 @contextlib.contextmanager

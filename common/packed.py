@@ -1,12 +1,12 @@
-"""What one forward is: packed examples, attention within each sequence, a head that holds no logits.
+"""What one forward reads: packed examples, and attention within each sequence.
 
 Sequences stand end to end in one row of tokens, without pads; a mask is True on the tokens that are scored.
 What the sequences of an example begin with alike, the prompt of a pair, stands in the row once, and all of
 them look at it (https://arxiv.org/abs/2410.20305): no number changes, and no prompt is run twice.
-`micro_batches` deals the examples of a step out to the ranks and packs each share, `packed_attention` is told
-where sequences begin, and `ChunkedHead` scores tokens without ever holding the logits of a whole row.
+`micro_batches` deals the examples of a step out to the ranks and packs each share, and `packed_attention` is
+told where sequences begin.
 
-Shapes: N tokens of a row, N_targets scored ones, D width, V vocabulary, H heads, K head width.
+Shapes: N tokens of a row, N_targets scored ones, D width, H heads, K head width.
 """
 
 import bisect
@@ -130,15 +130,23 @@ def micro_batches(
 def table(
     compute: Callable[[MicroBatch], Tensor],
     examples: Sequence[Example],
-    shape: tuple[int, ...],
     micro_batch_tokens: int,
     device: torch.device,
+    shape: tuple[int, ...] = (),
     what: str = "",
 ) -> Tensor:
-    """What `compute` gives for each example of a micro-batch, of all examples, on every rank. (n, *shape)"""
-    found = torch.zeros(len(examples), *shape, device=device)
+    """What `compute` gives for each sequence of a micro-batch, of all examples in turn, on every rank.
+
+    -> (sequences, *shape), without gradient
+    """
+    counts = torch.tensor([len(example.sequences) for example in examples], dtype=torch.long, device=device)
+    found, ends = torch.zeros(int(counts.sum()), *shape, device=device), counts.cumsum(0)
     for batch in micro_batches(examples, micro_batch_tokens, device, what):
-        found[batch.example_ids] = compute(batch)
+        own = counts[batch.example_ids]
+        # where an example's sequences end among all, less where they end in the micro-batch
+        shift = ends[batch.example_ids] - own.cumsum(0)
+        shift = shift.repeat_interleave(own, output_size=batch.num_segments)  # no wait for the device
+        found[shift + torch.arange(len(shift), device=device)] = compute(batch)
     return dist.sum_over_ranks(found)  # each example was computed by one rank
 
 
@@ -342,7 +350,7 @@ def plain_attention(
         sinks: (H,) the score of a place that takes attention and gives nothing; or None.
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT).to(_wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (q @ k.mT).to(wide(q)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = soft_cap(scores, cap).masked_fill(~seen, -math.inf)
     if sinks is not None:
         sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -353,6 +361,11 @@ def plain_attention(
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """Between -cap and cap, as Gemma 2 keeps its scores and logits; without a cap x itself."""
     return cap * torch.tanh(x / cap) if cap else x
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """In which sums over x are kept: float32, or x's own type if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 # FlashAttention over packed sequences, found once when a model is loaded onto a GPU: an import inside the
@@ -385,204 +398,3 @@ def _find_flash_kernel() -> Callable:
     return lambda *given: flash_attn_varlen_func(
         *given[:-2], softmax_scale=given[-2], causal=True, window_size=given[-1]
     )
-
-
-# ----------------------------------------------------------------------------------------------- chunked head
-
-
-class TokenStats(NamedTuple):
-    """What one packed forward says about its N_targets scored tokens; all float32."""
-
-    logps: Tensor  # (N_targets,) log p(token | tokens before it), nats
-    entropy: Tensor  # (N_targets,) of the distribution the token was scored under, nats
-    accuracy: Tensor  # (N_targets,) 1 where the token was the most likely one, no gradient
-    mean_logit: Tensor  # (N_targets,) mean logit over the vocabulary, before any scale, no gradient
-
-
-class ChunkedHead(nn.Linear):
-    """The output head of a language model, put in its place by `set_output_embeddings`."""
-
-    @classmethod
-    def like(cls, head: nn.Linear) -> "ChunkedHead":
-        """With the very weight of `head`, which may be tied to an embedding."""
-        ours = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-        ours.weight, ours.bias = head.weight, head.bias
-        ours.compiled, ours.cap = False, None
-        return ours
-
-    def forward(self, h: Tensor, tokens: Tensor | None = None, scale: float = 1.0) -> TokenStats | Tensor:
-        """What (n, D) hidden states say of the (n,) tokens that come next; without tokens the logits (n, V).
-
-        Logits are float32, capped at self.cap and multiplied by scale, in both cases with gradient.
-        """
-        if tokens is None:
-            return soft_cap(_Logits.apply(h, self.weight, self.bias), self.cap) * scale
-        # a buffer is of 16 MiB at most, 1 GiB on GPU, whatever the vocabulary
-        most = min(2048, 2**28 // len(self.weight)) if h.is_cuda else min(256, 2**22 // len(self.weight))
-        numbers = (scale, most, self.compiled, self.cap)
-        return TokenStats(*_TokenStats.apply(h, self.weight, self.bias, tokens, *numbers))
-
-
-class _TokenStats(torch.autograd.Function):
-    """Log-probabilities and entropies of tokens y (n,) from chunks of logits, which backward computes again.
-
-    h (n, D) hidden states, weight (V, D), bias (V,) or None; the numbers of TokenStats, (n,) each.
-    All chunks share two buffers: fresh ones would be mapped and zeroed by the system chunk by chunk. Products
-    of bfloat16 add up to float32 logits and dW: rounded to bfloat16, logits are .02 nats a token off.
-    z = h W^T + b, lp = z_y - logsumexp z, H = -sum_v p_v log p_v;
-    dz = g_lp (onehot(y) - p) - g_H p (log p + H), dh = dz W, dW = sum dz^T h.
-    Capped logits c tanh(z / c) have the slope 1 - tanh(z / c)^2, which dz is multiplied by.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, bias, y, scale: float, chunk: int, compiled: bool, cap: float | None = None):
-        ctx.save_for_backward(h, weight, bias, y)
-        ctx.scale, ctx.chunk, ctx.compiled, ctx.cap = scale, chunk, compiled, cap
-        h, weight, bias = _operands(h, weight, bias)
-        columns = [h.new_empty(len(y), dtype=_wide(h)) for _ in TokenStats._fields]
-        for part, z, p in _logit_chunks(h, weight, bias, chunk, compiled, cap):
-            found = _fused(_statistics)(z, y[part], scale) if compiled else _describe(z, p, y[part], scale)
-            for column, values in zip(columns, found, strict=True):
-                column[part] = values
-        ctx.mark_non_differentiable(*columns[2:])
-        ctx.set_materialize_grads(False)
-        return tuple(columns)
-
-    @staticmethod
-    def backward(ctx, g_logps: Tensor | None, g_entropy: Tensor | None, *_: Any):
-        h, weight, bias, y = ctx.saved_tensors
-        dtype = h.dtype
-        h, weight, bias = _operands(h, weight, bias)
-        dh = torch.empty_like(h)
-        # sums over thousands of tokens: float32 whatever the compute dtype
-        dw = torch.zeros_like(weight, dtype=_wide(h)) if ctx.needs_input_grad[1] else None
-        db = torch.zeros_like(bias, dtype=_wide(h)) if ctx.needs_input_grad[2] else None
-        for part, z, p in _logit_chunks(h, weight, bias, ctx.chunk, ctx.compiled, ctx.cap):
-            slope = 1 - (z / ctx.cap).square() if ctx.cap else None
-            upstream = (None if g is None else g[part, None] for g in (g_logps, g_entropy))
-            given = (y[part], ctx.scale, *upstream)
-            dz = _fused(_gradient)(z, *given, h.dtype) if ctx.compiled else _differentiate(z, p, *given)
-            dz = dz if slope is None else dz * slope
-            low = dz.to(h.dtype)
-            torch.mm(low, weight, out=dh[part])
-            if dw is not None:
-                _add_product(dw, low.T, h[part])
-            if db is not None:
-                db += dz.sum(0)
-        dh, dw, db = (None if d is None else d.to(dtype) for d in (dh, dw, db))
-        return dh, dw, db, None, None, None, None, None
-
-
-def _logit_chunks(
-    h: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, compiled: bool, cap: float | None
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(tokens, their logits, a buffer as large) chunk by chunk; what is compiled needs no buffer."""
-    buffers = h.new_empty(1 if compiled else 2, min(chunk, len(h)), len(weight), dtype=_wide(h))
-    for start in range(0, len(h), chunk):
-        part = slice(start, start + chunk)
-        z, *spare = buffers[:, : len(h[part])]
-        yield part, float32_logits(h[part], weight, bias, z, cap), spare[0] if spare else None
-
-
-def _describe(z: Tensor, p: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """The columns of TokenStats from logits z (n, V); z and p are overwritten."""
-    mean_logit = z.mean(-1)
-    if scale != 1.0:
-        z *= scale
-    top, argmax = z.max(-1)
-    logps = z.gather(1, y[:, None])[:, 0]
-    z -= top[:, None]
-    torch.exp(z, out=p)
-    total = p.sum(-1)
-    log_total = total.log()
-    return logps - (top + log_total), log_total - z.mul_(p).sum(-1) / total, argmax == y, mean_logit
-
-
-def _differentiate(
-    z: Tensor, p: Tensor, y: Tensor, scale: float, g_logps: Tensor | None, g_entropy: Tensor | None
-) -> Tensor:
-    """Gradient by logits z (n, V), from those by log-probabilities and entropies (n, 1); z, p overwritten."""
-    if scale != 1.0:
-        z *= scale
-    logp = torch.log_softmax(z, -1, out=p)
-    torch.exp(logp, out=z)
-    p, dz = z, None
-    if g_entropy is not None:
-        entropy = -torch.linalg.vecdot(p, logp)
-        dz = logp.add_(entropy[:, None]).mul_(p).mul_(-g_entropy)
-    if g_logps is not None:
-        p.mul_(-g_logps)
-        dz = p if dz is None else dz.add_(p)
-        dz.scatter_add_(1, y[:, None], g_logps)
-    return dz if scale == 1.0 else dz.mul_(scale)
-
-
-def _statistics(z: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """`_describe` as formulas, of which a compiler makes two passes over the logits instead of ten."""
-    mean_logit, z = z.mean(-1), z * scale
-    logp = z.log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(1, y[:, None])[:, 0], entropy, z.argmax(-1) == y, mean_logit
-
-
-def _gradient(
-    z: Tensor, y: Tensor, scale: float, g_logps: Tensor | None, g_entropy: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`_differentiate` as formulas, rounded to dtype."""
-    logp = (z * scale).log_softmax(-1)
-    p, dz = logp.exp(), torch.zeros_like(z)
-    if g_logps is not None:
-        is_y = torch.arange(z.shape[1], device=z.device) == y[:, None]
-        dz = dz + g_logps * (is_y.to(p.dtype) - p)
-    if g_entropy is not None:
-        dz = dz - g_entropy * p * (logp - (p * logp).sum(-1, keepdim=True))
-    return (dz * scale).to(dtype)
-
-
-@functools.cache
-def _fused(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True)
-
-
-def _wide(h: Tensor) -> torch.dtype:
-    return torch.promote_types(h.dtype, torch.float32)
-
-
-def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What enters the head's products. A GPU adds up low precision in float32; a CPU gets float32 numbers."""
-    return tuple(x if x is None or x.is_cuda else x.to(_wide(x)) for x in tensors)
-
-
-def float32_logits(
-    h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None, cap: float | None = None
-) -> Tensor:
-    """h W^T + b with float32 sums that are never rounded to h's precision. (n, D), (V, D), (V,) -> (n, V)"""
-    h, weight, bias = _operands(h, weight, bias)
-    kind = {} if h.dtype == _wide(h) else {"out_dtype": torch.float32}
-    out = torch.mm(h, weight.T, out=out, **kind)
-    out = out if bias is None else out.add_(bias)
-    return out.div_(cap).tanh_().mul_(cap) if cap else out
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a @ b, accumulated in out's dtype."""
-    if a.dtype == out.dtype:
-        return out.addmm_(a, b)
-    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-
-
-class _Logits(torch.autograd.Function):
-    """`float32_logits` with gradient, for those who need a distribution: a full KL, distillation."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None):
-        ctx.save_for_backward(h, weight, bias)
-        return float32_logits(h, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dz: Tensor):
-        h, weight, bias = ctx.saved_tensors
-        low, dw = dz.to(h.dtype), None
-        if ctx.needs_input_grad[1]:
-            dw = _add_product(torch.zeros_like(weight, dtype=dz.dtype), *_operands(low.T, h)).to(h.dtype)
-        return low @ weight, dw, None if bias is None else dz.sum(0).to(h.dtype)

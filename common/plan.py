@@ -274,14 +274,40 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         own = policy.trained if num_shards == 1 and policy.frozen else policy.size
         copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
         slots = length + (0 if "max_prompt_length" in options else reply)
-        row = cache_bytes(policy.config, slots, itemsize)
-        free = machine.memory - sum(always.values()) - copy
-        rows = max(1, min(of_rank, 256 if itemsize < 4 else 64, rows_that_fit(free, row)))
-        generation = {"replica": copy, f"K/V cache of {rows} replies": rows * row}
-        generation["logits"] = 4 * 4 * rows * policy.config.vocab_size
-        if itemsize < 4 and copy + rows * row <= left:
-            training["replica at rest"] = copy + rows * row
+        free = machine.memory - sum(always.values())
+        generation = generation_need(policy.config, copy, slots, of_rank, itemsize, free)
+        at_rest = sum(generation.values()) - generation["logits"]
+        if itemsize < 4 and at_rest <= left:
+            training["replica at rest"] = at_rest
     return Need(always, training, generation, flops, "tokens")
+
+
+def generation_need(
+    config: Any, copy: float, slots: int, replies: int, itemsize: int, free: float
+) -> dict[str, float]:
+    """Of a rank that generates with a copy of the weights: at most this many replies of `slots` tokens."""
+    row = cache_bytes(config, slots, itemsize)
+    rows = max(1, min(replies, 256 if itemsize < 4 else 64, rows_that_fit(free - copy, row)))
+    cache = {f"K/V cache of {rows} replies": rows * row}
+    return {"replica": copy, **cache, "logits": 4 * 4 * rows * config.vocab_size}
+
+
+def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: int) -> Need:
+    """Of a stage that trains nothing: models held at once, of which one generates, at most `slots` tokens.
+
+    Args:
+        beside: models by what they are, "attribute model" for one that only rates.
+    """
+    options, work = flat(args), []
+    itemsize = 4 if options["dtype"] == "float32" else 2
+    num_shards = shards(options["sharding"], machine.count)
+    models = {name: count(path, has_vocabulary=name != "attribute model") for name, path in beside.items()}
+    always = {name: itemsize * model.size / num_shards for name, model in models.items()}
+    free = machine.memory - sum(always.values())
+    for model in (model for name, model in models.items() if name != "attribute model"):
+        copy = itemsize * model.size * (num_shards > 1)  # a rank that holds it whole generates with it
+        work.append(generation_need(model.config, copy, slots, 256, itemsize, free))
+    return Need(always, {}, max(work, key=lambda parts: sum(parts.values())), 0.0, "tokens")
 
 
 def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
@@ -486,6 +512,8 @@ def as_lines(need: Need, machine: Machine) -> list[str]:
     lines.append(f"  {'libraries and allocator':<36}{need.kept / gib:9.2f}")
     verdict = "fits into" if need.total <= machine.memory else "does not fit into"
     lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
+    if not need.flops:
+        return lines
     pace = MFU * PEAK_FLOPS * machine.count / need.flops
     peak = f"{MFU:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
     return [*lines, f"training, by its operations at {peak}: about {pace:,.3g} {need.unit}/s"]
@@ -500,6 +528,8 @@ def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -
 
     possible = [x for x in CHANGES if x[0] in options and not (x[0] == "lora_rank" and options[x[0]])]
     helpful = [{name: value} for name, value in possible if of(**{name: value}).total < of().total]
+    if not helpful:
+        return ["no option makes it smaller: more GPUs, or a smaller model"]
     lines, together = ["with one change it would be:", *map(told, helpful), "together:"], {}
     for change in helpful:
         together |= change

@@ -93,7 +93,7 @@ def read_where_trained(scorer: models.Scorer, tokenizer: Any) -> None:
     if at not in ("end", "last"):
         raise formats.wrong("score_at of the reward model", at, "end or last")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = templates.tokenize(tokenizer, templates.render(tokenizer, turns, False))
+    ids = (*templates.tokenize(tokenizer, templates.render(tokenizer, turns, False)).tolist(),)
     ending = ids[len(ids) - 1 - ids[::-1].index(end) :] if end in ids else (end,)
     while ending and ending[-1] == config.pad_token_id:
         ending = ending[:-1]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from common import args, checkpoint, dist, files, formats
+from common import args, checkpoint, dist, files, formats, plan
 from common.log import Log
 
 # of every stage: set by the pipeline, or left alone because it tracks its stages itself
@@ -55,16 +55,25 @@ def stage(
         raise dist.Stopped(f"stopped in or after {folder.name}; the same command goes on from there")
 
 
-def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any], str]]) -> None:
+def before(given: Any, stages: Iterable[tuple], speakers: dict[str, dict[str, str]], slots: int) -> None:
     """With --plan or --check, those of every stage by its own script; ends the process, 0 if all say yes.
 
     Args:
+        given: the Args of the pipeline.
         stages: name, main and Args of each, what the pipeline sets and what the user does. A stage whose
             data others make first has the dataset "", and is not checked.
+        speakers, slots: of stages that train nothing the models they hold, see `plan.speaking_need`.
     """
+    run = given.run
     if not (run.plan or run.check):
         return
     codes, found, folder = [], {}, Path(run.output_dir)
+    for name, models in speakers.items() if run.plan else ():
+        say(f"\nstage {name}")
+        try:
+            plan.show(given, lambda _, models=models: models, plan.speaking_need, slots=slots)
+        except SystemExit as done:
+            codes.append(done.code)
     if run.check:
         dist.from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     for name, main, Args, overrides, options in stages:
@@ -73,9 +82,9 @@ def before(run: Any, stages: Iterable[tuple[str, Callable, type, dict[str, Any],
             say("not checked: its data are made by a stage before it")
             continue
         with files.beside(str(folder)) if run.check else contextlib.nullcontext("unused") as own:
-            given = {"output_dir": own, "plan": run.plan, "check": run.check}
+            how = {"output_dir": own, "plan": run.plan, "check": run.check}
             try:
-                main(args.with_fields(read_options(name, Args, options), **overrides | given))
+                main(args.with_fields(read_options(name, Args, options), **overrides | how))
             except SystemExit as done:
                 codes.append(done.code)
             if run.check:

@@ -21,7 +21,7 @@ from common import dist, formats, tokenizing
 from common.files import model_folder
 from common.formats import SHOWN, Messages, common_prefix, first_line, wrong
 from common.packed import Tokens
-from common.tokenizing import BREAK, encoding, special_ids, special_tokens, tokenize
+from common.tokenizing import BREAK, common_start, encoding, special_ids, special_tokens, tokenize
 
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -182,10 +182,10 @@ def end_token(tokenizer: Any) -> int:
         if not reply:
             raise dist.RunError("cannot be encoded: the chat template does not show what the assistant says")
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        ends = [token for token in tokenize(tokenizer, tail) if token in special]
+        ends = [token for token in tokenize(tokenizer, tail).tolist() if token in special]
         if not ends:  # GLM's turns end where the next begins, with a token that its generation stops at
             tail = render(tokenizer, [*PROBE, PROBE[0]], False).partition("zebra")[2]
-            ends = [token for token in tokenize(tokenizer, tail) if token in generation_ends(tokenizer)]
+            ends = [t for t in tokenize(tokenizer, tail).tolist() if t in generation_ends(tokenizer)]
         end = next(iter(ends), end)
     if end is None:
         raise dist.RunError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")
@@ -264,22 +264,22 @@ def mask_turns(tokenizer: Any, text: str, turns: list[Turn]) -> Tokens | None:
         if not text.startswith(turn.before):
             return None
         before = tokenize(tokenizer, turn.before)
-        start = common_prefix(before, tokens)
+        start = common_start(before, tokens)
         if turn.is_reply and start < len(before):
             return None
         # of another turn a token across the boundary belongs to the turn that completes it
         is_last, after = turn is turns[-1], turn.before + turn.text
-        stop = len(tokens) if is_last else common_prefix(tokenize(tokenizer, after), tokens)
-        if end in tokens[start:stop]:
-            stop = tokens.index(end, start) + 1
+        stop = len(tokens) if is_last else common_start(tokenize(tokenizer, after), tokens)
+        if (is_end := tokens[start:stop] == end).any():
+            stop = start + int(is_end.argmax()) + 1
         elif not is_last and not text.startswith(after):
             return None
-        elif tokens[stop : stop + 1] == (end,):  # the next turn begins with it
+        elif tokens[stop : stop + 1].tolist() == [end]:  # the next turn begins with it
             stop += 1
         mask[start:stop] = True
     tokens = tokens[:stop]  # what follows the last end token is never scored
-    if turn.is_reply and tokens[-1] not in (end, *special_ids(tokenizer).values()):  # as <|call|>
-        tokens, mask[stop] = (*tokens, end), True
+    if turn.is_reply and tokens[-1] != end and tokens[-1] not in special_ids(tokenizer).values():  # <|call|>
+        tokens, mask[stop] = np.append(tokens, end), True
     return Tokens(np.array(tokens, np.int32), mask[: len(tokens)])
 
 
@@ -402,12 +402,11 @@ def with_thoughts(tokenizer: Any, content: str, tail: str) -> str:
 
 def said(tokenizer: Any, message: dict) -> list[str]:
     """The texts that the rendering of a turn has to hold; of a reply its thoughts, and last its answer."""
-    content = hidden(tokenizer, message["content"], message["role"] == "assistant")
-    if message["role"] == "assistant":
-        mark, close, _ = thought_marks(tokenizer)
-        around = "|".join(map(re.escape, (mark, close, "<think>", "</think>")))
-        return [piece.strip() for piece in re.split(around, content)]
-    return [content.strip()]
+    is_own = message["role"] == "assistant"
+    content = hidden(tokenizer, message["content"], is_own)
+    marks = (*thought_marks(tokenizer)[:2], "<think>", "</think>") if is_own else ()
+    around = "|".join(re.escape(mark) for mark in marks if mark in content)
+    return [piece.strip() for piece in re.split(around or "(?!)", content)]
 
 
 # -------------------------------------------------------------------------------------- what would be lost
@@ -475,11 +474,11 @@ def encode_response(tokenizer: Any, prompt: Messages, response: Messages, lossle
 def encode_prompt(tokenizer: Any, prompt: Messages | str, label: str = "") -> list[int]:
     """Tokens to generate from: messages under the template, a string as plain text; then the label."""
     if isinstance(prompt, str):
-        return list(tokenize(tokenizer, prompt + labelled(tokenizer, label), True))
+        return tokenize(tokenizer, prompt + labelled(tokenizer, label), True).tolist()
     refuse_unseen(tokenizer, prompt)
     text = render(tokenizer, prompt, True)
     refuse_changed(tokenizer, [m for m in prompt if m["role"] == "user"], text)
-    return list(tokenize(tokenizer, text + labelled(tokenizer, label)))
+    return tokenize(tokenizer, text + labelled(tokenizer, label)).tolist()
 
 
 def check_prompts(tokenizer: Any, prompts: list[Messages], what: str) -> None:
@@ -509,19 +508,11 @@ def refuse_rendered(tokenizer: Any, value: dict, where: str) -> None:
     if tokenizer.chat_template is None:
         return
     begins, end = beginnings(tokenizer), tokenizer.decode([end_token(tokenizer)])
-    for name in (
-        *formats.CONVERSATIONS,
-        *formats.PROMPTS[:-1],
-        *formats.RESPONSES,
-        *formats.CHOSEN,
-        *formats.REJECTED,
-    ):
-        given = value.get(name)
-        for turn in given if isinstance(given, list) else [given]:
+    for name, given in value.items():
+        for turn in (given if isinstance(given, list) else [given]) if name in formats.TEXTS else ():
             role = str(formats.first(turn, ("role", "from"))).lower() if isinstance(turn, dict) else ""
-            text = (
-                formats.first(turn, ("content", "value")) if formats.ROLES.get(role) == "assistant" else turn
-            )
+            is_own = formats.ROLES.get(role) == "assistant"
+            text = formats.first(turn, ("content", "value")) if is_own else turn
             text = text.strip() if isinstance(text, str) and "<|message|>" not in text else ""
             if begins.match(text) or text.endswith(end):
                 expected = "a text without the chat template's own marks, or messages"

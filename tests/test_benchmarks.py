@@ -17,7 +17,7 @@ import harness  # noqa: E402
 import loader  # noqa: E402
 import vs_trl  # noqa: E402
 
-from common import models, packed  # noqa: E402
+from common import lm_head, models, packed  # noqa: E402
 
 
 def tiny(group: str, cell: int = 0) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def test_the_buffers_of_the_head_do_not_grow_with_the_vocabulary(
 ) -> None:
     """Nor are they much smaller than the 2^22 numbers, 16 MiB, that a buffer may have."""
     chunks = []
-    monkeypatch.setattr(packed._TokenStats, "apply", lambda *args: chunks.append(args[5]) or [None] * 4)
+    monkeypatch.setattr(lm_head._TokenStats, "apply", lambda *args: chunks.append(args[5]) or [None] * 4)
     head = torch.nn.Linear(1, vocab_size, bias=False, device="meta")
-    packed.ChunkedHead.like(head)(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
+    lm_head.ChunkedHead.like(head)(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
     (chunk,) = chunks
     assert chunk * vocab_size <= 2**22 and (chunk == 256 or chunk * vocab_size > 0.9 * 2**22)
 
@@ -58,7 +58,7 @@ def test_all_chunks_of_the_head_share_two_buffers(monkeypatch: pytest.MonkeyPatc
     weight = torch.randn(vocab_size, 4, requires_grad=True)  # smaller than a chunk of logits
     h, y = torch.randn(6 * rows, 4, requires_grad=True), torch.randint(vocab_size, (6 * rows,))
     with Count():
-        packed._TokenStats.apply(h, weight, None, y, 1.0, rows, False)[0].sum().backward()
+        lm_head._TokenStats.apply(h, weight, None, y, 1.0, rows, False)[0].sum().backward()
     assert len(set(sizes)) <= 2  # one block of two buffers in forward, one in backward
 
 
@@ -138,13 +138,13 @@ def test_the_checks_pass_on_a_cpu(check: dict[str, Any]) -> None:
 
 
 def test_a_check_notices_logits_that_were_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = packed.float32_logits
+    whole = lm_head.float32_logits
 
     def rounded(h: Any, weight: Any, bias: Any, out: Any = None, cap: Any = None) -> torch.Tensor:
         logits = whole(h, weight, bias).bfloat16().float()
         return logits if out is None else out.copy_(logits)
 
-    monkeypatch.setattr(packed, "float32_logits", rounded)
+    monkeypatch.setattr(lm_head, "float32_logits", rounded)
     settings = next(cell for cell in gpu.TINY["checks"] if cell["check"] == "check_head")
     assert gpu.run_check(0.0, **settings)["ok"] is False
 

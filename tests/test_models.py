@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import checkpoint, data, dist, loading, lora, models, packed, plan
+from common import checkpoint, data, dist, lm_head, loading, lora, models, packed, plan
 from common.args import Optimization, Run, System
 
 V = 60
@@ -549,7 +549,7 @@ def test_the_chunked_head_equals_a_dense_one(chunk: int, scale: float, with_bias
     ours, theirs = head_inputs(13, torch.float32), head_inputs(13, torch.float64)
     if not with_bias:
         ours, theirs = ((h, w, None, y) for h, w, _, y in (ours, theirs))
-    stats, expected = packed._TokenStats.apply(*ours, scale, chunk, False), dense_head(*theirs, scale)
+    stats, expected = lm_head._TokenStats.apply(*ours, scale, chunk, False), dense_head(*theirs, scale)
     for a, b in zip(stats, expected, strict=True):
         assert relative(a, b) < 1e-5
     assert not stats[2].requires_grad and not stats[3].requires_grad
@@ -577,7 +577,7 @@ def test_wrong_heads_are_far_beyond_the_tolerance():
     right, right_dw = dw(tokens)
     assert relative(dw(tokens.roll(1))[0], right) > 0.1
     assert relative(dw(tokens, normalised=False)[1], right_dw) > 0.1  # without the softmax part of dW
-    ours = packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 7, False)[0]
+    ours = lm_head._TokenStats.apply(h, weight, bias, tokens, 1.0, 7, False)[0]
     assert relative(ours, right) < 1e-12
     assert relative(torch.autograd.grad(ours, weight, g)[0], right_dw) < 1e-12
 
@@ -587,21 +587,56 @@ def test_the_chunked_head_passes_gradcheck(cap: float | None):
     h, weight, bias, tokens = head_inputs(5, torch.float64)
 
     def both(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return packed._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False, cap)[:2]
+        return lm_head._TokenStats.apply(h, weight, bias, tokens, 1.3, 2, False, cap)[:2]
 
     assert torch.autograd.gradcheck(both, (h, weight, bias), check_undefined_grad=False)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_made_in_forward_is_that_of_backward(
+    frozen: bool, cap: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    """With equal weights, and with any weights if W is frozen (LoRA); the logits are computed once."""
+    results, calls, logits = [], [], lm_head.float32_logits
+    monkeypatch.setattr(lm_head, "float32_logits", lambda *args: calls.append(1) or logits(*args))
+    g = torch.linspace(-1, 2, 13, dtype=torch.float64) if frozen else torch.tensor(-0.3, dtype=torch.float64)
+    for early in (False, True):
+        h, weight, bias, tokens = head_inputs(13, torch.float64)
+        wanted = [h] if frozen else [h, weight, bias]
+        weight.requires_grad_(not frozen)
+        bias.requires_grad_(not frozen)
+        stats = lm_head._TokenStats.apply(h, weight, bias, tokens, 0.7, 5, False, cap, early)
+        results.append([*stats, *torch.autograd.grad((stats[0] * g).sum(), wanted)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 3 + 3 + 3  # of three chunks: forward and backward, then forward alone
+
+
+def test_equal_weights_are_not_taken_for_granted():
+    """A loss that weighs tokens apart stops; an entropy in the loss is differentiated as ever."""
+    h, weight, bias, tokens = head_inputs(5, torch.float64)
+    stats = lm_head._TokenStats.apply(h, weight, bias, tokens, 1.0, 2, False, None, True)
+    with pytest.raises(RuntimeError, match="weighs tokens apart"):
+        stats[0].square().sum().backward()
+    results = []
+    for early in (False, True):
+        stats = lm_head._TokenStats.apply(h, weight, bias, tokens, 1.0, 2, False, None, early)
+        results.append(torch.autograd.grad(stats[0].square().sum() + stats[1].sum(), (h, weight, bias)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_the_head_takes_no_targets_and_skips_what_is_frozen(monkeypatch: pytest.MonkeyPatch):
     h, weight, bias, tokens = head_inputs(0, torch.float32)
-    stats = packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)
+    stats = lm_head._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)
     assert [len(x) for x in stats] == [0] * 4
     stats[0].sum().backward()
     assert weight.grad.count_nonzero() == 0 and bias.grad.count_nonzero() == 0 and h.grad.shape == (0, 8)
     h, weight, bias, tokens = head_inputs(5, torch.float32)
     weight.requires_grad_(False)
-    monkeypatch.setattr(packed, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
-    packed._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)[0].sum().backward()
+    monkeypatch.setattr(lm_head, "_add_product", lambda *_: pytest.fail("a frozen weight needs no gradient"))
+    lm_head._TokenStats.apply(h, weight, bias, tokens, 1.0, 4, False)[0].sum().backward()
     assert weight.grad is None and h.grad is not None
 
 
@@ -609,7 +644,7 @@ def test_the_head_in_bfloat16_sums_its_weight_gradient_in_float32():
     """1,024 equal contributions, one a chunk: a bfloat16 sum would stop growing at 256 of them."""
     h = torch.ones(1024, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    stats = packed._TokenStats.apply(h, weight, None, torch.zeros(1024, dtype=torch.long), 1.0, 1, False)
+    stats = lm_head._TokenStats.apply(h, weight, None, torch.zeros(1024, dtype=torch.long), 1.0, 1, False)
     assert stats[0].dtype == torch.float32
     stats[0].sum().backward()
     assert weight.grad.tolist() == [[512.0], [-512.0]]  # each token adds onehot - p = (1/2, -1/2)
@@ -629,16 +664,19 @@ def test_segment_sum_by_hand():
     assert packed.segment_sum(values, segments, 4).tolist() == [2.0, 0.0, 5.0, 0.0]
 
 
-def test_a_table_has_the_row_of_each_example_in_its_place_however_they_are_packed(device):
-    lengths = (5, 2, 9, 4)
-    examples = [packed.Example([(np.zeros(n, np.int32), np.arange(n) > 0)], "") for n in lengths]
+def test_a_table_has_the_row_of_each_sequence_in_its_place_however_they_are_packed(device):
+    lengths = ((5,), (2, 7, 3), (9,), (4, 6))
+    examples = [
+        packed.Example([packed.Tokens(np.zeros(n, np.int32), np.arange(n) > 0) for n in own], "")
+        for own in lengths
+    ]
 
     def scored(batch):
         return packed.segment_sum(batch.targets * 0.0 + 1, batch.target_segments, batch.num_segments)
 
-    for limit in (100, 6, 1):
-        assert packed.table(scored, examples, (), limit, device).tolist() == [4.0, 1.0, 8.0, 3.0]
-    assert packed.table(scored, [], (2,), 100, device).shape == (0, 2)
+    for limit in (100, 12, 6, 1):
+        assert packed.table(scored, examples, limit, device).tolist() == [4, 1, 6, 2, 8, 3, 5]
+    assert packed.table(scored, [], 100, device, (2,)).shape == (0, 2)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -1073,12 +1111,17 @@ def test_the_compiled_head_is_the_head():
     torch.manual_seed(0)
     h, w = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64)
     h, w, y = h.requires_grad_(), w.requires_grad_(), torch.randint(29, (13,))
-    for upstream in ((True, True), (True, False), (False, True)):
+    losses = {
+        "both": lambda stats: stats[0].square().sum() + stats[1].square().sum(),
+        "logps": lambda stats: stats[0].square().sum(),
+        "entropy": lambda stats: stats[1].square().sum(),
+        "equal weights": lambda stats: stats[0].sum(),
+    }
+    for name, loss in losses.items():
         results = []
         for compiled in (False, True):
-            stats = packed._TokenStats.apply(h, w, None, y, 0.7, 5, compiled)
-            loss = sum((x * x).sum() for x, used in zip(stats[:2], upstream, strict=True) if used)
-            results.append([*stats, *torch.autograd.grad(loss, (h, w))])
+            stats = lm_head._TokenStats.apply(h, w, None, y, 0.7, 5, compiled, None, name == "equal weights")
+            results.append([*stats, *torch.autograd.grad(loss(stats), (h, w))])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 

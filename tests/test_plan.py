@@ -1,6 +1,7 @@
 """The memory estimate: by hand, and against what was measured; and --plan, which adds it up."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import ROOT, args_of
 from test_layout import SCRIPTS
 
+import cai
 import dpo
 import draftp
 import ppo
@@ -252,6 +254,30 @@ def test_a_run_holds_what_its_plan_says() -> None:
     file = str(ROOT / "benchmarks" / "plan.py")
     found = harness.in_process(file, "case", {"script": "sft", "shape": "40M"}, 1)
     assert 0.85 < found["planned_mib"] / found["measured_mib"] < 1.15
+
+
+def test_models_that_only_speak_or_judge_are_planned(tiny_model: str, tmp_path: Path, capsys: Any) -> None:
+    """cai.py's of each stage, not one behind a server, with a cache; steerlm.py's beside its policy."""
+    P, judge = plan.count(tiny_model).size, tmp_path / "judge"
+    shutil.copytree(tiny_model, judge)
+    usual = {"model": tiny_model, "dtype": "float32"}
+    own = args_of(cai.Args, **usual, judge_model=str(judge))
+    found = {"revisions": {"helpful model": tiny_model}}
+    assert cai.speakers(own) == found | {"comparisons": {"SL-CAI": tiny_model, "judge": str(judge)}}
+    asked = args_of(cai.Args, **usual, judge_model="name", judge_url="http://x", critic_model=str(judge))
+    found["revisions"]["critic"] = str(judge)
+    assert cai.speakers(asked) == found | {"comparisons": {"SL-CAI": tiny_model}}
+    assert "revisions" not in cai.speakers(args_of(cai.Args, **usual, sl_model=str(judge)))
+    need = plan.speaking_need(own, machine(2), cai.speakers(own)["comparisons"], 100)
+    assert need.always == {"SL-CAI": 2 * P, "judge": 2 * P} and need.generation["replica"] == 4 * P
+    rows = need.generation["K/V cache of 64 replies"]
+    assert rows == 64 * plan.cache_bytes(plan.count(tiny_model).config, 100, 4)
+    V, raters = plan.count(tiny_model, has_vocabulary=False).size, {"policy": tiny_model}
+    need = plan.speaking_need(own, machine(), raters | {"attribute model": tiny_model}, 100)
+    assert need.always == {"policy": 4 * P, "attribute model": 4 * V} and not need.generation["replica"]
+    small = args_of(cai.Args, **usual, plan="1x0.001")
+    code, text = shown(capsys, small, lambda _: raters, plan.speaking_need, slots=100)
+    assert code == 1 and "K/V cache of" in text and "no option makes it smaller" in text
 
 
 @pytest.mark.slow
