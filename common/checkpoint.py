@@ -116,7 +116,7 @@ def save(run: Training, step: int, parts: Parts, /, **numbers: Any) -> None:
         kept = {*done[-max(1, run.keep_checkpoints) :], best(run.output_dir, run.keep_best)}
         for old in done:
             if old not in kept:
-                files.remove(old)
+                files.remove(old.rename(files.temporary(old)))  # a kill leaves no half of one by its name
     dist.barrier()
 
 

@@ -22,7 +22,7 @@ from common import checkpoint, dist, files, formats, report
 from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 # what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
-WRITTEN = ("args.json", "metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
+WRITTEN = ("metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
 WRITTEN += (
     "checkpoints",
     "model",
@@ -96,6 +96,7 @@ class Log:
             files.lock(folder)  # before anything is deleted: another run may be writing there
             if self.run.overwrite and own.exists():  # never a folder that is not a run's
                 names = (*WRITTEN, self.script.name, *([STAGES] if self.is_pipeline else []))
+                names += (own.name,)  # last: killed before that, the next start goes on with it
                 for path in [path for name in names for path in folder.glob(name)]:
                     files.remove(path)
             if not self.is_pipeline:

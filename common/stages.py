@@ -199,7 +199,7 @@ def begin_again(path: Path, later: Path, option: str, value: Any) -> bool:
         if has_begun(later):
             say(f"{path.parent.name} stays as it was made, with {option} {made[0]}")
             return
-        for old in path.parent.glob("*.jsonl"):
+        for old in sorted(path.parent.glob("*.jsonl"), key=lambda x: x == path):  # which says so, last
             files.remove(old)
 
     dist.from_main(set_aside)

@@ -412,13 +412,25 @@ def test_what_is_not_finite_is_neither_saved_nor_exported(few: Path, tmp_path: P
     assert not (tmp_path / "a" / "model").exists() and not checkpoint.newest(tmp_path / "a")
 
 
-def test_what_kills_left_of_other_checkpoints_is_cleared(few: Path, tmp_path: Path, tiny_model: str) -> None:
+def test_what_kills_left_of_other_checkpoints_is_cleared(
+    few: Path, tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(str(tmp_path), str(few), model=tiny_model, max_steps=1)
     for name in ("step_00000007.tmp", "step_00000003.old.tmp"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "part").touch()
     train(str(tmp_path), str(few), model=tiny_model, max_steps=2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+    def killed(path: Path) -> None:
+        if path.is_dir():
+            next(path.rglob("*.distcp")).unlink()  # half of it
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "remove", killed)
+        train(str(tmp_path), str(few), model=tiny_model, max_steps=3)
+    assert [*checkpoint.complete(tmp_path)] == [3]
 
 
 # the best one, one of a step, and a later merge

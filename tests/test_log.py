@@ -203,7 +203,9 @@ def test_a_changed_field_is_named(finished: Path, few: Path) -> None:
         dpo.main(args_of(dpo.Args, **settings(few, finished, beta=0.2)))
 
 
-def test_overwrite_removes_what_the_run_wrote_and_nothing_else(few: Path, tmp_path: Path) -> None:
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     users = (
         "thesis.txt",
         "data_1.jsonl",
@@ -219,6 +221,16 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(few: Path, tmp_pa
     written = {path.name for path in tmp_path.iterdir()} - {name.split("/")[0] for name in users}
     assert len(written) > 6
     again = args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True))
+    honest = files.remove
+
+    def killed(path: Path) -> None:
+        if path.name == "checkpoints":
+            raise KeyboardInterrupt
+        honest(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the next start goes on with it
+        patch.setattr(files, "remove", killed)
+        log.Log(again.run, dpo.__file__, dpo.SHOWN, snapshot(again))
     log.Log(again.run, dpo.__file__, dpo.SHOWN, snapshot(again))
     left = {path.name for path in tmp_path.iterdir()} & written
     assert left == {files.LOCK, "checkpoints", "metrics.jsonl", "samples.jsonl"}  # made anew, and empty

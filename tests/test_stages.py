@@ -15,7 +15,7 @@ from conftest import args_of, read_metrics
 
 import ppo
 import sft
-from common import checkpoint, dist, log, stages
+from common import checkpoint, dist, files, log, stages
 from common.args import Folder, flat, merge_options, parse, snapshot
 
 
@@ -157,6 +157,31 @@ def test_a_finished_stage_is_not_run_again_and_its_row_is_kept(few: Path, tmp_pa
     assert [row["step"] for row in read_metrics(folder)] == [1, 2]
     with pytest.raises(dist.RunError, match="with seed 1, now 2"):
         pipeline(str(few), str(folder), seed=2)
+
+
+def test_what_was_made_with_another_option_is_removed_with_what_was_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, the next start removes the rest."""
+    made = [tmp_path / "3_pairs" / name for name in ("comparisons.jsonl", "pairs.jsonl", "human_pairs.jsonl")]
+    made[0].parent.mkdir()
+    for path in made:
+        path.write_text('{"max_new_tokens": 8}\n')
+    honest, removed = files.remove, []
+
+    def killed(path: Path) -> None:
+        removed.append(path)
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        honest(path)
+
+    dist.init(seed=1)
+    ask = (made[0], tmp_path / "4_reward_model", "max_new_tokens", 16)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "remove", killed)
+        stages.begin_again(*ask)
+    assert made[0].exists()
+    assert stages.begin_again(*ask) and not any(path.exists() for path in made)
 
 
 def test_a_stage_killed_between_its_export_and_its_curves_draws_them(few: Path, tmp_path: Path) -> None:
