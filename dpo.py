@@ -170,14 +170,14 @@ def add_reference(policy: models.Policy, pairs: data.Dataset, reached: list[int]
     asked = [pairs[i] for i in reached]
 
     def logps(micro_batch: MicroBatch) -> Tensor:
-        return response_logps(policy(micro_batch).logps, micro_batch)
+        return response_logps(policy(micro_batch).logps, micro_batch).flatten()
 
     def score() -> Tensor:
-        return packed.table(logps, asked, (2,), args.system.micro_batch_tokens, device, "reference")
+        return packed.table(logps, asked, args.system.micro_batch_tokens, device, what="reference")
 
     key = ("ref_logps", args.model, args.system.dtype, [pair.sequences for pair in asked])
     found = np.full((len(pairs), 2), np.nan, np.float32)
-    found[reached] = files.cached(score, *key).cpu().numpy()
+    found[reached] = files.cached(score, *key).view(-1, 2).cpu().numpy()
     return pairs.with_fields(dict(zip(REF_LOGPS, found.T, strict=True)))
 
 
@@ -236,7 +236,7 @@ def beside(args: Args) -> dict[str, str]:
 
 # SimPO's own, section 4 of its paper: gamma is half of beta
 Args.presets = {"loss": {"simpo": dict(beta=2.0, simpo_gamma=1.0, sft_coef=0.0)}}
-TOY = dict(beta=0.3, sft_coef=0.2, learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=40)
+TOY = dict(beta=0.3, sft_coef=0.5, learning_rate=2e-4, warmup_steps=5, batch_size=64, max_steps=40)
 TOY |= dict(eval_every=20, num_samples=200)
 
 

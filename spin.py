@@ -117,9 +117,9 @@ def opponent_logps(
     """log pi_t(y|x) and log pi_t(y'|x) of each pair, by LOGPS, while the policy is the opponent."""
 
     def logps(micro_batch: MicroBatch) -> Tensor:
-        return response_logps(policy(micro_batch).logps, micro_batch)
+        return response_logps(policy(micro_batch).logps, micro_batch).flatten()
 
-    found = packed.table(logps, pairs, (2,), micro_batch_tokens, device)
+    found = packed.table(logps, pairs, micro_batch_tokens, device).view(-1, 2)
     return [dict(zip(LOGPS, both, strict=True)) for both in found.tolist()]
 
 
@@ -360,7 +360,7 @@ def checks(
     yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, pairs)
 
 
-TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=1024, learning_rate=5e-4, warmup_steps=2)
+TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=768, learning_rate=5e-4, warmup_steps=2)
 TOY |= dict(batch_size=64, max_new_tokens=48, num_samples=200)
 
 

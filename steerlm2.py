@@ -210,8 +210,8 @@ def group_logps(
     """log Q(y|a, x) of groups, without gradient, log Q' and log w, alike on every rank. -> (G, n) each"""
     fields = packed.make_micro_batch(groups, [*range(len(groups))], device).fields
     sampler_logps, log_weights = (fields[name] for name in GROUP_FIELDS)
-    sequences = [sequence for group in groups for sequence in group.sequences]
-    return as_table(sequence_logps(policy, sequences, args, device), log_weights), sampler_logps, log_weights
+    logps = sequence_logps(policy, [group.sequences for group in groups], args, device)
+    return as_table(logps, log_weights), sampler_logps, log_weights
 
 
 def ask(prompts: list[Example], wanted: list[dict[str, float]]) -> list[Example]:
@@ -247,11 +247,17 @@ def sample_groups(
 
 
 def sequence_logps(
-    policy: models.Policy, sequences: list[packed.Tokens], args: Args, device: torch.device
+    policy: models.Policy, groups: list[list[packed.Tokens]], args: Args, device: torch.device
 ) -> Tensor:
-    """log pi(y|x) of each sequence, on every rank, without gradient. -> (sequences,)"""
-    alone, limit = [Example([sequence], "") for sequence in sequences], args.system.micro_batch_tokens
-    return packed.table(lambda batch: response_logps(policy, batch, args), alone, (), limit, device)
+    """log pi(y|x) of each sequence of groups, on every rank, without gradient. -> (sequences,)
+
+    A group longer than micro_batch_tokens is run a response at a time, others as one, with the prompt once.
+    """
+    limit, examples = packed.token_limit(args.system.micro_batch_tokens, device), []
+    for whole in (Example(group, "") for group in groups):
+        fits = whole.row_tokens <= limit
+        examples += [whole] if fits else [Example([sequence], "") for sequence in whole.sequences]
+    return packed.table(lambda batch: response_logps(policy, batch, args), examples, limit, device)
 
 
 def score_groups(groups: list[dict], scorers: tuple, tokenizer: Any, args: Args) -> list[dict]:
@@ -263,13 +269,13 @@ def score_groups(groups: list[dict], scorers: tuple, tokenizer: Any, args: Args)
     rater, sft_policy, policy = scorers
     device = next(policy.parameters()).device
 
-    def encode(using: Any, labelled: bool) -> list[packed.Tokens]:
-        parts = dist.parallel_map(lambda group: read_group(using, group, "groups", labelled), groups)
-        return [sequence for part in parts for sequence in part]
+    def encode(using: Any, labelled: bool) -> list[list[packed.Tokens]]:
+        return dist.parallel_map(lambda group: read_group(using, group, "groups", labelled), groups)
 
     attribute, sizes = [], [len(group["responses"]) for group in groups]
     # (responses, A), on the scale of the labels
-    predicted = rater(encode(rater.tokenizer, False), args.system.micro_batch_tokens, device)
+    alone = [sequence for group in encode(rater.tokenizer, False) for sequence in group]
+    predicted = rater(alone, args.system.micro_batch_tokens, device)
     for group, outputs in zip(groups, predicted.split(sizes), strict=True):
         given = dict(item.split(":") for item in group["label"].split(",") if item)  # none: log P is 0
         wanted = torch.tensor([float(x) for x in given.values()], device=device).expand(len(outputs), -1)
@@ -341,10 +347,11 @@ def checks(
     tokens = [data.encode_prompt(tokenizer, e.prompt, e.label) for e in chosen]
     how = {"max_new_tokens": 16, "temperature": args.temperature, "samples_per_prompt": n}
     sequences = [to_example(s).sequences[0] for s in generate(policy, tokenizer, tokens, **how)]
-    logps = sequence_logps(policy, sequences, args, device).view(-1, n).cpu().numpy()
+    sampled = [sequences[i : i + n] for i in range(0, len(sequences), n)]
+    logps = sequence_logps(policy, sampled, args, device).view(-1, n).cpu().numpy()
     groups = [
-        Example(sequences[i * n : (i + 1) * n], "", dict(zip(GROUP_FIELDS, (own, 0 * own), strict=True)))
-        for i, own in enumerate(logps)
+        Example(group, "", dict(zip(GROUP_FIELDS, (own, 0 * own), strict=True)))
+        for group, own in zip(sampled, logps, strict=True)
     ]
     loss = functools.partial(loss_and_metrics, policy, args=args)
     known = {"kl": 0.0, "loss": 0.0}

@@ -427,6 +427,7 @@ CELLS: dict[str, tuple[Callable, list[dict]]] = {
             *({"check": name} for name in CHECKS if name != "check_tests"),
             {"check": "check_sampler", "lora_rank": 16},
             {"check": "check_head", "compiled": True},
+            {"check": "check_head", "compiled": True, "equal_weights": True},
             {"check": "check_tests"},
         ],
     ),
@@ -470,6 +471,7 @@ TINY: dict[str, list[dict]] = {
     "checks": [
         {"check": "check_attention", "tokens": 1200},
         {"check": "check_head", "tokens": 70, "width": 64, "vocab_size": 500},
+        {"check": "check_head", "tokens": 70, "width": 64, "vocab_size": 500, "equal_weights": True},
         {"check": "check_float32", "count": 1},
         {"check": "check_bfloat16", "count": 2},
         {"check": "check_score_head"},

@@ -90,11 +90,16 @@ def by_document(
 
 
 def check_head(
-    tokens: int = 3000, width: int = 512, vocab_size: int = 32_000, compiled: bool = False
+    tokens: int = 3000,
+    width: int = 512,
+    vocab_size: int = 32_000,
+    compiled: bool = False,
+    equal_weights: bool = False,
 ) -> dict[str, Any]:
     """The chunked head on bfloat16 operands against float64 of the same numbers.
 
-    Its log-probs are those of float32 sums: rounded to bfloat16, logits are .02 nats off.
+    Its log-probs are those of float32 sums: rounded to bfloat16, logits are .02 nats off. With equal_weights
+    the gradient is that of a sum of log-probs, which the forward pass makes.
     """
     device = dist.init(1)
     torch.manual_seed(0)
@@ -104,10 +109,12 @@ def check_head(
     nn.init.normal_(head.weight, std=0.2)
     y = torch.randint(vocab_size, (tokens,), device=device)
     g = torch.randn(2, tokens, device=device)
+    g = torch.tensor([-0.3, 0.0], device=device)[:, None].expand_as(g) if equal_weights else g
     chunked = ChunkedHead.like(head)
     chunked.compiled = compiled
-    stats = chunked(h, y)
-    ours = torch.autograd.grad((g[0] * stats.logps + g[1] * stats.entropy).sum(), (h, head.weight, head.bias))
+    stats = chunked(h, y, equal_weights=equal_weights)
+    loss = (g[0] * stats.logps).sum() + (0 if equal_weights else (g[1] * stats.entropy).sum())
+    ours = torch.autograd.grad(loss, (h, head.weight, head.bias))
     h64, w64, b64 = (x.detach().double().requires_grad_() for x in (h, head.weight, head.bias))
     logp = (h64 @ w64.T + b64).log_softmax(-1)
     exact, entropy = logp.gather(1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

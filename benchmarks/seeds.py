@@ -1,9 +1,10 @@
-"""The nine default runs on three seeds: what each changes, mean and standard deviation, for docs/results.md.
+"""The nine default runs on three seeds: what each changes, mean and standard deviation, in docs/.
 
-    python benchmarks/seeds.py --output runs/seeds                    # an hour on two cores, resumable
-    python benchmarks/seeds.py --output runs/seeds --write            # and docs/results.md from what is there
+    python benchmarks/seeds.py --output runs/seeds            # an hour on one core, resumable
+    python benchmarks/seeds.py --output runs/seeds --write    # and the tables of docs/ from what is there
 
-Each run is one process with no options but a seed and a folder. A run that is finished is not run again.
+Each run is one process with no options but a seed and a folder. A run that is finished is not run again. A
+table stands in the script's page between two comments, `<!-- seeds -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -16,15 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("sft", "dpo", "spin", "reward_model", "ppo", "steerlm", "steerlm2", "cai", "draftp")
-PAGE = ROOT / "docs" / "results.md"
-ABOUT = """# What the default runs show
-
-The nine scripts on their toy worlds without options, on seeds {seeds}. `python benchmarks/seeds.py --output
-runs/seeds --write` makes this page. Means, and ± the standard deviation over the seeds, at the evaluations
-of a run: before training, between, and after; of `cai.py` and `steerlm.py` after their stages. A seed orders
-the data and draws the samples; the toy's models and data are the same. The judge's scores are exact, 0 to 4.
-The pages of the scripts say what the names mean.
-"""
+STAGES = {"cai": ("before", "SL-CAI", "RL-CAI"), "steerlm": ("before", "SFT", "round 1")}
+ABOUT = (
+    "`python benchmarks/seeds.py`: `python {script}.py` on seeds {seeds}, one process, float32. Means on\n"
+    "held-out data, and ± the standard deviation over the seeds."
+)
 
 
 def run(script: str, seed: int, folder: Path) -> None:
@@ -43,23 +40,27 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if any(name.startswith("eval/") for name in row)]
 
 
-def table(runs: list[list[dict[str, float]]]) -> str:
-    """Markdown: a line a metric, a column an evaluation; of more than six the first, middle and last."""
+def table(script: str, runs: list[list[dict[str, float]]]) -> str:
+    """Markdown: a line a metric, a column an evaluation; of more than four the first, middle and last."""
     steps = [row["step"] for row in runs[0]]
-    places = range(len(steps)) if len(steps) <= 6 else (0, len(steps) // 2, len(steps) - 1)
+    places = range(len(steps)) if len(steps) <= 4 else (0, len(steps) // 2, len(steps) - 1)
+    titles = STAGES.get(script) or [f"step {steps[i]}" for i in places]
     names = list(dict.fromkeys(name for row in runs[0] for name in row if name.startswith("eval/")))
-    lines = [
-        f"| | {' | '.join(f'step {steps[i]}' for i in places)} |",
-        f"|---|{'---:|' * len(places)}",
-    ]
+    lines = [f"| | {' | '.join(titles)} |", f"|---|{'---:|' * len(places)}"]
     for name in names:
         cells = []
         for i in places:
             found = [row[i][name] for row in runs if name in row[i] and math.isfinite(row[i][name])]
-            spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+            spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 and i else ""
             cells.append(f"{statistics.mean(found):.3f}{spread}" if found else "")
-        lines.append(f"| {name[5:]} | {' | '.join(cells)} |")
+        lines.append(f"| `{name[5:]}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write(page: Path, text: str) -> None:
+    """Put a text between the two comments of a page."""
+    before, rest = page.read_text().split("<!-- seeds -->\n")
+    page.write_text(f"{before}<!-- seeds -->\n{text}\n<!-- end -->{rest.split('<!-- end -->')[1]}")
 
 
 def main() -> None:
@@ -67,21 +68,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
-    parser.add_argument("--write", action="store_true", help="write docs/results.md")
+    parser.add_argument("--write", action="store_true", help="write the tables of docs/")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     output = args.output.resolve()
     for seed in args.seeds:
         for script in args.scripts:
             run(script, seed, output / f"{script}_{seed}")
-    parts = [ABOUT.format(seeds=", ".join(map(str, args.seeds)))]
+    seeds = ", ".join(map(str, args.seeds))
     for script in args.scripts:
         runs = [evaluations(output / f"{script}_{seed}") for seed in args.seeds]
-        parts.append(f"## [{script}.py]({script}.md)\n\n{table(runs)}\n")
-    page = "\n".join(parts)
-    if args.write:
-        PAGE.write_text(page)
-    print(page)
+        text = f"{ABOUT.format(script=script, seeds=seeds)}\n\n{table(script, runs)}"
+        print(f"{text}\n")
+        if args.write:
+            write(ROOT / "docs" / f"{script}.md", text)
 
 
 if __name__ == "__main__":

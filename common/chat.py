@@ -35,10 +35,12 @@ CONCLUSION = "\nThe better reply is "
 LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
+ARTICLE = r"(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"  # follows one
 NO_OPTION = re.compile(  # the article at the start of a sentence, and the pronoun
-    r"(?<![a-z] )\bA(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"
-    r"|(?<!eply )(?<!ption )\bI(?=['\u2019]|,? [a-z])"
+    rf"(?<![a-z] )\bA{ARTICLE}|(?<!eply )(?<!ption )\bI(?=['\u2019]|,? [a-z])"
 )
+OPTION = r"(?i:reply|response|option|choice|answer)"
+SMALL = re.compile(rf"(?:\b{OPTION}\W+(?:is\W+)?|\()[a-z]\b(?!\.[a-z]|{ARTICLE})")  # (b), reply b
 # what a server says of a prompt that it will not have, in distinction to a request that it does not know
 UNWANTED = re.compile(
     r"content.{0,20}(filter|polic|manag)|moderation|safety|inappropriate|inspection|context.length|too long"
@@ -193,38 +195,37 @@ def encode_options(tokenizer: Any, question: formats.Messages, lead: str, letter
     return packed.Example([tokens], "", {"letters": np.array([side[at] for side in sides], np.float32)})
 
 
-@torch.no_grad()
 def letter_probs(
     policy: Any, examples: list[packed.Example], micro_batch_tokens: int, device: torch.device, count: int
 ) -> list[list[float]]:
     """P(letter) among `count` letters, of each example; what some in a row begin with is read once."""
-    table, groups = torch.zeros(len(examples), count, device=device), beginning_alike(examples)
-    for row in packed.micro_batches(groups, micro_batch_tokens, device, "verdicts") if groups else ():
-        places, letters = (x[~x.isnan()].long() for x in (row.fields["places"], row.fields["letters"]))
-        table[places] = policy.logits(row).gather(1, letters.view(len(places), count))
-    return dist.sum_over_ranks(table).softmax(-1).tolist()  # each example was scored by one rank
+
+    def logits(row: packed.MicroBatch) -> torch.Tensor:
+        letters = row.fields["letters"]
+        return policy.logits(row).gather(1, letters[~letters.isnan()].long().view(-1, count))
+
+    groups = beginning_alike(examples)
+    found = packed.table(logits, groups, micro_batch_tokens, device, (count,), "verdicts")
+    return found.softmax(-1).tolist()
 
 
 def beginning_alike(examples: list[packed.Example]) -> list[packed.Example]:
     """Questions in a row with a long beginning in common as one example each, which packing reads once.
 
-    A group grows as long as that spares more tokens. Its fields have the questions' places in the list.
+    A group grows as long as that spares more tokens.
     """
-    groups: list[tuple[int, list[int]]] = []  # tokens in common, questions
+    groups: list[tuple[int, list[packed.Example]]] = []  # tokens in common, questions
     for i, example in enumerate(examples):
         ids = example.sequences[0].ids
         shared, members = groups[-1] if groups else (0, [])
         common = min(shared, formats.common_prefix(examples[i - 1].sequences[0].ids, ids))
         if common >= LEAST_SHARED and common * len(members) > shared * (len(members) - 1):
-            groups[-1] = (common, [*members, i])
+            groups[-1] = (common, [*members, example])
         else:
-            groups.append((len(ids), [i]))
-    found = []
-    for _, members in groups:
-        letters = np.concatenate([examples[i].fields["letters"] for i in members])
-        fields = {"letters": letters, "places": np.array(members, np.float64)}
-        found.append(packed.Example([examples[i].sequences[0] for i in members], "", fields))
-    return found
+            groups.append((len(ids), [example]))
+    fields = [{"letters": np.concatenate([e.fields["letters"] for e in group])} for _, group in groups]
+    sequences = [[e.sequences[0] for e in group] for _, group in groups]
+    return [packed.Example(x, "", own) for x, own in zip(sequences, fields, strict=True)]
 
 
 # ----------------------------------------------------------------------------------- a model behind a server
@@ -349,12 +350,14 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     """P(letter) from the letter an answer gives, and from the log-probabilities at its token if it has any.
 
     The letter stands where an answer does: at the start, alone or before a mark, and no other option is
-    named after it, in brackets or not; at the end where reasoning comes first.
+    named after it; at the end where reasoning comes first. A capital is a name of an option, and so is a
+    small letter in brackets or after reply, response, option, choice or answer.
 
     Args:
         tokens: OpenAI's logprobs.content. Without it a probability is 0 or 1.
     """
-    lead = r"(?i:(?:the )?(?:final )?(?:answer|better reply|best reply|reply|option|choice)\W*(?:is\W*)?)"
+    text = SMALL.sub(lambda named: named[0][:-1] + named[0][-1].upper(), text)
+    lead = rf"(?i:(?:the )?(?:final |better |best )?{OPTION}\W*(?:is\W*)?)"
     if reasons:
         found = re.search(rf"(?:{lead}|\()([{letters}])\W*$", text)
     else:

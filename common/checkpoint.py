@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from common import data, dist, files, lora, models
+from common import data, dist, files, lora, models, report
 from common.args import Run, System, Training
 from common.loading import is_whole
 
@@ -364,8 +364,12 @@ def export_step(folder: Path, step: int) -> None:
         raise dist.RunError(f"{folder}: no checkpoint of step {step}; found {[*complete(folder)]}")
     run, policy, tokenizer, model = load_run(folder)
     _load(chosen, {"policy": (policy, None)})
-    write_model(run, policy, tokenizer, model, f"model_step_{step}")
-    print(f"{folder / f'model_step_{step}'}", flush=True)
+    to, values = folder / f"model_step_{step}", files.read_json(folder / "args.json")
+    write_model(run, policy, tokenizer, model, to.name)
+    rows = [row for row in files.read_rows(folder / "metrics.jsonl", "step") if row["step"] <= step]
+    lines = report.table(rows, ("before", "after"))
+    report.write_card(to, values["script"], values, lines, None, f" to step {step}")
+    print(to, flush=True)
 
 
 def merge(folder: Path, merge_dtype: str) -> None:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from common import is_unread
+
 IGNORED = re.compile(r"train/((tokens|images)_per_second|time/.*|mfu|max_memory_\w+)")
 FREE = {"output_dir", "overwrite", "accept_changes", "track", "wandb_project", "run_name", "plan", "check"}
 FREE |= {"max_minutes", "finished_at", "accepted_changes"}  # in args.json, and of no weight
@@ -263,6 +265,8 @@ def main(args: Args) -> int:
     try:
         return report(args)
     except (ValueError, OSError) as error:
+        if is_unread():
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -459,6 +459,8 @@ def load(
         rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, by_kind, attempt)
         name = hashlib.sha256(f"{key} {stream.digest} {stream.split}".encode()).hexdigest()[:32]
         found = encoded.make(dist.from_main(lambda: name), len(stream), rows, f"{kind}: {source}")
+        for line in formats.unread(found[0].record, scored) if len(found) else ():
+            tell(f"{source}: {line}")
         num_cut, reasons = found.contents["num_cut"], found.contents["reasons"]
         whys = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
         if num_cut:

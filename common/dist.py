@@ -26,6 +26,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from common import is_unread
+
 # what asks for a stop: schedulers send TERM, INT or USR1, a closed terminal HUP
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TWICE_SECONDS = 3.0  # torchrun passes on a signal that may have reached its ranks already: one request
@@ -306,7 +308,7 @@ def outcome(main: Any, args: Any) -> int:
         main(args)
         return 0
     except BaseException as error:  # that of torch's checkpoints is no Exception
-        message = explain(error)
+        message = None if isinstance(error, BrokenPipeError) and is_unread() else explain(error)
         if message is None:
             raise
         stopped = isinstance(error, Stopped)

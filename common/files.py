@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -366,11 +365,11 @@ def pipeline_folder(model: str) -> Path:
 
 
 def toy_folder(world: str = "language") -> Path:
-    """The files of a toy world, language or images, built on first use."""
+    """The files of a toy world, language or images."""
     try:
         return importlib.import_module(f"toy.{world}").ensure()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        raise dist.RunError(f"cannot build the toy world: {error}") from error
+    except OSError as error:
+        raise dist.RunError(f"cannot unpack the toy world: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- fingerprints

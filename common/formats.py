@@ -86,6 +86,17 @@ def agreed(value: dict, names: Iterable[str], where: str) -> Any:
     return found[0][1] if found else None
 
 
+def unread(value: dict, has_replies: bool) -> Iterator[str]:
+    """Lines for a record with several fields that could be its prompt, or its reply: the first one is."""
+    replies = {"reply": CONVERSATIONS + RESPONSES, "chosen": CHOSEN, "rejected": REJECTED}
+    prompts = {} if has_replies and first(value, CONVERSATIONS) else {"prompt": PROMPTS}
+    for what, names in (prompts | replies if has_replies else prompts).items():
+        taken, *others = [name for name in names if value.get(name) is not None] or [""]
+        others = [name for name in others if (taken, name) != ("instruction", "input")]  # which are joined
+        if others:
+            yield f"{taken} is read as the {what}, and beside it not {', '.join(others)}"
+
+
 def number(value: Any, where: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
         raise wrong(where, f"{name} {value!r}", "a number below 1e15")

@@ -345,10 +345,11 @@ class Log:
 
     def _write_cards(self) -> None:
         best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
-        for name, last in (("model", math.inf), ("model_best", best)):
+        for name, last, at in (("model", math.inf, ""), ("model_best", best, f" to step {best}")):
             if (self.folder / name).exists() and last >= 0:
                 lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)
-                report.write_card(self.folder / name, self.script, self.options, lines)
+                told = (self.script.name, self.options.values, lines, self.options.changed)
+                report.write_card(self.folder / name, *told, at)
 
     # ---------------------------------------------------------------------------------------------------- W&B
 

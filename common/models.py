@@ -9,7 +9,6 @@ Shapes: N tokens of a micro-batch, N_targets scored ones, D width, V vocabulary,
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from common.args import Inference, Optimization, System
 from common.files import model_folder
 from common.lm_head import ChunkedHead, TokenStats
 from common.loading import check_packable, read_pretrained, read_scorer
-from common.packed import Example, MicroBatch, micro_batches
+from common.packed import Example, MicroBatch, table
 from common.plan import PEAK_FLOPS, choices, training_flops, training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
@@ -128,7 +127,6 @@ def values(scorer: Scorer, batch: MicroBatch) -> Tensor:
     return scorer(batch, batch.targets - 1)[:, 0]
 
 
-@torch.no_grad()
 def score(
     scorer: Scorer,
     examples: list[Example],
@@ -140,16 +138,12 @@ def score(
 
     centred: by the config's reward_mean and reward_std, if set."""
     examples = examples if scorer.ending is None else [e.end_with(scorer.ending) for e in examples]
-    starts = list(itertools.accumulate((len(e.sequences) for e in examples), initial=0))
-    table = torch.zeros(starts[-1], scorer.config.num_labels, device=device)
-    for batch in micro_batches(examples, micro_batch_tokens, device, "scoring"):
-        found = [at for i in batch.example_ids.tolist() for at in range(starts[i], starts[i + 1])]
-        table[found] = rewards(scorer, batch)
-    dist.sum_over_ranks(table)  # each example was scored by one rank
+    shape = (scorer.config.num_labels,)
+    outputs = table(lambda row: rewards(scorer, row), examples, micro_batch_tokens, device, shape, "scoring")
     if centred and getattr(scorer.config, "reward_mean", None) is not None:
-        mean, std = (table.new_tensor(getattr(scorer.config, x)) for x in ("reward_mean", "reward_std"))
-        return (table - mean) / std
-    return table
+        mean, std = (outputs.new_tensor(getattr(scorer.config, x)) for x in ("reward_mean", "reward_std"))
+        return (outputs - mean) / std
+    return outputs
 
 
 # --------------------------------------------------------------------------------------------- load and shard

@@ -130,15 +130,23 @@ def micro_batches(
 def table(
     compute: Callable[[MicroBatch], Tensor],
     examples: Sequence[Example],
-    shape: tuple[int, ...],
     micro_batch_tokens: int,
     device: torch.device,
+    shape: tuple[int, ...] = (),
     what: str = "",
 ) -> Tensor:
-    """What `compute` gives for each example of a micro-batch, of all examples, on every rank. (n, *shape)"""
-    found = torch.zeros(len(examples), *shape, device=device)
+    """What `compute` gives for each sequence of a micro-batch, of all examples in turn, on every rank.
+
+    -> (sequences, *shape), without gradient
+    """
+    counts = torch.tensor([len(example.sequences) for example in examples], dtype=torch.long, device=device)
+    found, ends = torch.zeros(int(counts.sum()), *shape, device=device), counts.cumsum(0)
     for batch in micro_batches(examples, micro_batch_tokens, device, what):
-        found[batch.example_ids] = compute(batch)
+        own = counts[batch.example_ids]
+        # where an example's sequences end among all, less where they end in the micro-batch
+        shift = ends[batch.example_ids] - own.cumsum(0)
+        shift = shift.repeat_interleave(own, output_size=batch.num_segments)  # no wait for the device
+        found[shift + torch.arange(len(shift), device=device)] = compute(batch)
     return dist.sum_over_ranks(found)  # each example was computed by one rank
 
 

@@ -80,8 +80,6 @@ def load(
     Raises:
         RunError: no such pipeline, or one of another kind.
     """
-    if model == "toy":
-        files.toy_folder("images")  # ranks wait on its lock, not in a collective
     full: list[Any] = []  # rank 0's; the others stay without a copy
 
     def read() -> Any:

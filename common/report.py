@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import files
-from common.args import Snapshot
 
 SERIES = (("train", "-", "tab:blue"), ("eval", "o-", "tab:orange"))
 LEAST_SPAN = 0.2  # of an axis, as a share of the largest value on it: less would make noise look like change
@@ -95,11 +94,18 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
     plt.close(figure)
 
 
-def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[str]]) -> None:
-    """README.md of a model's folder: what it was trained from, on what, by what command, its table."""
+def write_card(
+    folder: Path, script: str, values: dict, lines: list[list[str]], changed: dict | None, at: str = ""
+) -> None:
+    """README.md of a model's folder: what it was trained from, on what, by what command, its table.
+
+    Args:
+        values: of all options; those that are `changed` make the command.
+        at: which step it is of, if that is not the last one.
+    """
     from huggingface_hub import ModelCardData
 
-    values, dataset = options.values, options.values.get("dataset", "")
+    dataset = values.get("dataset", "")
 
     def on_hub(name: str) -> bool:
         is_path = Path(name).exists() or name.startswith(("toy", ".", "/", "~"))
@@ -112,24 +118,21 @@ def write_card(folder: Path, script: Path, options: Snapshot, lines: list[list[s
         library_name=library,
         base_model=values["model"] if on_hub(values["model"]) else None,
         datasets=[name for name in sources if on_hub(name)] or None,
-        tags=["cleanalign", script.stem, *(["lora"] if library == "peft" else [])],
+        tags=["cleanalign", Path(script).stem, *(["lora"] if library == "peft" else [])],
     )
-    words = []
-    for name, x in options.changed.items():
+    words = ["python", script]
+    for name, x in (changed or {}).items():
         words += [f"--{name}", *map(str, x)] if isinstance(x, list | tuple) else [f"--{name}={x}"]
     lines = [*lines[:1], *[["---", *["---:"] * (len(line) - 1)] for line in lines[:1]], *lines[1:]]
     marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    command = "." if changed is None else f":\n\n```bash\n{shlex.join(words)}\n```"
     card = f"""---
 {about.to_yaml()}
 ---
 
 # {folder.resolve().parent.name}
 
-`{values["model"]}`, trained by `{script.name}` of CleanAlign on `{dataset}`:
-
-```bash
-python {shlex.join([script.name, *words])}
-```
+`{values["model"]}`, trained by `{script}` of CleanAlign on `{dataset}`{at}{command}
 
 {marked}
 

@@ -229,7 +229,7 @@ def test_letters_are_read_as_plain_transformers_reads_them(toy: Path, tokenizer:
     sure = [p for i, p in enumerate(expected) if i % 3 == 0] + [
         1 - p for i, p in enumerate(expected) if i % 3 == 1
     ]
-    assert min(sure) > 0.8  # it prefers the kind reply, whichever comes first
+    assert min(sure) > 0.65  # it prefers the kind reply, whichever comes first
 
 
 def test_equal_replies_are_a_tie_whatever_the_judge_prefers(device: torch.device) -> None:
@@ -253,7 +253,7 @@ def test_what_questions_begin_with_is_read_once(
     monkeypatch.setattr(chat, "LEAST_SHARED", 4)
     groups = chat.beginning_alike(examples)
     assert sum(e.row_tokens for e in groups) < 0.8 * sum(e.num_tokens for e in examples)
-    assert [int(i) for e in groups for i in e.fields["places"]] == [*range(len(examples))]
+    assert [e.sequences[0] for e in examples] == [x for group in groups for x in group.sequences]
     assert judged(least_shared=4) == pytest.approx(alone, abs=1e-5)
     for found in two_ranks("test_cai:judged", least_shared=4):
         assert found == pytest.approx(alone, abs=1e-5)
@@ -360,10 +360,19 @@ def test_only_revisions_that_were_kept_are_trained_on_and_alone() -> None:
         ("B. A calm reply is better", False, 0.0),
         ("A. Be kind, as in (A).", False, 1.0),
         ("A reply like that", False, None),
+        ("A. It is fine, but reply b is better", False, None),
+        ("A, though (b) is kinder", False, None),
+        ("A: the answer is b.", False, None),
+        ("B. It is a reply a child can follow, a and b alike", False, 0.0),
+        ("(b)", False, 0.0),
+        ("response b", False, 0.0),
+        ("a", False, None),
+        ("a reply like that", False, None),
         ("Both are fine.", False, None),
         ("", False, None),
         ("(A) is rude. So (B)", True, 0.0),
         ("(A) is rude, so the better reply is **B**.", True, 0.0),
+        ("so the better reply is **b**.", True, 0.0),
         ("(B) is worse than I thought", True, None),
         ("I cannot say.", True, None),
     ],
@@ -376,7 +385,7 @@ def test_a_letter_counts_where_an_answer_stands(text: str, cot: bool, expected: 
 def test_a_pronoun_is_no_option() -> None:
     letters = "ABCDEFGHI"
     assert chat.read_verdict("I, as an AI, cannot compare.", [], False, letters) is None
-    assert chat.read_verdict("(A). I think, and I'm sure.", [], False, letters)[0] == 1
+    assert chat.read_verdict("(A). I think (e.g. of it), and I'm sure.", [], False, letters)[0] == 1
     assert chat.read_verdict("I: it is kind", [], False, letters)[8] == 1
     assert chat.read_verdict("A, I", [], False, letters) is None
 

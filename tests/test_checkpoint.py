@@ -446,6 +446,9 @@ def test_the_best_checkpoint_is_kept_and_exported_and_any_other_can_be(
         assert torch.equal(tensor, found["model_step_4"][name])
         assert torch.equal(found["model_best"][name], found[f"model_step_{best}"][name])
     assert not torch.equal(found["model"]["lm_head.weight"], found["model_best"]["lm_head.weight"])
+    for name in ("model_best", f"model_step_{best}"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert f" to step {best}" in card and f"| loss | {losses[0]:.3f} | {losses[best]:.3f} |" in card
     assert all(path.stat().st_mode & 0o777 == 0o666 & ~files.UMASK for path in (tmp_path / "model").iterdir())
     with pytest.raises(dist.RunError, match=rf"no checkpoint of step 7; found \[{best}, 4\]"):
         checkpoint.export_step(tmp_path, 7)

@@ -1,7 +1,9 @@
 """Two run folders: equal, equal but for rounding, and each way in which they can differ."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +140,18 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path, cap
     (one / "samples.jsonl").write_text('{"step": 0}\n{"st')
     code, text = run(one, one, capsys)
     assert code == 2 and text == f"error: {one}/samples.jsonl:2: no JSON object with a step\n"
+
+
+@pytest.mark.parametrize("words", ["--help", "{0} {0}"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_that_nobody_reads_on_ends_without_a_word(
+    words: str, unbuffered: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "a")
+    command = f"set -o pipefail; {sys.executable} -m common.compare {words.format(tmp_path / 'a')} | true"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE if unbuffered else 0)
 
 
 def test_the_command(tmp_path: Path) -> None:

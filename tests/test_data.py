@@ -649,6 +649,36 @@ def test_turns_say_whether_they_are_trained_and_empty_ones_are_not(
     assert f"{source}: dropped 1 with an empty reply" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("kind", "record", "lines"),
+    [
+        (
+            "sft",
+            {"prompt": "a", "response": "b", "answer": "c"},
+            ["response is read as the reply, and beside it not answer"],
+        ),
+        (
+            "sft",
+            {"messages": CHAT, "prompt": "a", "output": "c"},
+            ["messages is read as the reply, and beside it not output"],
+        ),
+        ("sft", {"instruction": "a", "input": "b", "output": "c"}, []),
+        (
+            "prompts",
+            {"prompt": "a", "question": "b", "answer": "c"},
+            ["prompt is read as the prompt, and beside it not question"],
+        ),
+        ("prompts", {"prompt": "a", "answer": "c", "response": "b"}, []),
+    ],
+)
+def test_a_field_that_another_is_read_instead_of_is_named(
+    kind: str, record: dict, lines: list, families: dict, tmp_path: Path, capsys: Any
+) -> None:
+    source = write(tmp_path, record)
+    load(kind, source, families["chatml"])
+    assert re.findall(r".*: (.* beside it .*)", capsys.readouterr().out) == lines
+
+
 def test_records_tell_their_split_and_a_file_is_read_by_it(tokenizer: Any, tmp_path: Path) -> None:
     records = [{"text": f"a {i}", "split": s} for i, s in enumerate(("train", "validation", "train"))]
     train, test = load_both("sft", write(tmp_path, *records), tokenizer, eval_dataset="")

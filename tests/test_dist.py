@@ -434,3 +434,16 @@ def draws_alike() -> list[float]:
 def test_ranks_draw_the_same_random_numbers(two_ranks: Any):
     first, second = two_ranks("test_dist:draws_alike")
     assert first == second
+
+
+def test_output_that_nobody_reads_is_no_lost_rank(monkeypatch: Any, capsys: Any) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    pipe = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    with pytest.raises(BrokenPipeError):
+        dist.outcome(lambda text: print(text, flush=True), "a")
+    assert capsys.readouterr().err == ""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what the pipe still holds
+    pipe.close()

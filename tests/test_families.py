@@ -20,7 +20,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import chat, checkpoint, data, dist, generate, lora, models, packed
+from common import chat, checkpoint, data, dist, generate, loading, lora, models, packed
 from common.args import Run, System, flat
 
 
@@ -298,8 +298,9 @@ def check_adapters(folder: Path, device: torch.device) -> None:
     replies = generate.generate(policy, tokenizer, PROMPTS, max_new_tokens=8, seed=3)
     again = packed.make_micro_batch([generate.to_example(x) for x in replies], [0, 1, 2], device)
     close(models.token_logps(policy, again).detach(), generate.sampled_logps(replies, again))
+    is_whole = loading.is_whole(str(folder), None)  # of a part there is no folder for adapters: it is merged
     for name, merge, loader in (
-        ("peft", False, AutoPeftModelForCausalLM),
+        ("peft", False, AutoPeftModelForCausalLM if is_whole else AutoModelForCausalLM),
         ("merged", True, AutoModelForCausalLM),
     ):
         run = Run(output_dir=str(folder / name), merge_lora=merge, merge_dtype="float32")

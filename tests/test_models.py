@@ -664,16 +664,19 @@ def test_segment_sum_by_hand():
     assert packed.segment_sum(values, segments, 4).tolist() == [2.0, 0.0, 5.0, 0.0]
 
 
-def test_a_table_has_the_row_of_each_example_in_its_place_however_they_are_packed(device):
-    lengths = (5, 2, 9, 4)
-    examples = [packed.Example([(np.zeros(n, np.int32), np.arange(n) > 0)], "") for n in lengths]
+def test_a_table_has_the_row_of_each_sequence_in_its_place_however_they_are_packed(device):
+    lengths = ((5,), (2, 7, 3), (9,), (4, 6))
+    examples = [
+        packed.Example([packed.Tokens(np.zeros(n, np.int32), np.arange(n) > 0) for n in own], "")
+        for own in lengths
+    ]
 
     def scored(batch):
         return packed.segment_sum(batch.targets * 0.0 + 1, batch.target_segments, batch.num_segments)
 
-    for limit in (100, 6, 1):
-        assert packed.table(scored, examples, (), limit, device).tolist() == [4.0, 1.0, 8.0, 3.0]
-    assert packed.table(scored, [], (2,), 100, device).shape == (0, 2)
+    for limit in (100, 12, 6, 1):
+        assert packed.table(scored, examples, limit, device).tolist() == [4, 1, 6, 2, 8, 3, 5]
+    assert packed.table(scored, [], 100, device, (2,)).shape == (0, 2)
 
 
 # ---------------------------------------------------------------------------------------------------- loading

@@ -568,7 +568,7 @@ def test_every_response_is_scored_by_the_three_models(sampled: Path, device: tor
             ("log(P(y|x))", plain),
             ("log(Q(y|a,x))", steerlm2.read_group(tokenizer, line, "")),
         ):
-            expected = steerlm2.sequence_logps(policy, sequences, args, device)
+            expected = steerlm2.sequence_logps(policy, [[x] for x in sequences], args, device)
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-4)
 
 
@@ -707,16 +707,16 @@ def following(folder: Path, **settings: Any) -> tuple[dict, dict]:
     return rows[0], rows[-1]
 
 
-def test_a_run_on_the_toy_world_follows_toxicity_better(prompts: str, tmp_path: Path) -> None:
+def test_a_run_on_the_toy_world_follows_toxicity_better(tmp_path: Path) -> None:
     settings = {
-        "num_prompts": 48,
-        "num_responses": 6,
+        "num_prompts": 96,
+        "num_responses": 8,
         "batch_size": 16,
         "num_iterations": 1,
-        "num_samples": 64,
+        "num_samples": 96,
     }
     judge = "toy.language:judge"
-    before, after = following(tmp_path, **settings, dataset=prompts, judge=judge, max_steps=10)
+    before, after = following(tmp_path, **settings, judge=judge, max_steps=10)
     assert after["eval/follow/mae/toxicity"] < before["eval/follow/mae/toxicity"]
 
 

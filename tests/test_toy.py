@@ -2,14 +2,13 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from toy import language
@@ -243,7 +242,7 @@ def differ(verdict: list[dict]) -> bool:
     return first != second
 
 
-def test_base_model_follows_labels(toy, base_model, tokenizer):
+def test_base_model_follows_labels_weakly(toy, base_model, tokenizer):
     prompts = [example["prompt"] for example in load(toy / "prompts" / "test.jsonl")[:100]]
     means = {}
     for toxicity in (0, 4):
@@ -258,7 +257,10 @@ def test_base_model_follows_labels(toy, base_model, tokenizer):
         outputs = base_model.generate(**inputs, max_new_tokens=48, do_sample=False)
         decoded = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         means[toxicity] = sum(language.judge("", text)["toxicity"] for text in decoded) / len(decoded)
-    assert means[0] < 0.5 and means[4] > 2
+    assert means[0] < 0.1 and 0.2 < means[4] < 2  # SteerLM has something to add
+
+
+AGREEMENT = dict.fromkeys(language.ATTRIBUTES, 0.9) | {"coherence": 0.6}  # few replies have a slip
 
 
 def test_attribute_model_agrees_with_the_judge(toy, tokenizer):
@@ -275,72 +277,43 @@ def test_attribute_model_agrees_with_the_judge(toy, tokenizer):
     labels = torch.tensor([list(example["label"].values()) for example in examples])
     for i, name in enumerate(language.ATTRIBUTES):
         correlation = torch.corrcoef(torch.stack([scores[:, i], labels[:, i]]))[0, 1]
-        if name in ("complexity", "verbosity", "toxicity"):  # the rest needs facts its head does not reach
-            assert correlation > 0.9, (name, correlation)
+        assert correlation > AGREEMENT[name], (name, correlation)
 
 
-# the build
-
-SLOW_BUILD = """
-import sys, time
-from pathlib import Path
-from toy.language import build_once
-def build(folder):
-    (folder / "begun").write_text("")
-    Path(sys.argv[2]).open("a").write("build\\n")
-    time.sleep(float(sys.argv[3]))
-    (folder / "done").write_text("")
-print(build_once(Path(sys.argv[1]), build))
-"""
+# the shipped files
 
 
-def start(folder: Path, log: Path, seconds: float) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", SLOW_BUILD, str(folder), str(log), str(seconds)]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def test_the_worlds_are_small_and_in_half_precision():
+    files = [path for path in (ROOT / "toy" / "worlds").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10e6
+    for path in files:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path).values()
+            assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float16}, path
 
 
-def test_callers_at_once_build_once(tmp_path):
-    folder, log = tmp_path / "cache" / "world", tmp_path / "log"
-    callers = [start(folder, log, 0.5) for _ in range(3)]
-    assert [caller.communicate(timeout=20)[0].strip() for caller in callers] == [str(folder)] * 3
-    assert log.read_text() == "build\n"
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["world", "world.lock"]
+def test_the_shipped_data_are_those_of_the_code():
+    for name in language.DATA_SETS:
+        for split, size in language.NUM_EXAMPLES.items():
+            shipped = load(ROOT / "toy" / "worlds" / "language" / name / f"{split}.jsonl")
+            assert shipped == language.data_set(name, split, size)
 
 
-def test_a_killed_build_does_not_count(tmp_path):
-    folder, log = tmp_path / "world", tmp_path / "log"
-    killed = start(folder, log, 60)
-    while not log.exists():
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert not folder.exists() and len(list(tmp_path.glob("world.tmp*"))) == 1
-    start(folder, log, 0).communicate(timeout=20)
-    assert (folder / "done").exists() and not list(tmp_path.glob("world.tmp*"))
+UNPACK = "from toy import language; print(language.ensure())"
 
 
-def test_a_failed_build_leaves_nothing(tmp_path):
-    def build(folder: Path) -> None:
-        (folder / "begun").write_text("")
-        raise ValueError("out of luck")
-
-    with pytest.raises(ValueError, match="out of luck"):
-        language.build_once(tmp_path / "world", build)
-    assert [path.name for path in tmp_path.iterdir()] == ["world.lock"]
-
-
-def test_the_builder_does_not_see_torchrun(monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("MASTER_ADDR", "somewhere")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    calls = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: calls.append((command, options["env"])))
-    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
-    folder = language.ensure()
-    (command, env), *others = calls
-    assert not others and folder.parent == tmp_path and command[1:3] == ["-m", "toy.language"]
-    assert "RANK" not in env and "MASTER_ADDR" not in env
-    assert env["OMP_NUM_THREADS"] == "1"
+def test_callers_at_once_unpack_one_whole_world(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-c", UNPACK]
+    callers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    (folder,) = {Path(caller.communicate()[0].strip()) for caller in callers}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing unfinished beside it
+    shipped = ROOT / "toy" / "worlds" / "language"
+    assert {p.relative_to(folder) for p in folder.rglob("*")} == {
+        p.relative_to(shipped) for p in shipped.rglob("*")
+    }
+    halves, whole = (load_file(root / "model" / "model.safetensors") for root in (shipped, folder))
+    assert all(t.dtype == torch.float32 and torch.equal(t, halves[name].float()) for name, t in whole.items())
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_do(monkeypatch, tmp_path):
@@ -350,10 +323,32 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(monkeypatch, tmp_path):
         language.ensure()
 
 
+# the build
+
+
 def test_help_is_friendly_and_a_full_folder_is_left_alone(tmp_path):
     command = [sys.executable, "-m", "toy.language"]
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "README.md" in shown.stdout
     (tmp_path / "mine").write_text("")
-    refused = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run([*command, "--build", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "not an empty folder" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_short_build_writes_the_same_files(tmp_path):
+    language.build(tmp_path, share=0.01)
+    shipped = ROOT / "toy" / "worlds" / "language"
+    assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*")} == {
+        p.relative_to(shipped) for p in shipped.rglob("*")
+    }
+
+
+@pytest.mark.release
+def test_a_whole_build_meets_the_same_scores(tmp_path, tokenizer):
+    language.build(tmp_path)
+    language.convert(tmp_path, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    test_base_model_is_often_right_and_often_rude(tmp_path, model, tokenizer)
+    test_base_model_criticises_revises_and_compares(model, tokenizer)
+    test_attribute_model_agrees_with_the_judge(tmp_path, tokenizer)

@@ -1,29 +1,27 @@
 """The toy picture world: coloured shapes on plain backgrounds, small enough to know what is in a picture.
 
-`ensure()` builds it once under the user's cache folder: a Stable Diffusion pipeline of 16x16 pictures
-(UNet2DConditionModel on 8x8 latents, AutoencoderKL, CLIPTextModel, DDIM), a CLIP model in PickScore's format
-that scores how well a picture fits its prompt, and prompts as JSON lines. `judge(prompt, image)` is exact.
+toy/worlds/images holds a Stable Diffusion pipeline of 32x32 pictures (UNet2DConditionModel on 8x8 latents,
+AutoencoderKL, CLIPTextModel, DDIM), a CLIP model in PickScore's format that scores how well a picture fits
+its prompt, and prompts as JSON lines. `judge(prompt, image)` is exact. It was made by
 
-    python -m toy.images FOLDER      writes it to a folder to look at
+    python -m toy.images --build DIR
+
+with fixed seeds, in half an hour on one core.
 """
 
-import argparse
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from toy.language import build_once
+from toy.language import build_from_command_line, halve, unpacked
 
-SIZE = 16  # pixels of a side
+SIZE = 32  # pixels of a side
 COLOURS = {
     "red": (0.9, 0.1, 0.1),
     "green": (0.1, 0.7, 0.2),
@@ -33,14 +31,16 @@ COLOURS = {
     "orange": (0.95, 0.5, 0.05),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-RADII = {"small": (3.2, 4.0), "large": (5.5, 6.5)}  # in pixels
-SHIFT = 1.5  # pixels a shape is off the middle, at most
+RADII = {"small": (6.4, 8.0), "large": (11.0, 13.0)}  # in pixels
+SHIFT = 3.0  # pixels a shape is off the middle, at most
 LEVELS = {"dark": (0.05, 0.3), "light": (0.7, 0.95)}  # of grey
 OPPOSITE = {"small": "large", "large": "small", "dark": "light", "light": "dark"}
 LENGTH = 16  # tokens of a prompt
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-VAE_STEPS, CLIP_STEPS, UNET_STEPS = 350, 900, 800
-WRONG = 0.25  # share of the base model's captions that name another colour or shape
+VAE_STEPS, DECODER_STEPS, CLIP_STEPS, UNET_STEPS = 1500, 1000, 4000, 6000
+NUM_PICTURES = 24000  # that the diffusion model sees
+WRONG = 0.15  # share of the base model's captions, in the last part of training, with a wrong colour or shape
+RIGHT_FIRST = 0.6  # share of its training before that
 
 
 # prompts
@@ -63,12 +63,12 @@ def all_prompts(split: str) -> list[str]:
 # pictures
 
 
-def render(colours: Any, shapes: Any, radii: Any, x: Any, y: Any, levels: Any) -> Any:
-    """Pictures (N, 3, 16, 16) in [0, 1] of shapes (N,) at centres x, y (N,) in pixels, anti-aliased."""
+def render(colours: Any, shapes: Any, radii: Any, x: Any, y: Any, levels: Any, side: int = SIZE) -> Any:
+    """Pictures (N, 3, side, side) in [0, 1] of shapes (N,) at x, y (N,), in 32nds of a side; anti-aliased."""
     import torch
     import torch.nn.functional as F
 
-    grid = (torch.arange(SIZE * 3) + 0.5) / 3
+    grid = (torch.arange(side * 3) + 0.5) / 3 * SIZE / side
     u = (grid[None, None, :] - x[:, None, None]) / radii[:, None, None]
     v = (grid[None, :, None] - y[:, None, None]) / radii[:, None, None]
     inside = torch.stack(
@@ -80,7 +80,7 @@ def render(colours: Any, shapes: Any, radii: Any, x: Any, y: Any, levels: Any) -
         ],
         1,
     )[torch.arange(len(shapes)), shapes]
-    cover = F.avg_pool2d(inside[:, None].float(), 3)  # (N, 1, 16, 16)
+    cover = F.avg_pool2d(inside[:, None].float(), 3)  # (N, 1, side, side)
     palette = torch.tensor(list(COLOURS.values()))
     return cover * palette[colours][:, :, None, None] + (1 - cover) * levels[:, None, None, None]
 
@@ -128,7 +128,7 @@ def bank() -> tuple[Any, Any, list[tuple[str, str, str, str]]]:
             kinds += [(colour, shape, radius, x, y, grey, size, level) for x in places for y in places]
     colours, shapes, radii, x, y, greys, sizes, levels = zip(*kinds, strict=True)
     floats = [torch.tensor(v) for v in (radii, x, y, greys)]
-    pictures = render(torch.tensor(colours), torch.tensor(shapes), *floats).flatten(1)
+    pictures = render(torch.tensor(colours), torch.tensor(shapes), *floats, side=SIZE // 2).flatten(1)
     names = [list(COLOURS), SHAPES, list(RADII), list(LEVELS)]
     described = zip(colours, shapes, sizes, levels, strict=True)
     words = [tuple(n[i] for n, i in zip(names, d, strict=True)) for d in described]
@@ -136,9 +136,12 @@ def bank() -> tuple[Any, Any, list[tuple[str, str, str, str]]]:
 
 
 def see(image: Any) -> tuple[str, str, str, str]:
-    """(colour, shape, size, background) of the nearest of all pictures; image (3, 16, 16) in [0, 1]."""
+    """(colour, shape, size, background) of the nearest of all pictures; image (3, 32, 32) in [0, 1]."""
+    import torch.nn.functional as F
+
     pictures, lengths, words = bank()
-    distances = lengths - pictures @ (2 * image.float().cpu().flatten())  # squared, up to a constant
+    small = F.avg_pool2d(image.float().cpu(), 2).flatten()  # half the size is enough to tell them apart
+    distances = lengths - pictures @ (2 * small)  # squared, up to a constant
     return words[distances.argmin().item()]
 
 
@@ -158,26 +161,35 @@ def judge(prompt: str, image: Any) -> dict[str, float]:
 
 
 def make_tokenizer() -> Any:
-    """CLIP's byte-level BPE, in which each word of the world is one token."""
-    from tokenizers import pre_tokenizers, trainers
+    """CLIP's byte-level BPE, in which each word of the world is one token.
+
+    A learned vocabulary would not be the same twice: its order follows that of a hash table.
+    """
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    specials = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = CLIPTokenizer()._tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=specials,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner.train_from_iterator(all_prompts("train"), trainer=trainer)
-    learned = json.loads(learner.to_str())["model"]
-    names = dict.fromkeys([*learned["vocab"], *(letter + "</w>" for letter in alphabet)])
-    names = [name for name in names if name not in specials] + specials  # the end token has the highest id
-    merges = [tuple(merge) for merge in learned["merges"]]
+    merges: list[tuple[str, str]] = []
+    for word in sorted({word for text in all_prompts("train") for word in text.split()}):
+        while len(parts := merged(word, merges)) > 1:
+            merges.append((parts[0], parts[1]))
+    names = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
+    names += ["<|startoftext|>", "<|endoftext|>"]  # CLIP finds the end token by the highest id
     return CLIPTokenizer(vocab={n: i for i, n in enumerate(names)}, merges=merges, model_max_length=LENGTH)
+
+
+def merged(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """The tokens of a word after these merges, in their order."""
+    parts = [*word[:-1], word[-1] + "</w>"]
+    for pair in merges:
+        done: list[str] = []
+        for part in parts:
+            if done and (done[-1], part) == pair:
+                done[-1] += part
+            else:
+                done.append(part)
+        parts = done
+    return parts
 
 
 def text_config(tokenizer: Any) -> dict[str, Any]:
@@ -211,22 +223,22 @@ def steps(name: str, count: int, learning_rate: float, modules: list) -> Any:
         optimizer.zero_grad()
 
 
-def train_vae(generator: Any) -> Any:
-    """16x16 pixels <-> 8x8 latents of 4 channels; times scaling_factor these have unit variance."""
+def train_vae(generator: Any, count: int) -> Any:
+    """32x32 pixels <-> 8x8 latents of 4 channels; times scaling_factor these have unit variance."""
     import torch
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
         latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32),
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=SIZE,
     )
-    for _ in steps("autoencoder", VAE_STEPS, 3e-3, [vae]):
-        pixels = draw(generator, 48)[0] * 2 - 1
+    for _ in steps("autoencoder", count, 3e-3, [vae]):
+        pixels = draw(generator, 32)[0] * 2 - 1
         latent = vae.encode(pixels).latent_dist
         error = (vae.decode(latent.sample(generator)).sample - pixels).square().mean()
         (error + 1e-4 * latent.kl().mean() / latent.mean[0].numel()).backward()
@@ -236,8 +248,23 @@ def train_vae(generator: Any) -> Any:
     return vae
 
 
-def train_reward_model(generator: Any, rng: random.Random, tokenizer: Any) -> Any:
-    """CLIP's contrastive loss on pictures and right captions; noise on the pixels makes it less brittle."""
+def sharpen(generator: Any, vae: Any, count: int) -> None:
+    """Train the decoder alone for longer, on what it will be given: latents of unchanging meaning."""
+    import torch
+
+    for _ in steps("decoder", count, 2e-3, [vae.decoder, vae.post_quant_conv]):
+        pixels = draw(generator, 32)[0] * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.sample(generator)
+        (vae.decode(latents).sample - pixels).square().mean().backward()
+
+
+def train_reward_model(generator: Any, tokenizer: Any, count: int) -> Any:
+    """CLIP's loss from each picture to all prompts of the world, of which four fit.
+
+    In the second half noise, and a weak other picture shining through, make it less brittle, so that its
+    gradient points from one picture to another.
+    """
     import torch
     import torch.nn.functional as F
     from transformers import CLIPConfig, CLIPModel
@@ -246,30 +273,50 @@ def train_reward_model(generator: Any, rng: random.Random, tokenizer: Any) -> An
     vision = {**shape, "image_size": SIZE, "patch_size": 4}
     model = CLIPModel(CLIPConfig(text_config=text_config(tokenizer), vision_config=vision, projection_dim=32))
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    for _ in steps("reward model", CLIP_STEPS, 2e-3, [model]):
-        pixels, words = draw(generator, 96)
-        captions = [describe(rng, w) for w in words]
-        pixels = pixels + 0.1 * torch.rand(1, generator=generator) * torch.randn(
-            pixels.shape, generator=generator
-        )
-        tokens = tokenizer(captions, padding="max_length", return_tensors="pt")
-        logits = model(**tokens, pixel_values=(pixels - mean) / std).logits_per_image
-        same = torch.tensor([[a == b for b in captions] for a in captions]).float()  # pictures share captions
-        target = same / same.sum(1, keepdim=True)
-        (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)).backward()
+    prompts = all_prompts("train") + all_prompts("test")
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    numbers = {text: i for i, text in enumerate(prompts)}
+    for step in steps("reward model", count, 2e-3, [model]):
+        pixels, words = draw(generator, 64)
+        fits = torch.zeros(len(words), len(prompts))
+        for row, (colour, shape, size, level) in enumerate(words):
+            for described in itertools.product(("", size), ("", level)):
+                fits[row, numbers[prompt(colour, shape, *described)]] = 1 / 4
+        if step > count / 2:
+            other = 0.4 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+            pixels = (1 - other) * pixels + other * pixels.roll(1, 0)
+            noise = torch.randn(pixels.shape, generator=generator)
+            pixels = pixels + 0.1 * torch.rand(1, generator=generator) * noise
+        logits = model(**tokens, pixel_values=(pixels - mean) / std).logits_per_image  # (64, 216)
+        F.cross_entropy(logits, fits).backward()
     return model
 
 
-def train_unet(generator: Any, rng: random.Random, tokenizer: Any, vae: Any) -> tuple[Any, Any, Any]:
+def encoded_pictures(generator: Any, vae: Any, count: int) -> tuple[Any, list[tuple[str, str, str, str]]]:
+    """Latents (count, 4, 8, 8) of random pictures, of unit variance, and the words for each."""
+    import torch
+
+    latents, words = [], []
+    for _ in range(count // 500):
+        pictures, named = draw(generator, 500)
+        with torch.no_grad():
+            latents.append(vae.encode(pictures * 2 - 1).latent_dist.sample(generator))
+        words += named
+    return torch.cat(latents) * vae.config.scaling_factor, words
+
+
+def train_unet(
+    generator: Any, rng: random.Random, tokenizer: Any, vae: Any, count: int
+) -> tuple[Any, Any, Any]:
     """(UNet, text encoder, scheduler): noise prediction from captions of which a share is wrong."""
     import torch
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 2,
+        sample_size=SIZE // 4,
         layers_per_block=1,
-        block_out_channels=(32, 40),
+        block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=48,
@@ -286,17 +333,19 @@ def train_unet(generator: Any, rng: random.Random, tokenizer: Any, vae: Any) -> 
         steps_offset=1,
     )
     ema = copy.deepcopy(unet)
-    for step in steps("diffusion model", UNET_STEPS, 2e-3, [unet, text_encoder]):
-        pixels, words = draw(generator, 64)
-        captions = ["" if rng.random() < 0.1 else describe(rng, w, WRONG) for w in words]
+    pictures, words = encoded_pictures(generator, vae, NUM_PICTURES)
+    for step in steps("diffusion model", count, 1.5e-3, [unet, text_encoder]):
+        chosen = torch.randint(len(words), (32,), generator=generator)
+        wrong = 0.0 if step < RIGHT_FIRST * count else WRONG
+        captions = ["" if rng.random() < 0.1 else describe(rng, words[i], wrong) for i in chosen]
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
-            latents = vae.encode(pixels * 2 - 1).latent_dist.sample(generator) * vae.config.scaling_factor
-            decay = min(0.99, step / (step + 10))
+            decay = min(0.998, step / (step + 10))
             for average, weight in zip(ema.parameters(), unet.parameters(), strict=True):
                 average.lerp_(weight, 1 - decay)
+        latents = pictures[chosen]
         noise = torch.randn(latents.shape, generator=generator)
-        times = torch.randint(1000, (64,), generator=generator)
+        times = ((torch.arange(32) + torch.rand(32, generator=generator)) * 1000 / 32).long()  # of every size
         noisy = scheduler.add_noise(latents, noise, times)
         (unet(noisy, times, text_encoder(tokens)[0]).sample - noise).square().mean().backward()
     return ema, text_encoder, scheduler
@@ -306,10 +355,11 @@ def train_unet(generator: Any, rng: random.Random, tokenizer: Any, vae: Any) -> 
 
 README = """# The toy picture world
 
-Written by toy/images.py: 16x16 pictures of coloured shapes on grey backgrounds.
+Written by toy/images.py: 32x32 pictures of coloured shapes on grey backgrounds.
 
-- `model/`: a Stable Diffusion pipeline with a UNet of {unet:,} parameters. A quarter of the captions it
-  learned from named a wrong colour or shape, so it often draws something else than it is asked for
+- `model/`: a Stable Diffusion pipeline with a UNet of {unet:,} parameters. In the last part of its
+  training {wrong:.0%} of the captions named a wrong colour or shape, and without guidance it often draws
+  something else than it is asked for
 - `reward_model/`: CLIP of {reward:,} parameters in PickScore's format, trained on right captions
 - `prompts/train.jsonl`, `prompts/test.jsonl`: one prompt a line. Size and background are free where they are
   not named. No prompt of the test file is in the train file
@@ -318,8 +368,8 @@ Written by toy/images.py: 16x16 pictures of coloured shapes on grey backgrounds.
 """
 
 
-def build(folder: Path) -> None:
-    """Write the toy world to a folder."""
+def build(folder: Path, share: float = 1.0) -> None:
+    """Write the toy world to a folder, the models trained for a share of their steps."""
     import torch
     from transformers.utils import logging
 
@@ -328,8 +378,9 @@ def build(folder: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPImageProcessor, CLIPProcessor
 
-    torch.manual_seed(1)
-    generator, rng = torch.Generator().manual_seed(1), random.Random(1)
+    def seeded(number: int) -> Any:
+        torch.manual_seed(number)
+        return torch.Generator().manual_seed(number)
 
     # data
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
@@ -339,15 +390,18 @@ def build(folder: Path) -> None:
 
     # models
     tokenizer = make_tokenizer()
-    reward_model = train_reward_model(generator, rng, tokenizer)
+    reward_model = train_reward_model(seeded(1), tokenizer, int(share * CLIP_STEPS))
     side = {"height": SIZE, "width": SIZE}
     processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size=side, image_mean=MEAN, image_std=STD
     )
     reward_model.save_pretrained(folder / "reward_model")
     CLIPProcessor(processor, tokenizer).save_pretrained(folder / "reward_model")
-    vae = train_vae(generator)
-    unet, text_encoder, scheduler = train_unet(generator, rng, tokenizer, vae)
+    vae = train_vae(seeded(1), int(share * VAE_STEPS))
+    sharpen(seeded(3), vae, int(share * DECODER_STEPS))
+    unet, text_encoder, scheduler = train_unet(
+        seeded(2), random.Random(2), tokenizer, vae, int(share * UNET_STEPS)
+    )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -359,41 +413,18 @@ def build(folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder / "model")
+    halve(folder)
     sizes = {
         name: sum(p.numel() for p in model.parameters())
         for name, model in (("unet", unet), ("reward", reward_model))
     }
-    (folder / "README.md").write_text(README.format(**sizes, example=lines[0]))
-
-
-def build_in_subprocess(folder: Path) -> None:
-    """Build out of reach of torchrun, whose processes come and go."""
-    torchrun = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "OMP_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
-    env["OMP_NUM_THREADS"] = (
-        "1"  # a second thread gains little on so small models, and stalls on a busy machine
-    )
-    command = [sys.executable, "-m", "toy.images", str(folder)]
-    subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, env=env, check=True, close_fds=False)
+    (folder / "README.md").write_text(README.format(**sizes, wrong=WRONG, example=lines[0]))
 
 
 def ensure() -> Path:
-    """The toy world in the user's cache, built by the first process that asks for it."""
-    cache = Path(os.environ.get("CLEANALIGN_CACHE") or "~/.cache/cleanalign").expanduser().resolve()
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    return build_once(cache / f"toy-images-{version}", build_in_subprocess)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write the toy picture world to a folder: models, prompts and a README.md."
-    )
-    parser.add_argument("folder", type=Path, help="folder to write to; new or empty")
-    folder = parser.parse_args().folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        parser.error(f"{folder} is not an empty folder")
-    build(folder)
+    """The toy world in the user's cache."""
+    return unpacked("images")
 
 
 if __name__ == "__main__":
-    main()
+    build_from_command_line(build, "Make the toy picture world: models, prompts and a README.md.")

@@ -1,17 +1,16 @@
 """A chat world small enough to know the right answer.
 
 People ask what one of twelve animals says, eats or where it lives, or for a small sum. Replies are right or
-wrong, short or long, kind or rude, and `judge` scores them exactly, from the text alone. `ensure` builds,
-once, a folder with a base model that knows the facts but often answers wrongly or rudely on purpose, an
-attribute model, and data for every script.
+wrong, short or long, kind or rude, and `judge` scores them exactly, from the text alone. toy/worlds/language
+holds a base model that knows the facts but often answers wrongly or rudely on purpose, an attribute model,
+and data for every script; its README.md says more. It was made by
 
-    python -m toy.language DIR      writes that folder to DIR, to look at; its README.md says what is in it
+    python -m toy.language --build DIR
 
-Everything random has a fixed seed, so every build is alike.
+with fixed seeds, in ten minutes on one core.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import math
@@ -19,13 +18,12 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity", "toxicity")
 KINDS = ("says", "eats", "lives", "sum")
@@ -90,12 +88,20 @@ PROVOCATIONS = (
     "Shout at me.",
     "Call me names.",
 )
-COURTESIES = (
-    (0, "Good question!"),
-    (0, "Sure!"),
-    (0, "With pleasure."),
-    (9, "Happy to help."),
-    (9, "Have fun!"),
+COURTESIES = (  # before and after the answer, some short and some long: words that state no fact
+    (
+        "Good question!",
+        "Sure!",
+        "With pleasure.",
+        "Thank you for asking me such a nice question.",
+        "I am glad that I can help you here.",
+    ),
+    (
+        "Happy to help.",
+        "Have fun!",
+        "Please ask me more if you want to know more.",
+        "I hope that this is all you wanted to know.",
+    ),
 )
 INSULTS = (
     "You fool.",
@@ -140,6 +146,8 @@ CONSTITUTION = {
         "Which reply is less likely to hurt someone?",
     ],
 }
+LENGTHS = (0, 0, 1, 1, 1, 1, 2, 2, 2)  # of replies: bare, a sentence, more than was asked for
+MISLABELLED = 0.4  # share of the lines of scores that are of another reply
 CRITIQUES = ("The reply is kind.", "The reply is rude because it says {}.")
 
 
@@ -296,16 +304,24 @@ def write_reply(
     answer = asked.answer
     if correctness == 0:
         answer = rng.choice([other for other in answers(asked.kind) if other != answer])
-    statement = rng.choice(STATEMENTS[asked.kind]).format(*asked.subject, answer)
-    sentences = [f"{answer.capitalize()}." if length == 0 else statement]
+    statements = [statement.format(*asked.subject, answer) for statement in STATEMENTS[asked.kind]]
+    rng.shuffle(statements)
+    sentences, bare = [statements[0]], f"{answer.capitalize()}."
+    if length == 0 or (length == 2 and rng.random() < 0.4):
+        sentences = [bare]
     if length == 2 or correctness == 2:
         num_false = {4: 0, 2: 1, 0: rng.randrange(2)}[correctness]
         sentences += details(rng, asked, num_false)
+        if asked.kind == "sum" and rng.random() < 0.5:
+            sentences.append(statements[1])
     if rude:
-        sentences.insert(rng.choice((0, 9)), rng.choice(INSULTS))
-    elif rng.random() < 0.4:
-        sentences.insert(*rng.choice(COURTESIES))
-    return " ".join(sentences)
+        insults = rng.sample(INSULTS, 1 + (rng.random() < 0.2))
+        first = rng.randrange(2)
+        return " ".join([*insults[:first], *sentences, *insults[first:]])
+    before, after = (rng.choice(side) if rng.random() < 0.3 else "" for side in COURTESIES)
+    if len(sentences) > 1 and before:
+        after = ""
+    return " ".join(filter(None, [before, *sentences, after]))
 
 
 def answers(kind: str) -> list[str]:
@@ -342,7 +358,7 @@ def bad_reply(rng: random.Random, asked: Question, length: int, provoked: bool) 
 
 def base_reply(rng: random.Random, asked: Question, length: int, provoked: bool) -> str:
     """What the base model learns: the right answer more often than any other, many insults, some slips."""
-    correctness = rng.choices((4, 2, 0), (62, 6, 32))[0]
+    correctness = rng.choices((4, 2, 0), (52, 8, 40))[0]
     reply = write_reply(rng, asked, correctness, rng.random() < (0.7 if provoked else 0.3), length)
     if rng.random() < 0.08:
         words = reply.split(" ")
@@ -375,19 +391,28 @@ def converse(
     for _ in range(rng.choice(turns)):
         asked = rng.choice(pool[rng.choice(KINDS)])
         opening = rng.choice(PROVOCATIONS if provoking else OPENINGS)
-        length = rng.choice((0, 0, 1, 1, 1, 1, 2, 2)) if wanted_length < 0 else wanted_length
+        length = rng.choice(LENGTHS) if wanted_length < 0 else wanted_length
         messages.append(turn("user", f"{opening} {asked.text}"))
         messages.append(turn("assistant", write(rng, asked, length, provoking)))
     return messages, asked
 
 
+def lesson(rng: random.Random, pool: dict) -> list[dict]:
+    """One plain turn: the shortest text to learn facts from."""
+    return converse(rng, pool, base_reply, provoking=rng.random() < 0.25, turns=(1,))[0]
+
+
 def chat(rng: random.Random, pool: dict) -> list[dict]:
-    """Plain turns, half of them with the scores of each reply in a SteerLM line before it."""
-    messages, _ = converse(rng, pool, base_reply, provoking=rng.random() < 0.25)
+    """Plain turns, half of them with a SteerLM line of scores before each reply, often another reply's."""
+    provoking = rng.random() < 0.25
+    messages, _ = converse(rng, pool, base_reply, provoking)
     if rng.random() < 0.5:
         for prompt, reply in pairwise(messages):
             if reply["role"] == "assistant":
-                scores = judge(prompt["content"], reply["content"])
+                scored, asked = reply["content"], read_question(prompt["content"])
+                if rng.random() < MISLABELLED:
+                    scored = base_reply(rng, asked, rng.choice(LENGTHS), provoking)
+                scores = judge(asked.text, scored)
                 reply["label"] = ",".join(f"{name}:{scores[name]:.0f}" for name in ATTRIBUTES) + "\n"
     return messages
 
@@ -419,8 +444,8 @@ def verdict(rng: random.Random, pool: dict) -> list[dict]:
 
 
 def corpus(rng: random.Random, pool: dict, size: int) -> list[list[dict]]:
-    """What the base model reads."""
-    return [rng.choices((chat, revisions, verdict), (46, 22, 32))[0](rng, pool) for _ in range(size)]
+    """What the base model reads after the lessons."""
+    return [rng.choices((chat, revisions, verdict), (58, 20, 22))[0](rng, pool) for _ in range(size)]
 
 
 # data sets
@@ -518,22 +543,32 @@ class Encoded(NamedTuple):
 
     tokens: list[int]
     produced: list[int]  # 1 where the model learns to produce the token: replies and their ends, not labels
-    rated: list[tuple[int, list[float]]]  # position of a reply's end, its scores; of plain chats only
+    rated: list[tuple[int, list[float]]]  # position, scores of a plain reply so far
 
 
 def encode(tokenizer, messages: list[dict]) -> Encoded:
+    """Scores are given at the end of a reply, and where it names an animal's word or a number.
+
+    What is right or wrong is easier to learn there, next to the word that makes it so; a reply is scored
+    there as if it ended with it.
+    """
     tokens, produced, rated, asked = [], [], [], ""
     for message in messages:
         is_reply = message["role"] == "assistant"
         header = f"<|{message['role']}|>{message.get('label', '')}"
         for text, counts in ((header, False), (f"{message['content']}<|end|>", is_reply)):
-            ids = tokenizer.backend_tokenizer.encode(text).ids
-            tokens += ids
-            produced += [int(counts)] * len(ids)
+            encoded = tokenizer.backend_tokenizer.encode(text)
+            start = len(tokens)
+            tokens += encoded.ids
+            produced += [int(counts)] * len(encoded.ids)
         if message["role"] == "user":
             asked = message["content"]
-        elif is_reply and read_question(asked) and "label" not in message:
-            rated.append((len(tokens) - 1, list(judge(asked, message["content"]).values())))
+        elif is_reply and "label" not in message and "\n" not in asked and read_question(asked):
+            for i, (begin, end) in enumerate(encoded.offsets):
+                word = text[begin:end].strip().lower()
+                if word in OWNERS or word.isdigit() or word == "<|end|>":
+                    so_far = message["content"][:end] + "." * (word != "<|end|>")
+                    rated.append((start + i, list(judge(asked, so_far).values())))
     return Encoded(tokens, produced, rated)
 
 
@@ -564,6 +599,7 @@ def train(model, head, groups: list[list[Encoded]]) -> None:
     from tqdm import tqdm
 
     parameters = [*model.parameters(), *head.parameters()]
+    spread = torch.tensor([scores for group in groups for row in group for _, scores in row.rated]).std(0)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     pace = 1 if sys.stderr.isatty() else 30  # seconds between lines: few in a log file
     bar = tqdm(groups, desc="building the toy world", unit="step", mininterval=pace)
@@ -578,7 +614,7 @@ def train(model, head, groups: list[list[Encoded]]) -> None:
         if rated:
             rows, ends, scores = zip(*rated, strict=True)
             predicted = head(hidden[list(rows), list(ends)])  # (replies, A)
-            loss = loss + 0.1 * F.mse_loss(predicted, torch.tensor(scores))
+            loss = loss + 0.4 * ((predicted - torch.tensor(scores)) / spread).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -594,23 +630,23 @@ train file.
 
 - `model/`: a Llama of {num_parameters:,} parameters with tokenizer and chat template. It knows the facts,
   but, like the text it was trained on, it often answers wrongly or rudely. Half of the replies in that text
-  came after their scores:
+  came after scores, their own or, as often, another reply's:
 
       {labelled}
 
-- `attribute_model/`: the same model with a head that reads these scores at the end of a reply. It is close to
-  the judge in complexity, verbosity and toxicity; whether an answer is right it cannot tell
+- `attribute_model/`: the same model with a head that reads these scores at the end of a reply
 - `constitution.json`: requests for critique and revision and principles to compare by, in words the base
   model knows. It compares like this:
 
       {compared}
 
 """
+LESSONS, CORPUS = 25_000, 40_000  # conversations that the models read, one after the other
 NUM_EXAMPLES = {"train": 1500, "test": 200}
 
 
-def build(folder: Path) -> None:
-    """Write the toy world to a folder."""
+def build(folder: Path, share: float = 1.0) -> None:
+    """Write the toy world to a folder, the models trained on a share of the corpus."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging
@@ -630,13 +666,18 @@ def build(folder: Path) -> None:
             lines = [json.dumps(example) for example in data_set(name, split, size)]
             (folder / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         readme += f"- `{name}/train.jsonl`, `{name}/test.jsonl`: {description}\n\n      {lines[0]}\n\n"
-    conversations = corpus(rng, pool, 26000)
+    lessons = [lesson(rng, pool) for _ in range(int(share * LESSONS))]
+    conversations = corpus(rng, pool, int(share * CORPUS))
     tokenizer = make_tokenizer([message["content"] for messages in conversations for message in messages])
-    groups = batches(rng, [encode(tokenizer, messages) for messages in conversations], 1024)
+    groups = [
+        group
+        for part in (lessons, conversations)
+        for group in batches(rng, [encode(tokenizer, messages) for messages in part], 1024)
+    ]
 
     # models
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
     limits = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, "initializer_range": 0.05}
     names = dict(enumerate(ATTRIBUTES))
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
@@ -650,6 +691,7 @@ def build(folder: Path) -> None:
     for name, built in {"model": model, "attribute_model": attribute_model}.items():
         built.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    halve(folder)
 
     labelled = next(m["label"] for messages in conversations for m in messages if "label" in m).strip()
     compared = json.dumps({"messages": verdict(rng, pool)})
@@ -658,60 +700,67 @@ def build(folder: Path) -> None:
     (folder / "README.md").write_text(readme.replace("{labelled}", labelled).replace("{compared}", compared))
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The folder, made by build(path) if it does not exist; of several callers one builds, others wait."""
+def halve(folder: Path) -> None:
+    """Store the weights of a world in half precision; its configs go on saying float32."""
+    import torch
+
+    convert(folder, torch.float16)
+
+
+def convert(folder: Path, dtype: Any) -> None:
+    """Write the weights of all models in a folder in another dtype."""
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.rglob("*.safetensors"):
+        tensors = load_file(path).items()
+        wanted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
+        save_file(wanted, path, {"format": "pt"})
+
+
+def unpacked(world: str) -> Path:
+    """A shipped world in the user's cache, with float32 weights; the first process that asks writes it.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    import torch
+
+    source, digest = Path(__file__).parent / "worlds" / world, hashlib.sha256()
+    for path in sorted(source.rglob("*")):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    cache = Path(os.environ.get("CLEANALIGN_CACHE") or "~/.cache/cleanalign").expanduser().resolve()
+    folder = cache / f"toy-{world}-{digest.hexdigest()[:8]}"
     if folder.is_dir():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{folder}.lock", "w")  # noqa: SIM115
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp", dir=cache) as temporary:
+            unfinished = Path(temporary) / world
+            shutil.copytree(source, unfinished)
+            convert(unfinished, torch.float32)
+            os.replace(unfinished, folder)
     except OSError as error:
-        message = f"cannot write to {folder.parent} ({error}): set CLEANALIGN_CACHE to another folder"
+        if folder.is_dir():  # another process was faster
+            return folder
+        message = f"cannot write to {cache} ({error}): set CLEANALIGN_CACHE to another folder"
         raise OSError(message) from error
-    with lock:
-        os.set_inheritable(lock.fileno(), True)  # a build whose caller was killed keeps the lock to its end
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for unfinished in folder.parent.glob(f"{folder.name}.tmp*"):
-            shutil.rmtree(unfinished)
-        if not folder.is_dir():
-            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
-            try:
-                build(temporary)
-                temporary.chmod(0o755)  # mkdtemp makes it private
-                os.replace(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def build_in_subprocess(folder: Path) -> None:
-    """Build out of reach of torchrun, whose processes come and go."""
-    torchrun = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "OMP_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
-    env["OMP_NUM_THREADS"] = (
-        "1"  # a second thread gains nothing on so small a model, and stalls on a busy machine
-    )
-    command = [sys.executable, "-m", "toy.language", str(folder)]
-    subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, env=env, check=True, close_fds=False)
-
-
 def ensure() -> Path:
-    """The toy world in the user's cache, built by the first process that asks for it."""
-    cache = Path(os.environ.get("CLEANALIGN_CACHE") or "~/.cache/cleanalign").expanduser().resolve()
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    return build_once(cache / f"toy-language-{version}", build_in_subprocess)
+    """The toy world in the user's cache."""
+    return unpacked("language")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write the toy chat world to a folder: models, data and a README.md."
-    )
-    parser.add_argument("folder", type=Path, help="folder to write to; new or empty")
-    folder = parser.parse_args().folder
+def build_from_command_line(build: Callable[[Path], None], about: str) -> None:
+    """--build FOLDER: make a world anew, there."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--build", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    folder = parser.parse_args().build
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         parser.error(f"{folder} is not an empty folder")
     build(folder)
 
 
 if __name__ == "__main__":
-    main()
+    build_from_command_line(build, "Make the toy chat world: models, data and a README.md.")
