@@ -504,6 +504,7 @@ def agreement(records: list[dict], args: Args) -> dict[str, float]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     for role in ("critic", "judge"):
+        chat.refuse_secrets(f"{role}_url", getattr(args.server, f"{role}_url"))
         if getattr(args.server, f"{role}_url") and not getattr(args, f"{role}_model"):
             raise dist.RunError(f"{role}_url needs {role}_model, the name of a model there")
     chat.read_body(args.server.judge_body)
@@ -753,9 +754,6 @@ def main(args: Args) -> None:
     evaluate(2, last, metrics)
 
     stages.export(Path(last), folder)
-    dist.from_main(
-        lambda: [files.remove(path) for x in ("replies", "part") for path in folder.glob(f"*/*.{x}")]
-    )
     log.finish()
     dist.from_main(lambda: files.remove(asked_again))
 

@@ -151,7 +151,8 @@ def annotate(
     Args:
         target: the file to write; NeMo-Aligner's twin goes into the folder nemo beside it.
     """
-    if dist.from_main(target.exists):
+    twin = target.parent / "nemo" / target.name
+    if dist.from_main(twin.exists):  # it is written last
         return
     rater = load_rater(attribute_model, device, args.system)
     kept = labels.read_wanted(args.attributes, rater.names)
@@ -167,9 +168,9 @@ def annotate(
             turn["label"] = labels.label_line(rounded).strip()
         return [{"messages": turns, "type": "VALUE_TO_TEXT"} for turns, _ in conversations]
 
-    twin = target.parent / "nemo" / target.name
     dist.from_main(lambda: twin.parent.mkdir(parents=True, exist_ok=True))
-    files.write_lines(target, records, key, label)
+    if not dist.from_main(target.exists):
+        files.write_lines(target, records, key, label)
     written = [conversation["messages"] for conversation in stages.read_lines(target)]
     if dist.is_main():
         twins = [in_nemo_form(turns) for turns in written]
@@ -460,11 +461,12 @@ def main(args: Args) -> None:
     # 4. bootstrap
     for number in range(1, num_rounds + 1):
         sampled = folder / f"4_bootstrap_{number}" / "train.jsonl"
-        if not dist.from_main(sampled.exists):
+        if not dist.from_main((sampled.parent / "nemo" / sampled.name).exists):
             keep = files.part_name(sampled, [], files.fingerprint(last)).with_suffix(".replies")
             records = sample_best(last, train_set, tokenizer, number, keep, args, device)
             annotate(attribute_model, tokenizer, records, sampled, args, device)
-            dist.from_main(lambda keep=keep: files.remove(keep))
+        # also what a start has left that was killed just here, which would be taken for data
+        dist.from_main(lambda x=sampled.parent: [files.remove(kept) for kept in x.glob("*.replies")])
         before, last = last, str(folder / f"5_sft_{number}")
         overrides = dict(model=before, dataset=f"{annotated},{sampled.parent}", **shared)
         stage(sft.main, sft.Args, Path(last), overrides, args.stages.sft, log)

@@ -246,9 +246,14 @@ class Endpoint:
     reasons: bool = False  # before it says which option is best
 
     def __post_init__(self) -> None:
+        refuse_secrets("the server's address", self.url)
         self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (
+            self.key.isascii() and self.key.isprintable()
+        ):  # httpx would say so with the key in its words
+            raise dist.RunError("OPENAI_API_KEY holds characters that no key has")
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.client = httpx.AsyncClient(timeout=None, headers=headers)  # follows no redirect
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -291,7 +296,8 @@ class Endpoint:
                 problem = f"{type(error).__name__}: {formats.first_line(error)}"
                 continue
             code, after = response.status_code, response.headers.get("Retry-After", "")
-            problem, said = f"HTTP status {code}", " ".join(response.text.split())[:200]
+            text = response.text.replace(self.key, "(the key)") if self.key else response.text
+            problem, said = f"HTTP status {code}", " ".join(text.split())[:200]
             if code == 422 or (code in (400, 413) and UNWANTED.search(response.text)):
                 return {"refused": f"{problem}: {said}"}
             if response.is_redirect:  # followed, it could take the key to another host
@@ -325,6 +331,17 @@ class Endpoint:
         text = f"{len(self.used):,} answers of the server, {read:,} tokens read and {written:,} written"
         text += f", {cost:.2f} paid" if cost else ""
         return text + (f"; {len(refused)} prompts refused, the first with {refused[0]}" if refused else "")
+
+
+def refuse_secrets(name: str, url: str) -> None:
+    """End the run if an address holds more than one, such as a password: options are written down.
+
+    Args:
+        name: what is said to have it.
+    """
+    if set("@?#") & {*url}:
+        expected = "the address alone; the key is read from $OPENAI_API_KEY"
+        raise formats.wrong(name, "a name, a password or a query in it", expected)
 
 
 def read_body(text: str) -> dict[str, Any]:

@@ -60,6 +60,9 @@ def init(seed: int) -> torch.device:
             torch.cuda.set_device(device)
             torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are float32, as products are
         alone = "RANK" not in os.environ  # python script.py: a store in memory, no port is opened
+        if not alone and sys.platform == "linux":
+            # SIGTERM when torchrun dies, as by SIGKILL: its ranks would go on training for nobody
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         torch_dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -68,9 +71,6 @@ def init(seed: int) -> torch.device:
             **store,
         )
         atexit.register(_leave)
-        if not alone and sys.platform == "linux":
-            # SIGTERM when torchrun dies, as by SIGKILL: its ranks would go on training for nobody
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in STOP_SIGNALS:  # again, if somebody else has taken them since
         signal.signal(number, _on_signal)
     if _stop["agreed"]:  # what an earlier run of this process ended for; a signal nobody has seen yet stays

@@ -15,7 +15,6 @@ import itertools
 import json
 import mmap
 import os
-import shutil
 import tempfile
 import time
 import uuid
@@ -360,8 +359,9 @@ def refuse(reports: list[Report], unfinished: Path | None) -> None:
 
 
 def remove_left(root: Path) -> None:
-    """Remove what killed runs have left unfinished, untouched for a day."""
-    for path in root.glob("*.tmp"):
+    """Remove what killed runs have left unfinished in the cache, untouched for a day."""
+    left = (root.parent.glob("*.tmp"), root.glob("*.tmp"), root.glob("files/*.tmp"), root.glob("*.seen"))
+    for path in itertools.chain(*left):
         with contextlib.suppress(OSError):
             if time.time() - max(p.stat().st_mtime for p in (path, *path.rglob("*"))) > 86400:
-                shutil.rmtree(path)
+                files.remove(path)

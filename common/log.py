@@ -333,6 +333,9 @@ class Log:
         if stopped_at is not None:
             print(f"stopped at step {stopped_at} and saved; the same command resumes there", flush=True)
         else:
+            for kind in ("replies", "part"):  # kept for a restart, or left by a kill
+                for path in [*self.folder.rglob(f"*.jsonl.*.{kind}")]:
+                    files.remove(path)
             self._write_cards()
             self._write_args(self.num_steps, finished_at=max(self.steps, default=0))
             if getattr(self.run, "keep_checkpoints", 1) == 0:
@@ -392,7 +395,7 @@ class Log:
         ):
             self.wandb = self.wandb or self._wandb_does(failing, lambda mode=mode: begin(mode))
         if self.wandb:
-            id_file.write_text(self.wandb.id)
+            files.write(id_file, self.wandb.id)
 
     def _wandb_does(self, failing: str, act: Callable[[], Any]) -> Any:
         """act(), or None where W&B fails, as when its own process has died: the run needs none of it."""

@@ -8,11 +8,12 @@
 A kill is SIGKILL, at a random moment or just after a file has changed (a checkpoint or a model half written,
 a row, a reply), so that short moments are met too. The same command is started again, at last left to end.
 With --stop it gets one or two of TERM, INT, USR1 and HUP, at once or apart; of ranks torchrun, a rank, or
-both get them; each start must then end with a documented exit code.
+both get them; each start must then end with a documented exit code, without a traceback, all its steps saved.
 
-Compared with the run without kills: exit codes, the steps and every number of each metrics.jsonl but times,
-samples, the weights of model/, and which files there are. One process is forked from this one, which has
-imported what it needs, so that a start takes no time; ranks are started by torchrun, as a user would.
+A run that has finished is compared with the one without kills, and begun anew, until there are as many kills:
+exit codes, the steps and every number of each metrics.jsonl but times, samples, the weights of model/, and
+which files there are. One process is forked from this one, which has imported what it needs, so that a start
+takes no time; ranks are started by torchrun, as a user would.
 
 Prints a line for each kill and one of figures, with the seed; exit code 1 if anything differs.
 """
@@ -193,31 +194,65 @@ def differences(reference: Path, folder: Path) -> tuple[list[str], float]:
     return found, worst
 
 
-def kill_one_rank(run: Started, rng: random.Random) -> tuple[str, float]:
-    """Kill a rank of torchrun's and wait for the end of the rest. -> what happened, in how many seconds"""
+def kill_one_rank(run: Started, rng: random.Random) -> tuple[str, list[str], float]:
+    """Kill a rank of torchrun's and wait for the end of the rest. -> what happened, what is wrong, seconds"""
     workers, began = run.workers(), time.monotonic()
     os.kill(rng.choice(workers), signal.SIGKILL)
     code = run.wait(120)
-    seconds = round(time.monotonic() - began, 1)
-    left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-    return f", one rank; the rest ended {seconds} s later with {code}{f', left {left}' * bool(left)}", seconds
+    seconds, left = round(time.monotonic() - began, 1), living(workers)
+    wrong = [f"ended with {code}, left {left}"] if left or not code else []
+    return f", one rank; the rest ended {seconds} s later with {code}", wrong, seconds
 
 
-def ask_to_stop(run: Started, rng: random.Random) -> tuple[str, bool]:
-    """Send one or two stop signals and wait for the end. -> (what happened, whether as documented)"""
-    names = rng.choices(("TERM", "INT", "USR1", "HUP"), k=rng.choice((1, 2)))
-    gap = rng.choice((0, 0.1, 1, 4))
-    pids = [[run.pid], run.workers()[:1] or [run.pid], [run.pid, *run.workers()]][rng.randrange(3)]
+def living(pids: list[int]) -> list[int]:
+    """Those that have not ended; a dead process that nobody has waited for has."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def catches(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM, or has ended."""
+    with contextlib.suppress(OSError):
+        mask = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+    return True
+
+
+def ask_to_stop(run: Started, rng: random.Random, folder: Path) -> tuple[str, list[str]]:
+    """Send one or two stop signals and wait for the end. -> (what happened, what is wrong)"""
+    names, gap = rng.choices(("TERM", "INT", "USR1", "HUP"), k=rng.choice((1, 2))), rng.choice((0, 0.1, 1, 4))
+    workers = run.workers()
+    while run.alive() and not all(map(catches, workers or [run.pid])):
+        time.sleep(0.01)  # before it has joined the group a signal just ends it
+    where = rng.choice(("torchrun", "a rank", "both")) if workers else "it"
+    pids = [rng.choice(workers)] if where == "a rank" else [run.pid, *workers * (where == "both")]
+    began = time.monotonic()
     for i, name in enumerate(names):
         time.sleep(gap if i else 0)
         for pid in pids if run.alive() else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, getattr(signal, f"SIG{name}"))
     code = run.wait(120)
-    documented = {0, 130, *(-getattr(signal, f"SIG{name}") for name in names)} | (
-        {1} if run.ranks > 1 else set()
-    )
-    return f", {' '.join(names)} {gap} s apart to {len(pids)}: ended with {code}", code in documented
+    while living(workers) and time.monotonic() < began + 150:  # orphans, which save what is done
+        time.sleep(0.1)
+    told = f", {f' {gap} s '.join(names)} to {where}: ended with {code}"
+    told += f" in {time.monotonic() - began:.1f} s"
+    twice = names == ["INT", "INT"] and gap > 3  # ends at once, saved or not
+    documented = {0, *([1 if run.ranks > 1 else 130] * twice)}
+    if run.ranks > 1 and run.pid in pids:
+        documented |= {1, *(-getattr(signal, f"SIG{name}") for name in names)}  # torchrun's own
+    wrong = [f"ended with {code}"] if code not in documented else []
+    wrong += [f"left {left}"] if (left := living(workers)) else []
+    for path in folder.rglob("metrics.jsonl") if not twice else ():
+        if (path.parent / "checkpoints").is_dir():  # a pipeline has none
+            rows = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+            saved = [int(x.name[5:]) for x in path.parent.glob("checkpoints/step_*") if x.suffix != ".tmp"]
+            wrong += [f"{path}: steps {rows}, saved {saved}"] * (max([0, *rows]) > max([0, *saved]))
+    return told, wrong
 
 
 def kills(
@@ -227,42 +262,54 @@ def kills(
     rng, name = random.Random(f"{script} {seed} {ranks}"), f"{Path(script).stem}-{ranks}"
     words = [str(ROOT / script), *(options or OPTIONS[script]).split(), "--output_dir"]
     reference, folder, log = out / f"{name}-reference", out / f"{name}-seed{seed}", out / f"{name}-{seed}.log"
-    figures = {"script": script, "ranks": ranks, "seed": seed, "kills": 0, "seconds_to_end": []}
+    figures = {"script": script, "ranks": ranks, "seed": seed, "kills": 0, "finished": 0, "worst_gap": 0.0}
+    figures |= {"seconds_to_end": []} if ranks > 1 and not stop else {}
     whole = Started([*words, str(reference)], ranks, log)
     if whole.wait(3600):
         return figures | {"problems": [f"without kills it ended with {whole.code}, see {log}"]}
     usual = time.monotonic() - whole.began
-    early = 0
-    while figures["kills"] < number and early < 10:
-        run = Started([*words, str(folder)], ranks, log)
-        moment = wait_for_moment(run, rng, folder, usual)
-        if not run.alive() and run.code:
-            return figures | {"problems": [f"started again it ended with {run.code}, see {log}"]}
-        if not moment or len(run.workers()) < ranks * (ranks > 1):
-            early += 1  # finished, or the moment did not come
-            if run.alive():
-                run.kill()
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+    early = 0  # starts in a row that were not killed
+    while figures["kills"] < number or folder.exists():
+        run, moment = Started([*words, str(folder)], ranks, log), ""
+        if figures["kills"] < number and early < 10:
+            moment = wait_for_moment(run, rng, folder, usual)
+        else:  # the last one, left to end
+            run.wait(3600)
+        if not run.alive():  # finished: compared, and begun anew
+            problems = [f"started again it ended with {run.code}, see {log}"] if run.code else []
+            if not problems:
+                problems, worst = differences(reference, folder)
+                figures |= {
+                    "finished": figures["finished"] + 1,
+                    "worst_gap": max(worst, figures["worst_gap"]),
+                }
+            if problems or early >= 10:
+                return figures | {"problems": problems}
+            shutil.rmtree(folder)
+            early += 1
             continue
-        if stop:
-            how, fine = ask_to_stop(run, rng)
-            moment += how
-            if not fine:
-                return figures | {"problems": [f"{moment}, see {log}"]}
-        elif ranks > 1:
-            how, seconds = kill_one_rank(run, rng)
-            moment += how
-            figures["seconds_to_end"].append(seconds)
+        wrong: list[str] = []
+        if not moment or len(run.workers()) < ranks * (ranks > 1):
+            early += 1  # the moment did not come
+        else:
+            if stop:
+                how, wrong = ask_to_stop(run, rng, folder)
+                moment += how
+            elif ranks > 1:
+                how, wrong, seconds = kill_one_rank(run, rng)
+                moment += how
+                figures["seconds_to_end"].append(seconds)
+            early = 0
+            figures["kills"] += 1
+            print(
+                f"{script} seed {seed} {'stop' if stop else 'kill'} {figures['kills']}: {moment}", flush=True
+            )
         run.kill()
-        figures["kills"] += 1
-        print(f"{script} seed {seed} kill {figures['kills']}: {moment}", flush=True)
-    last = Started([*words, str(folder)], ranks, log)
-    code = last.wait(3600)
-    if code:
-        return figures | {"problems": [f"the last start ended with {code}, see {log}"]}
-    problems, worst = differences(reference, folder)
-    return figures | {"worst_gap": worst, "problems": problems}
+        text = log.read_text(errors="replace")
+        wrong += [x for x in ("terminate called", "Traceback")[: 3 - ranks] if x in text]
+        if wrong:
+            return figures | {"problems": [f"{moment}: {x}, see {log}" for x in wrong]}
+    return figures | {"problems": []}
 
 
 def prepare(script: str) -> None:

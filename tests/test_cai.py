@@ -423,8 +423,8 @@ class Stub(BaseHTTPRequestHandler):
             time.sleep(3.0)
         if fault.isdigit() or fault == "filter":
             said = b'{"error": {"code": "content_filter", "message": "The prompt was filtered"}}'
-            said = said if fault == "filter" else b""
-            self.send_response(400 if said else int(fault))
+            said = {"filter": said, "401": b"wrong key sesame"}.get(fault, b"")
+            self.send_response(400 if fault == "filter" else int(fault))
             self.send_header("Retry-After", "0")
             self.send_header("Location", Stub.elsewhere)
             self.send_header("Content-Length", str(len(said)))
@@ -569,10 +569,24 @@ def test_a_request_that_is_refused_is_not_repeated(server: str, tmp_path: Path, 
 def test_the_key_is_sent_and_never_written(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    """Nor when it ends in a line feed, as from a file, when the server repeats it, or in an address."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame\n")
     ask(server, str(tmp_path), ["a"])
     assert Stub.keys == ["Bearer sesame"]
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "sesame" in p.read_text()]
+    said = []
+    for key, url, plan in (
+        ("sesame", server, ["401"]),
+        ("ses\name", server, []),
+        ("sesam\u00e9", server, []),
+        ("", server.replace("//", "//me:sesame@"), []),
+    ):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        Stub.plan = plan
+        with pytest.raises(dist.RunError) as caught:
+            ask(url, str(tmp_path), ["b"])
+        said.append(str(caught.value))
+    assert "wrong key (the key)" in said[0] and "sesam" not in "".join(said)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "sesam" in p.read_text()]
 
 
 def test_a_server_is_no_hub_it_gets_no_hub_token_and_is_asked_offline_too(
@@ -1061,6 +1075,7 @@ def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> 
     [
         ({"judge_url": "http://x/v1"}, "judge_url needs judge_model"),
         ({"critic_url": "http://x/v1"}, "critic_url needs critic_model"),
+        ({"judge_url": "http://me:sesame@x/v1"}, "judge_url: found a name, a password or a query in it"),
         ({"samples_per_prompt": 1}, "found 1; expected 2 or more replies"),
         ({"hard_labels": True, "cot": True}, "leave out cot and num_principles"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected more than 0"),

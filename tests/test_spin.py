@@ -530,6 +530,7 @@ def test_a_kill_while_sampling_repeats_nothing_and_changes_nothing(
     names = [lines(f, number, "held_out")[0]["opponent"] for f in (straight[0], folder)]
     assert names[0] == names[1]
     unfinished.write_text("".join(done[:11]) + done[11][:30])
+    (folder / f"held_out_{number}.jsonl.0.replies").mkdir()  # as if it had died before this was removed
     kept.clear()
     with monkeypatch.context() as patch:
         patch.setattr(files.Journal, "add", lambda *record: kept.append(record) or honest(*record))

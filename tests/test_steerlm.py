@@ -695,6 +695,7 @@ def test_bootstrap_goes_on_from_its_replies_after_a_kill(
     whole: tuple, ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, honest, drawn = shutil.copytree(whole[0], tmp_path / "run"), files.Journal.add, []
+    annotate = steerlm.annotate
     for later in ("4_bootstrap_1", "5_sft_1", "model"):
         shutil.rmtree(folder / later)
     (folder / "metrics.jsonl").write_text("".join(whole[1]["metrics.jsonl"].splitlines(keepends=True)[:2]))
@@ -705,9 +706,26 @@ def test_bootstrap_goes_on_from_its_replies_after_a_kill(
         if len(drawn) == 3:
             raise Killed
 
-    monkeypatch.setattr(files.Journal, "add", killed)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files.Journal, "add", killed)
         run(str(folder), str(ratings))
+
+    def killed_at_the_end(*rest: Any) -> None:
+        annotate(*rest)
+        if rest[3].parent.name == "4_bootstrap_1":
+            raise Killed
+
+    def dies(*rest: Any) -> None:
+        raise Killed
+
+    for name, deed in (("in_nemo_form", dies), ("annotate", killed_at_the_end)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(files.Journal, "add", lambda *record: drawn.append(record[1]) or honest(*record))
+            patch.setattr(steerlm, name, deed)
+            run(str(folder), str(ratings))
+        twin = folder / "4_bootstrap_1" / "nemo" / "train.jsonl"
+        assert twin.exists() == (deed is killed_at_the_end)
+    assert list(folder.glob("4_*/*.replies"))
     again = run(str(folder), str(ratings))
     assert len(drawn) == len(set(drawn)) == 6 and not list(folder.glob("4_*/*.replies"))
     assert again["4_bootstrap_1/train.jsonl"] == whole[1]["4_bootstrap_1/train.jsonl"]
