@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("sft", "dpo", "spin", "reward_model", "ppo", "steerlm", "steerlm2", "cai", "draftp")
-STAGES = {"cai": ("before", "SL-CAI", "RL-CAI"), "steerlm": ("before", "SFT", "round 1")}
+STAGES = {"cai": ("before", "SL-CAI", "RL-CAI"), "steerlm": ("before", "SFT")}
 ABOUT = (
     "`python benchmarks/seeds.py`: `python {script}.py` on seeds {seeds}, one process, float32. Means on\n"
     "held-out data, and +- the standard deviation over the seeds."
