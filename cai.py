@@ -661,17 +661,17 @@ TOY = dict(
     comparisons="toy",
     few_shots="",
     judge_few_shots="",
-    num_red_team=512,
+    num_red_team=384,
     num_revisions=2,
     copy_retries=0,  # where nothing is wrong with a reply, the toy's revision is the reply
     judge_request="",
     max_new_tokens=48,
-    num_samples=200,
-    sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 60 --eval_every 60 "
+    num_samples=128,
+    sft="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40 "
     "--num_samples 0",
-    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40",
+    reward_model="--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 --max_steps 30 --eval_every 30",
     ppo="--kl_coef 0.05 --learning_rate 3e-4 --value_learning_rate 1e-3 --warmup_steps 5 --rollout_size 128 "
-    "--batch_size 64 --max_steps 40 --max_new_tokens 48 --eval_every 40 --num_samples 0",
+    "--batch_size 64 --max_steps 18 --max_new_tokens 48 --eval_every 18 --num_samples 0",
     dpo="--beta 0.3 --learning_rate 3e-4 --warmup_steps 5 --batch_size 64 --max_steps 40 --eval_every 40 "
     "--num_samples 0",
 )

@@ -424,7 +424,8 @@ def draw_finished(args: Args, device: torch.device) -> None:
 
 
 TOY = dict(num_inference_steps=20, guidance_scale=1.0, kl_coef=1.0, learning_rate=5e-4, warmup_steps=5)
-TOY |= dict(batch_size=32, micro_batch_size=32, max_steps=40, lora_rank=0, eval_every=20, num_samples=24)
+TOY |= dict(batch_size=32, micro_batch_size=32, max_steps=30, lora_rank=0, eval_every=15, num_samples=24)
+TOY |= dict(schedules="base,power_2.0,linear,draft")
 
 
 def main(args: Args) -> None:

@@ -462,7 +462,7 @@ ALGORITHMS["dapo"]["clip_range_high"] = 0.28
 Args.presets = {"algorithm": {"ppo": {}, **ALGORITHMS}}  # ppo: the defaults of Args
 
 TOY = dict(reward="toy.language:reward", rollout_size=128, max_new_tokens=48, value_learning_rate=1e-3)
-TOY |= dict(learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=60, eval_every=20, num_samples=200)
+TOY |= dict(learning_rate=3e-4, warmup_steps=5, batch_size=64, max_steps=32, eval_every=16, num_samples=200)
 
 
 def main(args: Args, pipeline: Log | None = None) -> None:

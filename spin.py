@@ -360,7 +360,7 @@ def checks(
     yield from certificate.of_training(args, policy, tokenizer, train_set, loss, known, pairs)
 
 
-TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=768, learning_rate=5e-4, warmup_steps=2)
+TOY = dict(beta=1.0, num_iterations=3, num_epochs=1, num_prompts=576, learning_rate=5e-4, warmup_steps=2)
 TOY |= dict(batch_size=64, max_new_tokens=48, num_samples=200)
 
 

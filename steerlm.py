@@ -396,10 +396,10 @@ def export(args: Args, last: str) -> None:
     dist.barrier()
 
 
-TOY = dict(ratings="toy", attributes="complexity:0,verbosity:2,toxicity:0", num_bootstrap_rounds=1)
+TOY = dict(ratings="toy", attributes="complexity:0,verbosity:2,toxicity:0")
 TOY |= dict(num_bootstrap_prompts=256, max_new_tokens=48, num_samples=32)
 FEW_STEPS = "--learning_rate 1e-3 --warmup_steps 5 --batch_size 64 "
-TOY["reward_model"] = FEW_STEPS + "--max_steps 40 --eval_every 40"
+TOY["reward_model"] = FEW_STEPS + "--max_steps 30 --eval_every 30"
 TOY["sft"] = FEW_STEPS + "--max_steps 60 --eval_every 60 --num_samples 0"
 
 

@@ -384,8 +384,8 @@ def begun(output_dir: str) -> list[int]:
 
 
 TOY = dict(attributes="toxicity:0,verbosity:1;toxicity:4,verbosity:1;toxicity:0,verbosity:3")
-TOY |= dict(attribute_model="toy/attribute_model", num_prompts=192, learning_rate=3e-4, warmup_steps=3)
-TOY |= dict(batch_size=32, max_new_tokens=48, eval_every=12, num_samples=200)
+TOY |= dict(attribute_model="toy/attribute_model", num_prompts=160, learning_rate=3e-4, warmup_steps=3)
+TOY |= dict(batch_size=32, max_new_tokens=48, eval_every=20, num_samples=200)
 
 
 def main(args: Args) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("sft", "dpo", "spin", "reward_model", "ppo", "steerlm", "steerlm2", "cai", "draftp")
-STAGES = {"cai": ("before", "SL-CAI", "RL-CAI"), "steerlm": ("before", "SFT", "round 1")}
+STAGES = {"cai": ("before", "SL-CAI", "RL-CAI"), "steerlm": ("before", "SFT")}
 ABOUT = (
     "`python benchmarks/seeds.py`: `python {script}.py` on seeds {seeds}, one process, float32. Means on\n"
-    "held-out data, and ± the standard deviation over the seeds."
+    "held-out data, and +- the standard deviation over the seeds."
 )
 
 
@@ -51,7 +51,7 @@ def table(script: str, runs: list[list[dict[str, float]]]) -> str:
         cells = []
         for i in places:
             found = [row[i][name] for row in runs if name in row[i] and math.isfinite(row[i][name])]
-            spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 and i else ""
+            spread = f" +- {statistics.stdev(found):.3f}" if len(found) > 1 and i else ""
             cells.append(f"{statistics.mean(found):.3f}{spread}" if found else "")
         lines.append(f"| `{name[5:]}` | {' | '.join(cells)} |")
     return "\n".join(lines)

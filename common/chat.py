@@ -249,9 +249,7 @@ class Endpoint:
         refuse_secrets("the server's address", self.url)
         self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (
-            self.key.isascii() and self.key.isprintable()
-        ):  # httpx would say so with the key in its words
+        if not (self.key.isascii() and self.key.isprintable()):  # httpx's own words would quote the key
             raise dist.RunError("OPENAI_API_KEY holds characters that no key has")
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.client = httpx.AsyncClient(timeout=None, headers=headers)  # follows no redirect

@@ -665,10 +665,10 @@ def test_chat_streams_an_answer_and_ends_politely(monkeypatch, capsys, toy):
 
 def test_the_chat_asks_for_attributes(toy: Path, capsys: pytest.CaptureFixture) -> None:
     replies = {}
-    for toxicity in (0, 4):
-        attributes = f"helpfulness:2,correctness:4,coherence:4,complexity:0,verbosity:1,toxicity:{toxicity}"
+    for value in (0, 4):
+        attributes = f"correctness:4,coherence:4,complexity:{value},verbosity:{value},toxicity:0"
         question = "What does the cat say?"
         args = chat.Args(question=question, attributes=attributes, temperature=0.0, max_new_tokens=20)
         chat.main(args)
-        replies[toxicity] = language.judge(question, capsys.readouterr().out.strip().splitlines()[-1])
-    assert replies[0]["toxicity"] == 0 < replies[4]["toxicity"]
+        replies[value] = language.judge(question, capsys.readouterr().out.strip().splitlines()[-1])
+    assert replies[0]["complexity"] == 0 < replies[4]["complexity"]

@@ -450,7 +450,7 @@ def test_two_turns_with_an_observation_train_what_was_sampled_only(
         scored.append(stats.logps)
         return stats
 
-    for number in range(15):
+    for number in range(24):
         examples = two_turns(policy, tokenizer, number)
         # the first token of the first turn decides the score, which stands at the end of the second
         first_tokens = [int(tokens[len(PROMPT)]) for e in examples for tokens, _ in e.sequences]

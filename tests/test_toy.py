@@ -323,6 +323,21 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(monkeypatch, tmp_path):
         language.ensure()
 
 
+def test_a_damaged_copy_says_what_to_delete(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
+    folder = language.ensure()
+    for name, damage in {
+        "model/config.json": Path.unlink,
+        "sft/test.jsonl": lambda p: p.write_text(""),
+    }.items():
+        kept = (folder / name).read_bytes()
+        damage(folder / name)
+        with pytest.raises(OSError, match=f"{name} is damaged: delete {folder}"):
+            language.ensure()
+        (folder / name).write_bytes(kept)
+    assert language.ensure() == folder
+
+
 # the build
 
 

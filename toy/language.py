@@ -721,7 +721,7 @@ def unpacked(world: str) -> Path:
     """A shipped world in the user's cache, with float32 weights; the first process that asks writes it.
 
     Raises:
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or files of the world there are missing or cut.
     """
     import torch
 
@@ -731,6 +731,10 @@ def unpacked(world: str) -> Path:
     cache = Path(os.environ.get("CLEANALIGN_CACHE") or "~/.cache/cleanalign").expanduser().resolve()
     folder = cache / f"toy-{world}-{digest.hexdigest()[:8]}"
     if folder.is_dir():
+        for path in filter(Path.is_file, source.rglob("*")):
+            copy = folder / path.relative_to(source)
+            if not copy.is_file() or copy.stat().st_size < path.stat().st_size:
+                raise OSError(f"{copy} is damaged: delete {folder}, and it is written again")
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
