@@ -163,7 +163,7 @@ def test_what_was_made_with_another_option_is_removed_with_what_was_made_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in between, the next start removes the rest."""
-    made = [tmp_path / "3_pairs" / name for name in ("comparisons.jsonl", "pairs.jsonl", "human_pairs.jsonl")]
+    made = [tmp_path / "3_pairs" / f"{name}.jsonl" for name in ("comparisons", *range(12))]
     made[0].parent.mkdir()
     for path in made:
         path.write_text('{"max_new_tokens": 8}\n')
@@ -171,7 +171,7 @@ def test_what_was_made_with_another_option_is_removed_with_what_was_made_of_it(
 
     def killed(path: Path) -> None:
         removed.append(path)
-        if len(removed) == 2:
+        if len(removed) == len(made):
             raise KeyboardInterrupt
         honest(path)
 
