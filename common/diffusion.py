@@ -353,17 +353,22 @@ def read_prompts(source: str, split: str = "train") -> list[Example] | None:
     for value, where in records:
         prompt = formats.first(value, PROMPTS)
         if not isinstance(prompt, str):
-            raise formats.wrong(where, value, "a prompt, caption or text")
+            what = value if prompt is None else f"a prompt that is no text: {prompt!r}"
+            raise formats.wrong(where, what, "a prompt, caption or text")
         if prompt.strip():
             found.append(as_example(prompt.strip(), value))
     if not found:
         raise formats.wrong(f"dataset {source}", "no prompts", "at least one")
+    if len(found) < len(records) and dist.is_main():
+        print(f"{source}: dropped {len(records) - len(found)} with an empty prompt", flush=True)
     return found
 
 
 def _read_plain(source: str, paths: list[Path]) -> list[formats.Record]:
     how, first, options = READERS[paths[0].suffix]
     names = [str(path) for path in paths]
+    if not any(path.stat().st_size for path in paths):
+        return []
     table = streams.load_table(source, "load_dataset", how, data_files=names, split="train", **options)
     where = f"{source} row " if how == "webdataset" else f"{source}:"
     own = ({name: x for name, x in row.items() if name[:2] != "__"} for row in table)  # not where it is

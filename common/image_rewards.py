@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import diffusion, dist, files, formats
-from common.args import load_function
+from common.args import load_function, what_happened
 from common.packed import Example
 from recipes import rewards_images
 
@@ -88,7 +88,7 @@ def _fault(function: Callable, device: torch.device, examples: list[Example]) ->
     try:
         values = function(diffusion.texts(examples), images, [example.record for example in examples])
     except Exception as error:  # a user's function may raise anything
-        return formats.first_line(error)
+        return f"raised {what_happened(error)}"
     if not isinstance(values, Tensor) or values.shape != (2,):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         return f"returned {found} for two images"

@@ -356,7 +356,7 @@ def detached(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:
         ("test_draftp:detached", "no gradient reaches the images"),
         ("test_draftp:not_a_number", r"returned \[nan, nan\]"),
         ("test_draftp:one_for_all", r"returned shape \[\] for two images"),
-        ("test_draftp:failing", "reward test_draftp:failing: 'weights'"),
+        ("test_draftp:failing", "reward test_draftp:failing: raised KeyError: 'weights' .*test_draftp.py"),
         ("test_draftp:missing", "expected package.module:function"),
         ("/no/such/folder", "expected brightness, package.module:function"),
         ("brightness*0", "optional .weight above 0"),
@@ -367,6 +367,18 @@ def test_a_reward_that_cannot_be_used_is_refused_at_once(
 ) -> None:
     with pytest.raises(dist.RunError, match=message):
         image_rewards.load_reward(reward, device, examples("a cat"))
+
+
+def test_prompts_that_are_none_are_named_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lines = {"a.jsonl": '{"prompt": "a cat"}\n{"prompt": ""}', "b.jsonl": '{"prompt": 3}', "c.txt": ""}
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text)
+    assert len(diffusion.read_prompts(str(tmp_path / "a.jsonl"))) == 1
+    assert "dropped 1 with an empty prompt" in capsys.readouterr().out
+    with pytest.raises(dist.RunError, match="b.jsonl:1: found a prompt that is no text: 3"):
+        diffusion.read_prompts(str(tmp_path / "b.jsonl"))
+    with pytest.raises(dist.RunError, match="c.txt: found no prompts"):
+        diffusion.read_prompts(str(tmp_path / "c.txt"))
 
 
 def wants_its_record(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:

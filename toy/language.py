@@ -738,7 +738,7 @@ def unpacked(world: str) -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp", dir=cache) as temporary:
+        with tempfile.TemporaryDirectory(prefix=folder.name, suffix=".tmp", dir=cache) as temporary:
             unfinished = Path(temporary) / world
             shutil.copytree(source, unfinished)
             convert(unfinished, torch.float32)
@@ -746,7 +746,8 @@ def unpacked(world: str) -> Path:
     except OSError as error:
         if folder.is_dir():  # another process was faster
             return folder
-        message = f"cannot write to {cache} ({error}): set CLEANALIGN_CACHE to another folder"
+        why = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # one of its many
+        message = f"cannot write to {cache} ({why}): set CLEANALIGN_CACHE to another folder"
         raise OSError(message) from error
     return folder
 
