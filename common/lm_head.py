@@ -105,7 +105,8 @@ class _TokenStats(torch.autograd.Function):
             gradients, g = sums, g_logps[:1].sum()  # of no tokens 0
             factors = (g_logps[:, None] * scale, g * scale, g * scale)
             if any(d is not None for d in sums[1:]):
-                torch._assert_async((g_logps == g).all(), "equal_weights, but the loss weighs tokens apart")
+                told = "equal_weights=True, but the loss weighs tokens apart: leave it out"
+                torch._assert_async((g_logps == g).all(), told)
         else:
             operands = _operands(h, weight, bias)
             gradients = _zeros(operands, ctx.needs_input_grad)
