@@ -724,7 +724,7 @@ def test_a_run_on_the_toy_world_follows_toxicity_better(tmp_path: Path) -> None:
 def test_three_seeds_follow_better_than_their_starting_policy(tmp_path: Path) -> None:
     gains = []
     for seed in (1, 2, 3):
-        before, after = following(tmp_path / str(seed), num_prompts=96, num_iterations=1, seed=seed)
+        before, after = following(tmp_path / str(seed), num_iterations=1, seed=seed)
         for name in ("toxicity", "verbosity"):
             gains.append(before[f"eval/follow/mae/{name}"] - after[f"eval/follow/mae/{name}"])
     print(f"gain in mean absolute error: {gains}")

@@ -157,7 +157,7 @@ def test_the_default_run_draws_more_of_what_is_asked_for(world: Path, tmp_path: 
     first, last = rows[0], rows[-1]
     assert last["eval/reward"] > first["eval/reward"] + 4
     assert first["eval/judge/correct"] < 0.6 and last["eval/judge/correct"] > 0.72
-    assert last["eval/diversity"] > 0.5 * first["eval/diversity"]
+    assert last["eval/diversity"] > 0.4 * first["eval/diversity"]
     points = json.loads((tmp_path / "run" / "annealed" / "curve.json").read_text())
     assert points["base"]["reward"] + 1 < points["linear"]["reward"]
     assert points["base"]["diversity"] > points["linear"]["diversity"] > points["draft"]["diversity"]
