@@ -44,10 +44,11 @@ class ChunkedHead(nn.Linear):
         """
         if tokens is None:
             return soft_cap(_Logits.apply(h, self.weight, self.bias), self.cap) * scale
-        # a buffer is of 16 MiB at most, 1 GiB on GPU, whatever the vocabulary
-        most = min(2048, 2**28 // len(self.weight)) if h.is_cuda else min(256, 2**22 // len(self.weight))
         learns = torch.is_grad_enabled() and h.requires_grad
         early = learns and (equal_weights or not self.weight.requires_grad)
+        # a buffer is of 16 MiB at most, 1 GiB on GPU, whatever the vocabulary; of 8 beside an early dW
+        room = 2**28 if h.is_cuda else 2**21 if early else 2**22
+        most = min(2048 if h.is_cuda else 256, room // len(self.weight))
         numbers = (scale, most, self.compiled, self.cap, early)
         return TokenStats(*_TokenStats.apply(h, self.weight, self.bias, tokens, *numbers))
 
