@@ -211,7 +211,7 @@ def test_documents_have_the_tokens_they_say() -> None:
     assert all(len({e.num_tokens for e in padded[i : i + 4]}) == 1 for i in range(0, 20, 4))
 
 
-@pytest.mark.parametrize("task", vs_trl.TASKS)
+@pytest.mark.parametrize("task", vs_trl.OF_TASK)
 def test_both_sides_of_the_comparison_get_the_same_examples(task: str, tmp_path: Any) -> None:
     work = vs_trl.Work(task, **vs_trl.SMALL)
     vs_trl.prepare(work, tmp_path)
@@ -229,7 +229,7 @@ def test_both_sides_of_the_comparison_get_the_same_examples(task: str, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", vs_trl.TASKS)
+@pytest.mark.parametrize("task", vs_trl.OF_TASK)
 def test_the_comparison_runs_and_its_losses_agree(task: str, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     """It ends with an error where a loss differs by more than 1e-3."""
     pytest.importorskip("trl")
