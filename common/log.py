@@ -256,10 +256,11 @@ class Log:
         files.append(self.folder / "metrics.jsonl", row)
         self._track(step, metrics)
         now = time.perf_counter()
-        self._warn_of_torchrun(now - self.called)
-        self.called = now
         if self.first_step is None:
             self.first_step, self.started, self.printed = step, now, now
+        else:
+            self._warn_of_torchrun(now - self.called)
+        self.called = now
         evaluation = {name[5:]: value for name, value in metrics.items() if name.startswith("eval/")}
         if now - self.printed > 5 or evaluation or step == num_steps:
             self.printed = now
@@ -280,7 +281,7 @@ class Log:
             self.warned = True
             print(
                 f"a step takes {seconds:.0f} s, and a stop saves at its end, but torchrun kills its ranks "
-                "30 s after a signal: start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in the environment",
+                f"{patience} s after a signal: start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in the environment",
                 flush=True,
             )
 
