@@ -86,6 +86,7 @@ SHORT = {  # script -> what makes a run of seconds of it
     "--ppo.max_new_tokens=8 --dpo.max_steps=1",
     "draftp": f"--max_steps=2 --eval_every=9 {DRAWN}",
 }
+GROUPS_ALONE = "--batch_size=2 --num_samples=2"  # nothing is sampled: options of sampling are refused
 PAGES = ["README.md", "sweeps/README.md"]
 PAGES += [f"docs/{name}.md" for name in ("data", "sft", "dpo", "spin", "reward_model", "ppo")]
 PAGES += [f"docs/{name}.md" for name in ("steerlm", "steerlm2", "cai", "draftp", "hacking", "reliability")]
@@ -93,11 +94,6 @@ PAGES += [f"docs/{name}.md" for name in ("obtaining_a_model", "models", "benchma
 PAGES += ["docs/before_a_run.md"]
 PAGES += ["CONTRIBUTING.md", "recipes/README.md"]
 PAGES += sorted({f"docs/{p.name}" for p in ROOT.glob("docs/*.md")} - set(PAGES))
-# lines that say themselves what they need: GPUs, models of the hub, files and runs of the reader's own
-NEEDS = re.compile(
-    r"--nproc_per_node=8|sbatch |python (tests/|-m pytest)|meta-llama/|stable-diffusion|\.gguf|"
-    r"parti_prompts|runs/seed\d|\b(my_data|pairs|prompts|groups)\.(jsonl|txt)"
-)
 
 
 def read_blocks(page: str) -> list[Block]:
@@ -114,7 +110,8 @@ def shortened(command: str) -> str:
     if not (script and runs and script[1] in SHORT) or re.search(r"--(help|score|draw_prompts)\b", command):
         return command
     line, mark, comment = command.partition("  #")
-    return f"{line} {SHORT[script[1]]}{mark}{comment}"
+    small = GROUPS_ALONE if "--groups" in line else SHORT[script[1]]
+    return f"{line} {small}{mark}{comment}"
 
 
 def do(block: Block, folder: Path) -> None:
@@ -127,7 +124,6 @@ def do(block: Block, folder: Path) -> None:
         (folder / name[1]).write_text(block.text)
     elif block.kind == "bash" and not block.reason:
         lines = block.text.replace("\\\n", " ").splitlines()
-        lines = [line for line in lines if not NEEDS.search(line)]
         command = ["bash", "-euo", "pipefail", "-c", "\n".join(map(shortened, lines))]
     if command:
         done = subprocess.run(
@@ -170,7 +166,7 @@ def test_contributors_are_told_what_every_file_of_common_is_for() -> None:
     assert not [p.name for p in (ROOT / "common").glob("[a-z]*.py") if f"    {p.name} " not in page]
 
 
-REASONS = {"8 GPUs", "the hub", "a server", "a login", "installs", "minutes"}
+REASONS = {"8 GPUs", "the hub", "a server", "Slurm", "a login", "installs", "minutes"}
 
 
 def test_the_readme_is_short_and_a_block_that_is_not_run_says_why() -> None:
@@ -178,9 +174,73 @@ def test_the_readme_is_short_and_a_block_that_is_not_run_says_why() -> None:
     blocks = [block for page in PAGES for block in read_blocks(page) if block.kind == "bash"]
     skipped = [block for block in blocks if block.reason]
     assert all(any(word in block.reason for word in REASONS) for block in skipped)
-    assert len(skipped) <= 20 and len(blocks) - len(skipped) >= 30
-    lines = [line for block in blocks if not block.reason for line in block.text.splitlines()]
-    assert len([line for line in lines if NEEDS.search(line)]) < len(lines) / 3
+    assert len(skipped) <= 36 and len(blocks) - len(skipped) >= 30
+
+
+HAD = {"python", "torchrun", "bash", "cp", "head", "for", "done", "ruff"}  # what a reader has on the path
+MAKES = {"--output_dir", "--output", "--score_output"}
+
+
+class Command(NamedTuple):
+    """A line of a block: its program, its other words, the folder of its run if it trains, what it makes."""
+
+    program: str
+    words: list[str]
+    trains: str
+    made: set[str]
+
+
+def read_commands(block: Block) -> list[Command]:
+    found = []
+    for line in block.text.replace("\\\n", " ").splitlines():
+        for part in re.split(r" && |; do\b", line.partition("  #")[0]):
+            words = [word for word in shlex.split(part) if not re.match(r"[A-Z_]+=", word)]
+            if not words:
+                continue
+            given = dict(pair for word in words if (pair := word.split("=", 1))[1:])
+            given |= {word: after for word, after in zip(words, words[1:], strict=False) if word[:2] == "--"}
+            made = {given[name] for name in MAKES if name in given} | set(re.findall(r"> (\S+)", part))
+            made |= {words[-1]} if words[0] == "cp" else set(re.findall(r"\bOUT=(\S+)", part))
+            script = next((w.removesuffix(".py") for w in words[1:] if w.endswith(".py")), "")
+            trains = given.get("--output_dir", f"runs/{script}") if script.removeprefix("my_") in SHORT else ""
+            trains = "" if words[0] == "cp" or re.search(r"--(help|plan|check|score|draw_prompts)\b", part) else trains
+            found.append(Command(words[0], words[1:], trains, made | ({trains} if trains else set())))
+    return found
+
+
+def lacking(command: Command, made: set[str]) -> list[str]:
+    """What a line uses that neither the repository nor an earlier line has."""
+    missing = [] if command.program in HAD else [command.program]
+    ranks = [int(n) for word in command.words for n in re.findall(r"nproc_per_node=(\d+)", word)]
+    missing += [f"{n} processes" for n in ranks if n > 2]
+    missing += [f"the time for {word}" for word in command.words if re.match(r"tests/|pytest$", word)]
+    for word in command.words:
+        for name in re.split(r"[=,]", word):
+            name = re.sub(r"(\*[\d.]+|:\w+)$", "", name)  # of several rewards, and a function
+            is_file = re.fullmatch(r"[\w./-]+\.(jsonl|json|txt|tsv|csv|parquet|gz|gguf|tar|yaml|sh|py)", name)
+            if " " in name or "$" in name or not ("/" in name or is_file):
+                continue
+            known = any(name == x or name.startswith(f"{x}/") for x in made | command.made)
+            if not known and (".." in name or not (ROOT / name).exists()):
+                missing.append(name)
+    return missing
+
+
+def test_a_block_that_is_run_uses_what_a_reader_has_and_trains_each_run_in_a_folder_of_its_own() -> None:
+    made, wrong = {"runs/dpo"}, []  # the README's first run
+    for page in PAGES:
+        folders = []
+        for block in read_blocks(page):
+            if block.kind == "python" and (name := re.match(r"# (\w+\.py)\b", block.text)):
+                made |= {name[1], *re.findall(r'open\("([\w.]+)", "w"\)', block.text)}
+            for command in read_commands(block) if block.kind == "bash" else ():
+                if not block.reason:
+                    wrong += [f"{page}: {what}" for what in lacking(command, made)]
+                    made |= command.made
+                if command.trains and "$" not in command.trains:
+                    wrong += [f"{page}: twice in {command.trains}"] * (command.trains in folders)
+                    folders.append(command.trains)
+    assert not wrong
 
 
 # --------------------------------------------------------------------------------------------------- recipes
