@@ -196,7 +196,10 @@ def count(model: str, rank: int = 0, target: str = "all-linear", has_vocabulary:
 
     def read() -> nn.Module:
         folder, gguf = files.model_folder(model, needs_weights=False)
-        config = AutoConfig.from_pretrained(folder, gguf_file=gguf) if gguf else loading.config_of(folder)
+        if gguf:
+            config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        else:
+            config = loading.config_of(folder)
         if not gguf and not hasattr(config, "vocab_size"):
             raise ValueError("no config.json of a language model")
         config = copy.deepcopy(config)
@@ -310,10 +313,18 @@ def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: in
     return Need(always, {}, max(work, key=lambda parts: sum(parts.values())), 0.0, "tokens")
 
 
-def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
-    """Of a script that trains the denoiser of a diffusion pipeline through its images."""
+def empty_clip(folder: str) -> nn.Module:
+    """The CLIP model of a reward, as large as its config says."""
     from transformers import AutoConfig, CLIPModel
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type != "clip":
+        raise ValueError(f"found a model of type {config.model_type}; expected a CLIP model")
+    return CLIPModel(config)
+
+
+def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
+    """Of a script that trains the denoiser of a diffusion pipeline through its images."""
     from common import diffusion, pipelines
 
     options, guidance = flat(args), args.guidance_scale
@@ -324,7 +335,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     clips = [x for x in sources if x != "brightness" and ":" not in x]
     with torch.device("meta"):
         pipe = empty_pipeline(args.model).to(dtype)
-        rewards = [built(f"reward {x}", lambda x=x: CLIPModel(AutoConfig.from_pretrained(x))) for x in clips]
+        rewards = [built(f"reward {x}", lambda x=x: empty_clip(x)) for x in clips]
         denoiser, vae = pipelines.denoiser_of(pipe), pipe.vae
         for part in (*pipelines.modules(pipe).values(), *rewards):
             part.requires_grad_(part is denoiser and not options["lora_rank"])
@@ -391,8 +402,8 @@ def empty_pipeline(model: str) -> Any:
         for name, (_, kind) in [(name, x) for name, x in parts.items() if isinstance(x, list)]:
             parts[name] = None
             if name.startswith("text_encoder") and kind:
-                config = transformers.AutoConfig.from_pretrained(folder, subfolder=name)
-                parts[name] = getattr(transformers, kind)(config)
+                own = getattr(transformers, kind)
+                parts[name] = own(own.config_class.from_pretrained(folder, subfolder=name))
             elif name in ("unet", "transformer", "vae"):
                 own = getattr(diffusers, kind)
                 parts[name] = own.from_config(own.load_config(folder, subfolder=name))
