@@ -201,10 +201,11 @@ def read_commands(block: Block) -> list[Command]:
             given |= {word: after for word, after in zip(words, words[1:], strict=False) if word[:2] == "--"}
             made = {given[name] for name in MAKES if name in given} | set(re.findall(r"> (\S+)", part))
             made |= {words[-1]} if words[0] == "cp" else set(re.findall(r"\bOUT=(\S+)", part))
-            script = next((w.removesuffix(".py") for w in words[1:] if w.endswith(".py")), "")
-            trains = given.get("--output_dir", f"runs/{script}") if script.removeprefix("my_") in SHORT else ""
-            trains = "" if words[0] == "cp" or re.search(r"--(help|plan|check|score|draw_prompts)\b", part) else trains
-            found.append(Command(words[0], words[1:], trains, made | ({trains} if trains else set())))
+            script = next((word.removesuffix(".py") for word in words[1:] if word.endswith(".py")), "")
+            looks = words[0] == "cp" or re.search(r"--(help|plan|check|score|draw_prompts)\b", part)
+            is_run = script.removeprefix("my_") in SHORT and not looks
+            trains = given.get("--output_dir", f"runs/{script}") if is_run else ""
+            found.append(Command(words[0], words[1:], trains, made | ({trains} if is_run else set())))
     return found
 
 
