@@ -227,10 +227,9 @@ def lacking(command: Command, made: set[str]) -> list[str]:
     return missing
 
 
-def test_a_block_that_is_run_uses_what_a_reader_has_and_trains_each_run_in_a_folder_of_its_own() -> None:
-    made, wrong = {"runs/dpo"}, []  # the README's first run
+def test_a_block_uses_what_a_reader_has_and_trains_each_run_in_a_folder_of_its_own() -> None:
+    made, trained, wrong = set(), {}, []
     for page in PAGES:
-        folders = []
         for block in read_blocks(page):
             if block.kind == "python" and (name := re.match(r"# (\w+\.py)\b", block.text)):
                 made |= {name[1], *re.findall(r'open\("([\w.]+)", "w"\)', block.text)}
@@ -239,8 +238,13 @@ def test_a_block_that_is_run_uses_what_a_reader_has_and_trains_each_run_in_a_fol
                     wrong += [f"{page}: {what}" for what in lacking(command, made)]
                     made |= command.made
                 if command.trains and "$" not in command.trains:
-                    wrong += [f"{page}: twice in {command.trains}"] * (command.trains in folders)
-                    folders.append(command.trains)
+                    run = [
+                        word for word in command.words if "nproc_per_node" not in word
+                    ]  # ranks change nothing
+                    before = trained.setdefault(command.trains, (page, run, command))
+                    same_page, same_run = before[0] == page, before[1] == run
+                    if before[2] is not command and (same_page or not same_run):
+                        wrong.append(f"{page}: {command.trains} is a run of {before[0]} already")
     assert not wrong
 
 
