@@ -81,12 +81,15 @@ SHORT = {  # script -> what makes a run of seconds of it
     "ppo": f"{FEW} --num_samples=2 --rollout_size=8 --batch_size=8 --max_new_tokens=8",
     "steerlm": "--num_samples=2 --num_bootstrap_rounds=0 --sft.max_steps=2 --reward_model.max_steps=2",
     "steerlm2": f"{FEW} --num_samples=2 --num_prompts=4 --batch_size=4 --num_iterations=1 --max_new_tokens=8",
-    "cai": "--num_red_team=4 --num_revisions=1 --num_samples=2 --max_new_tokens=8 --sft.max_steps=1 "
+    "cai": "--num_red_team=24 --num_revisions=1 --num_samples=2 --max_new_tokens=24 --sft.max_steps=1 "
     "--reward_model.max_steps=1 --ppo.max_steps=1 --ppo.rollout_size=4 --ppo.batch_size=4 "
     "--ppo.max_new_tokens=8 --dpo.max_steps=1",
     "draftp": f"--max_steps=2 --eval_every=9 {DRAWN}",
 }
-GROUPS_ALONE = "--batch_size=2 --num_samples=2"  # nothing is sampled: options of sampling are refused
+ALONE = {  # what lines with such an option take
+    "--groups": "--batch_size=2 --num_samples=2",
+    "--draw_prompts": "--num_inference_steps=4",
+}
 PAGES = ["README.md", "sweeps/README.md"]
 PAGES += [f"docs/{name}.md" for name in ("data", "sft", "dpo", "spin", "reward_model", "ppo")]
 PAGES += [f"docs/{name}.md" for name in ("steerlm", "steerlm2", "cai", "draftp", "hacking", "reliability")]
@@ -107,10 +110,10 @@ def shortened(command: str) -> str:
     """A line with the options that make a run of seconds, if it is one of a script or of a copy of it."""
     script = re.search(r"(?:^|\s)(?:my_)?(\w+)\.py\b", command)
     runs = re.match(r"\s*(?:\w+=\S+ )*(python|torchrun) ", command)
-    if not (script and runs and script[1] in SHORT) or re.search(r"--(help|score|draw_prompts)\b", command):
+    if not (script and runs and script[1] in SHORT) or re.search(r"--(help|score)\b", command):
         return command
     line, mark, comment = command.partition("  #")
-    small = GROUPS_ALONE if "--groups" in line else SHORT[script[1]]
+    small = next((options for name, options in ALONE.items() if name in line), SHORT[script[1]])
     return f"{line} {small}{mark}{comment}"
 
 
