@@ -374,12 +374,14 @@ def test_a_folder_that_a_live_run_writes_to_is_refused(few: Path, tmp_path: Path
         "import time\nfrom pathlib import Path\nfrom common import files\n"
         f"files.lock(Path({str(tmp_path)!r}))\nprint('locked', flush=True)\ntime.sleep(600)\n"
     )
-    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "args.json").write_text('{"inputs": {}}')
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     for overwrite in (False, True):
         with pytest.raises(dist.RunError, match=f"the run of process {other.pid} is still writing there"):
             dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, overwrite=overwrite)))
+    with pytest.raises(dist.RunError, match=f"the run of process {other.pid} is still writing there"):
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path / "1_sft", max_steps=1)))  # a pipeline's stage
     assert (tmp_path / "args.json").exists()
     other.kill()
     other.wait()
