@@ -106,8 +106,6 @@ class Log:
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
         last, before = checkpoint.newest(folder), files.read_json(own) if own.exists() else {}
-        if own.exists() and not isinstance(before.get("inputs"), dict):
-            raise files.damaged(own, "it does not say what the run was made from")
         finished_at = before.get("finished_at")  # which may have left no checkpoint
         finished_at = finished_at if isinstance(finished_at, int) else -1
         # where nothing can be resumed all may change, but for what stages are made of
@@ -117,13 +115,13 @@ class Log:
             if script != self.script.name:
                 what = f"a run of {script}"
                 raise formats.wrong(f"output_dir {folder}", what, "another output_dir, or --overwrite")
+            if own.exists() and not isinstance(before.get("inputs"), dict):
+                raise files.damaged(own, "it does not say what the run was made from")
             self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
-        done, keep = (
-            max((row["step"] for row in rows), default=-1),
-            max(finished_at, checkpoint.step_of(last)),
-        )
-        if done < keep:
+        done = max((row["step"] for row in rows), default=-1)
+        keep = max(finished_at, checkpoint.step_of(last))
+        if done < keep and not self.is_pipeline:
             raise files.damaged(folder / "metrics.jsonl", f"no row of step {keep}, which the run has done")
         keep = done if self.is_pipeline else keep
         for name in ("samples.jsonl", "metrics.jsonl"):
