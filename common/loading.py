@@ -35,8 +35,8 @@ def read_pretrained(
     """The plain transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged.
 
     `dtype_on_disk` is the one that most of its numbers have there, `wide` holds those of the others, as of a
-    router's bias, by name. What is computed on reading is float32: the weights of a GGUF file, merged ones,
-    and buffers that are in no file.
+    router's bias, by name; `lost` is of adapters, see `lora.read`. What is computed on reading is float32:
+    the weights of a GGUF file, merged ones, and buffers that are in no file.
     """
     import transformers
     from transformers import AutoConfig
@@ -79,7 +79,7 @@ def read_pretrained(
         del model.config.quantization_config  # they are plain weights once read
     if dtype != torch.float32 or is_tower:
         compute_buffers(model)
-    model.dtype_on_disk, model.wide = dtype, wide
+    model.dtype_on_disk, model.wide, model.lost = dtype, wide, 0.0
     if head := model.get_output_embeddings():  # two matrices in the file outweigh a config that ties them
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return model
@@ -226,7 +226,7 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         else:  # Stiennon et al. 2020, in their code
             model.score.weight.normal_(std=(width + 1) ** -0.5)
     setattr(model, model.base_model_prefix, source.base_model)
-    model.dtype_on_disk, model.wide = source.dtype_on_disk, source.wide
+    model.dtype_on_disk, model.wide, model.lost = source.dtype_on_disk, source.wide, source.lost
     return model
 
 
