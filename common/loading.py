@@ -193,16 +193,21 @@ def compute_buffers(model: nn.Module) -> None:
         model.get_submodule(name)._buffers.update(held)
 
 
+def is_scorer(folder: str) -> bool:
+    """Whether a folder or hub id has a sequence classifier, as a reward model is."""
+    return "ForSequenceClassification" in str(getattr(config_of(folder), "architectures", None))
+
+
 def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
     """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
-    is_scorer = "ForSequenceClassification" in str(getattr(config_of(folder), "architectures", None))
-    kind = "AutoModelForSequenceClassification" if is_scorer else "AutoModelForCausalLM"
+    has_head = is_scorer(folder)
+    kind = "AutoModelForSequenceClassification" if has_head else "AutoModelForCausalLM"
     source = read_pretrained(folder, gguf, kind)
-    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
+    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if has_head else []
     names = list(names) or has
     if not names:
         raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
-    keep = is_scorer and not zero_head
+    keep = has_head and not zero_head
     if len(has) == len(names) and all(name.startswith("LABEL_") for name in has):
         has = names  # nobody had named them
     if keep and not set(names) <= set(has):
