@@ -534,8 +534,18 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
     for path in {args.helpful_model, args.sl_model, *others} - {"", args.model}:
         templates.check_prompts(load_tokenizer(path, args), prompts, f"model {path}")
     load_judge(args.run.judge, args.dataset)
+    if args.rl == "dpo":
+        dpo.check(options["dpo"])
+        if not (args.pairs or args.hard_labels or dpo.reads_label_prob(options["dpo"].loss)):
+            expected = "dpo, robust or ipo, which read the probabilities of the judge"
+            raise formats.wrong("dpo: loss", options["dpo"].loss, expected)
     if args.rl == "ppo":
         ppo.check(options["ppo"])
+        loss = options["reward_model"].loss
+        if not args.preference_model and loss not in reward_model.PAIRWISE:
+            raise formats.wrong(
+                "reward_model: loss", loss, f"one of pairs, {', '.join(reward_model.PAIRWISE)}"
+            )
         if args.preference_model:
             reader = data.load_tokenizer(args.preference_model)
             templates.check_prompts(reader, prompts, f"model {args.preference_model}")

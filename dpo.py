@@ -212,7 +212,12 @@ def loss_and_metrics(
     return loss, metrics
 
 
-def check(args: Args, pairs: data.Dataset) -> None:
+def reads_label_prob(loss: str) -> bool:
+    """Whether soft labels count: simpo has no place for them, and rpo_* follows rewards."""
+    return loss != "simpo" and not loss.startswith("rpo")
+
+
+def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     is_rpo = args.loss.startswith("rpo")
     used = {"label_smoothing": args.loss in ("dpo", "robust"), "reward_scale": is_rpo}
@@ -220,7 +225,15 @@ def check(args: Args, pairs: data.Dataset) -> None:
     refuse_ignored(args, TOY, f"loss {args.loss}", used)
     if not 0 <= args.label_smoothing < 0.5:
         raise formats.wrong("label_smoothing", args.label_smoothing, "0 to less than 0.5, a coin flip")
-    names = {formats.reward_names(pair.record) for pair in pairs} if is_rpo else set()
+
+
+def check_pairs(args: Args, pairs: data.Dataset) -> None:
+    """Refuse data that lack a field which the loss reads, or have one that it would ignore."""
+    num_soft = int((pairs.field("label_prob") < 1).sum())
+    if num_soft and not reads_label_prob(args.loss):
+        found = f"label_prob below 1, which it ignores, in {num_soft:,} pairs"
+        raise formats.wrong(f"loss {args.loss}", found, "pairs without it, or --loss dpo, robust or ipo")
+    names = {formats.reward_names(pair.record) for pair in pairs} if args.loss.startswith("rpo") else set()
     ours = "chosen_reward and rejected_reward"
     if "" in names:
         raise formats.wrong(f"loss {args.loss}", "a pair without rewards", ours)
@@ -243,6 +256,7 @@ TOY |= dict(eval_every=20, num_samples=200)
 def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
+    check(args)
     plan.show(args, beside, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY), pipeline)
@@ -251,7 +265,8 @@ def main(args: Args, pipeline: Log | None = None) -> None:
     tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
     sources = (args.dataset, args.eval_dataset, args.max_length, args.cut)
     train_set, eval_set = data.load_pairs(tokenizer, *sources)
-    check(args, train_set)
+    for pairs in (train_set, eval_set):
+        check_pairs(args, pairs)
     num_steps = data.num_steps(train_set, optimization.batch_size, run.num_epochs, run.max_steps)
     how = (optimization.batch_size, args.seed, run.num_epochs, run.max_steps)  # batches are made
     judge = load_judge(run.judge, args.dataset)

@@ -34,13 +34,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import certificate, checkpoint, data, dist, files, formats, models, packed, plan
-from common.args import Chat, Optimization, System, Training, block, parse, snapshot
+from common.args import Chat, Optimization, System, Training, block, parse, refuse_ignored, snapshot
 from common.evaluate import agreement
+from common.loading import is_scorer
 from common.log import Log
 from common.packed import Example, MicroBatch, Tokens
 from common.rewards import read_where_trained
 
 SHOWN = ("loss", "accuracy", "margin", "grad_norm")
+PAIRWISE = ("bt", "margin_bt", "scaled_bt")
 
 
 @dataclass
@@ -337,12 +339,27 @@ def with_rewards(value: dict, outputs: list[list[float]], names: list[str]) -> d
     return {"reward" if len(names) == 1 else "label": labels[0]}
 
 
+def check(args: Args) -> None:
+    """Refuse settings that cannot go together, before any work starts."""
+    if args.score:
+        names = ("eval_dataset", "loss", "attribute", "center_coef")
+        refuse_ignored(args, TOY, "--score", dict.fromkeys(names, False) | {"dataset": not args.dataset})
+    used = {"attribute": args.loss != "regression", "center_coef": args.loss in PAIRWISE}
+    refuse_ignored(args, TOY, f"loss {args.loss}", used)
+    refuse_ignored(args, TOY, "a training run", {"score_output": args.score})
+    folder = files.model_folder
+    if args.attribute and not dist.from_main(lambda: is_scorer(folder(args.model, needs_weights=False)[0])):
+        expected = f"a reward model with that output; {args.model} has none: leave it out"
+        raise formats.wrong("attribute", args.attribute, expected)
+
+
 TOY = dict(learning_rate=1e-3, warmup_steps=5, batch_size=64, max_steps=40, eval_every=20)
 
 
 def main(args: Args, pipeline: Log | None = None) -> None:
     # setup
     device = dist.init(args.seed)
+    check(args)
     plan.show(args, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     if args.score:

@@ -342,6 +342,7 @@ def check(args: Args) -> None:
         raise dist.RunError("temperature 0 is greedy; self-play samples, expected more than 0")
     if args.max_new_tokens >= args.max_length:
         raise formats.wrong("max_new_tokens", args.max_new_tokens, f"less than max_length, {args.max_length}")
+    of_iteration(args, 0)
 
 
 def checks(
@@ -367,8 +368,8 @@ TOY |= dict(batch_size=64, max_new_tokens=48, num_samples=200)
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
-    plan.show(args, sequences=2)
     check(args)
+    plan.show(args, sequences=2)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 

@@ -391,8 +391,8 @@ TOY |= dict(batch_size=32, max_new_tokens=48, eval_every=20, num_samples=200)
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
-    plan.show(args, beside)
     check(args)
+    plan.show(args, beside)
     optimization, system, run = args.optimization, args.system, args.run
     log = Log(run, __file__, SHOWN, snapshot(args, TOY))
 

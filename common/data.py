@@ -339,7 +339,11 @@ def load_ranked(
 
     def encode(value: dict, where: str) -> Example:
         if value.get("responses") is None:
-            prompt, *sides, _ = read_pair(tokenizer, value, where)
+            prompt, *sides, numbers = read_pair(tokenizer, value, where)
+            if numbers["label_prob"] < 1:
+                raise wrong(
+                    where, "label_prob below 1", "a ranking that is certain, or a loss of pairs, as bt"
+                )
             ranks = [1.0, 2.0]
         else:
             responses, ranks = value["responses"], value.get("ranks")

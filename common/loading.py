@@ -35,8 +35,8 @@ def read_pretrained(
     """The plain transformers model of a folder, hub id or GGUF file; a LoRA folder's is merged.
 
     `dtype_on_disk` is the one that most of its numbers have there, `wide` holds those of the others, as of a
-    router's bias, by name. What is computed on reading is float32: the weights of a GGUF file, merged ones,
-    and buffers that are in no file.
+    router's bias, by name; `lost` is of adapters, see `lora.read`. What is computed on reading is float32:
+    the weights of a GGUF file, merged ones, and buffers that are in no file.
     """
     import transformers
     from transformers import AutoConfig
@@ -79,7 +79,7 @@ def read_pretrained(
         del model.config.quantization_config  # they are plain weights once read
     if dtype != torch.float32 or is_tower:
         compute_buffers(model)
-    model.dtype_on_disk, model.wide = dtype, wide
+    model.dtype_on_disk, model.wide, model.lost = dtype, wide, 0.0
     if head := model.get_output_embeddings():  # two matrices in the file outweigh a config that ties them
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return model
@@ -193,16 +193,21 @@ def compute_buffers(model: nn.Module) -> None:
         model.get_submodule(name)._buffers.update(held)
 
 
+def is_scorer(folder: str) -> bool:
+    """Whether a folder or hub id has a sequence classifier, as a reward model is."""
+    return "ForSequenceClassification" in str(getattr(config_of(folder), "architectures", None))
+
+
 def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: bool) -> nn.Module:
     """The plain sequence classifier of a reward model's folder, or of a language model with a new head."""
-    is_scorer = "ForSequenceClassification" in str(getattr(config_of(folder), "architectures", None))
-    kind = "AutoModelForSequenceClassification" if is_scorer else "AutoModelForCausalLM"
+    has_head = is_scorer(folder)
+    kind = "AutoModelForSequenceClassification" if has_head else "AutoModelForCausalLM"
     source = read_pretrained(folder, gguf, kind)
-    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if is_scorer else []
+    has = [source.config.id2label[i] for i in range(source.config.num_labels)] if has_head else []
     names = list(names) or has
     if not names:
         raise dist.RunError(f"{folder} is no reward model; expected a folder that reward_model.py wrote")
-    keep = is_scorer and not zero_head
+    keep = has_head and not zero_head
     if len(has) == len(names) and all(name.startswith("LABEL_") for name in has):
         has = names  # nobody had named them
     if keep and not set(names) <= set(has):
@@ -226,7 +231,7 @@ def read_scorer(folder: str, gguf: str | None, names: Sequence[str], zero_head: 
         else:  # Stiennon et al. 2020, in their code
             model.score.weight.normal_(std=(width + 1) ** -0.5)
     setattr(model, model.base_model_prefix, source.base_model)
-    model.dtype_on_disk, model.wide = source.dtype_on_disk, source.wide
+    model.dtype_on_disk, model.wide, model.lost = source.dtype_on_disk, source.wide, source.lost
     return model
 
 

@@ -4,6 +4,7 @@ The module of a weight that has adapters is wrapped by peft, and its own weight 
 """
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -121,7 +122,9 @@ def base_of(folder: str) -> str:
 
 
 def read(base: nn.Module, folder: str) -> nn.Module:
-    """The plain model `base` with the adapters of a peft folder merged into it.
+    """The plain model `base` with the adapters of a peft folder merged into it, in float32.
+
+    Its attribute `lost` is the share of their change that rounding to bfloat16 would lose.
 
     Raises:
         UserWarning: the folder lacks weights of adapters that its config names; peft would go on without.
@@ -130,7 +133,47 @@ def read(base: nn.Module, folder: str) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*missing adapter keys")
-        return PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks for it
+        adapted = PeftModel.from_pretrained(base.float(), folder)
+    kept = sum((kept_by(w, x, torch.bfloat16) for w, x in changes(adapted)), torch.zeros(2))
+    base.lost = max(share_lost(kept), getattr(base, "lost", 0.0))
+    return adapted.merge_and_unload()
+
+
+@torch.no_grad()
+def changes(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(weight, made float32, and what its adapters add to it) of each layer that has some."""
+    from peft.tuners.lora import LoraLayer
+
+    for _, layer in layers(model):
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
+            weight.data = weight.data.float()  # peft gives the change in the dtype that the weight has
+            yield weight, layer.get_delta_weight("default")
+
+
+def kept_by(weight: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is left of a change in the sum once that is rounded, along the change, and all of it. -> (2,)"""
+    moved = (weight + change).to(dtype).float() - weight
+    return torch.stack([(moved * change).sum(), change.square().sum()]).detach()
+
+
+def share_lost(kept: Tensor) -> float:
+    """The share of adapters' change that rounding loses, in hundredths, from sums of `kept_by`."""
+    left, whole = kept.tolist()
+    return round(1 - left / whole, 2) + 0.0 if whole > 0 else 0.0  # -0.0 + 0.0 is 0.0
+
+
+@functools.cache  # a policy and its reference are read from one folder
+def say_what_is_lost(model: str, lost: float, dtype: torch.dtype) -> None:
+    """One line if rounding loses a hundredth or more of what adapters change in weights that are frozen."""
+    if lost >= 0.01:
+        kind = str(dtype).removeprefix("torch.")
+        print(
+            f"{model}: its adapters are folded into {kind} weights, where rounding loses {lost:.2f} of their "
+            "change; --dtype float32 keeps it, or, of a policy, --lora_rank 0, which has float32 masters",
+            flush=True,
+        )
 
 
 @torch.no_grad()
@@ -149,20 +192,15 @@ def merge(model: nn.Module, config: Any, trained: dict[str, Tensor], dtype: torc
     held = dict(model.named_parameters())
     for name, tensor in trained.items():
         held[name].data = tensor
-    kept = change = 0.0
-    for _, layer in layers(model):
-        weight = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
-        weight.data = weight.data.float()  # peft gives the change in the dtype that the weight has
-        delta = layer.get_delta_weight("default")
-        merged = (weight + delta).to(dtype)
-        kept += ((merged.float() - weight) * delta).sum().item()
-        change += delta.square().sum().item()
-        weight.data = merged
+    kept = torch.zeros(2)
+    for weight, change in changes(model):
+        kept += kept_by(weight, change, dtype)
+        weight.data = (weight + change).to(dtype)
     for name, layer in layers(model):
         if not name.endswith(".base_layer"):
             model.set_submodule(name, layer.get_base_layer())
-    if dtype != torch.float32 and change > 0:
-        lost, kind = 1 - kept / change, str(dtype).removeprefix("torch.")
+    if dtype != torch.float32 and kept[1] > 0:
+        lost, kind = share_lost(kept), str(dtype).removeprefix("torch.")
         print(
             f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; --merge_dtype float32 "
             "keeps it, as a peft folder does",

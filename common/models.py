@@ -157,7 +157,7 @@ def load(model: str, device: torch.device, system: System | Inference, trainable
     Raises:
         RunError: no such model, no weights in the folder, or an architecture that packing cannot serve.
     """
-    return _load(Policy, lambda: read_pretrained(*model_folder(model)), device, system, trainable)
+    return _load(Policy, read_pretrained, model, device, system, trainable)
 
 
 def load_scorer(
@@ -176,7 +176,7 @@ def load_scorer(
         RunError: as `load`; the model lacks an output of that name; or, without names, is no reward model.
     """
     read = functools.partial(read_scorer, names=names, zero_head=zero_head)
-    return _load(Scorer, lambda: read(*model_folder(model)), device, system, trainable)
+    return _load(Scorer, read, model, device, system, trainable)
 
 
 def output_names(scorer: Scorer) -> list[str]:
@@ -185,7 +185,12 @@ def output_names(scorer: Scorer) -> list[str]:
 
 
 def _load(
-    kind: type[PackedModel], read_plain: Callable, device: torch.device, system: System, trainable: bool
+    kind: type[PackedModel],
+    read_plain: Callable,
+    model: str,
+    device: torch.device,
+    system: System | Inference,
+    trainable: bool,
 ) -> Any:
     """What `read_plain` gives on rank 0, as `kind`: built empty on every rank, sharded, then filled."""
     import transformers
@@ -208,8 +213,10 @@ def _load(
 
     def read() -> tuple:
         with torch.random.fork_rng(devices=[]):  # ranks keep drawing alike
-            plain = read_plain()
+            plain = read_plain(*model_folder(model))
             check_packable(plain)
+            if dtype != torch.float32 and not (trainable and system.lora_rank == 0):
+                lora.say_what_is_lost(model, plain.lost, dtype)
             if trainable:
                 loading.check_savable(plain)
             known = {"dtype_on_disk": plain.dtype_on_disk, "wide": plain.wide}

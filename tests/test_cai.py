@@ -1118,6 +1118,9 @@ def test_a_mistake_ends_the_run_before_any_work(
         ({"preference_model": "nowhere/at/all"}, "nowhere/at/all"),
         ({"judge": "nowhere:at_all"}, "package.module:function"),
         ({"ppo": "--advantage rloo --samples_per_prompt 1"}, "samples_per_prompt: found 1; expected 2"),
+        ({"reward_model": "--loss kwise"}, "reward_model: loss: found kwise; expected one of pairs"),
+        ({"rl": "dpo", "dpo": "--simpo_gamma 1"}, "simpo_gamma is 1.0, which loss dpo ignores"),
+        ({"rl": "dpo", "dpo": "--loss simpo"}, "dpo: loss: found simpo; expected .* probabilities"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_said_before_the_first(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import sft
-from common import checkpoint, data, dist, files, models, packed
+from common import checkpoint, data, dist, files, lora, models, packed
 from common.args import Run, System
 
 
@@ -129,6 +129,46 @@ def test_a_merge_adds_in_float32_and_says_what_rounding_loses(
         else:
             assert model.dtype == torch.bfloat16
             assert least < float(re.search(r"rounding loses (-?\d\.\d+) of their change", out)[1]) < most
+
+
+@pytest.mark.parametrize(("size", "is_said"), [(1e-4, True), (0.3, False)])
+def test_first_adapters_that_rounding_loses_are_told_once(
+    size: float,
+    is_said: bool,
+    tmp_path: Path,
+    tokenizer: Any,
+    device: torch.device,
+    capsys: Any,
+    recwarn: Any,
+) -> None:
+    """Of frozen models and LoRA policies in bfloat16, by the share that the weights they hold have lost."""
+    from transformers import AutoModelForCausalLM
+
+    base, first = make_tiny_model(tmp_path / "base", tokenizer), str(tmp_path / "first")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    checkpoint.export(Run(output_dir=first), adapted(str(base), device, size), tokenizer, str(base))
+
+    def weights(folder: str, dtype: str, rank: int = 0, trainable: bool = True) -> torch.Tensor:
+        policy = models.load(folder, device, System(dtype=dtype, lora_rank=rank), trainable)
+        found = [t.float().flatten() for n, t in models.full_weights(policy.model) if ".lora_" not in n]
+        return torch.cat(found)
+
+    exact, before = weights(first, "float32"), weights(str(base), "float32")
+    whole = weights(first, "bfloat16")  # float32 masters
+    torch.testing.assert_close(whole, exact, atol=0, rtol=0)
+    capsys.readouterr()
+    change = exact - before
+    for rank, trainable in ((4, True), (4, True), (0, False)):
+        kept = ((weights(first, "bfloat16", rank, trainable) - before) * change).sum() / change.square().sum()
+    said = re.findall(r"first: .* rounding loses (\d\.\d+) of their change", capsys.readouterr().out)
+    lost = [float(share) for share in said]
+    assert lost == ([pytest.approx(1 - kept.item(), abs=0.02)] if is_said else [])
+    assert not [w for w in recwarn if "is_gradient_checkpointing" in str(w.message)]  # of peft, on reading
+
+
+def test_a_share_lost_is_never_minus_zero() -> None:
+    sums = ([3.0, 4.0], [4.001, 4.0], [0.0, 0.0])  # rounding may also add a little
+    assert [f"{lora.share_lost(torch.tensor(x)):.2f}" for x in sums] == ["0.25", "0.00", "0.00"]
 
 
 def stops_after(model: Any, end: int, **how: Any) -> int:

@@ -1,5 +1,6 @@
 """dpo.py: its losses by hand, at their limits and in their direction, and a short run on the toy world."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -234,23 +235,49 @@ def test_every_loss_learns_to_prefer_chosen(few: Path, tmp_path: Path, loss: str
         ({"simpo_gamma": 1.0}, "simpo_gamma is 1.0, which loss dpo ignores"),
         ({"reward_scale": 2.0, "loss": "ipo"}, "reward_scale is 2.0, which loss ipo"),
         ({"label_smoothing": 0.5, "loss": "robust"}, "label_smoothing: found 0.5"),
-        ({"loss": "rpo_sq"}, "a pair without rewards"),
     ],
 )
-def test_an_option_that_the_loss_would_ignore_is_refused(options: dict, said: str) -> None:
-    """By its name, before any work; a loss that regresses on rewards needs them in the data."""
-    plain = data.Dataset([([packed.Example([], "", record={"chosen": "a", "rejected": "b"})], 1.0)])
+def test_an_option_that_the_loss_would_ignore_is_refused(
+    options: dict, said: str, device: torch.device
+) -> None:
+    """By its name, before any work: the data, which do not exist, have not been looked at."""
     with pytest.raises(dist.RunError, match=said):
-        dpo.check(args_of(dpo.Args, **options), plain)
-    rewarded = data.Dataset(
-        [([packed.Example([], "", record={"score_chosen": 9, "score_rejected": 2})], 1.0)]
-    )
-    half = data.Dataset([([packed.Example([], "", record={"score_chosen": 9})], 1.0)])
-    with pytest.raises(dist.RunError, match="a pair without rewards"):
-        dpo.check(args_of(dpo.Args, loss="rpo_sq"), half)
+        dpo.main(args_of(dpo.Args, **options, dataset="absent.jsonl"))
     for loss in ("dpo", "robust"):
-        dpo.check(args_of(dpo.Args, loss=loss, label_smoothing=0.1), plain)
-    dpo.check(args_of(dpo.Args, loss="rpo_sq", reward_scale=2.0), rewarded)
+        dpo.check(args_of(dpo.Args, loss=loss, label_smoothing=0.1))
+    dpo.check(args_of(dpo.Args, loss="rpo_sq", reward_scale=2.0))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "robust", "ipo", "ipo_sum", "rpo_sq", "rpo_bwd_kl", "simpo"])
+def test_a_field_of_the_data_is_read_or_refused(loss: str, few: Path, tmp_path: Path) -> None:
+    """Labels that are not certain change the loss, or are refused, in either part of the data; so are pairs
+    without the rewards that a loss regresses on."""
+    args = args_of(dpo.Args, loss=loss)
+    values = [pair_loss(0.3, 0.1, loss=loss, label_prob=p) for p in (1.0, 0.6, 0.0)]
+    assert len(set(values)) == (3 if dpo.reads_label_prob(loss) else 1)
+
+    def pairs(p: float, record: dict) -> data.Dataset:
+        return data.Dataset([([packed.Example([], "", {"label_prob": p}, record)], 1.0)])
+
+    rewarded = {"score_chosen": 9, "score_rejected": 2}
+    dpo.check_pairs(args, pairs(1.0, rewarded))
+    if dpo.reads_label_prob(loss):
+        return dpo.check_pairs(args, pairs(0.0, {}))
+    with pytest.raises(
+        dist.RunError, match=f"loss {loss}: found label_prob below 1, which it ignores, in 1 p"
+    ):
+        dpo.check_pairs(args, pairs(0.6, rewarded))
+    if loss.startswith("rpo"):
+        for record in ({"chosen": "a", "rejected": "b"}, {"score_chosen": 9}):
+            with pytest.raises(dist.RunError, match="a pair without rewards"):
+                dpo.check_pairs(args, pairs(1.0, record))
+    lines = (few / "pairs" / "train.jsonl").read_text().splitlines()[:20]
+    for name, more in (("sure", {}), ("soft", {"label_prob": 0.9})):
+        records = [json.dumps(json.loads(line) | more) for line in lines]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(records))
+    held_out = {"dataset": str(tmp_path / "sure.jsonl"), "eval_dataset": str(tmp_path / "soft.jsonl")}
+    with pytest.raises(dist.RunError, match="in 20 pairs"):
+        dpo.main(args_of(dpo.Args, **dpo.TOY, loss=loss, **held_out, output_dir=str(tmp_path / "run")))
 
 
 def test_simpo_comes_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_the_command_a_sweep_agent_would_run_parses(path: Path, monkeypatch: pyt
             words += {"${env}": [], "${program}": [sweep["program"]], "${args}": flags}.get(word, [word])
         parsed = parse_command(shlex.join(words), monkeypatch)
         if path.stem in ("dpo", "ppo"):  # whose losses and advantages do not read all options
-            module.check(parsed, *([[]] if path.stem == "dpo" else []))
+            module.check(parsed)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -754,6 +754,35 @@ def test_losses_with_margins_need_margins(few: Path, tiny_model: str, tmp_path: 
         run(tmp_path, tiny_model, few / "pairs", loss=loss)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "regression", "center_coef": 0.1}, "center_coef is 0.1, which loss regression ignores"),
+        ({"loss": "kwise", "center_coef": 0.1}, "center_coef is 0.1, which loss kwise ignores"),
+        ({"loss": "plackett_luce", "center_coef": 0.1}, "center_coef is 0.1, which loss plackett_luce"),
+        ({"loss": "regression", "attribute": "humor"}, "attribute is humor, which loss regression ignores"),
+        ({"attribute": "humor"}, "attribute: found humor; expected a reward model with that output"),
+        ({"score_output": "x.jsonl"}, "score_output is x.jsonl, which a training run ignores"),
+        ({"score": "x.jsonl", "loss": "kwise"}, "loss is kwise, which --score ignores"),
+        ({"score": "x.jsonl", "attribute": "humor"}, "attribute is humor, which --score ignores"),
+        ({"score": "x.jsonl"}, "dataset is absent.jsonl, which --score ignores"),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(options: dict, said: str, tiny_model: str) -> None:
+    """Before the data, which do not exist, are looked at."""
+    options = {"model": tiny_model, "dataset": "absent.jsonl", **options}
+    with pytest.raises(dist.RunError, match=said):
+        reward_model.main(args_of(reward_model.Args, **options))
+
+
+def test_a_ranking_of_two_is_certain(tiny_model: str, few: Path, tmp_path: Path) -> None:
+    """Losses of rankings have no place for the probability that chosen is better."""
+    lines = (few / "pairs" / "train.jsonl").read_text().splitlines()[:1]
+    (tmp_path / "soft.jsonl").write_text(json.dumps(json.loads(lines[0]) | {"label_prob": 0.9}))
+    with pytest.raises(dist.RunError, match=r"soft.jsonl:1: found label_prob below 1"):
+        run(tmp_path / "run", tiny_model, tmp_path / "soft.jsonl", loss="kwise")
+
+
 def test_equal_ranks_rank_nothing(tiny_model: str, tmp_path: Path) -> None:
     record = {"prompt": "Hi.", "responses": ["a", "b"], "ranks": [1, 1]}
     (tmp_path / "tied.jsonl").write_text(json.dumps(record) + "\n")

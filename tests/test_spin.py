@@ -618,15 +618,15 @@ def test_adapters_have_the_policy_of_the_iteration_before_as_opponent(settings: 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"temperature": 0.0}, "temperature 0 is greedy"),
+        ({"temperature": 0.0, "plan": "1x80"}, "temperature 0 is greedy"),
         ({"max_new_tokens": 1024}, "found 1024; expected less than max_length, 1024"),
         ({"num_prompts": 4}, "found 4; expected batch_size, 8, or more"),
-        ({"beta": []}, "beta: found nothing"),
+        ({"beta": [], "dataset": "absent.jsonl"}, "beta: found nothing"),  # before the data are read
     ],
 )
 def test_bad_settings(settings: dict, tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(dist.RunError, match=message):
-        run(str(tmp_path), **settings, **changed)
+        run(str(tmp_path), **{**settings, **changed})
 
 
 # learning

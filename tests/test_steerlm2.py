@@ -505,7 +505,7 @@ def test_nemo_aligners_record_is_trained_on(tiny_model: str, tmp_path: Path) -> 
     ("changed", "message"),
     [
         ({"attribute_model": ""}, "attribute_model is not set"),
-        ({"temperature": 0.0}, "temperature 0 is greedy"),
+        ({"temperature": 0.0, "plan": "1x80"}, "temperature 0 is greedy"),
         ({"num_prompts": 2}, "found 2 an iteration; expected batch_size, 3, or more"),
     ],
 )
