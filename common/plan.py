@@ -157,7 +157,7 @@ class Need(NamedTuple):
     training: dict[str, float]
     generation: dict[str, float]
     flops: float  # of a trained token, or image
-    unit: str  # "tokens" or "images"
+    unit: str  # of the pace, with the length that it is counted at
 
     @property
     def kept(self) -> float:
@@ -250,7 +250,7 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         model = count(path, *(adapters if is_trained else ()), has_vocabulary=has_words)
         config, table = model.config, model.config.vocab_size * model.config.hidden_size
         used = model.size - (0 if getattr(config, "tie_word_embeddings", False) and has_words else table)
-        attention = 2 * config.num_hidden_layers * attention_widths(config)[0] * length / 2
+        attention = 2 * config.num_hidden_layers * attention_widths(config)[0] * length  # a forward's
         if not is_trained:
             always[name] = itemsize * model.size / num_shards
             flops += 2 * used + attention
@@ -266,8 +266,8 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
             step["gathered"] = itemsize * model.size
         steps.append(step)
         left = free if name == "policy" else left
-        backward = 4 if not model.frozen else 2
-        flops += (2 + backward + 2 * recompute) * used + (3 + recompute) * attention
+        own = min(used, model.trained)  # as `training_flops`
+        flops += (4 + 2 * recompute) * used + 2 * own + (3 + recompute) * attention
     training, generation = max(steps, key=lambda step: sum(step.values())), {}
     policy = count(options["model"], *adapters)
     replies = max(options.get(name, 0) for name in ("num_samples", "num_prompts"))
@@ -282,7 +282,7 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         at_rest = sum(generation.values()) - generation["logits"]
         if itemsize < 4 and at_rest <= left:
             training["replica at rest"] = at_rest
-    return Need(always, training, generation, flops, "tokens")
+    return Need(always, training, generation, flops, f"tokens/s, in sequences of {length:,}")
 
 
 def generation_need(
@@ -310,7 +310,7 @@ def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: in
     for model in (model for name, model in models.items() if name != "attribute model"):
         copy = itemsize * model.size * (num_shards > 1)  # a rank that holds it whole generates with it
         work.append(generation_need(model.config, copy, slots, 256, itemsize, free))
-    return Need(always, {}, max(work, key=lambda parts: sum(parts.values())), 0.0, "tokens")
+    return Need(always, {}, max(work, key=lambda parts: sum(parts.values())), 0.0, "")
 
 
 def empty_clip(folder: str) -> nn.Module:
@@ -381,7 +381,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
         "images": 6 * 4.0 * images * 3 * pixels**2,
     }
     steps = S + K * (3 if is_kept else 4) - K + (K if options["kl_coef"] > 0 else 0)
-    return Need(always, training, {}, step_flops / images * steps + 4 * image_flops, "images")
+    return Need(always, training, {}, step_flops / images * steps + 4 * image_flops, "images/s")
 
 
 def empty_pipeline(model: str) -> Any:
@@ -525,9 +525,9 @@ def as_lines(need: Need, machine: Machine) -> list[str]:
     lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
     if not need.flops:
         return lines
-    pace = MFU * PEAK_FLOPS * machine.count / need.flops
+    pace = float(f"{MFU * PEAK_FLOPS * machine.count / need.flops:.3g}")
     peak = f"{MFU:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
-    return [*lines, f"training, by its operations at {peak}: about {pace:,.3g} {need.unit}/s"]
+    return [*lines, f"training, by its operations at {peak}: about {pace:,.10g} {need.unit}"]
 
 
 def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -> list[str]:

@@ -17,6 +17,7 @@ import cai
 import dpo
 import draftp
 import ppo
+import sft
 from common import decode, models, plan
 from common.args import System
 from common.plan import training_memory
@@ -151,6 +152,16 @@ def test_what_a_run_holds(tiny_model: str) -> None:
     V = plan.count(tiny_model, has_vocabulary=False).size
     assert critic.always["optimizer"] == 8 * (P + V) and critic.training["gradients"] == 4 * P
     assert "K/V cache of 64 replies" in critic.generation
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_pace_counts_a_sequence_as_the_throughput_of_a_run_does(
+    tiny_model: str, device: torch.device, rank: int
+) -> None:
+    """Attention at the full length that memory is planned for, and adapters alone with all three passes."""
+    own = need(sft.Args, lambda _: {}, model=tiny_model, dtype="float32", max_length=256, lora_rank=rank)
+    policy = models.load(tiny_model, device, System(lora_rank=rank))
+    assert own.flops * 256 == pytest.approx(plan.training_flops(policy, [256]), rel=1e-9)
 
 
 def shown(capsys: Any, args: Any, *how: Any, **more: Any) -> tuple[int, str]:
