@@ -141,6 +141,7 @@ def training_flops(model: Any, lengths: list[int]) -> float:
 CHANGES = (("activation_checkpointing", "on"), ("step_checkpointing", True), ("micro_batch_tokens", 1024))
 CHANGES += (("micro_batch_size", 1), ("sharding", "hybrid"), ("sharding", "full"), ("num_samples", 0))
 CHANGES += (("precompute_ref", True), ("lora_rank", 16))
+LENGTHS = ("max_length", "max_prompt_length", "max_new_tokens")  # and after all of these half of each
 
 
 class Machine(NamedTuple):
@@ -530,20 +531,47 @@ def as_lines(need: Need, machine: Machine) -> list[str]:
     return [*lines, f"training, by its operations at {peak}: about {pace:,.10g} {need.unit}"]
 
 
+def changes(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What may still make a run smaller, in the order in which it is preferred."""
+
+    def may_help(name: str, value: Any, now: Any) -> bool:
+        if isinstance(value, str):
+            return now not in (value, "full")
+        return now != value and not 0 < now <= value and not (name == "lora_rank" and now)
+
+    found = [
+        (name, value) for name, value in CHANGES if name in options and may_help(name, value, options[name])
+    ]
+    return found + [(name, options[name] // 2) for name in LENGTHS if options.get(name, 0) > 1]
+
+
 def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -> list[str]:
-    """What each change that helps would make of it alone, and the first ones that together make it fit."""
+    """What each change that helps would make of it alone, and which of them together make it fit.
 
-    def told(change: dict[str, Any]) -> str:
-        total, words = of(**change).total, " ".join(f"--{name} {value}" for name, value in change.items())
-        return f"  {words}: {total / 2**30:.2f} GiB{', fits' * (total <= machine.memory)}"
+    Some help only after others, as no samples do once training needs less than they. So it begins with all,
+    and gives up, the least preferred first, each without which it still fits, or is no larger.
+    """
 
-    possible = [x for x in CHANGES if x[0] in options and not (x[0] == "lora_rank" and options[x[0]])]
-    helpful = [{name: value} for name, value in possible if of(**{name: value}).total < of().total]
-    if not helpful:
-        return ["no option makes it smaller: more GPUs, or a smaller model"]
-    lines, together = ["with one change it would be:", *map(told, helpful), "together:"], {}
-    for change in helpful:
-        together |= change
-        if told(together).endswith("fits"):
-            return [*lines, told(together)]
-    return [*lines, told(together), "which is not enough: more GPUs, or a smaller model"]
+    @functools.cache
+    def total(made: tuple[tuple[str, Any], ...]) -> float:
+        return of(**dict(made)).total
+
+    def told(made: tuple[tuple[str, Any], ...]) -> str:
+        words, size = " ".join(f"--{name} {value}" for name, value in dict(made).items()), total(made)
+        halved = " and ".join(name for name in LENGTHS if name in dict(made))
+        note = f" ({halved} halved: what is longer is cut or left out)" if halved else ""
+        return f"  {words}: {size / 2**30:.2f} GiB{', fits' * (size <= machine.memory)}{note}"
+
+    possible = tuple(changes(options))
+    helpful = [(change,) for change in possible if total((change,)) < total(())]
+    kept = min((possible, *helpful), key=lambda made: max(total(made), machine.memory))
+    most = max(total(kept), machine.memory)
+    for change in reversed(kept):
+        rest = tuple(x for x in kept if x != change)
+        kept = rest if total(rest) <= most else kept
+    if not kept:
+        return ["no option that is tried here makes it smaller; more GPUs or a smaller model would"]
+    lines = ["with one change it would be:", *map(told, helpful)] if helpful else []
+    lines += [] if kept in helpful else ["together:", told(kept)]
+    end = "these changes are not enough; what is left is more GPUs, a smaller model, or shorter texts still"
+    return lines + [end] * (total(kept) > machine.memory)
