@@ -23,6 +23,7 @@ from common.args import flat, with_fields
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
 MFU = 0.4  # share of these that a plan counts on
 KEPT = 0.05  # share of what is held, see Need.kept
+SMALL = 10_000_000  # parameters; the pace of a smaller model is not that of its operations
 NODE = 8  # GPUs that --sharding hybrid shards over
 
 
@@ -159,6 +160,7 @@ class Need(NamedTuple):
     generation: dict[str, float]
     flops: float  # of a trained token, or image
     unit: str  # of the pace, with the length that it is counted at
+    size: int = 0  # parameters of the model that is trained
 
     @property
     def kept(self) -> float:
@@ -283,7 +285,7 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         at_rest = sum(generation.values()) - generation["logits"]
         if itemsize < 4 and at_rest <= left:
             training["replica at rest"] = at_rest
-    return Need(always, training, generation, flops, f"tokens/s, in sequences of {length:,}")
+    return Need(always, training, generation, flops, f"tokens/s, in sequences of {length:,}", policy.size)
 
 
 def generation_need(
@@ -382,7 +384,8 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
         "images": 6 * 4.0 * images * 3 * pixels**2,
     }
     steps = S + K * (3 if is_kept else 4) - K + (K if options["kl_coef"] > 0 else 0)
-    return Need(always, training, {}, step_flops / images * steps + 4 * image_flops, "images/s")
+    flops = step_flops / images * steps + 4 * image_flops
+    return Need(always, training, {}, flops, "images/s", size)
 
 
 def empty_pipeline(model: str) -> Any:
@@ -509,22 +512,29 @@ def show(
     found = of()
     if dist.is_main():
         name = Path(sys.modules[type(args).__module__].__file__).name
-        print(f"{name} on {args.run.plan}: GiB on each GPU", *as_lines(found, machine), sep="\n")
+        print(
+            f"{name} on {args.run.plan}: {unit_of(found)[0]} on each GPU", *as_lines(found, machine), sep="\n"
+        )
         if found.total > machine.memory:
             print(*advice(flat(args), of, machine), sep="\n", flush=True)
     sys.exit(int(found.total > machine.memory))
 
 
+def unit_of(need: Need) -> tuple[str, int]:
+    """In which a need is told: the name and its bytes."""
+    return ("GiB", 2**30) if need.total >= 2**30 else ("MiB", 2**20)
+
+
 def as_lines(need: Need, machine: Machine) -> list[str]:
     """The rows of a plan."""
-    lines, gib = [], 2**30
+    lines, (_, unit) = [], unit_of(need)
     groups = {"": need.always, "training: ": need.training, "generating: ": need.generation}
     for head, parts in groups.items():
-        lines += [f"  {head + name:<36}{size / gib:9.2f}" for name, size in parts.items() if size]
-    lines.append(f"  {'libraries and allocator':<36}{need.kept / gib:9.2f}")
+        lines += [f"  {head + name:<36}{size / unit:9.2f}" for name, size in parts.items() if size]
+    lines.append(f"  {'libraries and allocator':<36}{need.kept / unit:9.2f}")
     verdict = "fits into" if need.total <= machine.memory else "does not fit into"
-    lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
-    if not need.flops:
+    lines.append(f"  {'most at once':<36}{need.total / unit:9.2f}, {verdict} {machine.memory / 2**30:g} GiB")
+    if not need.flops or need.size < SMALL:
         return lines
     pace = float(f"{MFU * PEAK_FLOPS * machine.count / need.flops:.3g}")
     peak = f"{MFU:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
@@ -552,6 +562,8 @@ def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -
     and gives up, the least preferred first, each without which it still fits, or is no larger.
     """
 
+    name_of_unit, unit = unit_of(of())
+
     @functools.cache
     def total(made: tuple[tuple[str, Any], ...]) -> float:
         return of(**dict(made)).total
@@ -560,7 +572,7 @@ def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -
         words, size = " ".join(f"--{name} {value}" for name, value in dict(made).items()), total(made)
         halved = " and ".join(name for name in LENGTHS if name in dict(made))
         note = f" ({halved} halved: what is longer is cut or left out)" if halved else ""
-        return f"  {words}: {size / 2**30:.2f} GiB{', fits' * (size <= machine.memory)}{note}"
+        return f"  {words}: {size / unit:.2f} {name_of_unit}{', fits' * (size <= machine.memory)}{note}"
 
     possible = tuple(changes(options))
     helpful = [(change,) for change in possible if total((change,)) < total(())]

@@ -175,9 +175,15 @@ def test_a_plan_says_what_would_fit(tiny_model: str, capsys: Any) -> None:
     options = {"model": tiny_model, "dtype": "float32", "max_length": 256}
     args = args_of(dpo.Args, **options, plan="2x1")
     code, text = shown(capsys, args, dpo.beside, sequences=2)
-    assert code == 0 and "most at once" in text and "fits into 1" in text and "tokens/s" in text
+    assert code == 0 and "most at once" in text and "fits into 1 GiB" in text
+    assert (
+        "MiB on each GPU" in text and " 0.00" not in text and "tokens/s" not in text
+    )  # too small for a pace
+    large = plan.Need({"weights": 2.0**31}, {}, {}, 1e12, "tokens/s", plan.SMALL)
+    *_, most, pace = plan.as_lines(large, machine())
+    assert "2.20, fits into 16 GiB" in most and pace.endswith("about 396 tokens/s")
     code, text = shown(capsys, args_of(dpo.Args, **options, plan="2x0.004"), dpo.beside, sequences=2)
-    assert code == 1 and "does not fit into 0.004" in text
+    assert code == 1 and "does not fit into 0.004 GiB" in text
     print(text)
     for change in ("micro_batch_tokens 1024", "precompute_ref True", "together:"):
         assert change in text
