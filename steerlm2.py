@@ -42,7 +42,7 @@ from common.packed import Example, MicroBatch
 from common.rewards import load_rater
 from common.templates import check_prompts
 
-SHOWN = ("loss", "ess", "w_max", "grad_norm")
+SHOWN = ("loss", "ess", "w_max", "grad_norm", "follow/mae", "follow/pearson")
 GROUP_FIELDS = ("sampler_logps", "log_weights")  # of an example: log Q' and log w of its n responses
 OF_SAMPLING = ("dataset", "sft_model", "attributes", "num_responses", "num_prompts", "max_prompt_length")
 OF_SAMPLING += ("beta_concentration", "bin_edges")

@@ -172,6 +172,7 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:  # torn files raise many kinds
         cause = [*dist.causes(error)][-1]
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = reason.partition(". In PyTorch")[0]  # torch goes on with how to load what it refuses
         advice = "delete it to go on from one before it, or from the start"
         raise dist.RunError(f"{folder}: damaged, {reason}; {advice}") from error
 
@@ -361,7 +362,10 @@ def export_step(folder: Path, step: int) -> None:
     """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one."""
     chosen = complete(folder).get(step)
     if chosen is None:
-        raise dist.RunError(f"{folder}: no checkpoint of step {step}; found {[*complete(folder)]}")
+        raise dist.RunError(
+            f"{folder}: no checkpoint of step {step}; found {[*complete(folder)]}; --keep_checkpoints keeps "
+            "more than the last, from the start of a run"
+        )
     run, policy, tokenizer, model = load_run(folder)
     _load(chosen, {"policy": (policy, None)})
     to, values = folder / f"model_step_{step}", files.read_json(folder / "args.json")
@@ -375,7 +379,9 @@ def export_step(folder: Path, step: int) -> None:
 def merge(folder: Path, merge_dtype: str) -> None:
     """Fold the adapters of model/ into the weights they stand on, as --merge_lora does, in their place."""
     if not (folder / "model" / "adapter_config.json").exists():
-        raise dist.RunError(f"{folder / 'model'}: found no adapters; expected those of a run with lora_rank")
+        raise dist.RunError(
+            f"{folder / 'model'}: found no adapters, or merged ones; expected those of lora_rank"
+        )
     run, policy, tokenizer, model = load_run(folder)
     lora.load(policy.model, folder / "model")
     card = folder / "model" / "README.md"

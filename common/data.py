@@ -215,7 +215,9 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")  #
 def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     """Token ids with labels, -100 where not trained; or a text alone, trained as a whole; else None."""
     if value.get("input_ids") is not None:
-        if not isinstance(value["input_ids"], list) or any(isinstance(x, list) for x in value["input_ids"]):
+        if not isinstance(value["input_ids"], list) or any(
+            isinstance(x, list | bool) for x in value["input_ids"]
+        ):
             raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
         names = [name for name in ("input_ids", "labels", *MASKS) if value.get(name) is not None]
         try:

@@ -130,7 +130,8 @@ def answer_metrics(answers: list[Answer]) -> dict[str, float]:
 
     Returns:
         eval/ended, the share that stopped by itself; eval/judge/<score>; eval/reward if there are rewards;
-        eval/follow/mae/<score> and eval/follow/pearson/<score> of those that the examples' labels ask for.
+        eval/follow/mae/<score> and eval/follow/pearson/<score> of those that the examples' labels ask for,
+        eval/follow/mae and eval/follow/pearson their means.
     """
     if not answers:
         return {}
@@ -171,7 +172,7 @@ def agreement(asked: Sequence[float], found: Sequence[float]) -> dict[str, float
 
 
 def following(answers: list[Answer]) -> dict[str, float]:
-    """mae/<score> and pearson/<score> of each score that a label asks for."""
+    """mae/<score> and pearson/<score> of each score that a label asks for, and their means mae, pearson."""
     asked = [dict(item.split(":") for item in a.example.label.strip().split(",") if item) for a in answers]
     metrics = {}
     for name in dict.fromkeys(name for values in asked for name in values):
@@ -179,6 +180,9 @@ def following(answers: list[Answer]) -> dict[str, float]:
             wanted = [float(values.get(name, "nan")) for values in asked]
             found = agreement(wanted, [a.scores[name] for a in answers])
             metrics |= {f"{kind}/{name}": found[kind] for kind in ("mae", "pearson") if kind in found}
+    for kind in ("mae", "pearson"):
+        if own := [value for name, value in metrics.items() if name.startswith(f"{kind}/")]:
+            metrics[kind] = sum(own) / len(own)
     return metrics
 
 

@@ -151,9 +151,14 @@ def read_json(path: Path) -> dict:
         if isinstance(found, dict):
             return found
         error: object = f"found {type(found).__name__}, not an object"
-    except (ValueError, RecursionError) as reason:
+    except (ValueError, RecursionError, OSError) as reason:
         error = reason
-    raise dist.RunError(f"{path}: damaged, {error}; put it back, or --overwrite starts anew")
+    raise damaged(path, error)
+
+
+def damaged(path: Path, reason: object) -> dist.RunError:
+    """The error of a file in a run's folder that a run did not leave so."""
+    return dist.RunError(f"{path}: damaged, {reason}; put it back, or --overwrite starts anew")
 
 
 def read_rows(path: Path, needed: str = "") -> list[dict]:
@@ -162,12 +167,17 @@ def read_rows(path: Path, needed: str = "") -> list[dict]:
     Raises:
         RunError: another line is no object with the field `needed`.
     """
-    rows, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    try:
+        rows, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise damaged(path, error.strerror) from error
     for n, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or needed and not isinstance(row[needed], int):
                 raise ValueError(f"no row with {needed}")
+            if path.name == "metrics.jsonl" and not all(isinstance(x, int | float) for x in row.values()):
+                raise ValueError("not all of it is numbers")
             rows.append(row)
         except (ValueError, KeyError, RecursionError) as error:
             if n < len(lines):
@@ -310,21 +320,32 @@ def lock(folder: Path) -> None:
     path = folder.resolve() / LOCK
     if path in _locks:  # a stage, or a second run in one process
         return
-    file = path.open("a+")
+    pipeline = path.parent.parent / LOCK  # which writes into the folders of its stages, finished ones too
+    if pipeline.exists() and pipeline not in _locks and (held := _claim(pipeline, folder)):
+        held.close()
+    file = _claim(path, folder)
+    if file is None:
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[path] = file
+
+
+def _claim(path: Path, folder: Path) -> IO | None:
+    """The file of a lock, held; None on a file system without locks."""
+    # a link of somebody else's run folder would have us write into a file that it points to
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
         raise dist.RunError(
             f"output_dir {folder}: the run of process {file.read() or 'unknown'} is still writing there; "
             "wait for it to end, or give another --output_dir"
         ) from error
     except OSError:
-        return file.close()  # a file system without locks
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    _locks[path] = file
+        return file.close()
+    return file
 
 
 def unlock(folder: Path) -> None:

@@ -250,9 +250,20 @@ def split_transcript(text: str, where: str, role: str) -> Messages:
     if text.startswith("\n\nHuman:"):
         parts = re.split(r"\n\n(Human|Assistant):", text)
     else:
-        text = re.sub(r"<extra_id_2>.*\n?", "", text)  # a line of attributes
-        text = text if text.startswith("<extra_id_") else f"<extra_id_1>{role}\n{text}"
+        # a line of attributes
+        text = re.sub(r"<extra_id_2>(\w+:-?[\d.]+(,\w+:-?[\d.]+)*)? *(\n|$)", "", text)
+        if not text.startswith("<extra_id_"):
+            first_mark = re.search(r"\n<extra_id_[01]>(\w*)", text)
+            if first_mark and first_mark[1].lower() == role:
+                expected = f"no text before its first mark, as that opens a turn by {role} too"
+                raise wrong(where, repr(text), expected)
+            text = f"<extra_id_1>{role}\n{text}"
         parts = re.split(r"(?:^|\n)<extra_id_[01]>(\w*)(?:\n|$)", text)
+        if re.search("<extra_id_[012]>", "".join(parts)):
+            expected = (
+                "the marks <extra_id_0> and <extra_id_1> at the start of a line, for a turn, and after "
+            )
+            raise wrong(where, repr(text), expected + "<extra_id_2> attributes such as quality:4,toxicity:0")
     turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
     turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
     messages: Messages = []

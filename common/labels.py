@@ -26,11 +26,13 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     if label == "":
         raise LeftOut("no label")
     if isinstance(label, str):
-        items = [item.split(":") for item in label.split(",")]
+        line, items = label, [item.split(":") for item in label.split(",")]
         try:
             label = {name.strip(): None if x.strip().lower() in NULLS else float(x) for name, x in items}
         except ValueError as error:
-            raise wrong(where, f"the label {label!r}", "name:value joined by commas") from error
+            raise wrong(where, f"the label {line!r}", "name:value joined by commas") from error
+        if len(label) < len(items):
+            raise wrong(where, f"the label {line!r}", "each name once")
     if isinstance(label, list) and len(label) == len(ATTRIBUTES):
         label = dict(zip(ATTRIBUTES, label, strict=True))
     if not isinstance(label, dict) or not label:

@@ -22,18 +22,15 @@ from common import checkpoint, dist, files, formats, report
 from common.args import Folder, Optimization, Snapshot, changes, refuse_changes
 
 # what runs leave in their folders, which --overwrite removes; answers of a server, which were paid for, stay
-WRITTEN = ("metrics.jsonl*", "samples.jsonl*", "curves.png", "follow.png", "wandb", "wandb_id")
-WRITTEN += (
-    "checkpoints",
-    "model",
-    "model.*tmp",
-    "model_best*",
-    "model_step_[0-9]*",
-    "images/step_*.png",
-    "annealed",
+WRITTEN = re.compile(
+    r"((metrics|samples)\.jsonl|curves\.png|follow\.png|wandb|wandb_id|annealed|model|model_best|model_step_\d+"
+    r"|checkpoints/step_\d+|images/step_\d+(_\w+)?\.png|(generated|held_out|groups)_\d+\.jsonl(\.[0-9a-f]+\.\w+)?)"
+    r"(\.old)?(\.[0-9a-f]{32})?(\.tmp)?"
 )
-WRITTEN += tuple(f"{name}_[0-9]*.jsonl*" for name in ("generated", "held_out", "groups"))
-STAGES = "[0-5]_*/"  # folders of a pipeline
+UNFINISHED = re.compile(r"\w+\.jsonl\.[0-9a-f]+\.(replies|part)")  # kept for a restart, or left by a kill
+STAGES = "[0-5]_*"  # folders of a pipeline
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (".ci", ".git", "benchmarks", "common", "docs", "recipes", "sweeps", "tests", "toy")
 WANDB_SECONDS = 30  # of waiting for its server, before a run is tracked offline
 
 
@@ -91,13 +88,16 @@ class Log:
         folder, own = self.folder, self.folder / "args.json"
         if folder.resolve() == self.script.resolve().parent:
             raise formats.wrong(f"output_dir {folder}", "the folder of the script", "one of the run's own")
+        for path in [ROOT / name for name in SOURCES]:
+            if folder.resolve().is_relative_to(path):
+                what = "a folder of the repository's own files"
+                raise formats.wrong(f"output_dir {folder}", what, "another, such as runs/name")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files.lock(folder)  # before anything is deleted: another run may be writing there
-            if self.run.overwrite and own.exists():  # never a folder that is not a run's
-                names = (*WRITTEN, self.script.name, *([STAGES] if self.is_pipeline else []))
-                names += (own.name,)  # last: killed before that, the next start goes on with it
-                for path in [path for name in names for path in folder.glob(name)]:
+            self._refuse_what_is_of_others(own)
+            if self.run.overwrite and own.exists():
+                for path in [*self._written(), own]:  # killed before the last, the next start goes on with it
                     files.remove(path)
             if not self.is_pipeline:
                 (folder / "checkpoints").mkdir(exist_ok=True)
@@ -105,8 +105,6 @@ class Log:
                 files.remove(path)
         except OSError as error:
             raise dist.RunError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
-        if (folder / "model").exists() and not own.exists():
-            raise formats.wrong(f"output_dir {folder}", "a model/ that no run has written", "another folder")
         last, before = checkpoint.newest(folder), files.read_json(own) if own.exists() else {}
         finished_at = before.get("finished_at")  # which may have left no checkpoint
         finished_at = finished_at if isinstance(finished_at, int) else -1
@@ -117,16 +115,37 @@ class Log:
             if script != self.script.name:
                 what = f"a run of {script}"
                 raise formats.wrong(f"output_dir {folder}", what, "another output_dir, or --overwrite")
+            if own.exists() and not isinstance(before.get("inputs"), dict):
+                raise files.damaged(own, "it does not say what the run was made from")
             self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
-        if self.is_pipeline:
-            keep = max((row["step"] for row in rows), default=-1)
-        else:
-            keep = max(finished_at, checkpoint.step_of(last))
+        done = max((row["step"] for row in rows), default=-1)
+        keep = max(finished_at, checkpoint.step_of(last))
+        if done < keep and not self.is_pipeline:
+            raise files.damaged(folder / "metrics.jsonl", f"no row of step {keep}, which the run has done")
+        keep = done if self.is_pipeline else keep
         for name in ("samples.jsonl", "metrics.jsonl"):
             kept = [row for row in files.read_rows(folder / name, "step") if row["step"] <= keep]
             files.write(folder / name, files.as_lines(kept))
         return kept
+
+    def _refuse_what_is_of_others(self, own: Path) -> None:
+        """End where a run would write over files that are no run's, or through links out of its folder."""
+        names = ("metrics.jsonl", "samples.jsonl", "curves.png", "model", self.script.name)
+        for path in [self.folder / name for name in names] if not own.exists() else ():
+            if path.is_dir() or (path.exists() and path.stat().st_size > 0):  # a run makes empty ones first
+                what = f"{path.name}, which no run has written (there is no args.json)"
+                raise formats.wrong(f"output_dir {self.folder}", what, "another folder")
+        for path in self.folder.iterdir():
+            if path.is_symlink() and not path.is_dir():
+                raise formats.wrong(f"output_dir {self.folder}", f"{path.name}, a link to a file", "no link")
+
+    def _written(self) -> list[Path]:
+        """What runs have written into the folder, but args.json."""
+        paths = [p for pattern in ("*", "checkpoints/*", "images/*") for p in self.folder.glob(pattern)]
+        found = [p for p in paths if WRITTEN.fullmatch(p.relative_to(self.folder).as_posix())]
+        found += [p for p in paths if p == self.folder / self.script.name]
+        return found + ([*self.folder.glob(f"{STAGES}/")] if self.is_pipeline else [])
 
     def _accept(self, found: list[str]) -> None:
         """Take note of changes, if they are accepted."""
@@ -218,8 +237,8 @@ class Log:
         if metric := getattr(self.run, "keep_best", ""):
             which = "lowest" if checkpoint.is_lower_better(metric) else "highest"
             print(f"the checkpoint of the {which} {metric.lstrip('+-')} is exported too", flush=True)
-        shutil.copyfile(self.script, self.folder / self.script.name)
         self._write_args(num_steps)
+        shutil.copyfile(self.script, self.folder / self.script.name)
         self._start_wandb()
 
     def _write_args(self, num_steps: int, **more: Any) -> None:
@@ -281,7 +300,7 @@ class Log:
             self.warned = True
             print(
                 f"a step takes {seconds:.0f} s, and a stop saves at its end, but torchrun kills its ranks "
-                f"{patience} s after a signal: start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in the environment",
+                f"{patience} s after a signal: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in its environment",
                 flush=True,
             )
 
@@ -335,8 +354,9 @@ class Log:
         if stopped_at is not None:
             print(f"stopped at step {stopped_at} and saved; the same command resumes there", flush=True)
         else:
-            for kind in ("replies", "part"):  # kept for a restart, or left by a kill
-                for path in [*self.folder.rglob(f"*.jsonl.*.{kind}")]:
+            places = ("*", f"{STAGES}/**/*") if self.is_pipeline else ("*",)
+            for path in [path for pattern in places for path in self.folder.glob(pattern)]:
+                if UNFINISHED.fullmatch(path.name):
                     files.remove(path)
             self._write_cards()
             self._write_args(self.num_steps, finished_at=max(self.steps, default=0))

@@ -85,6 +85,7 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False)
+        axis.locator_params("x", integer=True)
         if stages:
             axis.set_xticks(range(len(stages)), stages)
         elif i + columns >= len(panels):

@@ -196,6 +196,11 @@ def call_function(function: Callable, prompts: list, replies: list[str], records
     """
     known = inspect.signature(function).parameters
     if "completions" not in known:
+        try:
+            inspect.signature(function).bind(prompts, replies, records)
+        except TypeError as error:
+            expected = "it is called with prompts, responses and records, or with completions as in TRL"
+            raise TypeError(f"{error}; {expected}") from error
         return function(prompts, replies, records)
     as_asked = [
         reply if isinstance(prompt, str) else [{"role": "assistant", "content": reply}]

@@ -47,14 +47,17 @@ def load_tokenizer(model: str, chat_template: str = "", chat_template_kwargs: st
         gone = "no such folder; as a hub id it could not be reached"
         problem = "its tokenizer cannot be read" if Path(folder).exists() else gone
         raise dist.RunError(f"model {model}: {problem}: {first_line(error)}") from error
+    own_file = Path(chat_template).expanduser() if chat_template not in ("", "chatml") else None
+    if own_file and not own_file.is_file():
+        raise dist.RunError(f"chat_template {chat_template}: no such file; expected chatml or a Jinja file")
     template = f"chat_template {chat_template}" if chat_template else "its own chat template"
     with encoding(f"the tokenizer of {model} with {template}"):
         if chat_template == "chatml":
             end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token or ""
             begin = "{{ bos_token }}" if tokenizing.adds_bos(tokenizer) else ""
             tokenizer.chat_template = begin + CHATML.replace("<|im_end|>", end)
-        elif chat_template:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        elif own_file:
+            tokenizer.chat_template = own_file.read_text(encoding="utf-8")
         if "strftime_now(" in str(tokenizer.chat_template):
             tokenizer.day = DAY
         if chat_template_kwargs:

@@ -70,6 +70,8 @@ def test_metrics_are_means_and_follow_what_labels_ask_for() -> None:
         "eval/reward": 0.5,
         "eval/follow/mae/verbosity": 0.5,
         "eval/follow/pearson/verbosity": pytest.approx(1),
+        "eval/follow/mae": 0.5,
+        "eval/follow/pearson": pytest.approx(1),
     }
     assert answer_metrics([]) == {}
 

@@ -183,3 +183,23 @@ def test_a_refusal_is_one_line_whatever_names_a_record_has() -> None:
     assert (
         str(formats.wrong("x:1", {"resp\nse": 1}, "text")) == "x:1: found the fields resp\\nse; expected text"
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Explain this:\n<extra_id_1>User\nhi\n<extra_id_1>Assistant\n",  # two texts of a user's
+        " <extra_id_1>User\nhi\n<extra_id_1>Assistant\nho\n",
+        "hello <extra_id_1>User\nq\n<extra_id_1>Assistant\n",
+        "<extra_id_1>User\nhi\n<extra_id_1>Assistant\nho\n<extra_id_2>trailing text",
+    ],
+)
+def test_marks_that_would_eat_text_are_refused(text: str) -> None:
+    with pytest.raises(dist.RunError, match="a.jsonl:1: found"):
+        formats.as_messages(text, "a.jsonl:1")
+
+
+def test_the_attributes_of_a_turn_are_no_text() -> None:
+    text = "<extra_id_1>User\nhi\n<extra_id_1>Assistant\n<extra_id_2>quality:4,toxicity:0\nho\n<extra_id_2>"
+    found = [(m["role"], m["content"]) for m in formats.as_messages(text, "")]
+    assert found == [("user", "hi"), ("assistant", "ho")]

@@ -212,19 +212,28 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(
         "photo.png",
         "1_data/notes",
         "other_run/metrics.jsonl",
-        "answers/rank_0.jsonl",
-    )  # answers were paid for
+        "other_run/generated_0.jsonl.0a1b.replies/rank_0.jsonl",
+        "answers/rank_0.jsonl",  # answers were paid for
+        "metrics.jsonl.bak",
+        "generated_0.jsonl.old_one",
+        "groups_1_mine.jsonl",
+        "model_best_backup/config.json",
+        "model_step_1_backup/config.json",
+        "images/step_mine.png",
+        "checkpoints/mine",
+    )
     for name in users:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("years of work")
     dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, overwrite=True)))
     written = {path.name for path in tmp_path.iterdir()} - {name.split("/")[0] for name in users}
+    written |= {"checkpoints"}
     assert len(written) > 6
     again = args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, beta=0.4, overwrite=True))
     honest = files.remove
 
     def killed(path: Path) -> None:
-        if path.name == "checkpoints":
+        if path.name == "step_00000001":
             raise KeyboardInterrupt
         honest(path)
 
@@ -234,16 +243,73 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(
     log.Log(again.run, dpo.__file__, dpo.SHOWN, snapshot(again))
     left = {path.name for path in tmp_path.iterdir()} & written
     assert left == {files.LOCK, "checkpoints", "metrics.jsonl", "samples.jsonl"}  # made anew, and empty
-    assert not read_metrics(tmp_path) and not list((tmp_path / "checkpoints").iterdir())
+    assert not read_metrics(tmp_path) and not list((tmp_path / "checkpoints").glob("step_*"))
     assert all((tmp_path / name).read_text() == "years of work" for name in users)
     files.unlock(tmp_path)
 
 
-def test_a_model_that_no_run_wrote_is_not_replaced(few: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
+@pytest.mark.parametrize("name", ["model/weights", "metrics.jsonl", "samples.jsonl", "curves.png", "dpo.py"])
+def test_what_no_run_wrote_is_not_replaced(name: str, few: Path, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(dist.RunError, match="a model/ that no run has written"):
+        with pytest.raises(dist.RunError, match=f"{name.split('/')[0]}, which no run has written"):
             dpo.main(args_of(dpo.Args, **settings(few, tmp_path, overwrite=overwrite)))
+    assert (tmp_path / name).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "curves.png"])
+def test_a_link_in_a_run_folder_of_somebody_else_is_not_followed(
+    name: str, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    for overwrite in (False, True):
+        with pytest.raises(dist.RunError, match=r"link|damaged"):
+            dpo.main(args_of(dpo.Args, **settings(few, tmp_path / "run", overwrite=overwrite)))
+    assert (tmp_path / "mine").read_text() == "years of work"
+    files.unlock(tmp_path / "run")
+
+
+def test_a_run_does_not_write_into_the_repositorys_own_folders(few: Path) -> None:
+    for folder in (ROOT / "common", ROOT / "docs" / "new", ROOT / ".git"):
+        with pytest.raises(dist.RunError, match="a folder of the repository's own files"):
+            dpo.main(args_of(dpo.Args, **settings(few, folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("args.json", "{}"),
+        ("args.json", '{"script": "dpo.py", "inputs": 5}'),
+        ("args.json", None),
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", '{"step": 1, "eval/loss": [1]}\n{"step": 1}\n'),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_run_whose_files_are_damaged_is_not_gone_on_with(
+    name: str, damage: str | None, few: Path, tmp_path: Path
+) -> None:
+    """None: a folder in the file's place."""
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, num_samples=0)))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir() if damage is None else (tmp_path / name).write_text(damage)
+    for steps in (1, 2):
+        with pytest.raises(dist.RunError, match=f"{name}.*damaged"):
+            dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=steps, beta=0.3)))
+    files.unlock(tmp_path)
+
+
+def test_checkpoints_without_the_options_they_were_made_with_are_not_resumed(
+    few: Path, tmp_path: Path
+) -> None:
+    dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, num_samples=0)))
+    (tmp_path / "args.json").unlink()
+    with pytest.raises(dist.RunError, match="which no run has written"):
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=2, beta=0.3)))
 
 
 def test_a_damaged_file_of_options_is_said(few: Path, tmp_path: Path) -> None:
@@ -308,12 +374,14 @@ def test_a_folder_that_a_live_run_writes_to_is_refused(few: Path, tmp_path: Path
         "import time\nfrom pathlib import Path\nfrom common import files\n"
         f"files.lock(Path({str(tmp_path)!r}))\nprint('locked', flush=True)\ntime.sleep(600)\n"
     )
-    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "args.json").write_text('{"inputs": {}}')
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     for overwrite in (False, True):
         with pytest.raises(dist.RunError, match=f"the run of process {other.pid} is still writing there"):
             dpo.main(args_of(dpo.Args, **settings(few, tmp_path, max_steps=1, overwrite=overwrite)))
+    with pytest.raises(dist.RunError, match=f"the run of process {other.pid} is still writing there"):
+        dpo.main(args_of(dpo.Args, **settings(few, tmp_path / "1_sft", max_steps=1)))  # a pipeline's stage
     assert (tmp_path / "args.json").exists()
     other.kill()
     other.wait()

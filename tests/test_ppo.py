@@ -876,3 +876,8 @@ def test_the_last_row_of_a_rollout_has_the_held_out_reward(whole: list[dict]) ->
     assert whole[4]["train/objective/kl_coef"] == pytest.approx(0.05)
     # 16 responses, kl 0 at first: error clipped to -.2, .05 * (1 - .2 * 16 / 100)
     assert whole[8]["train/objective/kl_coef"] == pytest.approx(0.05 * 0.968, rel=1e-5)
+
+
+def test_a_reward_with_the_signature_of_a_judge_is_told_how_it_is_called() -> None:
+    with pytest.raises(TypeError, match="called with prompts, responses and records, or with completions"):
+        rewards.call_function(lambda prompt, response: 0.0, ["a"], ["b"], [{}])

@@ -568,3 +568,8 @@ def test_a_run_writes_the_day_of_its_template_down() -> None:
     dated.day = templates.DAY
     assert files.inputs("toy", dated)["day of the chat template"] == "2026-01-01"
     assert "day of the chat template" not in files.inputs("toy", tokenizer_for(plain()))
+
+
+def test_a_template_that_is_no_file_is_said_to_be_none(tiny_model: str) -> None:
+    with pytest.raises(dist.RunError, match="chat_template chatm: no such file; expected chatml or"):
+        templates.load_tokenizer(tiny_model, "chatm")
