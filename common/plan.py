@@ -151,6 +151,11 @@ class Machine(NamedTuple):
     count: int
     memory: float
 
+    @property
+    def usable(self) -> float:
+        """Bytes beside what libraries and allocators keep, see Need.kept; a cache fills no others."""
+        return (self.memory - 100 * 2**20) / (1 + KEPT)
+
 
 class Need(NamedTuple):
     """Bytes on a rank by what holds them: all the time, while training, while generating."""
@@ -280,7 +285,7 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         own = policy.trained if num_shards == 1 and policy.frozen else policy.size
         copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
         slots = length + (0 if "max_prompt_length" in options else reply)
-        free = machine.memory - sum(always.values())
+        free = machine.usable - sum(always.values())
         generation = generation_need(policy.config, copy, slots, of_rank, itemsize, free)
         at_rest = sum(generation.values()) - generation["logits"]
         if itemsize < 4 and at_rest <= left:
@@ -309,7 +314,7 @@ def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: in
     num_shards = shards(options["sharding"], machine.count)
     models = {name: count(path, has_vocabulary=name != "attribute model") for name, path in beside.items()}
     always = {name: itemsize * model.size / num_shards for name, model in models.items()}
-    free = machine.memory - sum(always.values())
+    free = machine.usable - sum(always.values())
     for model in (model for name, model in models.items() if name != "attribute model"):
         copy = itemsize * model.size * (num_shards > 1)  # a rank that holds it whole generates with it
         work.append(generation_need(model.config, copy, slots, 256, itemsize, free))

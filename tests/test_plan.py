@@ -204,6 +204,9 @@ def test_what_helps_only_after_another_change_is_found(tmp_path: Path) -> None:
     assert not any("num_samples" in line or "fits" in line for line in singles)
     assert head == "together:" and last.startswith("  --num_samples 0 --lora_rank 16: 14")
     assert last.endswith(" GiB, fits")  # half of max_length, fewer micro_batch_tokens: not needed
+    # a cache that takes what is free leaves room for what libraries keep
+    pair = {"SL-CAI": str(tmp_path), "judge": str(tmp_path)}
+    assert plan.speaking_need(args_of(cai.Args), machine(8, 24), pair, 1536 + 1024).total < 24 * 2**30
 
 
 def test_half_the_length_is_the_last_change_and_may_not_be_enough() -> None:
