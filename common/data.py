@@ -357,7 +357,7 @@ def load_ranked(
         fields = {"ranks": np.array(ranks, np.float32)}
         return Example([encode_response(tokenizer, prompt, side, True) for side in sides], prompt, fields)
 
-    return load(tokenizer, "pairs", encode, dataset, eval_dataset, max_length, "drop")
+    return load(tokenizer, "ranked", encode, dataset, eval_dataset, max_length, "drop")
 
 
 def fill_fields(datasets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
@@ -415,7 +415,7 @@ def load(
     What is cut and what is left out, and why, is counted and printed, and kept as `notes` of train.
 
     Args:
-        kind: the toy world's folder.
+        kind: the toy world's folder, which for "ranked" is that of pairs.
         encode: (record, where) -> its example. It may use the tokenizer, and of what stands around it values
             that JSON takes: they are a part of the cache's key, as is the file it is in.
         eval_dataset: "" holds out, as in `mix`; None reads nothing to evaluate on.
@@ -428,6 +428,7 @@ def load(
     # a prompt needs room for one token of a reply
     most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
     notes: list[str] = []
+    folder = "pairs" if kind == "ranked" else kind
 
     def tell(text: str) -> None:
         notes.append(text)
@@ -448,18 +449,18 @@ def load(
             formats.refuse_fields(*record)
             refuse_rendered(tokenizer, *record)
             example = encode(*record)
-        is_cut = fit(example, kind, max_length, cut, option, apart)
+        is_cut = fit(example, folder, max_length, cut, option, apart)
         return Made(example, text, question(example), is_cut)
 
     @functools.cache  # what is both trained and evaluated on is told of once
     def read(source: str, split: str) -> Encoded | None:
-        dist.from_main(lambda: bool(formats.open_records(source, split, kind)))  # others find what it found
-        stream = formats.open_records(source, split, kind)
+        dist.from_main(lambda: bool(formats.open_records(source, split, folder)))  # others find what it found
+        stream = formats.open_records(source, split, folder)
         if stream is None:
             return None
         if not len(stream):
             raise wrong(f"dataset {source}", "nothing", "one JSON object a line, or a table with rows")
-        two_lined = formats.is_two_lined(stream, kind)
+        two_lined = formats.is_two_lined(stream, folder)
         by_kind = functools.partial(formats.regroup, two_lined=two_lined)
         by_kind = rated_records if kind == "ratings" else by_kind
         rows = functools.partial(encoded.encode_rows, stream, 1 + two_lined, by_kind, attempt)

@@ -23,6 +23,7 @@ from common.args import flat, with_fields
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
 MFU = 0.4  # share of these that a plan counts on
 KEPT = 0.05  # share of what is held, see Need.kept
+SMALL = 10_000_000  # parameters; the pace of a smaller model is not that of its operations
 NODE = 8  # GPUs that --sharding hybrid shards over
 
 
@@ -141,6 +142,7 @@ def training_flops(model: Any, lengths: list[int]) -> float:
 CHANGES = (("activation_checkpointing", "on"), ("step_checkpointing", True), ("micro_batch_tokens", 1024))
 CHANGES += (("micro_batch_size", 1), ("sharding", "hybrid"), ("sharding", "full"), ("num_samples", 0))
 CHANGES += (("precompute_ref", True), ("lora_rank", 16))
+LENGTHS = ("max_length", "max_prompt_length", "max_new_tokens")  # and after all of these half of each
 
 
 class Machine(NamedTuple):
@@ -148,6 +150,11 @@ class Machine(NamedTuple):
 
     count: int
     memory: float
+
+    @property
+    def usable(self) -> float:
+        """Bytes beside what libraries and allocators keep, see Need.kept; a cache fills no others."""
+        return (self.memory - 100 * 2**20) / (1 + KEPT)
 
 
 class Need(NamedTuple):
@@ -157,7 +164,8 @@ class Need(NamedTuple):
     training: dict[str, float]
     generation: dict[str, float]
     flops: float  # of a trained token, or image
-    unit: str  # "tokens" or "images"
+    unit: str  # of the pace, with the length that it is counted at
+    size: int = 0  # parameters of the model that is trained
 
     @property
     def kept(self) -> float:
@@ -250,7 +258,7 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         model = count(path, *(adapters if is_trained else ()), has_vocabulary=has_words)
         config, table = model.config, model.config.vocab_size * model.config.hidden_size
         used = model.size - (0 if getattr(config, "tie_word_embeddings", False) and has_words else table)
-        attention = 2 * config.num_hidden_layers * attention_widths(config)[0] * length / 2
+        attention = 2 * config.num_hidden_layers * attention_widths(config)[0] * length  # a forward's
         if not is_trained:
             always[name] = itemsize * model.size / num_shards
             flops += 2 * used + attention
@@ -266,8 +274,8 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
             step["gathered"] = itemsize * model.size
         steps.append(step)
         left = free if name == "policy" else left
-        backward = 4 if not model.frozen else 2
-        flops += (2 + backward + 2 * recompute) * used + (3 + recompute) * attention
+        own = min(used, model.trained)  # as `training_flops`
+        flops += (4 + 2 * recompute) * used + 2 * own + (3 + recompute) * attention
     training, generation = max(steps, key=lambda step: sum(step.values())), {}
     policy = count(options["model"], *adapters)
     replies = max(options.get(name, 0) for name in ("num_samples", "num_prompts"))
@@ -277,12 +285,12 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         own = policy.trained if num_shards == 1 and policy.frozen else policy.size
         copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
         slots = length + (0 if "max_prompt_length" in options else reply)
-        free = machine.memory - sum(always.values())
+        free = machine.usable - sum(always.values())
         generation = generation_need(policy.config, copy, slots, of_rank, itemsize, free)
         at_rest = sum(generation.values()) - generation["logits"]
         if itemsize < 4 and at_rest <= left:
             training["replica at rest"] = at_rest
-    return Need(always, training, generation, flops, "tokens")
+    return Need(always, training, generation, flops, f"tokens/s, in sequences of {length:,}", policy.size)
 
 
 def generation_need(
@@ -306,11 +314,11 @@ def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: in
     num_shards = shards(options["sharding"], machine.count)
     models = {name: count(path, has_vocabulary=name != "attribute model") for name, path in beside.items()}
     always = {name: itemsize * model.size / num_shards for name, model in models.items()}
-    free = machine.memory - sum(always.values())
+    free = machine.usable - sum(always.values())
     for model in (model for name, model in models.items() if name != "attribute model"):
         copy = itemsize * model.size * (num_shards > 1)  # a rank that holds it whole generates with it
         work.append(generation_need(model.config, copy, slots, 256, itemsize, free))
-    return Need(always, {}, max(work, key=lambda parts: sum(parts.values())), 0.0, "tokens")
+    return Need(always, {}, max(work, key=lambda parts: sum(parts.values())), 0.0, "")
 
 
 def empty_clip(folder: str) -> nn.Module:
@@ -381,7 +389,8 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
         "images": 6 * 4.0 * images * 3 * pixels**2,
     }
     steps = S + K * (3 if is_kept else 4) - K + (K if options["kl_coef"] > 0 else 0)
-    return Need(always, training, {}, step_flops / images * steps + 4 * image_flops, "images")
+    flops = step_flops / images * steps + 4 * image_flops
+    return Need(always, training, {}, flops, "images/s", size)
 
 
 def empty_pipeline(model: str) -> Any:
@@ -508,42 +517,78 @@ def show(
     found = of()
     if dist.is_main():
         name = Path(sys.modules[type(args).__module__].__file__).name
-        print(f"{name} on {args.run.plan}: GiB on each GPU", *as_lines(found, machine), sep="\n")
+        print(
+            f"{name} on {args.run.plan}: {unit_of(found)[0]} on each GPU", *as_lines(found, machine), sep="\n"
+        )
         if found.total > machine.memory:
             print(*advice(flat(args), of, machine), sep="\n", flush=True)
     sys.exit(int(found.total > machine.memory))
 
 
+def unit_of(need: Need) -> tuple[str, int]:
+    """In which a need is told: the name and its bytes."""
+    return ("GiB", 2**30) if need.total >= 2**30 else ("MiB", 2**20)
+
+
 def as_lines(need: Need, machine: Machine) -> list[str]:
     """The rows of a plan."""
-    lines, gib = [], 2**30
+    lines, (_, unit) = [], unit_of(need)
     groups = {"": need.always, "training: ": need.training, "generating: ": need.generation}
     for head, parts in groups.items():
-        lines += [f"  {head + name:<36}{size / gib:9.2f}" for name, size in parts.items() if size]
-    lines.append(f"  {'libraries and allocator':<36}{need.kept / gib:9.2f}")
+        lines += [f"  {head + name:<36}{size / unit:9.2f}" for name, size in parts.items() if size]
+    lines.append(f"  {'libraries and allocator':<36}{need.kept / unit:9.2f}")
     verdict = "fits into" if need.total <= machine.memory else "does not fit into"
-    lines.append(f"  {'most at once':<36}{need.total / gib:9.2f}, {verdict} {machine.memory / gib:g}")
-    if not need.flops:
+    lines.append(f"  {'most at once':<36}{need.total / unit:9.2f}, {verdict} {machine.memory / 2**30:g} GiB")
+    if not need.flops or need.size < SMALL:
         return lines
-    pace = MFU * PEAK_FLOPS * machine.count / need.flops
+    pace = float(f"{MFU * PEAK_FLOPS * machine.count / need.flops:.3g}")
     peak = f"{MFU:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
-    return [*lines, f"training, by its operations at {peak}: about {pace:,.3g} {need.unit}/s"]
+    return [*lines, f"training, by its operations at {peak}: about {pace:,.10g} {need.unit}"]
+
+
+def changes(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What may still make a run smaller, in the order in which it is preferred."""
+
+    def may_help(name: str, value: Any, now: Any) -> bool:
+        if isinstance(value, str):
+            return now not in (value, "full")
+        return now != value and not 0 < now <= value and not (name == "lora_rank" and now)
+
+    found = [
+        (name, value) for name, value in CHANGES if name in options and may_help(name, value, options[name])
+    ]
+    return found + [(name, options[name] // 2) for name in LENGTHS if options.get(name, 0) > 1]
 
 
 def advice(options: dict[str, Any], of: Callable[..., Need], machine: Machine) -> list[str]:
-    """What each change that helps would make of it alone, and the first ones that together make it fit."""
+    """What each change that helps would make of it alone, and which of them together make it fit.
 
-    def told(change: dict[str, Any]) -> str:
-        total, words = of(**change).total, " ".join(f"--{name} {value}" for name, value in change.items())
-        return f"  {words}: {total / 2**30:.2f} GiB{', fits' * (total <= machine.memory)}"
+    Some help only after others, as no samples do once training needs less than they. So it begins with all,
+    and gives up, the least preferred first, each without which it still fits, or is no larger.
+    """
 
-    possible = [x for x in CHANGES if x[0] in options and not (x[0] == "lora_rank" and options[x[0]])]
-    helpful = [{name: value} for name, value in possible if of(**{name: value}).total < of().total]
-    if not helpful:
-        return ["no option makes it smaller: more GPUs, or a smaller model"]
-    lines, together = ["with one change it would be:", *map(told, helpful), "together:"], {}
-    for change in helpful:
-        together |= change
-        if told(together).endswith("fits"):
-            return [*lines, told(together)]
-    return [*lines, told(together), "which is not enough: more GPUs, or a smaller model"]
+    name_of_unit, unit = unit_of(of())
+
+    @functools.cache
+    def total(made: tuple[tuple[str, Any], ...]) -> float:
+        return of(**dict(made)).total
+
+    def told(made: tuple[tuple[str, Any], ...]) -> str:
+        words, size = " ".join(f"--{name} {value}" for name, value in dict(made).items()), total(made)
+        halved = " and ".join(name for name in LENGTHS if name in dict(made))
+        note = f" ({halved} halved: what is longer is cut or left out)" if halved else ""
+        return f"  {words}: {size / unit:.2f} {name_of_unit}{', fits' * (size <= machine.memory)}{note}"
+
+    possible = tuple(changes(options))
+    helpful = [(change,) for change in possible if total((change,)) < total(())]
+    kept = min((possible, *helpful), key=lambda made: max(total(made), machine.memory))
+    most = max(total(kept), machine.memory)
+    for change in reversed(kept):
+        rest = tuple(x for x in kept if x != change)
+        kept = rest if total(rest) <= most else kept
+    if not kept:
+        return ["no option that is tried here makes it smaller; more GPUs or a smaller model would"]
+    lines = ["with one change it would be:", *map(told, helpful)] if helpful else []
+    lines += [] if kept in helpful else ["together:", told(kept)]
+    end = "these changes are not enough; what is left is more GPUs, a smaller model, or shorter texts still"
+    return lines + [end] * (total(kept) > machine.memory)

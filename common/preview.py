@@ -57,9 +57,12 @@ def lengths_table(examples: Sequence[Example]) -> str:
     """How long the sequences are, in ten steps, and what share of their tokens is trained."""
     found = [(len(ids), int(mask.sum())) for example in examples for ids, mask in example.sequences]
     lengths, trained = np.array(found).T
-    share, middle = trained.sum() / lengths.sum(), np.percentile(lengths, [50, 95]).astype(int)
+    share = (
+        f", {trained.sum() / lengths.sum():.1%} of them trained" if trained.any() else ""
+    )  # not of prompts
+    middle = np.percentile(lengths, [50, 95]).astype(int)
     lines = [
-        f"{len(lengths):,} sequences, {lengths.sum():,} tokens, {share:.1%} of them trained; half of the "
+        f"{len(lengths):,} sequences, {lengths.sum():,} tokens{share}; half of the "
         f"sequences have {middle[0]:,} tokens at most, 95 % {middle[1]:,}, the longest {lengths.max():,}"
     ]
     counts, edges = np.histogram(lengths, 10, (0, -(-int(lengths.max() + 1) // 10) * 10))
@@ -91,6 +94,8 @@ def show(examples: list[Example], tokenizer: Any) -> None:
         console.print(f"\nrecord {i}, sequence {k}\n  text:")
         for line in in_colour(sequence, tokenizer).split("\n"):
             console.print(Text("    ") + line)
+        if not sequence.mask.any():
+            continue
         trained = decode(tokenizer, sequence.ids[sequence.mask])
         print("  trained:", *(f"    {line}" for line in trained.splitlines() or ["-"]), sep="\n")
 

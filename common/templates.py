@@ -519,6 +519,8 @@ def refuse_rendered(tokenizer: Any, value: dict, where: str) -> None:
             text = text.strip() if isinstance(text, str) and "<|message|>" not in text else ""
             if begins.match(text) or text.endswith(end):
                 expected = "a text without the chat template's own marks, or messages"
+                if is_own:
+                    expected = "a reply without the chat template's own marks at its beginning and end"
                 raise wrong(where, f"{name} {text!r}", expected)
 
 

@@ -337,4 +337,13 @@ def test_a_preview_counts_measures_and_marks_what_is_trained(tmp_path: Path, cap
     preview.main(preview.Args(write(tmp_path, *records), "sft", chat_template="chatml", max_length=128))
     said = capsys.readouterr().out
     assert "cut at the end, by max_length 128" in said and "39 sequences, " in said and " 117 - 129 " in said
-    assert "assistant\n    [[7<|end|>]]\n" in said
+    assert "assistant\n    [[7<|end|>]]\n" in said and " of them trained" in said and "trained:" in said
+
+
+@pytest.mark.parametrize("kind", ["ranked", "prompts"])
+def test_a_preview_names_the_kind_and_only_what_it_has(tmp_path: Path, capsys: Any, kind: str) -> None:
+    record = {"prompt": "3+4?", "responses": ["7", "8"], "ranks": [1, 2]}
+    preview.main(preview.Args(write(tmp_path, record), kind, chat_template="chatml"))
+    said = capsys.readouterr().out
+    assert f"{kind}: 1 examples" in said and "pairs" not in said
+    assert ("trained" in said) == (kind == "ranked")

@@ -1,5 +1,6 @@
 """The memory estimate: by hand, and against what was measured; and --plan, which adds it up."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -17,8 +18,9 @@ import cai
 import dpo
 import draftp
 import ppo
+import sft
 from common import decode, models, plan
-from common.args import System
+from common.args import System, flat, with_fields
 from common.plan import training_memory
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -153,6 +155,16 @@ def test_what_a_run_holds(tiny_model: str) -> None:
     assert "K/V cache of 64 replies" in critic.generation
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_pace_counts_a_sequence_as_the_throughput_of_a_run_does(
+    tiny_model: str, device: torch.device, rank: int
+) -> None:
+    """Attention at the full length that memory is planned for, and adapters alone with all three passes."""
+    own = need(sft.Args, lambda _: {}, model=tiny_model, dtype="float32", max_length=256, lora_rank=rank)
+    policy = models.load(tiny_model, device, System(lora_rank=rank))
+    assert own.flops * 256 == pytest.approx(plan.training_flops(policy, [256]), rel=1e-9)
+
+
 def shown(capsys: Any, args: Any, *how: Any, **more: Any) -> tuple[int, str]:
     with pytest.raises(SystemExit) as done:
         plan.show(args, *how, **more)
@@ -163,15 +175,62 @@ def test_a_plan_says_what_would_fit(tiny_model: str, capsys: Any) -> None:
     options = {"model": tiny_model, "dtype": "float32", "max_length": 256}
     args = args_of(dpo.Args, **options, plan="2x1")
     code, text = shown(capsys, args, dpo.beside, sequences=2)
-    assert code == 0 and "most at once" in text and "fits into 1" in text and "tokens/s" in text
+    assert code == 0 and "most at once" in text and "fits into 1 GiB" in text
+    assert (
+        "MiB on each GPU" in text and " 0.00" not in text and "tokens/s" not in text
+    )  # too small for a pace
+    large = plan.Need({"weights": 2.0**31}, {}, {}, 1e12, "tokens/s", plan.SMALL)
+    *_, most, pace = plan.as_lines(large, machine())
+    assert "2.20, fits into 16 GiB" in most and pace.endswith("about 396 tokens/s")
     code, text = shown(capsys, args_of(dpo.Args, **options, plan="2x0.004"), dpo.beside, sequences=2)
-    assert code == 1 and "does not fit into 0.004" in text
+    assert code == 1 and "does not fit into 0.004 GiB" in text
     print(text)
     for change in ("micro_batch_tokens 1024", "precompute_ref True", "together:"):
         assert change in text
     with pytest.raises(ValueError, match="GPUs x GiB"):
         plan.show(args_of(dpo.Args, plan="8"), dpo.beside)
     plan.show(args_of(dpo.Args))  # without --plan nothing happens
+
+
+def test_what_helps_only_after_another_change_is_found(tmp_path: Path) -> None:
+    """Of an 8B model on 4 x 16 GiB: samples hold most; without them training does, but for LoRA."""
+    from transformers import LlamaConfig
+
+    shape = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336}
+    LlamaConfig(num_hidden_layers=32, num_key_value_heads=8, **shape).save_pretrained(tmp_path)
+    args = args_of(sft.Args, model=str(tmp_path))
+    of = lambda **changes: plan.text_need(with_fields(args, **changes), machine(4), {})  # noqa: E731
+    *singles, head, last = plan.advice(flat(args), of, machine(4))
+    assert not any("num_samples" in line or "fits" in line for line in singles)
+    assert head == "together:" and last.startswith("  --num_samples 0 --lora_rank 16: 14")
+    assert last.endswith(" GiB, fits")  # half of max_length, fewer micro_batch_tokens: not needed
+    # a cache that takes what is free leaves room for what libraries keep
+    pair = {"SL-CAI": str(tmp_path), "judge": str(tmp_path)}
+    assert plan.speaking_need(args_of(cai.Args), machine(8, 24), pair, 1536 + 1024).total < 24 * 2**30
+
+
+def test_half_the_length_is_the_last_change_and_may_not_be_enough() -> None:
+    """A model that needs a byte for each token, and ten for its weights, one with adapters."""
+
+    def of(max_length: int = 8, lora_rank: int = 0, micro_batch_tokens: int = 0) -> plan.Need:
+        tokens = max_length * (1 if micro_batch_tokens else 2)
+        return plan.Need({"weights": 1 if lora_rank else 10}, {"activations": tokens}, {}, 1, "")
+
+    def told(size: int, **options: Any) -> list[str]:
+        usual = {"max_length": 8, "lora_rank": 0, "micro_batch_tokens": 0}
+        return plan.advice(usual | options, functools.partial(of, **options), plan.Machine(1, size * 1.0))
+
+    kept = plan.Need({}, {}, {}, 1, "").kept
+    *_, last = told(kept + 7)
+    assert last.startswith("  --micro_batch_tokens 1024 --lora_rank 16 --max_length 4: ")
+    assert last.endswith(", fits (max_length halved: what is longer is cut or left out)")
+    assert told(kept + 10)[-1].startswith("  --micro_batch_tokens 1024 --lora_rank 16: ")
+    *_, before, last = told(5)
+    assert "--max_length 4: " in before and "fits" not in before
+    assert last.startswith("these changes are not enough; ")
+    assert "lora_rank" not in str(told(5, lora_rank=8)) and "tokens" not in str(
+        told(5, micro_batch_tokens=512)
+    )
 
 
 def test_images_are_planned_by_what_autograd_keeps(tmp_path: Path) -> None:
@@ -277,7 +336,7 @@ def test_models_that_only_speak_or_judge_are_planned(tiny_model: str, tmp_path: 
     assert need.always == {"policy": 4 * P, "attribute model": 4 * V} and not need.generation["replica"]
     small = args_of(cai.Args, **usual, plan="1x0.001")
     code, text = shown(capsys, small, lambda _: raters, plan.speaking_need, slots=100)
-    assert code == 1 and "K/V cache of" in text and "no option makes it smaller" in text
+    assert code == 1 and "K/V cache of" in text and "no option that is tried here makes it smaller" in text
 
 
 @pytest.mark.slow

@@ -344,6 +344,17 @@ def test_what_a_template_does_not_take_is_one_line_wherever_it_is_encoded(tmp_pa
             load("pairs", source, strict)
 
 
+@pytest.mark.parametrize("text", ["7<|im_end|>", "<|im_start|>assistant\n7"])
+def test_a_turn_that_was_rendered_before_is_told_as_one(tmp_path: Path, text: str) -> None:
+    """It stands in messages already, so that messages are no way out; a user's turn may hold marks."""
+    told = r"data.jsonl:1: found messages .*; expected a reply without the chat template's own marks at its"
+    tokenizer = tokenizer_for(templates.CHATML)
+    source = write(tmp_path, {"messages": [ASK, {**SEVEN, "content": text}]})
+    with pytest.raises(dist.RunError, match=told):
+        load("sft", source, tokenizer)
+    load("sft", write(tmp_path, {"messages": [{**ASK, "content": text}, SEVEN]}), tokenizer)
+
+
 def test_content_in_parts_is_for_templates_that_see(tmp_path: Path) -> None:
     vision = "{% for m in messages %}{{ m.role + ':' + m.content[0]['text'] + '<|end|>' }}{% endfor %}"
     record = {"messages": [{"role": "user", "content": [{"type": "text", "text": "3+4?"}]}, SEVEN]}
