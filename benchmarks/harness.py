@@ -250,7 +250,7 @@ def random_policy(
         torch.manual_seed(0)
         with torch.device(init_device or device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.dtype_on_disk, model.wide = torch.float32, {}
+        model.dtype_on_disk, model.wide, model.lost = torch.float32, {}, 0.0
         return model
 
     system = System(**{"activation_checkpointing": "off", **options})

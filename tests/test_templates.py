@@ -532,7 +532,7 @@ def test_channels_in_a_content_are_its_thoughts_and_its_answer(tmp_path: Path, c
     with pytest.raises(dist.RunError, match="does not show the reasoning_content"):
         sft(chatml, tmp_path, {"messages": turns})
     for text in ("<|im_start|>assistant\n7", "7<|im_end|>\n"):  # it would be between these marks twice
-        with pytest.raises(dist.RunError, match="data.jsonl:1: found messages .*; expected a text without"):
+        with pytest.raises(dist.RunError, match="data.jsonl:1: found messages .*; expected a reply without"):
             sft(chatml, tmp_path, {"messages": [ASK, {**SEVEN, "content": text}]})
     for text in (RAW.replace("analysis", "commentary to=f"), "Hm." + RAW, RAW + RAW):
         with pytest.raises(dist.RunError, match="data.jsonl:1: found the channels .*; expected an analysis"):
