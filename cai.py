@@ -543,9 +543,8 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
         ppo.check(options["ppo"])
         loss = options["reward_model"].loss
         if not args.preference_model and loss not in reward_model.PAIRWISE:
-            raise formats.wrong(
-                "reward_model: loss", loss, f"one of pairs, {', '.join(reward_model.PAIRWISE)}"
-            )
+            expected = f"one of pairs, {', '.join(reward_model.PAIRWISE)}"
+            raise formats.wrong("reward_model: loss", loss, expected)
         if args.preference_model:
             reader = data.load_tokenizer(args.preference_model)
             templates.check_prompts(reader, prompts, f"model {args.preference_model}")

@@ -215,10 +215,9 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")  #
 def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
     """Token ids with labels, -100 where not trained; or a text alone, trained as a whole; else None."""
     if value.get("input_ids") is not None:
-        if not isinstance(value["input_ids"], list) or any(
-            isinstance(x, list | bool) for x in value["input_ids"]
-        ):
-            raise wrong(where, f"input_ids {value['input_ids']!r}", "a list of token ids")
+        ids = value["input_ids"]
+        if not isinstance(ids, list) or any(isinstance(x, list | bool) for x in ids):
+            raise wrong(where, f"input_ids {ids!r}", "a list of token ids")
         names = [name for name in ("input_ids", "labels", *MASKS) if value.get(name) is not None]
         try:
             given = dict(zip(names, np.array([value[name] for name in names]), strict=True))
@@ -341,9 +340,8 @@ def load_ranked(
         if value.get("responses") is None:
             prompt, *sides, numbers = read_pair(tokenizer, value, where)
             if numbers["label_prob"] < 1:
-                raise wrong(
-                    where, "label_prob below 1", "a ranking that is certain, or a loss of pairs, as bt"
-                )
+                expected = "a ranking that is certain, or a loss of pairs, as bt"
+                raise wrong(where, "label_prob below 1", expected)
             ranks = [1.0, 2.0]
         else:
             responses, ranks = value["responses"], value.get("ranks")

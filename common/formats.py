@@ -261,9 +261,9 @@ def split_transcript(text: str, where: str, role: str) -> Messages:
         parts = re.split(r"(?:^|\n)<extra_id_[01]>(\w*)(?:\n|$)", text)
         if re.search("<extra_id_[012]>", "".join(parts)):
             expected = (
-                "the marks <extra_id_0> and <extra_id_1> at the start of a line, for a turn, and after "
+                "the marks <extra_id_0> and <extra_id_1> at the start of a line, and after <extra_id_2> "
             )
-            raise wrong(where, repr(text), expected + "<extra_id_2> attributes such as quality:4,toxicity:0")
+            raise wrong(where, repr(text), expected + "attributes, such as quality:4,toxicity:0")
     turns = [{"role": s, "content": c.strip()} for s, c in zip(parts[1::2], parts[2::2], strict=True)]
     turns = [turn for turn in turns if turn["role"]]  # a mark at the end opens a turn of nobody
     messages: Messages = []

@@ -119,6 +119,8 @@ class Log:
                 raise files.damaged(own, "it does not say what the run was made from")
             self._accept(changes(self.before, self.options.values, self.options.fixed))
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
+        if any(not isinstance(x, int | float) for row in rows for x in row.values()):
+            raise files.damaged(folder / "metrics.jsonl", "not all of it is numbers")
         done = max((row["step"] for row in rows), default=-1)
         keep = max(finished_at, checkpoint.step_of(last))
         if done < keep and not self.is_pipeline:

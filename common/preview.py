@@ -57,9 +57,8 @@ def lengths_table(examples: Sequence[Example]) -> str:
     """How long the sequences are, in ten steps, and what share of their tokens is trained."""
     found = [(len(ids), int(mask.sum())) for example in examples for ids, mask in example.sequences]
     lengths, trained = np.array(found).T
-    share = (
-        f", {trained.sum() / lengths.sum():.1%} of them trained" if trained.any() else ""
-    )  # not of prompts
+    # nothing of prompts is
+    share = f", {trained.sum() / lengths.sum():.1%} of them trained" if trained.any() else ""
     middle = np.percentile(lengths, [50, 95]).astype(int)
     lines = [
         f"{len(lengths):,} sequences, {lengths.sum():,} tokens{share}; half of the "

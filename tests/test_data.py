@@ -752,6 +752,7 @@ BAD = [
         r":2: found other input_ids or labels; expected ids below",
     ),
     ("sft", '{"input_ids": [1, 999999]}', r":2: found other input_ids or labels; expected ids below"),
+    ("sft", '{"input_ids": [true, 5]}', r":2: found input_ids .*; expected a list of token ids"),
     ("sft", '{"input_ids": ["a"]}', r":2: found other input_ids or labels; expected ids below"),
     ("sft", '{"prompt": "a", "completion": "\\ud800"}', r":2: cannot be encoded: "),
     (

@@ -203,3 +203,8 @@ def test_the_attributes_of_a_turn_are_no_text() -> None:
     text = "<extra_id_1>User\nhi\n<extra_id_1>Assistant\n<extra_id_2>quality:4,toxicity:0\nho\n<extra_id_2>"
     found = [(m["role"], m["content"]) for m in formats.as_messages(text, "")]
     assert found == [("user", "hi"), ("assistant", "ho")]
+
+
+def test_an_attribute_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(dist.RunError, match="the label 'quality:4,quality:2'; expected each name once"):
+        labels.read_label({"label": "quality:4,quality:2"}, "a.jsonl:1")

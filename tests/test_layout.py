@@ -243,6 +243,18 @@ def test_a_metric_added_to_a_copy_as_the_readme_says_has_its_true_value(
         assert 0.1 < row["train/my_entropy"] < 3
 
 
+def test_no_code_that_comes_with_a_model_is_run() -> None:
+    calls = []
+    for path in (*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            if re.search(r"\bAuto\w+\.from_(pretrained|config)$", called):
+                calls.append((path.name, called, {k.arg: ast.unparse(k.value) for k in call.keywords}))
+    assert len(calls) > 5
+    fresh = [(name, called) for name, called, given in calls if given.get("trust_remote_code") != "False"]
+    assert not fresh
+
+
 def test_the_text_is_ascii() -> None:
     for path in [*FILES, *ROOT.glob("common/*.py"), *ROOT.glob("toy/*.py"), *DOCS]:
         assert path.read_text().isascii(), path
