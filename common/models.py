@@ -45,8 +45,8 @@ class PackedModel(nn.Module):
         self.compute_dtype, self.dtype_on_disk = compute_dtype, model.dtype_on_disk
         self.wide = model.wide  # names of tensors that have another dtype on disk, and these
         self.lora_config = getattr(model, "lora_config", None)
-        # whether FSDP holds several copies: it then reduces gradients inside each, and over all of them
-        self.has_copies = False
+        # what FSDP would do after each row and only the last one of a step needs: see `once_a_step`
+        self.switches: list[Callable[[bool], None]] = []
 
     @property
     def head(self) -> nn.Linear:
@@ -54,8 +54,8 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The trunk over a micro-batch. -> (N, D)"""
-        if self.has_copies and torch.is_grad_enabled():
-            self.set_requires_all_reduce(batch.is_last)  # over copies once a step
+        for switch in self.switches if torch.is_grad_enabled() else ():
+            switch(batch.is_last)
         trunk = getattr(self.model, self.model.base_model_prefix)
         return trunk(**batch.inputs, use_cache=False)[0][0]  # a cache would let it attend across sequences
 
@@ -287,8 +287,23 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
             own["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         fully_shard(head, **plan | own)
     fully_shard(shell, **plan)
-    shell.has_copies = plan["mesh"].ndim == 2 and plan["ignored_params"] is None
     sum_gradients(shell)
+    shell.switches = once_a_step(shell, plan, keep)
+
+
+def once_a_step(shell: PackedModel, plan: dict[str, Any], keep: bool) -> list[Callable[[bool], None]]:
+    """What is switched off before every row and on before the last one of an optimizer step.
+
+    Weights that stay whole from forward to backward stay whole until the next row. Of a model that is whole
+    on each rank gradients add up in float32 and then become FSDP's; of one with copies in groups of ranks
+    they go through the group for each row, as a rank has no room for all of them, but over the groups once.
+    """
+    if plan["ignored_params"] is not None:  # nothing is FSDP's
+        return []
+    switches = [shell.set_reshard_after_backward] if keep else []
+    if plan["mesh"].size(-1) == 1:
+        return [*switches, shell.set_requires_gradient_sync]
+    return [*switches, shell.set_requires_all_reduce] if plan["mesh"].ndim == 2 else switches
 
 
 def fsdp_plan(model: nn.Module, dtype: torch.dtype, device: torch.device, sharding: str) -> dict[str, Any]:
@@ -304,9 +319,12 @@ def fsdp_plan(model: nn.Module, dtype: torch.dtype, device: torch.device, shardi
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Let FSDP add gradients over ranks instead of averaging them; gloo knows only the plain sum."""
+    """Let FSDP add gradients over ranks instead of averaging them; gloo knows only the plain sum.
+
+    Of one rank the sum is the mean, and FSDP does not even divide by 1.
+    """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and dist.world_size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

@@ -94,7 +94,7 @@ class MicroBatch:
     num_segments: int  # B x sequences per example
     example_ids: Tensor  # (B,) indices into the list given to `micro_batches`
     fields: dict[str, Tensor]  # (B,) float32 each; of vectors (B, L), padded with NaN to the longest here
-    is_last: bool = True  # of the optimizer step on this rank: copies of the model add up gradients after it
+    is_last: bool = True  # of the optimizer step on this rank: models.once_a_step says what waits for it
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """common/models.py: packed, chunked, sharded or adapted, the numbers are those of plain transformers."""
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -1289,6 +1290,32 @@ def test_copies_in_low_precision_are_left_to_fsdp(tmp_path, two_ranks: Any):
         assert result["all_reduces"] == result["parts"] and result["rows"] > 1  # once a step
         assert result["error"] < 0.25  # of the largest entry: bfloat16 on a model of random weights
         assert result["norms"][0] == pytest.approx(result["norms"][1], rel=0.03)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_rows_of_a_step_in_low_precision_cost_fsdp_once(keep: bool, folder: Path, device, monkeypatch):
+    """Weights are cast for the first row and given back after the last, when gradients become FSDP's."""
+    from torch.distributed.tensor import DTensor
+
+    monkeypatch.setattr(models, "memory_choices", lambda *_: (False, keep))
+    policy = models.load(str(folder), device, options(dtype="bfloat16"))
+    rows = list(packed.micro_batches(documents((5, 17, 2, 30, 9)), 30, device))
+    weight = functools.partial(models.blocks(policy)[0].get_parameter, "mlp.up_proj.weight")
+    for _ in range(2):
+        policy.zero_grad()
+        for row in rows:
+            (-models.token_logps(policy, row).sum()).backward()
+            assert isinstance(weight(), DTensor) == (row.is_last or not keep)
+            assert all(
+                (p.grad is not None) == row.is_last for p in policy.parameters() if isinstance(p, DTensor)
+            )
+    assert len(rows) > 2
+    ours = gradients(policy)
+    policy.zero_grad()
+    for row in rows:  # as if each were a step of its own: reduced, and the weights cast, row by row
+        row.is_last = True
+        (-models.token_logps(policy, row).sum()).backward()
+    assert furthest(ours, gradients(policy)) == 0
 
 
 def test_hybrid_shards_inside_a_node(device, monkeypatch: pytest.MonkeyPatch):
