@@ -90,17 +90,18 @@ class _TokenStats(torch.autograd.Function):
             for column, values in zip(columns, _describe(z, p, y[part]), strict=True):
                 column[part] = values
             if early:
-                dz = _differentiate(z, p, y[part], ones[part], None, operands[0].dtype)
+                known = (columns[0][part], columns[1][part])
+                dz = _differentiate(z, p, y[part], known, ones[part], None, operands[0].dtype)
                 _add_gradients(sums, operands, part, dz, slope)
         columns[3] /= scale
-        ctx.save_for_backward(h, weight, bias, y, *sums)
+        ctx.save_for_backward(h, weight, bias, y, *columns[:2], *sums)
         ctx.mark_non_differentiable(*columns[2:])
         ctx.set_materialize_grads(False)
         return tuple(columns)
 
     @staticmethod
     def backward(ctx, g_logps: Tensor | None, g_entropy: Tensor | None, *_: Any):
-        h, weight, bias, y, *sums = ctx.saved_tensors
+        h, weight, bias, y, logps, entropy, *sums = ctx.saved_tensors
         scale, factors = ctx.numbers[0], (ctx.numbers[0],) * 3
         if sums and g_entropy is None:
             gradients, g = sums, g_logps[:1].sum()  # of no tokens 0
@@ -115,7 +116,8 @@ class _TokenStats(torch.autograd.Function):
                 if p is not None:
                     _probabilities(z, p)
                 upstream = (None if g is None else g[part] for g in (g_logps, g_entropy))
-                dz = _differentiate(z, p, y[part], *upstream, operands[0].dtype)
+                known = (logps[part], entropy[part])
+                dz = _differentiate(z, p, y[part], known, *upstream, operands[0].dtype)
                 _add_gradients(gradients, operands, part, dz, slope)
         # in place: dW is as large as the weights
         scaled = (
@@ -181,22 +183,23 @@ def _differentiate(
     p: Tensor,
     logp: Tensor | None,
     y: Tensor,
+    known: tuple[Tensor, Tensor],
     g_logps: Tensor | None,
     g_entropy: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient by logits (n, V), from those by log-probabilities and entropies (n,).
+    """Gradient by logits (n, V), from those by log-probabilities and entropies, which are known; (n,) each.
 
     Overwrites p and logp, which are `_probabilities` (without g_entropy logp can be anything); or takes
     logits and None, and the result has dtype.
     """
-    g_logps, g_entropy = (None if g is None else g[:, None] for g in (g_logps, g_entropy))
+    columns = (None if x is None else x[:, None] for x in (*known, g_logps, g_entropy))
+    logps, entropy, g_logps, g_entropy = columns
     if logp is None:
-        return _fused(_gradient)(p, y, g_logps, g_entropy, dtype)
+        return _fused(_gradient)(p, y, logps, entropy, g_logps, g_entropy, dtype)
     dz = None
     if g_entropy is not None:
-        entropy = -torch.linalg.vecdot(p, logp)
-        dz = logp.add_(entropy[:, None]).mul_(p).mul_(-g_entropy)
+        dz = logp.add_(entropy).mul_(p).mul_(-g_entropy)
     if g_logps is not None:
         p.mul_(-g_logps)
         dz = p if dz is None else dz.add_(p)
@@ -206,22 +209,31 @@ def _differentiate(
 
 def _statistics(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """`_describe` as formulas, of which a compiler makes two passes over the logits instead of ten."""
-    logp = z.log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(1, y[:, None])[:, 0], entropy, z.argmax(-1) == y, z.mean(-1)
+    above = z - z.amax(-1, keepdim=True)
+    weights = above.exp()
+    total = weights.sum(-1)
+    logps = above.gather(1, y[:, None])[:, 0] - total.log()
+    entropy = total.log() - (weights * above).sum(-1) / total
+    return logps, entropy, z.argmax(-1) == y, z.mean(-1)
 
 
 def _gradient(
-    z: Tensor, y: Tensor, g_logps: Tensor | None, g_entropy: Tensor | None, dtype: torch.dtype
+    z: Tensor,
+    y: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    g_logps: Tensor | None,
+    g_entropy: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`_differentiate` as formulas, from logits, rounded to dtype."""
-    logp = z.log_softmax(-1)
+    """`_differentiate` as formulas, from logits, rounded to dtype: one pass, as logsumexp z = z_y - lp."""
+    logp = z - (z.gather(1, y[:, None]) - logps)
     p, dz = logp.exp(), torch.zeros_like(z)
     if g_logps is not None:
         is_y = torch.arange(z.shape[1], device=z.device) == y[:, None]
         dz = dz + g_logps * (is_y.to(p.dtype) - p)
     if g_entropy is not None:
-        dz = dz - g_entropy * p * (logp - (p * logp).sum(-1, keepdim=True))
+        dz = dz - g_entropy * p * (logp + entropy)
     return dz.to(dtype)
 
 

@@ -307,7 +307,7 @@ def packed_attention(
         key, value = key.index_select(2, kv_indices), value.index_select(2, kv_indices)
     if _flash_kernel is not None and query.dtype != torch.float32 and not extra:
         # the kernels want (N, H, K) and one width for all, a multiple of 8
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left and right
