@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from common import data, dist, files, lora, models, report
+from common import data, dist, files, formats, lora, models, report
 from common.args import Run, System, Training
 from common.loading import is_whole
 
@@ -170,9 +170,7 @@ def resume(output_dir: str, parts: Parts) -> dict[str, Any]:
     except dist.RunError:
         raise
     except (Exception, CheckpointException) as error:  # torn files raise many kinds
-        cause = [*dist.causes(error)][-1]
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        reason = reason.partition(". In PyTorch")[0]  # torch goes on with how to load what it refuses
+        reason = formats.first_line([*dist.causes(error)][-1])
         advice = "delete it to go on from one before it, or from the start"
         raise dist.RunError(f"{folder}: damaged, {reason}; {advice}") from error
 

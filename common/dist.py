@@ -358,7 +358,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     seen: list[BaseException] = [error]
     for found in seen:
         yield found
-        parts = [found.__cause__, found.__context__]
+        parts = [found.__cause__, None if found.__suppress_context__ else found.__context__]
         with contextlib.suppress(AttributeError):
             parts += [failure[0] for failure in found.failures.values()]
         seen += [part for part in parts if part is not None and part not in seen]

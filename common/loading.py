@@ -72,9 +72,8 @@ def read_pretrained(
             print(f"{folder}: of this {config.model_type} the text model is taken; vision is left out")
             model = text_model(model)
     except Exception as error:  # damaged files, and what holds no weights, raise many kinds
-        # torch goes on with how to run what is in the file
-        reason = formats.first_line(error).partition(". In PyTorch")[0]
-        raise dist.RunError(f"cannot load the model {folder}: {reason[:300]}") from error
+        reason = formats.first_line(error)[:300]
+        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
     if dtype != torch.float32 or is_tower:

@@ -41,8 +41,10 @@ class LeftOut(Exception):
     """A record that is counted, by this reason, and not used."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    if first.startswith(refused := "Weights only load failed"):
+        return refused  # torch goes on with how to run what it refuses to unpickle
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 

@@ -424,7 +424,8 @@ def test_a_checkpoint_that_is_damaged_or_runs_code_is_one_line_and_runs_none(
     with pytest.raises(dist.RunError, match=said) as error:
         train(str(tmp_path / "run"), str(few), model=tiny_model, max_steps=2)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
-    assert "weights_only" not in str(error.value)  # torch tells how to load it all the same
+    assert "you have two options" not in str(error.value)  # torch tells how to load it all the same
+    assert not re.search("damaged, .?;", str(error.value))
 
 
 def test_what_is_not_finite_is_neither_saved_nor_exported(few: Path, tmp_path: Path, tiny_model: str) -> None:
