@@ -116,7 +116,7 @@ class _TokenStats(torch.autograd.Function):
                 if p is not None:
                     _probabilities(z, p)
                 upstream = (None if g is None else g[part] for g in (g_logps, g_entropy))
-                known = (logps[part], entropy[part])
+                known = (logps.detach()[part], entropy.detach()[part])
                 dz = _differentiate(z, p, y[part], known, *upstream, operands[0].dtype)
                 _add_gradients(gradients, operands, part, dz, slope)
         # in place: dW is as large as the weights
@@ -172,7 +172,7 @@ def _probabilities(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 def _describe(z: Tensor, p: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
     """The columns of TokenStats from logits z (n, V), which become probabilities; p is overwritten."""
     if p is None:
-        return _fused(_statistics)(z, y)
+        return _fused(_statistics)(_of_one_vocabulary(z), y)
     mean_logit, argmax = z.mean(-1), z.argmax(-1)
     z, logp = _probabilities(z, p)
     logps = logp.gather(1, y[:, None])[:, 0]
@@ -196,7 +196,7 @@ def _differentiate(
     columns = (None if x is None else x[:, None] for x in (*known, g_logps, g_entropy))
     logps, entropy, g_logps, g_entropy = columns
     if logp is None:
-        return _fused(_gradient)(p, y, logps, entropy, g_logps, g_entropy, dtype)
+        return _fused(_gradient)(_of_one_vocabulary(p), y, logps, entropy, g_logps, g_entropy, dtype)
     dz = None
     if g_entropy is not None:
         dz = logp.add_(entropy).mul_(p).mul_(-g_entropy)
@@ -240,6 +240,16 @@ def _gradient(
 @functools.cache
 def _fused(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
+
+
+def _of_one_vocabulary(z: Tensor) -> Tensor:
+    """The logits with V constant for the compiler: dividing each index by a variable takes as long as all else.
+
+    And no view of the buffer, whose size would be looked at as well.
+    """
+    z = z.detach()
+    torch._dynamo.mark_static(z, 1)
+    return z
 
 
 def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

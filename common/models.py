@@ -261,6 +261,11 @@ def _make_mesh(kind: str, copies: int, size: int) -> DeviceMesh:
     return init_device_mesh(kind, (copies, size), mesh_dim_names=("replicate", "shard"))
 
 
+# what of a decoder layer's arguments has other sizes in each row, for the compiler. With dynamic=True the widths
+# of heads that a layer holds would be variables too, and rotary embeddings spend their time on dividing by them
+ROW_ARGUMENTS = r"L\['(args|kwargs|hidden_states|position_embeddings|position_ids)'\].*"
+
+
 def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     """Compile, activation checkpointing, then FSDP2, in that order, on a model without weights yet."""
     trainable = any(p.requires_grad for p in shell.parameters())
@@ -271,9 +276,11 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     plan = fsdp_plan(shell, shell.compute_dtype, device, system.sharding)
     recompute, keep = memory_choices(shell, system, device) if trainable else (False, False)
     head.compiled = system.compile and device.type == "cuda"
+    if system.compile:
+        torch.compiler.config.dynamic_sources = ROW_ARGUMENTS
     for block in blocks(shell):
         if system.compile:  # inside the recomputation: the same graph runs in forward and again in backward
-            block.forward = torch.compile(block.forward, dynamic=True)
+            block.forward = torch.compile(block.forward)
         if recompute:
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False

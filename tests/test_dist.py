@@ -202,7 +202,8 @@ def said(ranks: list[int], message: str) -> str:
 
 def test_a_mistake_is_printed_once_by_whichever_rank_found_it(two_ranks: Any):
     found = two_ranks("test_dist:said", ranks=[0, 1], message="no such file")
-    assert found == ["error: no such file\n", ""]
+    # rank 0's to say, unless it comes half a second later than the other
+    assert found in (["error: no such file\n", ""], ["", "error (rank 1): no such file\n"])
     found = two_ranks("test_dist:said", ranks=[1], message="no such disk")
     assert found == ["", "error (rank 1): no such disk\n"]
 
