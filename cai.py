@@ -504,8 +504,10 @@ def agreement(records: list[dict], args: Args) -> dict[str, float]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     for role in ("critic", "judge"):
-        chat.refuse_secrets(f"{role}_url", getattr(args.server, f"{role}_url"))
-        if getattr(args.server, f"{role}_url") and not getattr(args, f"{role}_model"):
+        if not (url := getattr(args.server, f"{role}_url")):
+            continue
+        chat.check_url(f"{role}_url", url)
+        if not getattr(args, f"{role}_model"):
             raise dist.RunError(f"{role}_url needs {role}_model, the name of a model there")
     chat.read_body(args.server.judge_body)
     num_replies = args.samples_per_prompt * len(read_temperatures(args))

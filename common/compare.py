@@ -199,7 +199,7 @@ def preferences(args: Args, folder: Path, pairs: list[tuple[list[dict], str, str
     from common.args import System
 
     device, (turns, *sides) = dist.init(seed=1), zip(*pairs, strict=True)
-    if args.judge.startswith(("http://", "https://")):
+    if "://" in args.judge:
         server = chat.Endpoint(args.judge, args.judge_model, chat.Server(), folder / "judged", 8)
 
         def verdicts(order: list[tuple[str, ...]]) -> list[list[float] | None]:
@@ -237,6 +237,12 @@ def report(args: Args) -> int:
     """Compare and print. -> the exit code"""
     if len(args.runs) < 2:
         raise ValueError(f"{len(args.runs)} run folders; expected two or more")
+    if "://" in args.judge:
+        from common import chat
+
+        chat.check_url("judge", args.judge)
+        if not args.judge_model:
+            raise ValueError("judge is a server and needs judge_model, the name of a model there")
     first, *others = runs = [*map(read_run, args.runs)]
     changed = differing([*map(read_settings, args.runs)])
     is_different = False
@@ -272,4 +278,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, use_underscores=True)))
+    sys.exit(main(tyro.cli(Args, prog="python -m common.compare", use_underscores=True)))
