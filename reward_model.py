@@ -322,19 +322,17 @@ def print_accuracy(scored: Iterable[dict]) -> None:
 
 def check_target(target: Path, source: Path, overwrite: bool) -> None:
     """Make the folder of a file that is to be written; one that is there stays until the new one is whole."""
-    if target.exists():
-        if not target.is_file():
-            raise formats.wrong(
-                f"score_output {target}", "a folder, or a device", "a file, which --score writes"
-            )
-        if source.exists() and target.samefile(source):
-            raise formats.wrong(f"score_output {target}", "the file that is scored", "another one")
-        if not overwrite:
-            raise formats.wrong(f"score_output {target}", "a file", "a new one, or --overwrite to replace it")
+    name, is_there = f"score_output {target}", target.exists()
+    if is_there and not target.is_file():
+        raise formats.wrong(name, "a folder, or a device", "a file, which --score writes")
+    if is_there and source.exists() and target.samefile(source):
+        raise formats.wrong(name, "the file that is scored", "another one")
+    if is_there and not overwrite:
+        raise formats.wrong(name, "a file", "a new one, or --overwrite to replace it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise formats.wrong(f"score_output {target}", error.strerror, "a folder to write in") from error
+        raise formats.wrong(name, error.strerror, "a folder to write in") from error
 
 
 def with_rewards(value: dict, outputs: list[list[float]], names: list[str]) -> dict[str, Any]:

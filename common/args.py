@@ -261,8 +261,8 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
         raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
     if values.get("keep_best") and "micro_batch_tokens" not in values:
         raise dist.RunError(f"keep_best is {values['keep_best']}; expected none: it is of text models")
-    best = values.get("keep_best", "").lstrip("+-")
-    if best and not best.startswith("eval/"):
+    best = values.get("keep_best")
+    if best and not best.lstrip("+-").startswith("eval/"):
         raise dist.RunError(f"keep_best is {best}; expected a metric of evaluations, as eval/loss")
     if values.get("keep_best") and values["save_every"] % values["eval_every"]:
         raise dist.RunError(

@@ -249,7 +249,7 @@ class Endpoint:
     reasons: bool = False  # before it says which option is best
 
     def __post_init__(self) -> None:
-        check_url("the server's address", self.url)
+        check_server("the server's address", self.url, self.model)
         self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):  # httpx's own words would quote the key
@@ -284,54 +284,50 @@ class Endpoint:
             RunError: the server refuses the request, or fails each time.
         """
         waits = [min(60.0, BACKOFF * 2 ** min(i, 6)) for i in range(self.server.judge_retries)]
-        for attempt in range(1, len(waits) + 2):
-            is_absent, wait = False, waits[attempt - 1] if attempt <= len(waits) else 0.0
+        for attempt, wait in enumerate([*waits, 0.0], 1):
             try:
                 # httpx's own limit is one of each read: a server that drips bytes never comes to it
                 limited = asyncio.wait_for(self.client.post(self.url, json=body), self.server.judge_timeout)
                 response = asyncio.run_coroutine_threadsafe(limited, self.loop).result()
                 self.is_there = True
-                found, problem = self.read(response, letters)
-                if found:
-                    return found
+                if response.status_code == 200:
+                    return read_answer(response.json(), letters, self.reasons)
+                problem = f"HTTP status {response.status_code}"
                 after = response.headers.get("Retry-After", "")
-                wait = max(wait, min(60.0, float(after))) if re.fullmatch("[0-9]+", after) else wait
-            except dist.RunError as error:
-                raise dist.RunError(self.without_key(str(error))) from None
             except Exception as error:  # no connection, no answer in time, or an answer of another form
                 problem = self.without_key(f"{type(error).__name__}: {formats.first_line(error)}")
-                is_absent = isinstance(error, httpx.ConnectError) and not self.is_there
+                response, after = None, ""
+            if response is not None and (refused := self.read_refusal(response, problem)):
+                return {"refused": refused}
+            is_absent = problem.startswith("ConnectError") and not self.is_there
             left = waits[attempt - 1 : FIRST_TRIES - 1 if is_absent else None]
             if not left:
                 break
             if self.has_told.acquire(blocking=False):  # the first of all requests that failed
                 until = time.strftime("%H:%M:%S", time.localtime(time.time() + sum(left)))
-                more = f"asked up to {len(left)} times again, at least until {until}"
-                print(f"{self.url}: {problem}; {more}", file=sys.stderr, flush=True)
-            time.sleep(wait)
+                print(f"{self.url}: {problem}; asked again until {until}", file=sys.stderr, flush=True)
+            time.sleep(min(60.0, max(wait, float(after))) if re.fullmatch("[0-9]+", after) else wait)
         raise dist.RunError(
             f"{self.url}: gave up after {attempt} tries, the last with {problem}; what "
             "was answered is kept, the same command goes on from there"
         )
 
-    def read(self, response: httpx.Response, letters: str) -> tuple[dict, str]:
-        """(what goes on file, else why the request is to be repeated), without the key.
+    def read_refusal(self, response: httpx.Response, problem: str) -> str:
+        """What a server said of a prompt that it will not have; nothing where it may answer later.
 
         Raises:
-            RunError: the same request would be refused again.
+            RunError: it refuses any such request.
         """
         code, text = response.status_code, self.without_key(response.content.decode("utf-8", "replace"))
-        if code == 200:
-            return read_answer(json.loads(response.content), letters, self.reasons), ""
-        problem, said = f"HTTP status {code}", " ".join(text.split())[:200]
+        said = f"{problem}: {' '.join(text.split())[:200]}"
         if code == 422 or (code in (400, 413) and UNWANTED.search(text)):
-            return {"refused": f"{problem}: {said}"}, ""
+            return said
         if response.is_redirect:  # followed, it could take the key to another host
-            where = response.headers.get("Location")
+            where = self.without_key(response.headers.get("Location", ""))
             raise formats.wrong(self.url, f"a redirect to {where}", "the address itself as judge_url")
         if code in REFUSED:
-            raise dist.RunError(f"{self.url}: {problem}: {said}")
-        return {}, problem
+            raise dist.RunError(f"{self.url}: {said}")
+        return ""
 
     def without_key(self, text: str) -> str:
         """A text from the server or about it, which may repeat the key; so may its address of elsewhere."""
@@ -363,23 +359,25 @@ class Endpoint:
         return text + (f"; {len(refused)} prompts refused, the first with {refused[0]}" if refused else "")
 
 
-def check_url(name: str, url: str) -> None:
+def check_server(name: str, url: str, model: str) -> None:
     """End the run if an address is none, or holds more, such as a password: options are written down.
 
     Args:
         name: what is said to have it.
+        model: a name that the server knows.
     """
     if set("@?#") & {*url}:
         expected = "the address alone; the key is read from $OPENAI_API_KEY"
         raise formats.wrong(name, "a name, a password or a query in it", expected)
     if not re.match(r"https?://[^/\s]+(/\S*)?$", url):
         raise formats.wrong(name, repr(url), "http:// or https://, a host and a path, as https://host/v1")
+    if not model:
+        raise formats.wrong(name, "no model", "the name of a model there, as judge_model or critic_model")
 
 
 def count_of(tokens: Any) -> int:
     """A number of tokens as a server gives it; 0 for what is none."""
-    is_count = isinstance(tokens, int | float) and 0 <= tokens < formats.LARGEST  # NaN is not
-    return int(tokens) if is_count else 0
+    return int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < formats.LARGEST else 0
 
 
 def read_body(text: str) -> dict[str, Any]:
@@ -391,8 +389,10 @@ def read_body(text: str) -> dict[str, Any]:
 def read_answer(answer: dict, letters: str, reasons: bool) -> dict:
     """The tokens paid for an answer, and its text; or its verdict on `letters`, where there are any."""
     choice, usage = answer["choices"][0], answer.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    found = {"tokens": [count_of(usage.get(f"{name}_tokens")) for name in ("prompt", "completion")]}
+    counts = [
+        usage.get(f"{name}_tokens") if isinstance(usage, dict) else 0 for name in ("prompt", "completion")
+    ]
+    found = {"tokens": [*map(count_of, counts)]}
     reason, text = choice.get("finish_reason"), choice["message"].get("content") or ""
     if reason == "content_filter":
         return found | {"refused": f"finish_reason {reason}"}

@@ -237,12 +237,6 @@ def report(args: Args) -> int:
     """Compare and print. -> the exit code"""
     if len(args.runs) < 2:
         raise ValueError(f"{len(args.runs)} run folders; expected two or more")
-    if "://" in args.judge:
-        from common import chat
-
-        chat.check_url("judge", args.judge)
-        if not args.judge_model:
-            raise ValueError("judge is a server and needs judge_model, the name of a model there")
     first, *others = runs = [*map(read_run, args.runs)]
     changed = differing([*map(read_settings, args.runs)])
     is_different = False

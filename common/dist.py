@@ -57,7 +57,7 @@ def init(seed: int) -> torch.device:
     """Join the process group torchrun describes, or form one of a single process. Safe to call again.
 
     Raises:
-        RunError: the seed, or what the environment says of a run, cannot be used.
+        RunError: a seed, or something in the environment, that cannot be.
     """
     if not 0 <= seed < 2**63:
         raise RunError(f"seed is {seed}; expected 0 to 2**63 - 1")
@@ -102,28 +102,23 @@ def timeout_minutes() -> float:
 
 
 class _Heard(io.FileIO):
-    """Where a run prints to. What cannot be written there is dropped."""
+    """Where a run prints to; what cannot be written there is dropped."""
 
     def write(self, text: Any) -> int | None:
-        try:
+        with contextlib.suppress(OSError):
             return super().write(text)
-        except OSError:
-            return len(text)
+        return len(text)
 
 
 def outlive_readers() -> None:
-    """Let no print end this process from here on: its terminal may be closed, its pipe unread, a disk full.
-
-    Commands that only show something end then, see common/__init__.py; a run has work to save.
-    """
+    """Let no print end a run from here on: its terminal may be closed, its pipe unread, a disk full."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):  # and no capture, nor ours already
+        if stream and stream is getattr(sys, f"__{name}__"):  # and no capture, nor ours already
             raw = io.BufferedWriter(_Heard(stream.fileno(), "w", closefd=False))
-            how = {x: getattr(stream, x) for x in ("encoding", "errors", "line_buffering", "write_through")}
             with contextlib.suppress(OSError):
                 stream.flush()
-            setattr(sys, name, io.TextIOWrapper(raw, **how))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def _leave() -> None:
@@ -393,10 +388,8 @@ def explain(error: BaseException) -> str | None:
         return "interrupted before the step had ended; the same command goes on from the last checkpoint"
     if isinstance(error, SystemExit):
         at = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = Path(at.filename).parent == Path(__file__).parent  # --plan and --check end by it
-        return (
-            None if is_ours else f"SystemExit: {error} ({at.filename}:{at.lineno}); expected no exit in a run"
-        )
+        if Path(at.filename).parent != Path(__file__).parent:  # as --plan and --check end
+            return f"SystemExit: {error} ({at.filename}:{at.lineno}); expected no exit in a run"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{str(error).splitlines()[0].partition('. GPU')[0]}; {LESS_MEMORY}"
     found, end = list(causes(error)), "; what was saved before is whole, the same command goes on"

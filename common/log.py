@@ -87,7 +87,13 @@ class Log:
         two leaves those of a step that will be evaluated again.
         """
         folder, own = self.folder, self.folder / "args.json"
-        self._refuse_what_is_code()
+        if folder.resolve() in (self.script.resolve().parent, ROOT, *ROOT.parents):
+            what = "the folder of the script, or one that holds the repository"
+            raise formats.wrong(f"output_dir {folder}", what, "one of the run's own")
+        for path in [ROOT / name for name in SOURCES]:
+            if folder.resolve().is_relative_to(path):
+                what = "a folder of the repository's own files"
+                raise formats.wrong(f"output_dir {folder}", what, "another, such as runs/name")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files.lock(folder)  # before anything is deleted: another run may be writing there
@@ -126,19 +132,6 @@ class Log:
             kept = [row for row in files.read_rows(folder / name, "step") if row["step"] <= keep]
             files.write(folder / name, files.as_lines(kept))
         return kept
-
-    def _refuse_what_is_code(self) -> None:
-        at = self.folder.resolve()
-        if at == self.script.resolve().parent:
-            raise formats.wrong(
-                f"output_dir {self.folder}", "the folder of the script", "one of the run's own"
-            )
-        if at in (ROOT, *ROOT.parents):
-            raise formats.wrong(f"output_dir {self.folder}", "a folder that holds the repository", "another")
-        for path in [ROOT / name for name in SOURCES]:
-            if at.is_relative_to(path):
-                what = "a folder of the repository's own files"
-                raise formats.wrong(f"output_dir {self.folder}", what, "another, such as runs/name")
 
     def _refuse_what_is_of_others(self, own: Path) -> None:
         """End where a run would write over files that are no run's, or through links out of its folder."""

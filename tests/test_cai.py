@@ -685,7 +685,7 @@ QUESTION = [[chat.user("Which? (A) yes (B) no")]]
     "answer",
     [
         httpx.Response(307, headers={"Location": "http://evil/?k=sk-SECRET%2B"}),
-        httpx.Response(401, text="x" * 193 + "sk-SECRET+"),
+        httpx.Response(401, text="x" * 194 + "sk-SECRET+"),
         httpx.Response(422, text="sk-SECRET+"),
         httpx.RemoteProtocolError("illegal header line: bytearray(b'Bearer sk-SECRET+')"),
     ],
@@ -702,7 +702,7 @@ def test_the_key_is_in_no_message_whatever_the_server_does(
         said = str(error)
     said += judge.report() + "".join(capsys.readouterr())
     said += "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
-    assert "SEC" not in said and "(the key" in said
+    assert "SEC" not in said and "(the k" in said
 
 
 @pytest.mark.parametrize(
@@ -733,6 +733,7 @@ def test_a_usage_that_is_none_counts_nothing(usage: Any, tmp_path: Path) -> None
             for name in ("hex", "rot13", "undefined", "idna")
         ],
         httpx.Response(200, text="[" * 100_000),
+        httpx.Response(200, headers={"Content-Type": "application/json; charset=hex"}, content=b"\xff"),
     ],
 )
 def test_an_answer_that_cannot_be_read_is_a_failure_like_others(
@@ -761,12 +762,12 @@ def test_a_first_failure_is_said_at_once_and_a_server_that_is_not_there_is_not_w
     with pytest.raises(dist.RunError, match="gave up after 3 tries, the last with ConnectError"):
         with_answers(tmp_path, absent).verdicts(QUESTION)
     said = capsys.readouterr().err
-    assert re.fullmatch(r"http\S+: ConnectError: All .*; asked up to 2 times again, .* until [\d:]+\n", said)
+    assert re.fullmatch(r"http\S+: ConnectError: All .*; asked again until [\d:]+\n", said)
     patient = with_answers(
         tmp_path, *[httpx.Response(503), *[absent] * 6], answered()
     )  # it is only restarted
     assert patient.verdicts(QUESTION) == [[0.5, 0.5]]
-    assert "HTTP status 503; asked up to 12 times again" in capsys.readouterr().err
+    assert "HTTP status 503; asked again until " in capsys.readouterr().err
 
 
 # the whole of it
@@ -1189,8 +1190,8 @@ def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> 
     [
         ({"judge_url": "notaurl", "judge_model": "m"}, "judge_url: found 'notaurl'; expected http://"),
         ({"critic_url": "ftp://x/v1", "critic_model": "m"}, "critic_url: found 'ftp://x/v1'; expected http"),
-        ({"judge_url": "http://x/v1"}, "judge_url needs judge_model"),
-        ({"critic_url": "http://x/v1"}, "critic_url needs critic_model"),
+        ({"judge_url": "http://x/v1"}, "judge_url: found no model; expected the name"),
+        ({"critic_url": "http://x/v1"}, "critic_url: found no model; expected the name"),
         ({"judge_url": "http://me:sesame@x/v1"}, "judge_url: found a name, a password or a query in it"),
         ({"samples_per_prompt": 1}, "found 1; expected 2 or more replies"),
         ({"hard_labels": True, "cot": True}, "leave out cot and num_principles"),

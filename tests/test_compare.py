@@ -235,8 +235,8 @@ def test_a_reward_model_judges(tiny_model: str, tokenizer: Any, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("judge", "model", "said"),
     [
-        ("ftp://x/v1", "m", "judge: found 'ftp://x/v1'; expected http://"),
-        ("http://127.0.0.1:9/v1", "", "needs judge_model"),
+        ("ftp://x/v1", "m", "address: found 'ftp://x/v1'; expected http://"),
+        ("http://127.0.0.1:9/v1", "", "address: found no model"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused_at_once(

@@ -329,8 +329,8 @@ def test_any_damage_to_the_file_of_options_is_one_line(text: str, tmp_path: Path
 
 
 def test_a_run_does_not_live_beside_its_script_nor_around_the_repository(few: Path) -> None:
-    for folder, what in ((ROOT, "the folder of the script"), (ROOT.parent, "a folder that holds the repos")):
-        with pytest.raises(dist.RunError, match=f"output_dir .*: found {what}"):
+    for folder in (ROOT, ROOT.parent, Path("/")):
+        with pytest.raises(dist.RunError, match="output_dir .*: found the folder of the script, or one that"):
             dpo.main(args_of(dpo.Args, **settings(few, folder)))
 
 
