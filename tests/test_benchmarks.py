@@ -279,7 +279,7 @@ def test_compiled_blocks_are_one_graph_whatever_is_packed(
     monkeypatch.setattr(packed, "packed_attention", attention)
     torch._dynamo.reset()
     counters.clear()
-    policy = harness.random_policy(harness.llama(512, 32, 3, 2), device, compile=True)
+    policy = harness.random_policy(harness.llama(512, 32, 3, 2), device, compile=True, dtype="bfloat16")
     optimizer = torch.optim.AdamW(models.parameter_groups(policy, 0.0))
     examples, graphs = harness.documents(300, 512, max_length=256), []
     for step in range(6):
