@@ -453,7 +453,7 @@ def test_output_that_nobody_reads_is_no_lost_rank(monkeypatch: Any, capsys: Any)
 
 
 TALKING = """
-import sys
+import sys, time
 from pathlib import Path
 from common import dist
 
@@ -464,6 +464,7 @@ def main(folder):
     while not (dist.poll_stop() or (folder / "enough").exists()):
         print("a line", flush=True)
         print("a line", file=sys.stderr)
+        time.sleep(0.02)
     (folder / "saved").touch()
     print("the end")
 
