@@ -386,7 +386,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before the step had ended; the same command goes on from the last checkpoint"
     if isinstance(error, SystemExit):
-        at = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        at = [f for f in frames if "/wandb/" not in f.filename][-1]  # which has a sys.exit of its own
         if Path(at.filename).parent != Path(__file__).parent:  # as --plan and --check end
             return f"SystemExit: {error} ({at.filename}:{at.lineno}); expected no exit in a run"
     if isinstance(error, torch.OutOfMemoryError):

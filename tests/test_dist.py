@@ -539,8 +539,13 @@ def leave_at_once(*_: Any) -> None:
     sys.exit(0)
 
 
-def test_an_exit_of_a_users_function_is_an_error_that_says_where(capsys: pytest.CaptureFixture[str]):
+def test_an_exit_of_a_users_function_is_an_error_that_says_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """exit(0) would look like a run that has finished."""
+    hooks: dict = {}  # W&B takes the place of sys.exit
+    exec(compile("def leave(code): raise SystemExit(code)", "/x/wandb/hooks.py", "exec"), hooks)
+    monkeypatch.setattr(sys, "exit", hooks["leave"])
     assert dist.outcome(leave_at_once, None) == 1
     assert re.search(r"error: SystemExit: 0 \(.*test_dist.py:\d+\)", capsys.readouterr().err)
     judge = evaluate.load_judge("test_dist:leave_at_once", "")
