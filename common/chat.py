@@ -360,12 +360,7 @@ class Endpoint:
 
 
 def check_server(name: str, url: str, model: str) -> None:
-    """End the run if an address is none, or holds more, such as a password: options are written down.
-
-    Args:
-        name: what is said to have it.
-        model: a name that the server knows.
-    """
+    """End the run if an address is none or holds a password, since options are written down, or no model."""
     if set("@?#") & {*url}:
         expected = "the address alone; the key is read from $OPENAI_API_KEY"
         raise formats.wrong(name, "a name, a password or a query in it", expected)

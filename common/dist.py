@@ -359,9 +359,8 @@ def leave(code: int) -> None:
     """
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # nobody hears it, or there is none
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -402,7 +401,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before the step had ended; the same command goes on from the last checkpoint"
     if isinstance(error, SystemExit):
-        at = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        at = [f for f in frames if "/wandb/" not in f.filename][-1]  # which has a sys.exit of its own
         if Path(at.filename).parent != Path(__file__).parent:  # as --plan and --check end
             return f"SystemExit: {error} ({at.filename}:{at.lineno}); expected no exit in a run"
     if isinstance(error, torch.OutOfMemoryError):

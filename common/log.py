@@ -90,10 +90,9 @@ class Log:
         if folder.resolve() in (self.script.resolve().parent, ROOT, *ROOT.parents):
             what = "the folder of the script, or one that holds the repository"
             raise formats.wrong(f"output_dir {folder}", what, "one of the run's own")
-        for path in [ROOT / name for name in SOURCES]:
-            if folder.resolve().is_relative_to(path):
-                what = "a folder of the repository's own files"
-                raise formats.wrong(f"output_dir {folder}", what, "another, such as runs/name")
+        if any(folder.resolve().is_relative_to(ROOT / name) for name in SOURCES):
+            what = "a folder of the repository's own files"
+            raise formats.wrong(f"output_dir {folder}", what, "another, such as runs/name")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files.lock(folder)  # before anything is deleted: another run may be writing there

@@ -480,7 +480,7 @@ def test_output_that_nobody_reads_is_no_lost_rank(monkeypatch: Any, capsys: Any)
 
 
 TALKING = """
-import sys
+import sys, time
 from pathlib import Path
 from common import dist
 
@@ -491,6 +491,7 @@ def main(folder):
     while not (dist.poll_stop() or (folder / "enough").exists()):
         print("a line", flush=True)
         print("a line", file=sys.stderr)
+        time.sleep(0.02)
     (folder / "saved").touch()
     print("the end")
 
@@ -565,8 +566,13 @@ def leave_at_once(*_: Any) -> None:
     sys.exit(0)
 
 
-def test_an_exit_of_a_users_function_is_an_error_that_says_where(capsys: pytest.CaptureFixture[str]):
+def test_an_exit_of_a_users_function_is_an_error_that_says_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """exit(0) would look like a run that has finished."""
+    hooks: dict = {}  # W&B takes the place of sys.exit
+    exec(compile("def leave(code): raise SystemExit(code)", "/x/wandb/hooks.py", "exec"), hooks)
+    monkeypatch.setattr(sys, "exit", hooks["leave"])
     assert dist.outcome(leave_at_once, None) == 1
     assert re.search(r"error: SystemExit: 0 \(.*test_dist.py:\d+\)", capsys.readouterr().err)
     judge = evaluate.load_judge("test_dist:leave_at_once", "")
