@@ -188,12 +188,16 @@ class Log:
                 {f"{name} of fingerprint": x for name, x in found.items()}
                 for found in (self.before.get("inputs", {}), self.inputs)
             )
-            self._accept(changes(before, now, now))
             is_done = last >= num_steps and self.before.get("finished_at") == last
             is_done = is_done and (self.folder / "model").is_dir()
+            found = changes(before, now, now)
+            if is_done and (changed := [*self.accepted, *found]):
+                raise dist.RunError(
+                    f"{self.folder} is finished at step {last}, with {changed[0]}: nothing is left to do "
+                    "that could accept it; give another output_dir, or --overwrite to start anew"
+                )
+            self._accept(found)
             self._refuse_what_is_over(last, is_done)
-            if is_done and self.accepted:
-                self._write_args(self.before["num_steps"], finished_at=last)
             return is_done
 
         found = dist.from_main(compare)
@@ -245,11 +249,15 @@ class Log:
 
     def _write_args(self, num_steps: int, **more: Any) -> None:
         self.num_steps = num_steps
-        accepted = [*self.before.get("accepted_changes", []), *self.accepted]
         kept = {"script": self.script.name, "num_steps": num_steps, "inputs": self.inputs}
         kept |= {"versions": files.versions(), **more}
-        kept |= {"accepted_changes": accepted} if accepted else {}
+        kept |= self._changes_accepted()
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
+
+    def _changes_accepted(self) -> dict[str, list[str]]:
+        """Those of all calls, for args.json."""
+        accepted = [*self.before.get("accepted_changes", []), *self.accepted]
+        return {"accepted_changes": accepted} if accepted else {}
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
@@ -286,6 +294,8 @@ class Log:
         if now - self.printed > 5 or evaluation or step == num_steps:
             self.printed = now
             head = f"step {step:>{len(str(num_steps))}}/{num_steps}"
+            if self.is_pipeline and len(self.columns) == num_steps + 1:
+                head = self.columns[step]
             if "train/loss" in metrics:
                 training = {name[6:]: value for name, value in metrics.items() if name.startswith("train/")}
                 pace = self._pace(step, num_steps, training, now)
@@ -372,10 +382,11 @@ class Log:
 
     def _write_cards(self) -> None:
         best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
+        values = self.options.values | self._changes_accepted()
         for name, last, at in (("model", math.inf, ""), ("model_best", best, f" to step {best}")):
             if (self.folder / name).exists() and last >= 0:
                 lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)
-                told = (self.script.name, self.options.values, lines, self.options.changed)
+                told = (self.script.name, values, lines, self.options.changed)
                 report.write_card(self.folder / name, *told, at)
 
     # ---------------------------------------------------------------------------------------------------- W&B
