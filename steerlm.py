@@ -348,7 +348,8 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
             dist.parallel_map(lambda record: read_replies(tokenizer, reader, record), records)
     else:
         own = options["reward_model"]
-        ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
+        with formats.told_as("ratings"):
+            ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
         names = ratings.field_names()
         for name, value in ((n, x) for n in names for x in ratings.field(n).tolist()):
             if not (math.isnan(value) or 0 <= value <= 4):
@@ -443,6 +444,7 @@ def main(args: Args) -> None:
 
     # 2. annotate
     for target, records in targets.items():
+        stages.begin(target)
         annotate(attribute_model, tokenizer, records, target, args, device)
     annotated = args.annotated or ",".join(found)
     own = options["sft"]
@@ -462,6 +464,7 @@ def main(args: Args) -> None:
     for number in range(1, num_rounds + 1):
         sampled = folder / f"4_bootstrap_{number}" / "train.jsonl"
         if not dist.from_main((sampled.parent / "nemo" / sampled.name).exists):
+            stages.say(f"\nstage {sampled.parent.name}")
             keep = files.part_name(sampled, [], files.fingerprint(last)).with_suffix(".replies")
             records = sample_best(last, train_set, tokenizer, number, keep, args, device)
             annotate(attribute_model, tokenizer, records, sampled, args, device)
