@@ -304,7 +304,7 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
     first = [{"initial": x.text, "ended": x.ended, "max_new_tokens": args.max_new_tokens} for x in replies]
     records = zip(prompts, first, rounds, strict=True)
     stages.write_lines(path, [{"prompt": p, **reply, "rounds": steps} for p, reply, steps in records])
-    stages.say(*dict.fromkeys((helper.report(), critic.report())))
+    stages.say(*filter(None, dict.fromkeys((helper.report(), critic.report()))))
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -378,7 +378,7 @@ def compare_replies(
         asked = [{"prompt": prompt, "chosen": chosen} for prompt, chosen, _ in human_pairs]
         files.write_lines(tried, [*zip(asked, sides, strict=True)], key, work)
     files.write_lines(path, [*zip(made, replies, strict=True)], (key, args.max_new_tokens), work)
-    stages.say(*dict.fromkeys((policy.report(), judge.report())))
+    stages.say(*filter(None, dict.fromkeys((policy.report(), judge.report()))))
 
 
 def compare(judge: Any, groups: list, principles: list[str], shots: list, args: Args) -> list[dict]:
