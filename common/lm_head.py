@@ -243,9 +243,8 @@ def _fused(function: Callable) -> Callable:
 
 
 def _of_one_vocabulary(z: Tensor) -> Tensor:
-    """The logits with V constant for the compiler: dividing each index by a variable takes as long as all else.
-
-    And no view of the buffer, whose size would be looked at as well.
+    """The logits with V constant for the compiler, which would divide each index by it; and as no view of the
+    buffer, whose size it would look at as well.
     """
     z = z.detach()
     torch._dynamo.mark_static(z, 1)

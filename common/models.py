@@ -266,8 +266,8 @@ def _make_mesh(kind: str, copies: int, size: int) -> DeviceMesh:
     return init_device_mesh(kind, (copies, size), mesh_dim_names=("replicate", "shard"))
 
 
-# what of a decoder layer's arguments has other sizes in each row, for the compiler. With dynamic=True the widths
-# of heads that a layer holds would be variables too, and rotary embeddings spend their time on dividing by them
+# what a decoder layer is given in other sizes for each row, for the compiler. With dynamic=True the width of
+# its heads would be a variable too, and rotary embeddings would spend their time on dividing by it
 ROW_ARGUMENTS = r"L\['(args|kwargs|hidden_states|position_embeddings|position_ids)'\].*"
 
 
