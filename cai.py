@@ -557,7 +557,8 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
     for name, given in data_given(args).items():
         if name in readers and not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
             load, made = readers[name]
-            train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
+            with formats.told_as(f"data of {name}"):
+                train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
             stages.refuse_large_batch(name, options[name], data.num_kept(made) + train.epoch_size)
 
 

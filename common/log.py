@@ -192,10 +192,8 @@ class Log:
             is_done = is_done and (self.folder / "model").is_dir()
             found = changes(before, now, now)
             if is_done and (changed := [*self.accepted, *found]):
-                raise dist.RunError(
-                    f"{self.folder} is finished at step {last}, with {changed[0]}: nothing is left to do "
-                    "that could accept it; give another output_dir, or --overwrite to start anew"
-                )
+                advice = "nothing is left to do; give another output_dir, or --overwrite to start anew"
+                raise dist.RunError(f"{self.folder} is finished at step {last}, with {changed[0]}: {advice}")
             self._accept(found)
             self._refuse_what_is_over(last, is_done)
             return is_done
@@ -243,6 +241,7 @@ class Log:
         if metric := getattr(self.run, "keep_best", ""):
             which = "lowest" if checkpoint.is_lower_better(metric) else "highest"
             print(f"the checkpoint of the {which} {metric.lstrip('+-')} is exported too", flush=True)
+        self.accepted = [*self.before.get("accepted_changes", []), *self.accepted]
         self._write_args(num_steps)
         shutil.copyfile(self.script, self.folder / self.script.name)
         self._start_wandb()
@@ -251,13 +250,8 @@ class Log:
         self.num_steps = num_steps
         kept = {"script": self.script.name, "num_steps": num_steps, "inputs": self.inputs}
         kept |= {"versions": files.versions(), **more}
-        kept |= self._changes_accepted()
+        kept |= {"accepted_changes": self.accepted} if self.accepted else {}
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
-
-    def _changes_accepted(self) -> dict[str, list[str]]:
-        """Those of all calls, for args.json."""
-        accepted = [*self.before.get("accepted_changes", []), *self.accepted]
-        return {"accepted_changes": accepted} if accepted else {}
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append a row for `step` completed optimizer steps; stop the run if its loss is not finite.
@@ -382,7 +376,7 @@ class Log:
 
     def _write_cards(self) -> None:
         best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
-        values = self.options.values | self._changes_accepted()
+        values = self.options.values | {"accepted_changes": self.accepted}
         for name, last, at in (("model", math.inf, ""), ("model_best", best, f" to step {best}")):
             if (self.folder / name).exists() and last >= 0:
                 lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)

@@ -369,13 +369,14 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
     # rank 0's word: which models Python has not freed yet may differ
     held = dist.from_main(lambda: [model.share for model in HELD])
-    found = (False, False, Share(need(recompute=False).weights))
+    recompute, keep, shell.share = False, False, Share(need(recompute=False).weights)
     if trained:
-        found = choices(need, system.activation_checkpointing, whole, memory, held, folded)
-    recompute, keep, shell.share = found
+        how = (system.activation_checkpointing, whole, memory, held, folded)
+        recompute, keep, shell.share = choices(need, *how)
     HELD.add(shell)
+    left = left_at_rest([*held, shell.share], memory)
     for model in HELD:
-        model.room = left_at_rest([*held, shell.share], memory)
+        model.room = left if model.share.step else 0.0  # what only speaks keeps nothing between calls
     return recompute, keep
 
 

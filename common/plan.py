@@ -107,13 +107,12 @@ def choices(
     whole: float,
     memory: float,
     held: list[Share],
-    folded: float = 0.0,
+    folded: float = 0,
 ) -> tuple[bool, bool, Share]:
     """(recompute activations, keep whole weights from forward to backward, its share), by what fits.
 
-    Room is left to models that may follow, a critic and a reference like this one, and at least a third of
-    the memory to what the estimate does not know. What stays whole leaves that third to a step, however short
-    its rows: they would else hold more than long ones.
+    Room is left to models that may follow, a critic and a reference like this one. What stays leaves a third
+    of the memory to a step, however short its rows: they would else hold more than long ones.
 
     Args:
         need: `training_memory`, but for recompute.
@@ -139,12 +138,9 @@ def usable(memory: float) -> float:
 
 
 def left_at_rest(held: list[Share], memory: float) -> float:
-    """Bytes for a replica and its cache that stay while one of all these models is trained.
-
-    A third of the memory is a step's at least, as in `choices`.
-    """
-    steps = [share.step for share in held]
-    return usable(memory) - sum(share.at_rest for share in held) - max(*steps, memory / 3)
+    """Bytes for a replica and its cache to stay in while one of these models is trained, see `choices`."""
+    step = max(memory / 3, *(share.step for share in held))
+    return usable(memory) - sum(share.at_rest for share in held) - step
 
 
 def cache_bytes(config: Any, num_slots: int, itemsize: int) -> int:
@@ -186,11 +182,6 @@ class Machine(NamedTuple):
 
     count: int
     memory: float
-
-    @property
-    def usable(self) -> float:
-        """What a cache may fill."""
-        return usable(self.memory)
 
 
 class Need(NamedTuple):
@@ -323,7 +314,7 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         own = policy.trained if num_shards == 1 and policy.frozen else policy.size
         copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
         slots = length + (0 if "max_prompt_length" in options else reply)
-        free = machine.usable - sum(always.values())
+        free = usable(machine.memory) - sum(always.values())
         generation = generation_need(policy.config, copy, slots, of_rank, itemsize, free)
         at_rest = sum(generation.values()) - generation["logits"]
         if itemsize < 4 and at_rest <= left_at_rest([*held.values()], machine.memory):
@@ -352,7 +343,7 @@ def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: in
     num_shards = shards(options["sharding"], machine.count)
     models = {name: count(path, has_vocabulary=name != "attribute model") for name, path in beside.items()}
     always = {name: itemsize * model.size / num_shards for name, model in models.items()}
-    free = machine.usable - sum(always.values())
+    free = usable(machine.memory) - sum(always.values())
     for model in (model for name, model in models.items() if name != "attribute model"):
         copy = itemsize * model.size * (num_shards > 1)  # a rank that holds it whole generates with it
         work.append(generation_need(model.config, copy, slots, 256, itemsize, free))

@@ -90,9 +90,7 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
         if name in rated:
             axis.set_ylim(min(low, -0.02 * scale), max(high, 1.02 * scale))
         elif more > 0:
-            below = (
-                min(more / 2, max(0.0, low)) if low >= 0 else more / 2
-            )  # not below 0 for a little more room
+            below = more / 2 if low < 0 else min(more / 2, low)  # no further than to 0
             axis.set_ylim(low - below, high + more - below)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
@@ -147,9 +145,8 @@ def write_card(
     marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     words = shlex.join(["python", script, *as_words(changed or {})])
     command = "." if changed is None else f":\n\n```bash\n{words}\n```"
-    accepted = "; ".join(values.get("accepted_changes", []))
-    note = f"It went on although this had changed on the way: {accepted}.\n\n" * bool(accepted)
-    versions = ", ".join(f"{name} {number}" for name, number in files.versions().items())
+    if accepted := "; ".join(values.get("accepted_changes", [])):
+        marked += f"\n\nIt went on although this had changed on the way: {accepted}."
     card = f"""---
 {about.to_yaml()}
 ---
@@ -160,6 +157,6 @@ def write_card(
 
 {marked}
 
-{note}All settings: `args.json` of the run; versions: {versions}.
+All settings: `args.json` of the run; versions: {", ".join(f"{k} {v}" for k, v in files.versions().items())}.
 """
     files.write(folder / "README.md", card)

@@ -62,10 +62,7 @@ class Reward(NamedTuple):
 
 
 def load(spec: str, device: torch.device, system: System, option: str = "reward") -> list[Reward]:
-    """The rewards that a,b*0.5 asks for, of reward models and functions.
-
-    Args:
-        option: that asks for them.
+    """The rewards that an option, as a,b*0.5, asks for, of reward models and functions.
 
     Raises:
         RunError: none is named, there is no such model or function, or a model has several outputs.
@@ -79,9 +76,7 @@ def load(spec: str, device: torch.device, system: System, option: str = "reward"
             with formats.told_as(option):
                 rater = load_rater(source, device, system)
             if len(rater.names) > 1:
-                raise dist.RunError(
-                    f"{option} {source} has the outputs {', '.join(rater.names)}; expected one"
-                )
+                raise formats.wrong(f"{option} {source}", f"outputs {', '.join(rater.names)}", "one output")
         rewards.append(Reward(weight, source, function, rater))
     return rewards
 
