@@ -708,7 +708,8 @@ def main(args: Args) -> None:
     prompts, red_team, human_pairs = load_red_team(args, tokenizer)
     held_out = {"red_team": red_team, "ordinary": data.Dataset([])}
     if args.helpful_prompts:
-        helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
+        with formats.told_as("helpful_prompts"):
+            helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
         held_out["ordinary"] = helpful[1]
     if log.is_finished(2, files.inputs(args.model, tokenizer, prompts, *held_out.values())):
         return

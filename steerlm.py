@@ -443,8 +443,9 @@ def main(args: Args) -> None:
         stage(reward_model.main, reward_model.Args, Path(attribute_model), rated, own, log)
 
     # 2. annotate
+    if not dist.from_main(lambda: all(target.exists() for target in targets)):
+        stages.say("\nstage 2_annotated")
     for target, records in targets.items():
-        stages.begin(target)
         annotate(attribute_model, tokenizer, records, target, args, device)
     annotated = args.annotated or ",".join(found)
     own = options["sft"]

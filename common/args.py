@@ -331,12 +331,18 @@ def changes(before: dict[str, Any], now: dict[str, Any], names: Collection[str])
     return [f"{n} {before[n]!r}, now {now[n]!r}" for n in both if before[n] != now[n]]
 
 
-def refuse_changes(folder: Path, found: list[str]) -> None:
-    """End the run if something that decides numbers is not what the run in `folder` began with."""
+def refuse_changes(folder: Path, found: list[str], is_over: bool = False) -> None:
+    """End the run if something that decides numbers is not what the run in `folder` began with.
+
+    is_over: all of it is done, and a change that is accepted would say of its numbers what is not true.
+    """
     if found:
+        last = "--overwrite to start anew, or --accept_changes to go on"
+        if is_over:
+            last = "or --overwrite to start anew: it is finished, and can accept no change any more"
         raise dist.RunError(
             f"output_dir {folder} holds a run with {found[0]}: resume it as it was, or give another "
-            "output_dir, --overwrite to start anew, or --accept_changes to go on"
+            f"output_dir, {last}"
         )
 
 

@@ -66,7 +66,7 @@ class Log:
         self.warned, self.example = False, ""  # of what was answered since the last line
         self.before: dict[str, Any] = {}  # args.json of the run that goes on
         self.inputs: dict[str, str] = {}
-        self.accepted: list[str] = []  # changes
+        self.accepted: list[str] = []  # changes; of all calls from the start on
         if not pipeline:
             dist.stop_after(run.max_minutes)
         self.rows: list[dict] = [] if run.check else dist.from_main(self._open)
@@ -117,7 +117,9 @@ class Log:
                 raise formats.wrong(f"output_dir {folder}", what, "another output_dir, or --overwrite")
             if own.exists() and not isinstance(before.get("inputs"), dict):
                 raise files.damaged(own, "it does not say what the run was made from")
-            self._accept(changes(self.before, self.options.values, self.options.fixed))
+            self.accepted = changes(self.before, self.options.values, self.options.fixed)
+            if not self.run.accept_changes:
+                refuse_changes(folder, self.accepted)
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
         if any(not isinstance(x, int | float) for row in rows for x in row.values()):
             raise files.damaged(folder / "metrics.jsonl", "not all of it is numbers")
@@ -148,12 +150,6 @@ class Log:
         found = [p for p in paths if WRITTEN.fullmatch(p.relative_to(self.folder).as_posix())]
         found += [p for p in paths if p == self.folder / self.script.name]
         return found + ([*self.folder.glob(f"{STAGES}/")] if self.is_pipeline else [])
-
-    def _accept(self, found: list[str]) -> None:
-        """Take note of changes, if they are accepted."""
-        if not self.run.accept_changes:
-            refuse_changes(self.folder, found)
-        self.accepted += found
 
     @property
     def steps(self) -> set[int]:
@@ -190,11 +186,9 @@ class Log:
             )
             is_done = last >= num_steps and self.before.get("finished_at") == last
             is_done = is_done and (self.folder / "model").is_dir()
-            found = changes(before, now, now)
-            if is_done and (changed := [*self.accepted, *found]):
-                advice = "nothing is left to do; give another output_dir, or --overwrite to start anew"
-                raise dist.RunError(f"{self.folder} is finished at step {last}, with {changed[0]}: {advice}")
-            self._accept(found)
+            self.accepted += changes(before, now, now)
+            if is_done or not self.run.accept_changes:
+                refuse_changes(self.folder, self.accepted, is_done)
             self._refuse_what_is_over(last, is_done)
             return is_done
 

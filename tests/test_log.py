@@ -19,6 +19,7 @@ from conftest import ROOT, args_of, read_metrics
 
 import dpo
 import sft
+import steerlm
 from common import checkpoint, data, dist, files, log, models, report
 from common.args import Optimization, changes, flat, parse, snapshot, with_fields
 from common.dist import RunError
@@ -448,7 +449,7 @@ def test_other_data_another_model_or_other_code_is_refused_by_name_and_can_be_ac
         """Once the run is finished for good; where it is made longer it is accepted, and written down."""
         before = (tmp_path / "run" / "args.json").read_bytes()
         for more in ({}, {"accept_changes": True}):
-            with pytest.raises(dist.RunError, match=f"is finished at step .* with {name} of fingerprint"):
+            with pytest.raises(dist.RunError, match=f"a run with {name} of fingerprint .*it is finished"):
                 run(**more)
         assert (tmp_path / "run" / "args.json").read_bytes() == before
         options["max_steps"] += 1
@@ -612,6 +613,18 @@ def test_the_console_shows_the_learning_rate_and_an_answer_and_nothing_empty(
     assert lines[0] == "step 0/2  held out: unusual 1" and lines[1].endswith("2+2? [...] -> 4")
     assert "loss 0.5  lr 0.0003  " in lines[2] and lines[3] == "step 2/2  held out: reward 0.25"
     assert len(lines) == 4 and len(lines[1]) < 110
+    files.unlock(tmp_path)
+
+
+def test_the_evaluations_of_a_pipeline_have_the_names_of_its_stages(tmp_path: Path, capsys: Any) -> None:
+    args = args_of(steerlm.Args, output_dir=str(tmp_path))
+    how = {"is_pipeline": True, "columns": ("before", "SFT", "round 1")}
+    run_log = log.Log(args.run, steerlm.__file__, ("kl",), snapshot(args), **how)
+    for step in range(3):
+        run_log(step, 2, {"eval/kl": 0.5})
+    assert capsys.readouterr().out.splitlines() == [f"{name}  held out: kl 0.5" for name in how["columns"]]
+    report.print_table(run_log.rows, ("before", "SFT"))
+    assert "step" not in capsys.readouterr().out
     files.unlock(tmp_path)
 
 
