@@ -64,7 +64,7 @@ def scores_of(judge: Callable, name: str, prompt: str, response: Any) -> dict[st
     """A judge's scores of a response, or an image; a number alone is called score."""
     try:
         found = judge(prompt, response)
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise dist.RunError(f"judge {name} raised {what_happened(error)}; it was asked {prompt!r}") from error
     scores = found if isinstance(found, dict) else {"score": found}
     if not all(isinstance(score, numbers.Real) and math.isfinite(score) for score in scores.values()):

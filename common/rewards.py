@@ -175,7 +175,7 @@ def _call(reward: Reward, asked: list[Example], replies: list[str], num_each: in
         try:
             found = call_function(reward.function, prompts, [replies[i] for i in share], records)
             found = [float(number) for number in found]
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             problem = f"reward {reward.name} raised {what_happened(error)}"
             raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}") from error
         if len(found) != len(share):
