@@ -120,8 +120,7 @@ class Log:
             if own.exists() and not isinstance(before.get("inputs"), dict):
                 raise files.damaged(own, "it does not say what the run was made from")
             self.accepted = changes(self.before, self.options.values, self.options.fixed)
-            if not self.run.accept_changes:
-                refuse_changes(folder, self.accepted)
+            refuse_changes(folder, [] if self.run.accept_changes else self.accepted)
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
         if any(not isinstance(x, int | float) for row in rows for x in row.values()):
             raise files.damaged(folder / "metrics.jsonl", "not all of it is numbers")

@@ -371,7 +371,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     sources = [toy if x == "toy" else x for x, _ in formats.read_sources(args.reward, "reward")]
     clips = [x for x in sources if x != "brightness" and ":" not in x]
     with torch.device("meta"):
-        pipe = empty_pipeline(args.model).to(dtype)
+        pipe = pipelines.empty(args.model).to(dtype)
         rewards = [built(f"reward {x}", lambda x=x: empty_clip(x)) for x in clips]
         denoiser, vae = pipelines.denoiser_of(pipe), pipe.vae
         for part in (*pipelines.modules(pipe).values(), *rewards):
@@ -420,34 +420,6 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     steps = S + K * (3 if is_kept else 4) - K + (K if options["kl_coef"] > 0 else 0)
     flops = step_flops / images * steps + 4 * image_flops
     return Need(always, training, {}, flops, "images/s", size)
-
-
-def empty_pipeline(model: str) -> Any:
-    """The diffusers pipeline of a folder or hub id by its configs alone, without tokenizers and scheduler."""
-    import diffusers
-    import transformers
-
-    from common import pipelines
-
-    diffusers.utils.logging.set_verbosity_error()
-    folder = files.pipeline_folder(model)
-
-    def read() -> Any:
-        index = diffusers.DiffusionPipeline.load_config(folder)
-        if index["_class_name"] not in pipelines.KINDS:
-            raise ValueError(f"found a {index['_class_name']}; expected one of {', '.join(pipelines.KINDS)}")
-        parts = {name: x for name, x in index.items() if name[0] != "_"}
-        for name, (_, kind) in [(name, x) for name, x in parts.items() if isinstance(x, list)]:
-            parts[name] = None
-            if name.startswith("text_encoder") and kind:
-                own = getattr(transformers, kind)
-                parts[name] = own(own.config_class.from_pretrained(folder, subfolder=name))
-            elif name in ("unet", "transformer", "vae"):
-                own = getattr(diffusers, kind)
-                parts[name] = own.from_config(own.load_config(folder, subfolder=name))
-        return getattr(diffusers, index["_class_name"])(**parts)
-
-    return built(f"model {model}", read)
 
 
 def text_shapes(pipe: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
