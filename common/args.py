@@ -258,7 +258,7 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
     if given and values["lora_rank"] == 0:
         raise dist.RunError(f"{given[0]} is {values[given[0]]} and lora_rank 0: no adapters to merge")
     if given == ["merge_dtype"] and "merge_lora" in values:
-        raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
+        raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora; add that to merge")
     if values.get("keep_best") and "micro_batch_tokens" not in values:
         raise dist.RunError(f"keep_best is {values['keep_best']}; expected none: it is of text models")
     best = values.get("keep_best")

@@ -356,8 +356,12 @@ def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
     return run, models.load(model, device, system), tokenizer, model
 
 
-def export_step(folder: Path, step: int) -> None:
-    """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one."""
+def export_step(folder: Path, step: int, merge_dtype: str | None) -> None:
+    """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one.
+
+    Args:
+        merge_dtype: in place of the run's own; with it adapters are merged.
+    """
     if not folder.is_dir():
         raise dist.RunError(f"{folder}: no such folder; expected that of a run, as runs/dpo")
     chosen = complete(folder).get(step)
@@ -369,6 +373,10 @@ def export_step(folder: Path, step: int) -> None:
     run, policy, tokenizer, model = load_run(folder)
     _load(chosen, {"policy": (policy, None)})
     to, values = folder / f"model_step_{step}", files.read_json(folder / "args.json")
+    if merge_dtype and not policy.lora_config:
+        raise dist.RunError(f"{folder}: merge_dtype is {merge_dtype}, but it has no adapters to merge")
+    if merge_dtype:
+        run = replace(run, merge_lora=True, merge_dtype=merge_dtype)
     write_model(run, policy, tokenizer, model, to.name)
     rows = [row for row in files.read_rows(folder / "metrics.jsonl", "step") if row["step"] <= step]
     lines = report.table(rows, ("before", "after"))
@@ -380,7 +388,8 @@ def merge(folder: Path, merge_dtype: str) -> None:
     """Fold the adapters of model/ into the weights they stand on, as --merge_lora does, in their place."""
     if not (folder / "model" / "adapter_config.json").exists():
         raise dist.RunError(
-            f"{folder / 'model'}: found no adapters, or merged ones; expected those of lora_rank"
+            f"{folder / 'model'}: found no adapters, or merged ones; expected those of lora_rank. `export` "
+            "merges those of a checkpoint, with --merge_dtype float32 too"
         )
     run, policy, tokenizer, model = load_run(folder)
     lora.load(policy.model, folder / "model")
@@ -400,7 +409,8 @@ def main(words: list[str]) -> None:
         command.add_argument("folder", type=Path, help="of a run, as runs/dpo")
         command.set_defaults(act=act)
     commands.choices["export"].add_argument("--step", type=int, required=True)
-    commands.choices["merge"].add_argument("--merge_dtype", choices=("auto", "float32"), default="auto")
+    for name, default in (("export", None), ("merge", "auto")):
+        commands.choices[name].add_argument("--merge_dtype", choices=("auto", "float32"), default=default)
     chosen = vars(parser.parse_args(words))
     dist.run(lambda act: act(**chosen), chosen.pop("act"))
 

@@ -424,7 +424,8 @@ def load(
     """
     option = "max_length" if scored else "max_prompt_length"  # what the user would change
     # a prompt needs room for one token of a reply
-    most = packed.position_limit(config_of(getattr(tokenizer, "name_or_path", ""))) - (not scored)
+    config = config_of(getattr(tokenizer, "name_or_path", ""))
+    most = packed.position_limit(config) - (not scored)
     notes: list[str] = []
     folder = "pairs" if kind == "ranked" else kind
 
@@ -434,7 +435,11 @@ def load(
             print(f"{kind}: {text}", flush=True)
 
     if max_length > most:
-        tell(f"{option} {max_length} is more than the model takes; it is {most} now")
+        takes = getattr(config, "max_position_embeddings", None) in (None, most + (not scored))
+        why = (
+            "the model takes" if takes else "its rotary frequencies are alike for, whatever it is packed with"
+        )
+        tell(f"{option} {max_length} is more than {why}; it is {most} now")
         max_length = most
     for line in template_notes(tokenizer):
         tell(line)

@@ -32,6 +32,7 @@ from common import is_unread
 
 # what asks for a stop: schedulers send TERM, INT or USR1, a closed terminal HUP
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds from a signal until torchrun kills its ranks
 TWICE_SECONDS = 3.0  # torchrun passes on a signal that may have reached its ranks already: one request
 LESS_MEMORY = "lower micro_batch_tokens or max_new_tokens, or set activation_checkpointing on or lora_rank"
 PR_SET_PDEATHSIG = 1  # of Linux
@@ -134,10 +135,24 @@ def _on_signal(number: int, frame: Any) -> None:
         raise KeyboardInterrupt  # asked twice: do not wait for the step to end
     if not _stop["signal"]:
         _stop.update(signal=number, time=now)
-        if is_main():  # by the system's own call: what print was doing when this came may not be begun again
-            name = signal.Signals(number).name
-            with contextlib.suppress(OSError):  # the terminal is closed, which this tells of
-                os.write(2, f"{name}: the run will stop after this step; what is done is saved\n".encode())
+        text = f"{signal.Signals(number).name}: the run will stop after this step; what is done is saved"
+        if "TORCHELASTIC_RUN_ID" in os.environ and number != signal.SIGUSR1:
+            text += f" if that takes {os.environ.get(PATIENCE, 30)} s at most, torchrun's {PATIENCE}"
+        if is_main():
+            _write(text)
+        if world_size() > 1:  # the other ranks may be told as well, or one of them alone
+            threading.Thread(target=_tell_once, args=(text,), daemon=True).start()
+
+
+def _tell_once(text: str) -> None:
+    if _speaks_first(text) and not is_main():
+        _write(f"{text} (rank {rank()})")
+
+
+def _write(text: str) -> None:
+    """By the system's own call: what print was doing when a signal came may not be begun again."""
+    with contextlib.suppress(OSError):  # the terminal is closed, which the signal tells of
+        os.write(2, f"{text}\n".encode())
 
 
 def stop_after(minutes: float) -> None:

@@ -209,6 +209,12 @@ class Log:
                 f"{self.folder} is finished, with adapters in model/: python -m common.checkpoint merge "
                 f"{self.folder} merges those of a text model"
             )
+        was = self.before.get("merge_dtype", "auto")
+        if is_done and getattr(self.run, "merge_dtype", was) != was:
+            raise dist.RunError(
+                f"{self.folder} is finished, with merge_dtype {was}: python -m common.checkpoint export "
+                f"{self.folder} --step {last} --merge_dtype {self.run.merge_dtype}"
+            )
         if not is_done and not self.is_pipeline and self.before and not checkpoint.newest(self.folder):
             raise dist.RunError(
                 f"{self.folder} is finished at step {last} and kept no checkpoint to go on from: give "
@@ -295,13 +301,13 @@ class Log:
 
     def _warn_of_torchrun(self, seconds: float) -> None:
         """Say once that a stop could not save: torchrun kills its ranks 30 s after it was told to stop."""
-        patience = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+        patience = int(os.environ.get(dist.PATIENCE, 30))
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if under_torchrun and seconds > max(10, patience / 2) and not self.warned:
             self.warned = True
             print(
                 f"a step takes {seconds:.0f} s, and a stop saves at its end, but torchrun kills its ranks "
-                f"{patience} s after a signal: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in its environment",
+                f"{patience} s after a signal: set {dist.PATIENCE}=600 in its environment",
                 flush=True,
             )
 

@@ -202,8 +202,9 @@ def merge(model: nn.Module, config: Any, trained: dict[str, Tensor], dtype: torc
     if dtype != torch.float32 and kept[1] > 0:
         lost, kind = share_lost(kept), str(dtype).removeprefix("torch.")
         print(
-            f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; --merge_dtype float32 "
-            "keeps it, as a peft folder does",
+            f"adapters merged in {kind}: rounding loses {lost:.2f} of their change; float32 keeps it, of a run "
+            "with --merge_lora --merge_dtype float32, and of this one python -m common.checkpoint export RUN "
+            "--step N --merge_dtype float32",
             flush=True,
         )
 

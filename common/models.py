@@ -283,6 +283,8 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     head.compiled = system.compile and device.type == "cuda"
     if system.compile:
         torch.compiler.config.dynamic_sources = ROW_ARGUMENTS
+        # its lengths are numbers of the host's: left to the compiler they are compiled anew for each row
+        packed.attend_by_part = torch.compiler.disable(packed.attend_by_part)
     for block in blocks(shell):
         if system.compile:  # inside the recomputation: the same graph runs in forward and again in backward
             block.forward = torch.compile(block.forward)

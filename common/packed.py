@@ -315,6 +315,21 @@ def packed_attention(
         parts = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         out = _flash_kernel(q, k, v, *parts, scale, window)
         return out[None, ..., : value.shape[-1]], None
+    parts = (cu_seq_lens_q, cu_seq_lens_k, scaling, sliding_window, extra)
+    return attend_by_part(query, key, value, *parts), None
+
+
+def attend_by_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    extra: dict[str, Any],
+) -> Tensor:
+    """`packed_attention` where no kernel serves: a part at a time, of lengths that the host knows."""
     lengths, key_lengths = (cu.diff().tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
     parts = (query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)))  # one cat in backward
 
@@ -331,7 +346,7 @@ def packed_attention(
         return F.scaled_dot_product_attention(q, k, v, seen, **how)
 
     out = torch.cat([attend(*part) for part in zip(*parts, strict=True)], 2)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
 def extras(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -258,6 +258,33 @@ def test_a_signal_is_answered_at_once_and_only_once(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == "SIGTERM: the run will stop after this step; what is done is saved\n"
 
 
+def signalled(ranks: list[int]) -> str:
+    """Run on each rank: what this one says when these are told to stop."""
+    dist.init(seed=1)
+    read, write = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        if dist.rank() in ranks:
+            os.kill(os.getpid(), signal.SIGTERM)
+        dist.all_sum({})
+        time.sleep(1.5)
+        dist.barrier()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(write)
+    with open(read) as said:
+        return said.read()
+
+
+def test_a_stop_is_said_once_by_whichever_rank_was_told(two_ranks: Any):
+    line = "SIGTERM: the run will stop after this step; what is done is saved"
+    first, second = two_ranks("test_dist:signalled", ranks=[1])
+    assert (first, second) == ("", f"{line} (rank 1)\n")
+    first, second = two_ranks("test_dist:signalled", ranks=[0])
+    assert (first, second) == (f"{line}\n", "")
+
+
 def test_a_time_that_is_up_asks_for_a_stop():
     dist.init(seed=1)
     dist.stop_after(1e-9)
