@@ -304,7 +304,7 @@ def make_revisions(prompts: list[formats.Messages], path: Path, args: Args, devi
     first = [{"initial": x.text, "ended": x.ended, "max_new_tokens": args.max_new_tokens} for x in replies]
     records = zip(prompts, first, rounds, strict=True)
     stages.write_lines(path, [{"prompt": p, **reply, "rounds": steps} for p, reply, steps in records])
-    stages.say(*dict.fromkeys((helper.report(), critic.report())))
+    stages.say(*filter(None, dict.fromkeys((helper.report(), critic.report()))))
 
 
 def demonstrations_of(record: dict) -> list[dict]:
@@ -378,7 +378,7 @@ def compare_replies(
         asked = [{"prompt": prompt, "chosen": chosen} for prompt, chosen, _ in human_pairs]
         files.write_lines(tried, [*zip(asked, sides, strict=True)], key, work)
     files.write_lines(path, [*zip(made, replies, strict=True)], (key, args.max_new_tokens), work)
-    stages.say(*dict.fromkeys((policy.report(), judge.report())))
+    stages.say(*filter(None, dict.fromkeys((policy.report(), judge.report()))))
 
 
 def compare(judge: Any, groups: list, principles: list[str], shots: list, args: Args) -> list[dict]:
@@ -556,7 +556,8 @@ def check_stages(args: Args, options: dict[str, Any], prompts: list[formats.Mess
     for name, given in data_given(args).items():
         if name in readers and not stages.is_complete(Path(args.run.output_dir) / FOLDERS[name]):
             load, made = readers[name]
-            train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
+            with formats.told_as(f"data of {name}"):
+                train = load(tokenizer, given, "", options[name].max_length)[0] if given else data.Dataset([])
             stages.refuse_large_batch(name, options[name], data.num_kept(made) + train.epoch_size)
 
 
@@ -706,7 +707,8 @@ def main(args: Args) -> None:
     prompts, red_team, human_pairs = load_red_team(args, tokenizer)
     held_out = {"red_team": red_team, "ordinary": data.Dataset([])}
     if args.helpful_prompts:
-        helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
+        with formats.told_as("helpful_prompts"):
+            helpful = data.load_prompts(tokenizer, args.helpful_prompts, "", args.max_prompt_length)
         held_out["ordinary"] = helpful[1]
     if log.is_finished(2, files.inputs(args.model, tokenizer, prompts, *held_out.values())):
         return

@@ -348,7 +348,8 @@ def check_stages(args: Args, options: dict, found: dict, tokenizer: Any, device:
             dist.parallel_map(lambda record: read_replies(tokenizer, reader, record), records)
     else:
         own = options["reward_model"]
-        ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
+        with formats.told_as("ratings"):
+            ratings, _ = data.load_ratings(tokenizer, args.ratings, own.eval_dataset, own.max_length)
         names = ratings.field_names()
         for name, value in ((n, x) for n in names for x in ratings.field(n).tolist()):
             if not (math.isnan(value) or 0 <= value <= 4):
@@ -442,6 +443,8 @@ def main(args: Args) -> None:
         stage(reward_model.main, reward_model.Args, Path(attribute_model), rated, own, log)
 
     # 2. annotate
+    if not dist.from_main(lambda: all(target.exists() for target in targets)):
+        stages.say("\nstage 2_annotated")
     for target, records in targets.items():
         annotate(attribute_model, tokenizer, records, target, args, device)
     annotated = args.annotated or ",".join(found)
@@ -462,6 +465,7 @@ def main(args: Args) -> None:
     for number in range(1, num_rounds + 1):
         sampled = folder / f"4_bootstrap_{number}" / "train.jsonl"
         if not dist.from_main((sampled.parent / "nemo" / sampled.name).exists):
+            stages.say(f"\nstage {sampled.parent.name}")
             keep = files.part_name(sampled, [], files.fingerprint(last)).with_suffix(".replies")
             records = sample_best(last, train_set, tokenizer, number, keep, args, device)
             annotate(attribute_model, tokenizer, records, sampled, args, device)

@@ -239,7 +239,7 @@ class Snapshot(NamedTuple):
     values: dict[str, Any]
     fixed: set[str]
     toy: dict[str, Any]  # the script's settings for the toy world
-    changed: dict[str, Any]  # of the values, those that are not the defaults
+    changed: dict[str, Any]  # of the values, those that a command line has to give
 
 
 def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
@@ -269,8 +269,16 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
             f"save_every is {values['save_every']}; expected a multiple of eval_every, "
             f"{values['eval_every']}: keep_best compares checkpoints that were evaluated"
         )
-    changed = {name: value for name, value in values.items() if value != defaults[name]}
-    return Snapshot(values, fixed_names(args), toy or {}, changed)
+    return Snapshot(values, fixed_names(args), toy or {}, unlike_defaults(args, toy or {}))
+
+
+def unlike_defaults(args: Any, toy: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not what `parse` sets by itself, for this model and the presets among them."""
+    Args, values = type(args), flat(args)
+    start = flat(with_fields(Args(), **defaults_for(Args, values["model"], toy)))
+    given = {name: value for name, value in values.items() if value != start[name]}
+    start |= preset_by(given, Args)
+    return {name: value for name, value in values.items() if value != start[name]}
 
 
 LEAST = math.ulp(0.0)  # of the numbers above 0
@@ -326,12 +334,18 @@ def changes(before: dict[str, Any], now: dict[str, Any], names: Collection[str])
     return [f"{n} {before[n]!r}, now {now[n]!r}" for n in both if before[n] != now[n]]
 
 
-def refuse_changes(folder: Path, found: list[str]) -> None:
-    """End the run if something that decides numbers is not what the run in `folder` began with."""
+def refuse_changes(folder: Path, found: list[str], is_over: bool = False) -> None:
+    """End the run if something that decides numbers is not what the run in `folder` began with.
+
+    is_over: all of it is done, and a change that is accepted would say of its numbers what is not true.
+    """
     if found:
+        last = "--overwrite to start anew, or --accept_changes to go on"
+        if is_over:
+            last = "or --overwrite to start anew: it is finished, and can accept no change any more"
         raise dist.RunError(
             f"output_dir {folder} holds a run with {found[0]}: resume it as it was, or give another "
-            "output_dir, --overwrite to start anew, or --accept_changes to go on"
+            f"output_dir, {last}"
         )
 
 
@@ -369,12 +383,8 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
     """
     words, given = take_stages(sys.argv[1:], stages or {})
     is_main = os.environ.get("RANK", "0") == "0"
-    if asks_help(words):
-        defaults = {}
-    elif values_of(words).get("model", Args.model) == "toy":
-        defaults = toy
-    else:  # no data are refused where they are read
-        defaults = {f.name: "" for f in fields(Args) if f.default == "toy" and f.name != "model"}
+    model = values_of(words).get("model", Args.model)
+    defaults = {} if asks_help(words) else defaults_for(Args, model, toy)
     try:
         args = parse_words(words, with_fields(Args(), **defaults), description=about(Args, toy))
     except dist.RunError as error:
@@ -388,6 +398,12 @@ def parse(Args: type, toy: dict[str, Any], stages: Mapping[str, type] | None = N
         if presets.get(value):
             print(describe_preset(f"{option} {value}", presets[value], flat(args)), flush=True)
     return under_an_agent(args, words) if os.environ.get("WANDB_SWEEP_ID") else args
+
+
+def defaults_for(Args: type, model: str, toy: dict[str, Any]) -> dict[str, Any]:
+    """What `parse` sets for this model; without data a run is refused where they are read."""
+    others = {f.name: "" for f in fields(Args) if f.default == "toy" and f.name != "model"}
+    return toy if model == "toy" else others
 
 
 def about(Args: type, toy: dict[str, Any]) -> str:
@@ -411,9 +427,8 @@ def presets_of(Args: type) -> dict[str, dict[str, dict[str, Any]]]:
     return getattr(Args, "presets", {})
 
 
-def preset_by(words: list[str], Args: type) -> dict[str, Any]:
-    """The defaults that the words bring."""
-    chosen = values_of(words)
+def preset_by(chosen: Mapping[str, Any], Args: type) -> dict[str, Any]:
+    """The defaults that options of these values bring."""
     found = [presets.get(chosen.get(option), {}) for option, presets in presets_of(Args).items()]
     return {name: value for preset in found for name, value in preset.items()}
 
@@ -437,7 +452,7 @@ def parse_words(words: list[str], defaults: Any, **how: Any) -> Any:
     import tyro
 
     Args, said = type(defaults), io.StringIO()
-    defaults = with_fields(defaults, **preset_by(words, Args))
+    defaults = with_fields(defaults, **preset_by(values_of(words), Args))
     how |= {"use_underscores": True, "config": [tyro.conf.OmitArgPrefixes]}
     if asks_help(words):
         how["config"].append(tyro.conf.FlagCreatePairsOff)  # of a boolean the flag that changes it
@@ -539,6 +554,6 @@ def merge_options(options: str, more: str, Args: type) -> str:
         old, new = shlex.split(options), shlex.split(more)
     except ValueError:
         return f"{options} {more}"  # refused where it is read
-    replaced = split_options(new).keys() | preset_by(new, Args).keys()
+    replaced = split_options(new).keys() | preset_by(values_of(new), Args).keys()
     kept = [group for name, group in split_options(old).items() if name not in replaced]
     return " ".join(map(shlex.join, (*kept, *split_options(new).values())))

@@ -183,8 +183,8 @@ class Model:
         return [probs.get(i) for i in range(len(questions))]
 
     def report(self) -> str:
-        """What has been generated, in words."""
-        return f"{self.tokens:,} tokens generated in {self.seconds:.0f} s"
+        """What has been generated, in words; nothing by a judge that only compares letters."""
+        return f"{self.tokens:,} tokens generated in {self.seconds:.0f} s" if self.tokens else ""
 
 
 def encode_options(tokenizer: Any, question: formats.Messages, lead: str, letters: str) -> packed.Example:

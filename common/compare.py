@@ -215,7 +215,10 @@ def preferences(args: Args, folder: Path, pairs: list[tuple[list[dict], str, str
         found = [[*map(judge, map(evaluate.last_turn, turns), side)] for side in sides]
         evaluate.mean_scores([*found[0], *found[1]])  # refuses names that not all have
         return {name: [b[name] - a[name] for a, b in zip(*found, strict=True)] for name in found[0][0]}
-    models, examples = rewards.load(args.judge, device, System()), [packed.Example([], x) for x in turns]
+    models, examples = (
+        rewards.load(args.judge, device, System(), "judge"),
+        [packed.Example([], x) for x in turns],
+    )
     found = [rewards.score_replies(models, examples, [*side], 0, device) for side in sides]
     return {args.judge: [b - a for a, b in zip(*found, strict=True)]}
 

@@ -505,7 +505,8 @@ def mix(kind: str, dataset: str, eval_dataset: str | None, read: Callable) -> tu
             eval_parts.append((test, 1.0))
         train_parts.append((examples, weight))
     for source, _ in formats.read_sources(eval_dataset) if eval_dataset else ():
-        eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
+        with formats.told_as("eval_dataset"):
+            eval_parts.append((read(source, "test") or read(source, "train"), 1.0))
     train, evaluation = Dataset(train_parts), Dataset(eval_parts)
     if dist.is_main():
         others = f" to train on, {len(evaluation):,} to evaluate on" if eval_parts else ""

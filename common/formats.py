@@ -22,6 +22,7 @@ from common.streams import (  # noqa: F401, some of them for scripts
     read_file,
     read_records,
     read_sources,
+    told_as,
     wrong,
 )
 

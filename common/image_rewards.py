@@ -10,6 +10,7 @@ Shapes: B images, R rewards, F features.
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -75,9 +76,12 @@ def _load(name: str, device: torch.device) -> Callable:
     try:
         return rewards_images.clip(source, device)
     except Exception as error:  # the hub client raises many kinds
+        reason = formats.first_line(error).replace(source, name)
+        if not Path(source).exists():  # transformers writes of what it would have looked for there
+            reason = "no such folder, and as a hub id it could not be read"
         raise dist.RunError(
-            f"reward {name}: {formats.first_line(error)}; expected brightness, package.module:function, or "
-            "a folder or hub id of a CLIP model with its processor"
+            f"reward {name}: {reason}; expected brightness, package.module:function, or a folder or hub id "
+            "of a CLIP model with its processor"
         ) from error
 
 

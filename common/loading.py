@@ -73,7 +73,8 @@ def read_pretrained(
             model = text_model(model)
     except Exception as error:  # damaged files, and what holds no weights, raise many kinds
         reason = formats.first_line(error)[:300]
-        raise dist.RunError(f"cannot load the model {folder}: {reason}") from error
+        gone = "no such folder; as a hub id it could not be read: " * (not Path(folder).exists())
+        raise dist.RunError(f"cannot load the model {folder}: {gone}{reason}") from error
     if gguf:
         del model.config.quantization_config  # they are plain weights once read
     if dtype != torch.float32 or is_tower:

@@ -67,7 +67,7 @@ class Log:
         self.warned, self.example = False, ""  # of what was answered since the last line
         self.before: dict[str, Any] = {}  # args.json of the run that goes on
         self.inputs: dict[str, str] = {}
-        self.accepted: list[str] = []  # changes
+        self.accepted: list[str] = []  # changes; of all calls from the start on
         if not pipeline:
             dist.stop_after(run.max_minutes)
         self.rows: list[dict] = [] if run.check else dist.from_main(self._open)
@@ -118,7 +118,8 @@ class Log:
                 raise formats.wrong(f"output_dir {folder}", what, "another output_dir, or --overwrite")
             if own.exists() and not isinstance(before.get("inputs"), dict):
                 raise files.damaged(own, "it does not say what the run was made from")
-            self._accept(changes(self.before, self.options.values, self.options.fixed))
+            self.accepted = changes(self.before, self.options.values, self.options.fixed)
+            refuse_changes(folder, [] if self.run.accept_changes else self.accepted)
         rows = files.read_rows(folder / "metrics.jsonl", "step")  # without a line that a kill has torn
         if any(not isinstance(x, int | float) for row in rows for x in row.values()):
             raise files.damaged(folder / "metrics.jsonl", "not all of it is numbers")
@@ -149,12 +150,6 @@ class Log:
         found = [p for p in paths if WRITTEN.fullmatch(p.relative_to(self.folder).as_posix())]
         found += [p for p in paths if p == self.folder / self.script.name]
         return found + ([*self.folder.glob(f"{STAGES}/")] if self.is_pipeline else [])
-
-    def _accept(self, found: list[str]) -> None:
-        """Take note of changes, if they are accepted."""
-        if not self.run.accept_changes:
-            refuse_changes(self.folder, found)
-        self.accepted += found
 
     @property
     def steps(self) -> set[int]:
@@ -189,12 +184,12 @@ class Log:
                 {f"{name} of fingerprint": x for name, x in found.items()}
                 for found in (self.before.get("inputs", {}), self.inputs)
             )
-            self._accept(changes(before, now, now))
             is_done = last >= num_steps and self.before.get("finished_at") == last
             is_done = is_done and (self.folder / "model").is_dir()
+            self.accepted += changes(before, now, now)
+            if is_done or not self.run.accept_changes:
+                refuse_changes(self.folder, self.accepted, is_done)
             self._refuse_what_is_over(last, is_done)
-            if is_done and self.accepted:
-                self._write_args(self.before["num_steps"], finished_at=last)
             return is_done
 
         found = dist.from_main(compare)
@@ -246,16 +241,16 @@ class Log:
         if metric := getattr(self.run, "keep_best", ""):
             which = "lowest" if checkpoint.is_lower_better(metric) else "highest"
             print(f"the checkpoint of the {which} {metric.lstrip('+-')} is exported too", flush=True)
+        self.accepted = [*self.before.get("accepted_changes", []), *self.accepted]
         self._write_args(num_steps)
         shutil.copyfile(self.script, self.folder / self.script.name)
         self._start_wandb()
 
     def _write_args(self, num_steps: int, **more: Any) -> None:
         self.num_steps = num_steps
-        accepted = [*self.before.get("accepted_changes", []), *self.accepted]
         kept = {"script": self.script.name, "num_steps": num_steps, "inputs": self.inputs}
         kept |= {"versions": files.versions(), **more}
-        kept |= {"accepted_changes": accepted} if accepted else {}
+        kept |= {"accepted_changes": self.accepted} if self.accepted else {}
         files.write(self.folder / "args.json", json.dumps(self.options.values | kept, indent=2) + "\n")
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
@@ -293,6 +288,8 @@ class Log:
         if now - self.printed > 5 or evaluation or step == num_steps:
             self.printed = now
             head = f"step {step:>{len(str(num_steps))}}/{num_steps}"
+            if self.is_pipeline and len(self.columns) == num_steps + 1:
+                head = self.columns[step]
             if "train/loss" in metrics:
                 training = {name[6:]: value for name, value in metrics.items() if name.startswith("train/")}
                 pace = self._pace(step, num_steps, training, now)
@@ -379,10 +376,11 @@ class Log:
 
     def _write_cards(self) -> None:
         best = checkpoint.step_of(checkpoint.best(self.folder, getattr(self.run, "keep_best", "")))
+        values = self.options.values | {"accepted_changes": self.accepted}
         for name, last, at in (("model", math.inf, ""), ("model_best", best, f" to step {best}")):
             if (self.folder / name).exists() and last >= 0:
                 lines = report.table([row for row in self.rows if row["step"] <= last], self.columns)
-                told = (self.script.name, self.options.values, lines, self.options.changed)
+                told = (self.script.name, values, lines, self.options.changed)
                 report.write_card(self.folder / name, *told, at)
 
     # ---------------------------------------------------------------------------------------------------- W&B

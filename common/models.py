@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from common.files import model_folder
 from common.lm_head import ChunkedHead, TokenStats
 from common.loading import check_packable, read_pretrained, read_scorer
 from common.packed import Example, MicroBatch, table
-from common.plan import PEAK_FLOPS, choices, training_flops, training_memory
+from common.plan import PEAK_FLOPS, Share, choices, left_at_rest, training_flops, training_memory
 
 # --------------------------------------------------------------------------------- models of packed sequences
 
@@ -213,7 +214,11 @@ def _load(
 
     def read() -> tuple:
         with torch.random.fork_rng(devices=[]):  # ranks keep drawing alike
-            plain = read_plain(*model_folder(model))
+            folder, gguf = model_folder(model)
+            try:
+                plain = read_plain(folder, gguf)
+            except dist.RunError as error:  # told by the name that the user gave
+                raise dist.RunError(str(error).replace(folder, model)) from error
             check_packable(plain)
             if dtype != torch.float32 and not (trainable and system.lora_rank == 0):
                 lora.say_what_is_lost(model, plain.lost, dtype)
@@ -274,7 +279,7 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
         if not parameter.requires_grad and not name.endswith("score.weight"):
             parameter.data = parameter.data.to(shell.compute_dtype)  # frozen ones need no float32 master
     plan = fsdp_plan(shell, shell.compute_dtype, device, system.sharding)
-    recompute, keep = memory_choices(shell, system, device) if trainable else (False, False)
+    recompute, keep = memory_choices(shell, system, device)
     head.compiled = system.compile and device.type == "cuda"
     if system.compile:
         torch.compiler.config.dynamic_sources = ROW_ARGUMENTS
@@ -338,10 +343,13 @@ def sum_gradients(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+HELD: weakref.WeakSet[PackedModel] = weakref.WeakSet()  # the models of this process
+
+
 def memory_choices(shell: PackedModel, system: System, device: torch.device) -> tuple[bool, bool]:
     """(recompute activations, keep whole weights from forward to backward), by what the device can hold.
 
-    A third of its memory is left to other models, as a critic, and to what the estimate does not know.
+    The room for replicas, of this model and of those that are there, becomes what all of them leave.
     """
     trained = sum(p.numel() for p in shell.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in shell.parameters()) - trained
@@ -361,8 +369,16 @@ def memory_choices(shell: PackedModel, system: System, device: torch.device) -> 
     else:  # this rank's share of the machine's
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-    room = 2 / 3 * memory
-    recompute, keep, shell.room = choices(need, system.activation_checkpointing, whole, room, folded)
+    # rank 0's word: which models Python has not freed yet may differ
+    held = dist.from_main(lambda: [model.share for model in HELD])
+    recompute, keep, shell.share = False, False, Share(need(recompute=False).weights)
+    if trained:
+        how = (system.activation_checkpointing, whole, memory, held, folded)
+        recompute, keep, shell.share = choices(need, *how)
+    HELD.add(shell)
+    left = left_at_rest([*held, shell.share], memory)
+    for model in HELD:
+        model.room = left if model.share.step else 0.0  # what only speaks keeps nothing between calls
     return recompute, keep
 
 

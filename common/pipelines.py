@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import dist, files, formats, lora, models
+from common import dist, files, formats, lora, models, plan
 from common.args import Weights
 
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
@@ -134,6 +134,31 @@ def without_numbers(pipe: Any) -> Any:
         is_parameter = isinstance(tensor, nn.Parameter)
         known[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
     return copy.deepcopy(pipe, known)
+
+
+def empty(model: str) -> Any:
+    """The diffusers pipeline of a folder or hub id by its configs alone, without tokenizers and scheduler."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    folder = files.pipeline_folder(model)
+
+    def read() -> Any:
+        index = diffusers.DiffusionPipeline.load_config(folder)
+        if index["_class_name"] not in KINDS:
+            raise ValueError(f"found a {index['_class_name']}; expected one of {', '.join(KINDS)}")
+        parts = {name: x for name, x in index.items() if name[0] != "_"}
+        for name, (_, kind) in [(name, x) for name, x in parts.items() if isinstance(x, list)]:
+            parts[name] = None
+            if name.startswith("text_encoder") and kind:
+                own = getattr(transformers, kind)
+                parts[name] = own(own.config_class.from_pretrained(folder, subfolder=name))
+            elif name in ("unet", "transformer", "vae"):
+                own = getattr(diffusers, kind)
+                parts[name] = own.from_config(own.load_config(folder, subfolder=name))
+        return getattr(diffusers, index["_class_name"])(**parts)
+
+    return plan.built(f"model {model}", read)
 
 
 def read_pipeline(model: str, fuse: bool = True) -> Any:

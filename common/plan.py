@@ -94,21 +94,53 @@ def training_memory(
     )
 
 
+class Share(NamedTuple):
+    """Bytes that a model takes of a rank's."""
+
+    at_rest: float  # weights and optimizer, all the time
+    step: float = 0.0  # more, while it is trained
+
+
 def choices(
-    need: Callable[..., Memory], choice: str, whole: float, room: float, folded: float = 0.0
-) -> tuple[bool, bool, float]:
-    """(recompute activations, keep whole weights from forward to backward, bytes left), by what fits.
+    need: Callable[..., Memory],
+    choice: str,
+    whole: float,
+    memory: float,
+    held: list[Share],
+    folded: float = 0,
+) -> tuple[bool, bool, Share]:
+    """(recompute activations, keep whole weights from forward to backward, its share), by what fits.
+
+    Room is left to models that may follow, a critic and a reference like this one. What stays leaves a third
+    of the memory to a step, however short its rows: they would else hold more than long ones.
 
     Args:
         need: `training_memory`, but for recompute.
         choice: on, off, or auto.
         whole: bytes of the whole weights in the compute dtype.
-        room: bytes that this model may have of a rank's: two thirds, see `models.memory_choices`.
+        memory: bytes of a rank.
+        held: models that are there.
         folded: bytes that adapters of experts add, see `lora.num_folded`.
     """
-    recompute = choice == "on" or (choice == "auto" and sum(need(recompute=False)) + folded > room)
-    left = room - sum(need(recompute=recompute))
-    return recompute, whole < left, left
+    most = need(recompute=False)
+    at_rest = most.weights + most.optimizer
+    free = usable(memory) - sum(share.at_rest for share in held) - at_rest - most.optimizer / 4
+    recompute = choice == "on" or (choice == "auto" and sum(most) + folded > min(2 / 3 * memory, free))
+    found = need(recompute=recompute)
+    step = sum(found) - at_rest
+    keep = whole < free - at_rest - max(step, memory / 3)
+    return recompute, keep, Share(at_rest, step + (whole - found.gathered) * (keep and found.gathered > 0))
+
+
+def usable(memory: float) -> float:
+    """Bytes beside what libraries and allocators keep, see Need.kept."""
+    return (memory - 100 * 2**20) / (1 + KEPT)
+
+
+def left_at_rest(held: list[Share], memory: float) -> float:
+    """Bytes for a replica and its cache to stay in while one of these models is trained, see `choices`."""
+    step = max(memory / 3, *(share.step for share in held))
+    return usable(memory) - sum(share.at_rest for share in held) - step
 
 
 def cache_bytes(config: Any, num_slots: int, itemsize: int) -> int:
@@ -150,11 +182,6 @@ class Machine(NamedTuple):
 
     count: int
     memory: float
-
-    @property
-    def usable(self) -> float:
-        """Bytes beside what libraries and allocators keep, see Need.kept; a cache fills no others."""
-        return (self.memory - 100 * 2**20) / (1 + KEPT)
 
 
 class Need(NamedTuple):
@@ -249,10 +276,11 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
     reply = options.get("max_new_tokens", 0)
     length = options.get("max_length") or options["max_prompt_length"] + reply
     tokens = max(options["micro_batch_tokens"] or (8192 if itemsize < 4 else 2048), sequences * length)
-    room, adapters = 2 / 3 * machine.memory, (options["lora_rank"], options["lora_target"])
-    always, steps, flops, left = {"weights": 0.0, "optimizer": 0.0}, [], 0.0, 0.0
+    adapters = (options["lora_rank"], options["lora_target"])
+    always, steps, flops, held = {"weights": 0.0, "optimizer": 0.0}, [], 0.0, {}
     is_policy = "max_new_tokens" in options  # else what is trained is a scorer
-    for name, path in {"policy": options["model"], **beside}.items():
+    before = {name: path for name, path in beside.items() if name.startswith("reward")}
+    for name, path in {**before, "policy": options["model"], **beside}.items():  # as they are loaded
         is_trained, has_words = name in ("policy", "value"), not name.startswith(("value", "reward"))
         has_words = has_words and (is_policy or name != "policy")
         model = count(path, *(adapters if is_trained else ()), has_vocabulary=has_words)
@@ -261,19 +289,20 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         attention = 2 * config.num_hidden_layers * attention_widths(config)[0] * length  # a forward's
         if not is_trained:
             always[name] = itemsize * model.size / num_shards
+            held[name] = Share(always[name])
             flops += 2 * used + attention
             continue
         how = {"num_tokens": tokens, "num_shards": num_shards, "itemsize": itemsize}
         need = functools.partial(training_memory, *model, **how, has_vocabulary=has_words)
         choice = options["activation_checkpointing"]
-        recompute, keep, free = choices(need, choice, itemsize * model.size, room)
+        whole, known = itemsize * model.size, (machine.memory, [*held.values()])
+        recompute, keep, held[name] = choices(need, choice, whole, *known)
         step = need(recompute=recompute)._asdict()
         for kept in always.keys() & {"weights", "optimizer"}:
             always[kept] += step.pop(kept)
         if keep and step["gathered"]:
-            step["gathered"] = itemsize * model.size
+            step["gathered"] = whole
         steps.append(step)
-        left = free if name == "policy" else left
         own = min(used, model.trained)  # as `training_flops`
         flops += (4 + 2 * recompute) * used + 2 * own + (3 + recompute) * attention
     training, generation = max(steps, key=lambda step: sum(step.values())), {}
@@ -285,10 +314,10 @@ def text_need(args: Any, machine: Machine, beside: dict[str, str], sequences: in
         own = policy.trained if num_shards == 1 and policy.frozen else policy.size
         copy = itemsize * own  # a frozen base that a rank holds whole is shared with it
         slots = length + (0 if "max_prompt_length" in options else reply)
-        free = machine.usable - sum(always.values())
+        free = usable(machine.memory) - sum(always.values())
         generation = generation_need(policy.config, copy, slots, of_rank, itemsize, free)
         at_rest = sum(generation.values()) - generation["logits"]
-        if itemsize < 4 and at_rest <= left:
+        if itemsize < 4 and at_rest <= left_at_rest([*held.values()], machine.memory):
             training["replica at rest"] = at_rest
     return Need(always, training, generation, flops, f"tokens/s, in sequences of {length:,}", policy.size)
 
@@ -314,7 +343,7 @@ def speaking_need(args: Any, machine: Machine, beside: dict[str, str], slots: in
     num_shards = shards(options["sharding"], machine.count)
     models = {name: count(path, has_vocabulary=name != "attribute model") for name, path in beside.items()}
     always = {name: itemsize * model.size / num_shards for name, model in models.items()}
-    free = machine.usable - sum(always.values())
+    free = usable(machine.memory) - sum(always.values())
     for model in (model for name, model in models.items() if name != "attribute model"):
         copy = itemsize * model.size * (num_shards > 1)  # a rank that holds it whole generates with it
         work.append(generation_need(model.config, copy, slots, 256, itemsize, free))
@@ -342,7 +371,7 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     sources = [toy if x == "toy" else x for x, _ in formats.read_sources(args.reward, "reward")]
     clips = [x for x in sources if x != "brightness" and ":" not in x]
     with torch.device("meta"):
-        pipe = empty_pipeline(args.model).to(dtype)
+        pipe = pipelines.empty(args.model).to(dtype)
         rewards = [built(f"reward {x}", lambda x=x: empty_clip(x)) for x in clips]
         denoiser, vae = pipelines.denoiser_of(pipe), pipe.vae
         for part in (*pipelines.modules(pipe).values(), *rewards):
@@ -391,34 +420,6 @@ def image_need(args: Any, machine: Machine, beside: dict[str, str]) -> Need:
     steps = S + K * (3 if is_kept else 4) - K + (K if options["kl_coef"] > 0 else 0)
     flops = step_flops / images * steps + 4 * image_flops
     return Need(always, training, {}, flops, "images/s", size)
-
-
-def empty_pipeline(model: str) -> Any:
-    """The diffusers pipeline of a folder or hub id by its configs alone, without tokenizers and scheduler."""
-    import diffusers
-    import transformers
-
-    from common import pipelines
-
-    diffusers.utils.logging.set_verbosity_error()
-    folder = files.pipeline_folder(model)
-
-    def read() -> Any:
-        index = diffusers.DiffusionPipeline.load_config(folder)
-        if index["_class_name"] not in pipelines.KINDS:
-            raise ValueError(f"found a {index['_class_name']}; expected one of {', '.join(pipelines.KINDS)}")
-        parts = {name: x for name, x in index.items() if name[0] != "_"}
-        for name, (_, kind) in [(name, x) for name, x in parts.items() if isinstance(x, list)]:
-            parts[name] = None
-            if name.startswith("text_encoder") and kind:
-                own = getattr(transformers, kind)
-                parts[name] = own(own.config_class.from_pretrained(folder, subfolder=name))
-            elif name in ("unet", "transformer", "vae"):
-                own = getattr(diffusers, kind)
-                parts[name] = own.from_config(own.load_config(folder, subfolder=name))
-        return getattr(diffusers, index["_class_name"])(**parts)
-
-    return built(f"model {model}", read)
 
 
 def text_shapes(pipe: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -1,13 +1,19 @@
 """What is made of a run for people: the table at its end, the curves, and the card of its model."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import files
+from common.formats import ATTRIBUTES
 
 SERIES = (("train", "-", "tab:blue"), ("eval", "o-", "tab:orange"))
 LEAST_SPAN = 0.2  # of an axis, as a share of the largest value on it: less would make noise look like change
+
+
+# scores of a judge whose scale is known: 0 to 4, or 0 to 1 of one that gives nothing above
+RATED = re.compile(f"judge/(.*_)?({'|'.join(ATTRIBUTES)})")
 
 
 def evaluations(rows: list[dict]) -> list[dict]:
@@ -38,7 +44,8 @@ def print_table(rows: list[dict], columns: Sequence[str]) -> None:
         steps = [row["step"] for row in evaluations(rows)]
         first, *others = lines[0]
         headings = [first, *(Column(name, justify="right") for name in others)]
-        shown = Table(*headings, title=f"step {steps[0]} -> {steps[-1]}")
+        title = f"step {steps[0]} -> {steps[-1]}" if columns[-1] == "after" else None  # else of stages
+        shown = Table(*headings, title=title)
         for line in lines[1:]:
             shown.add_row(*line)
         Console().print(shown)
@@ -67,6 +74,8 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
             panels[name] = series
     if not panels:
         return
+    rated = [name for name in panels if RATED.fullmatch(name)]
+    scale = 4 if max((y for name in rated for _, y in panels[name]["eval"]), default=0) > 1 else 1
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 2.6 * height), squeeze=False)
@@ -76,10 +85,13 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
         for kind, style, colour in SERIES:
             if series[kind]:
                 axis.plot(*zip(*series[kind], strict=True), style, color=colour, label=kind, markersize=4)
-        low, high = axis.get_ylim()
+        low, high = axis.dataLim.intervaly if name in rated else axis.get_ylim()
         more = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
-        if more > 0:
-            axis.set_ylim(low - more / 2, high + more / 2)
+        if name in rated:
+            axis.set_ylim(min(low, -0.02 * scale), max(high, 1.02 * scale))
+        elif more > 0:
+            below = more / 2 if low < 0 else min(more / 2, low)  # no further than to 0
+            axis.set_ylim(low - below, high + more - below)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
@@ -95,13 +107,21 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
     plt.close(figure)
 
 
+def as_words(options: dict) -> list[str]:
+    """Options as they stand on a command line."""
+    words = []
+    for name, x in options.items():
+        words += [f"--{name}", *map(str, x)] if isinstance(x, list | tuple) else [f"--{name}={x}"]
+    return words
+
+
 def write_card(
     folder: Path, script: str, values: dict, lines: list[list[str]], changed: dict | None, at: str = ""
 ) -> None:
     """README.md of a model's folder: what it was trained from, on what, by what command, its table.
 
     Args:
-        values: of all options; those that are `changed` make the command.
+        values: args.json of the run; those that are `changed` make the command.
         at: which step it is of, if that is not the last one.
     """
     from huggingface_hub import ModelCardData
@@ -121,12 +141,12 @@ def write_card(
         datasets=[name for name in sources if on_hub(name)] or None,
         tags=["cleanalign", Path(script).stem, *(["lora"] if library == "peft" else [])],
     )
-    words = ["python", script]
-    for name, x in (changed or {}).items():
-        words += [f"--{name}", *map(str, x)] if isinstance(x, list | tuple) else [f"--{name}={x}"]
     lines = [*lines[:1], *[["---", *["---:"] * (len(line) - 1)] for line in lines[:1]], *lines[1:]]
     marked = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    command = "." if changed is None else f":\n\n```bash\n{shlex.join(words)}\n```"
+    words = shlex.join(["python", script, *as_words(changed or {})])
+    command = "." if changed is None else f":\n\n```bash\n{words}\n```"
+    if accepted := "; ".join(values.get("accepted_changes", [])):
+        marked += f"\n\nIt went on although this had changed on the way: {accepted}."
     card = f"""---
 {about.to_yaml()}
 ---

@@ -61,8 +61,8 @@ class Reward(NamedTuple):
     rater: Rater | None
 
 
-def load(spec: str, device: torch.device, system: System) -> list[Reward]:
-    """The rewards that a,b*0.5 asks for, of reward models and functions.
+def load(spec: str, device: torch.device, system: System, option: str = "reward") -> list[Reward]:
+    """The rewards that an option, as a,b*0.5, asks for, of reward models and functions.
 
     Raises:
         RunError: none is named, there is no such model or function, or a model has several outputs.
@@ -70,12 +70,13 @@ def load(spec: str, device: torch.device, system: System) -> list[Reward]:
     if not spec:
         raise dist.RunError("reward is not set: a reward model's folder, or package.module:function")
     rewards = []
-    for source, weight in formats.read_sources(spec, "reward"):
+    for source, weight in formats.read_sources(spec, option):
         function, rater = (load_function(source) if ":" in source else None), None
         if function is None:
-            rater = load_rater(source, device, system)
+            with formats.told_as(option):
+                rater = load_rater(source, device, system)
             if len(rater.names) > 1:
-                raise dist.RunError(f"reward {source} has the outputs {', '.join(rater.names)}; expected one")
+                raise formats.wrong(f"{option} {source}", f"outputs {', '.join(rater.names)}", "one output")
         rewards.append(Reward(weight, source, function, rater))
     return rewards
 

@@ -150,16 +150,17 @@ def refuse_changed_stages(folders: dict[Path, Any], reserved: Collection[str], a
     Args:
         folders: folder of a stage -> its Args.
         reserved: options that the pipeline sets.
-        accept: the stages will take note of changes instead.
+        accept: stages that are not finished will take note of changes instead.
     """
 
     def compare() -> None:
-        for folder, options in folders.items() if not accept else ():
+        for folder, options in folders.items():
             is_finished = (folder / "model").is_dir()
-            if has_begun(folder) and (folder / "args.json").exists():
+            if has_begun(folder) and (folder / "args.json").exists() and (is_finished or not accept):
                 before, now = files.read_json(folder / "args.json"), args.snapshot(options)
                 names = now.fixed | set(args.Training.final if is_finished else ())
-                args.refuse_changes(folder, args.changes(before, now.values, names - reserved))
+                found = args.changes(before, now.values, names - reserved)
+                args.refuse_changes(folder, found, is_finished)
 
     dist.from_main(compare)
 

@@ -37,6 +37,16 @@ def wrong(where: str, found: Any, expected: str) -> dist.RunError:
     return dist.RunError(f"{where}: found {found}; expected {expected}")
 
 
+@contextlib.contextmanager
+def told_as(option: str) -> Iterator[None]:
+    """Within the block what is wrong with a data set or a model is said of the option that named it."""
+    try:
+        yield
+    except dist.RunError as error:
+        message = re.sub("^(dataset|(cannot load the )?model) ", f"{option} ", str(error))
+        raise type(error)(message) from error
+
+
 class LeftOut(Exception):
     """A record that is counted, by this reason, and not used."""
 

@@ -15,6 +15,7 @@ if [ -n "${SMOKE:-}" ]; then
   RUN=(python) MODEL=toy DATA=$OUT/HelpSteer2
   REGRESSION=(--learning_rate 1e-3 --batch_size 8 --max_steps 2) SCALED_BT=("${REGRESSION[@]}")
   mkdir -p "$DATA/preference"
+  rm -f "$DATA"/*.jsonl "$DATA"/preference/*.jsonl
   for i in $(seq 16); do
     [ "$i" -le 12 ] && file=train split=train || file=validation split=validation
     echo "{\"prompt\": \"$i+1?\", \"response\": \"$((i + 1))\", \"helpfulness\": $((i % 5)), \"correctness\": 4, \"coherence\": 4, \"complexity\": 0, \"verbosity\": 0}" >> "$DATA/$file.jsonl"

@@ -1228,7 +1228,8 @@ def test_a_mistake_ends_the_run_before_any_work(
             {"samples_per_prompt": 8, "reward_model": "--batch_size 105"},
             "expected at most 100",
         ),  # 80, 4 of them held out, + 24
-        ({"helpful_demonstrations": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"helpful_demonstrations": "nowhere.jsonl"}, "^data of sft nowhere.jsonl: found no such file"),
+        ({"helpful_prompts": "nowhere.jsonl"}, "^helpful_prompts nowhere.jsonl: found no such file"),
         ({"helpful_pairs": "{world}/prompts"}, "prompts/train.jsonl:1"),
         ({"helpful_model": "{world}/bare"}, "bare: found no chat template"),
         ({"sl_model": "{world}/bare"}, "bare: found no chat template"),

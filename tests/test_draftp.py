@@ -358,7 +358,7 @@ def detached(prompts: list[str], images: Tensor, records: list[dict]) -> Tensor:
         ("test_draftp:one_for_all", r"returned shape \[\] for two images"),
         ("test_draftp:failing", "reward test_draftp:failing: raised KeyError: 'weights' .*test_draftp.py"),
         ("test_draftp:missing", "expected package.module:function"),
-        ("/no/such/folder", "expected brightness, package.module:function"),
+        ("/no/such/folder", "no such folder, .*; expected brightness, package.module:function"),
         ("brightness*0", "optional .weight above 0"),
     ],
 )

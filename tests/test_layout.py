@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, read_metrics
 
-from common import args, stages
+from common import args, report, stages
 
 SCRIPTS = ["cai", "dpo", "draftp", "ppo", "reward_model", "sft", "spin", "steerlm", "steerlm2"]  # not a copy
 PIPELINES = {"cai", "steerlm"}
@@ -44,6 +44,30 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split(".")[0])
     return names
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_command_in_a_card_gives_the_very_settings_of_the_run(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of options given at the class's default too, where the toy, another model or a preset has another."""
+    module = importlib.import_module(script)
+    own, stages_of = args.flat(module.Args()), module.STAGES if script in PIPELINES else {}
+
+    def parse(words: list[str]) -> Any:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        return args.parse(module.Args, module.TOY, stages_of)
+
+    presets = [f"--{name}={x}" for name, found in args.presets_of(module.Args).items() for x in found]
+    for base in ([], ["--model=x"], *([preset] for preset in presets)):
+        start = args.flat(parse(base))
+        chosen = ("model", *args.presets_of(module.Args))
+        given = {name: x for name, x in own.items() if name not in chosen and x != start[name]}
+        assert given
+        for words in (base, base + report.as_words(given)):
+            found = parse(words)
+            again = parse(report.as_words(args.snapshot(found, module.TOY).changed))
+            assert args.flat(again) == args.flat(found), words
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -20,6 +20,7 @@ from conftest import ROOT, args_of, read_metrics
 
 import dpo
 import sft
+import steerlm
 from common import checkpoint, data, dist, files, log, models, report
 from common.args import Optimization, changes, flat, parse, snapshot, with_fields
 from common.dist import RunError
@@ -457,7 +458,7 @@ def test_a_run_of_another_script_is_never_gone_on_with(few: Path, tmp_path: Path
 def test_other_data_another_model_or_other_code_is_refused_by_name_and_can_be_accepted(
     few: Path, tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Of a finished run too: its table is of what it was made from."""
+    """Never of a finished run with nothing left to do: its table is of what it was made from."""
     shutil.copytree(few / "pairs", tmp_path / "pairs")
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copyfile(ROOT / "dpo.py", tmp_path / "edited_dpo.py")
@@ -470,12 +471,26 @@ def test_other_data_another_model_or_other_code_is_refused_by_name_and_can_be_ac
         edited.main(args_of(edited.Args, **options | more))
 
     def refused(name: str) -> None:
+        """Once the run is finished for good; where it is made longer it is accepted, and written down."""
+        before = (tmp_path / "run" / "args.json").read_bytes()
+        for more in ({}, {"accept_changes": True}):
+            with pytest.raises(dist.RunError, match=f"a run with {name} of fingerprint .*it is finished"):
+                run(**more)
+        assert (tmp_path / "run" / "args.json").read_bytes() == before
+        options["max_steps"] += 1
         with pytest.raises(dist.RunError, match=f"run with {name} of fingerprint .*--accept_changes"):
             run()
         run(accept_changes=True)
         run()  # what was accepted is what the run is made from now
+        assert (tmp_path / "run" / "edited_dpo.py").read_text() == (tmp_path / "edited_dpo.py").read_text()
+        assert read()["inputs"]["script"] == files.syntax(tmp_path / "edited_dpo.py")
+        assert "changed on the way: script of" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+    def read() -> dict:
+        return json.loads((tmp_path / "run" / "args.json").read_text())
 
     run()
+    assert "changed on the way" not in (tmp_path / "run" / "model" / "README.md").read_text()
     source = (tmp_path / "edited_dpo.py").read_text()
     (tmp_path / "edited_dpo.py").write_text(source.replace("# setup", "# the setup"))
     run()  # a comment
@@ -487,8 +502,8 @@ def test_other_data_another_model_or_other_code_is_refused_by_name_and_can_be_ac
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     refused("starting model")
-    assert "is finished at step 2" in capsys.readouterr().out
-    accepted = json.loads((tmp_path / "run" / "args.json").read_text())["accepted_changes"]
+    assert "is finished at step 5" in capsys.readouterr().out
+    accepted = read()["accepted_changes"]
     assert [change.split()[0] for change in accepted] == ["script", "data", "starting"]
 
 
@@ -626,6 +641,18 @@ def test_the_console_shows_the_learning_rate_and_an_answer_and_nothing_empty(
     files.unlock(tmp_path)
 
 
+def test_the_evaluations_of_a_pipeline_have_the_names_of_its_stages(tmp_path: Path, capsys: Any) -> None:
+    args = args_of(steerlm.Args, output_dir=str(tmp_path))
+    how = {"is_pipeline": True, "columns": ("before", "SFT", "round 1")}
+    run_log = log.Log(args.run, steerlm.__file__, ("kl",), snapshot(args), **how)
+    for step in range(3):
+        run_log(step, 2, {"eval/kl": 0.5})
+    assert capsys.readouterr().out.splitlines() == [f"{name}  held out: kl 0.5" for name in how["columns"]]
+    report.print_table(run_log.rows, ("before", "SFT"))
+    assert "step" not in capsys.readouterr().out
+    files.unlock(tmp_path)
+
+
 def test_curves_have_legends_names_and_axes_that_noise_does_not_fill(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -645,9 +672,32 @@ def test_curves_have_legends_names_and_axes_that_noise_does_not_fill(
     ]
     assert judged.lines[0].get_color() != loss.lines[0].get_color()
     low, high = judged.get_ylim()
-    assert high - low > 0.7 and [x.get_text() for x in loss.get_xticklabels()] == ["before", "SFT", "RL"]
+    assert (
+        high - low > 0.7
+        and low > 0
+        and [x.get_text() for x in loss.get_xticklabels()] == ["before", "SFT", "RL"]
+    )
     report.draw([{"step": 0, "train/loss": 1.0}], tmp_path / "none.png", ("loss",))
     assert not (tmp_path / "none.png").exists()
+
+
+def test_scores_of_known_attributes_have_the_whole_of_their_scale(tmp_path: Path, monkeypatch: Any) -> None:
+    """0 to 4, also of a score that stays below 1; 0 to 1 where no score is more; a score beyond is seen."""
+    import matplotlib.pyplot as plt
+
+    figures: list = []
+    monkeypatch.setattr(plt, "close", figures.append)
+
+    def limits(**scores: float) -> dict[str, list[float]]:
+        rows = [{"step": n, **{f"eval/judge/{k}": x - 0.1 * n for k, x in scores.items()}} for n in range(3)]
+        report.draw(rows, tmp_path / "curves.png", ())
+        axes = [axis for axis in figures[-1].axes if axis.axison]
+        return {x.get_title()[6:]: [round(y, 1) for y in x.get_ylim()] for x in axes}
+
+    found = limits(complexity=0.9, red_team_coherence=3.9, own=3.0)
+    assert found["complexity"] == found["red_team_coherence"] == [-0.1, 4.1] and found["own"][0] > 2
+    assert limits(correctness=0.9, toxicity=0.3) == {"correctness": [0, 1], "toxicity": [0, 1]}
+    assert limits(helpfulness=0.15, coherence=4.5) == {"helpfulness": [-0.1, 4.1], "coherence": [-0.1, 4.5]}
 
 
 def test_a_model_comes_with_a_card(finished: Path) -> None:

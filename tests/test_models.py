@@ -1438,3 +1438,16 @@ def test_speed_counts_every_token(folder: Path, device):
     policy = models.load(str(folder), device, options())
     metrics = models.speed(policy, documents((5, 17)), seconds=2.0)
     assert metrics["train/tokens_per_second"] == 11.0
+
+
+def test_a_model_that_is_not_there_or_is_no_reward_model_is_told_as_it_was_asked_for(
+    tiny_model: str, device: torch.device
+) -> None:
+    from common import rewards
+
+    with pytest.raises(dist.RunError, match=r"^reward nowhere: no such folder; as a hub id it could not"):
+        rewards.load("nowhere", device, System())
+    with pytest.raises(dist.RunError, match=r"^judge nowhere: no such folder"):
+        rewards.load("nowhere", device, System(), "judge")
+    with pytest.raises(dist.RunError, match=r"^toy is no reward model; expected"):
+        rewards.load("toy", device, System())

@@ -346,3 +346,40 @@ def test_every_script_has_a_plan(script: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "fits into 80" in done.stdout, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_shorter_rows_never_hold_more_for_what_stays_at_rest(tmp_path: Path) -> None:
+    """8B policy, reference, critic and reward model on 8 x 80 GiB: rows of all lengths fit.
+
+    With activations recomputed in any case shorter rows hold less; by choice they may fill what is there,
+    but fit where longer ones do.
+    """
+    from transformers import LlamaConfig
+
+    shape = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336}
+    LlamaConfig(num_hidden_layers=32, num_key_value_heads=8, **shape).save_pretrained(tmp_path)
+    usual = {"model": str(tmp_path), "reward": str(tmp_path)}
+
+    def totals(count: int, gib: float, **more: Any) -> list[float]:
+        rows = ({"micro_batch_tokens": n} for n in (1024, 4096, 8192, 16384))
+        args = (args_of(ppo.Args, **usual, **row, **more) for row in rows)
+        return [plan.text_need(x, machine(count, gib), ppo.beside(x)).total / 2**30 for x in args]
+
+    assert max(totals(8, 80)) < 80
+    for count, gib in ((8, 80), (4, 80), (2, 141), (16, 80), (8, 141)):
+        recomputed = totals(count, gib, activation_checkpointing="on")
+        assert recomputed == sorted(recomputed)
+        fits = [total <= gib for total in totals(count, gib)]
+        assert fits == sorted(fits, reverse=True), (count, gib)
+
+
+def test_models_beside_a_policy_leave_its_replica_less_room(tiny_model: str, device: torch.device) -> None:
+    """By their weights, 4 bytes of a frozen number and 12 of a trained one: as a plan counts them."""
+    policy = models.load(tiny_model, device, System())
+    size, rooms = sum(p.numel() for p in policy.parameters()), [policy.room]
+    others = []
+    for trainable in (False, True):
+        others.append(models.load(tiny_model, device, System(), trainable=trainable))
+        rooms.append(policy.room)
+    assert [rooms[i] - rooms[i + 1] for i in (0, 1)] == pytest.approx([4 * size, 12 * size], abs=2)
+    assert others[1].room == policy.room

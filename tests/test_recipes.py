@@ -29,12 +29,26 @@ def test_shell_scripts_parse(path) -> None:
 SMOKED = [path for path in sorted((ROOT / "recipes").glob("*.sh")) if path.stem.startswith("steerlm")]
 
 
+def test_the_small_data_of_a_recipe_are_the_same_when_it_is_run_again(tmp_path: Path) -> None:
+    """Up to its first training, which a stand-in for python plays."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    own = {"SMOKE": "1", "OUT": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    found = []
+    for _ in range(2):
+        subprocess.run(["bash", ROOT / "recipes/steerlm_reward.sh"], env=os.environ | own, check=True)
+        found.append({path: path.read_text() for path in tmp_path.rglob("*.jsonl")})
+    assert len(found[0]) == 3 and found[0] == found[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SMOKED, ids=lambda p: p.stem)
 def test_smoke_forms_run_to_their_end(path: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "SMOKE": "1", "OUT": str(tmp_path)}
-    done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for _ in range(2):  # the second time all is there
+        done = subprocess.run(["bash", path], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert all((folder.parent / "model").is_dir() for folder in tmp_path.glob("*/args.json"))
 
 

@@ -762,3 +762,11 @@ def test_the_default_run_follows_what_is_asked(tmp_path: Path) -> None:
     more["attribute_model"] = str(tmp_path / "run" / "1_attribute_model")
     steerlm.main(with_fields(args, **more))
     assert read_metrics(tmp_path / "no")[-1]["eval/follow/pearson"] < 0.5
+
+
+def test_ratings_that_cannot_be_read_are_told_by_their_option(tiny_model: str, tmp_path: Path) -> None:
+    options = {"model": tiny_model, "dataset": "toy", "output_dir": str(tmp_path)}
+    with pytest.raises(dist.RunError, match="^ratings nvidia/HelpSteer2: cannot be loaded"):
+        steerlm.main(args_of(steerlm.Args, **options))
+    with pytest.raises(dist.RunError, match="^eval_dataset none.jsonl: found no such file"):
+        data.load_sft(data.load_tokenizer(tiny_model), "toy", "none.jsonl", 64)
