@@ -504,9 +504,8 @@ def agreement(records: list[dict], args: Args) -> dict[str, float]:
 def check(args: Args) -> None:
     """Refuse settings that cannot go together, before any work starts."""
     for role in ("critic", "judge"):
-        chat.refuse_secrets(f"{role}_url", getattr(args.server, f"{role}_url"))
-        if getattr(args.server, f"{role}_url") and not getattr(args, f"{role}_model"):
-            raise dist.RunError(f"{role}_url needs {role}_model, the name of a model there")
+        if url := getattr(args.server, f"{role}_url"):
+            chat.check_server(f"{role}_url", url, getattr(args, f"{role}_model"))
     chat.read_body(args.server.judge_body)
     num_replies = args.samples_per_prompt * len(read_temperatures(args))
     if num_replies < 2 or (args.hard_labels and num_replies > 26):  # as there are letters

@@ -263,14 +263,16 @@ def score_file(args: Args, device: torch.device) -> None:
     the records done when called again with the same file and model. What is written never stands beside what
     is read: a data folder must not have its records twice.
     """
-    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
-    scorer = models.load_scorer(args.model, device, args.system, trainable=False)
-    read_where_trained(scorer, tokenizer)
-    path, names = Path(args.score).expanduser(), models.output_names(scorer)
+    path = Path(args.score).expanduser()
     origin = hashlib.sha256(f"{path.resolve()} {args.model}".encode()).hexdigest()[:8]
     default = Path(args.run.output_dir) / "scored" / f"{path.name.removesuffix('.jsonl')}-{origin}.jsonl"
     target = Path(args.score_output or default).expanduser()
-    dist.from_main(lambda: make_room(target, args.run.overwrite or not args.score_output))
+    dist.outlive_readers()
+    dist.from_main(lambda: check_target(target, path, args.run.overwrite or not args.score_output))
+    tokenizer = data.load_tokenizer(args.model, **vars(args.chat))
+    scorer = models.load_scorer(args.model, device, args.system, trainable=False)
+    read_where_trained(scorer, tokenizer)
+    names = models.output_names(scorer)
     records = formats.read_file(path)
 
     def encode(record: formats.Record) -> list[Tokens]:
@@ -318,15 +320,19 @@ def print_accuracy(scored: Iterable[dict]) -> None:
         print(f"accuracy {share:.3f} of {sum(n for _, n in shares.values()):,} pairs{more}", flush=True)
 
 
-def make_room(target: Path, overwrite: bool) -> None:
-    """Make the folder of a file that is to be written, and remove the file if that is allowed."""
-    if target.exists() and not overwrite:
-        raise formats.wrong(f"score_output {target}", "a file", "a new one, or --overwrite to replace it")
+def check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Make the folder of a file that is to be written; one that is there stays until the new one is whole."""
+    name, is_there = f"score_output {target}", target.exists()
+    if is_there and not target.is_file():
+        raise formats.wrong(name, "a folder, or a device", "a file, which --score writes")
+    if is_there and source.exists() and target.samefile(source):
+        raise formats.wrong(name, "the file that is scored", "another one")
+    if is_there and not overwrite:
+        raise formats.wrong(name, "a file", "a new one, or --overwrite to replace it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.remove(target)
     except OSError as error:
-        raise formats.wrong(f"score_output {target}", error.strerror, "a folder to write in") from error
+        raise formats.wrong(name, error.strerror, "a folder to write in") from error
 
 
 def with_rewards(value: dict, outputs: list[list[float]], names: list[str]) -> dict[str, Any]:

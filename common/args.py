@@ -261,6 +261,9 @@ def snapshot(args: Any, toy: dict[str, Any] | None = None) -> Snapshot:
         raise dist.RunError(f"merge_dtype is {values['merge_dtype']} without --merge_lora: nothing is merged")
     if values.get("keep_best") and "micro_batch_tokens" not in values:
         raise dist.RunError(f"keep_best is {values['keep_best']}; expected none: it is of text models")
+    best = values.get("keep_best")
+    if best and not best.lstrip("+-").startswith("eval/"):
+        raise dist.RunError(f"keep_best is {best}; expected a metric of evaluations, as eval/loss")
     if values.get("keep_best") and values["save_every"] % values["eval_every"]:
         raise dist.RunError(
             f"save_every is {values['save_every']}; expected a multiple of eval_every, "
@@ -339,11 +342,11 @@ def load_function(spec: str) -> Callable:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise dist.RunError(f"{spec!r}: {what_happened(error)}; expected package.module:function") from error
 
 
-def what_happened(error: Exception) -> str:
+def what_happened(error: Exception | SystemExit) -> str:
     """An exception of a user's function in one line, with the line of the user's file that it came from."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     own = [f for f in frames if Path(f.filename).parent != Path(__file__).parent]  # not of what calls it

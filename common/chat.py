@@ -15,11 +15,13 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -33,6 +35,7 @@ from common.generate import Sample, generate, rollout
 THINK = "\nThink step by step about what each reply leads to, and finish with (A) or (B)."
 CONCLUSION = "\nThe better reply is "
 LEAST_SHARED = 128  # tokens that questions have in common, from which on it pays to read them once
+FIRST_TRIES = 3  # of a server that has never answered and refuses the connection: it is not there
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time after, up to a minute
 REFUSED = (400, 401, 403, 404, 405, 413, 422)  # the same request would be refused again
 ARTICLE = r"(?= (?!(?:is|was|has|does|seems|would|or|and|but|because|too|instead)\b)[a-z])"  # follows one
@@ -246,14 +249,14 @@ class Endpoint:
     reasons: bool = False  # before it says which option is best
 
     def __post_init__(self) -> None:
-        refuse_secrets("the server's address", self.url)
+        check_server("the server's address", self.url, self.model)
         self.url, self.used = self.url.rstrip("/") + "/chat/completions", []
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):  # httpx's own words would quote the key
             raise dist.RunError("OPENAI_API_KEY holds characters that no key has")
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.client = httpx.AsyncClient(timeout=None, headers=headers)  # follows no redirect
-        self.loop = asyncio.new_event_loop()
+        self.loop, self.is_there, self.has_told = asyncio.new_event_loop(), False, threading.Lock()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.extra, self.answers = read_body(self.server.judge_body), files.Journal(self.folder)
 
@@ -275,39 +278,62 @@ class Endpoint:
         return [answers[key] for key in keys]
 
     def post(self, body: dict, letters: str) -> dict:
-        """One request, repeated after a pause where the server fails.
+        """One request, repeated after a pause where the server fails; what comes back is without the key.
 
         Raises:
             RunError: the server refuses the request, or fails each time.
         """
-        wait = 0.0
-        for attempt in range(self.server.judge_retries + 1):
-            time.sleep(min(60.0, wait))
-            wait = BACKOFF * 2**attempt
+        waits = [min(60.0, BACKOFF * 2 ** min(i, 6)) for i in range(self.server.judge_retries)]
+        for attempt, wait in enumerate([*waits, 0.0], 1):
             try:
                 # httpx's own limit is one of each read: a server that drips bytes never comes to it
                 limited = asyncio.wait_for(self.client.post(self.url, json=body), self.server.judge_timeout)
                 response = asyncio.run_coroutine_threadsafe(limited, self.loop).result()
+                self.is_there = True
                 if response.status_code == 200:
                     return read_answer(response.json(), letters, self.reasons)
+                problem = f"HTTP status {response.status_code}"
+                after = response.headers.get("Retry-After", "")
             except Exception as error:  # no connection, no answer in time, or an answer of another form
-                problem = f"{type(error).__name__}: {formats.first_line(error)}"
-                continue
-            code, after = response.status_code, response.headers.get("Retry-After", "")
-            text = response.text.replace(self.key, "(the key)") if self.key else response.text
-            problem, said = f"HTTP status {code}", " ".join(text.split())[:200]
-            if code == 422 or (code in (400, 413) and UNWANTED.search(response.text)):
-                return {"refused": f"{problem}: {said}"}
-            if response.is_redirect:  # followed, it could take the key to another host
-                where = response.headers.get("Location")
-                raise formats.wrong(self.url, f"a redirect to {where}", "the address itself as judge_url")
-            if code in REFUSED:
-                raise dist.RunError(f"{self.url}: {problem}: {said}")
-            wait = max(wait, float(after)) if after.isdigit() else wait
+                problem = self.without_key(f"{type(error).__name__}: {formats.first_line(error)}")
+                response, after = None, ""
+            if response is not None and (refused := self.read_refusal(response, problem)):
+                return {"refused": refused}
+            is_absent = problem.startswith("ConnectError") and not self.is_there
+            left = waits[attempt - 1 : FIRST_TRIES - 1 if is_absent else None]
+            if not left:
+                break
+            if self.has_told.acquire(blocking=False):  # the first of all requests that failed
+                until = time.strftime("%H:%M:%S", time.localtime(time.time() + sum(left)))
+                print(f"{self.url}: {problem}; asked again until {until}", file=sys.stderr, flush=True)
+            time.sleep(min(60.0, max(wait, float(after))) if re.fullmatch("[0-9]+", after) else wait)
         raise dist.RunError(
-            f"{self.url}: gave up after {self.server.judge_retries + 1} tries, the last with {problem}; what "
+            f"{self.url}: gave up after {attempt} tries, the last with {problem}; what "
             "was answered is kept, the same command goes on from there"
         )
+
+    def read_refusal(self, response: httpx.Response, problem: str) -> str:
+        """What a server said of a prompt that it will not have; nothing where it may answer later.
+
+        Raises:
+            RunError: it refuses any such request.
+        """
+        code, text = response.status_code, self.without_key(response.content.decode("utf-8", "replace"))
+        said = f"{problem}: {' '.join(text.split())[:200]}"
+        if code == 422 or (code in (400, 413) and UNWANTED.search(text)):
+            return said
+        if response.is_redirect:  # followed, it could take the key to another host
+            where = self.without_key(response.headers.get("Location", ""))
+            raise formats.wrong(self.url, f"a redirect to {where}", "the address itself as judge_url")
+        if code in REFUSED:
+            raise dist.RunError(f"{self.url}: {said}")
+        return ""
+
+    def without_key(self, text: str) -> str:
+        """A text from the server or about it, which may repeat the key; so may its address of elsewhere."""
+        for key in {self.key, quote(self.key), quote(self.key, safe="")} - {""}:
+            text = text.replace(key, "(the key)")
+        return text
 
     def replies(
         self, conversations: list[formats.Messages], stream: int, first: int, temperature: float
@@ -324,22 +350,34 @@ class Endpoint:
     def report(self) -> str:
         """What has been asked, refused and paid, in words."""
         refused = [x["refused"] for x in self.used if x.get("refused")]
-        read, written = (sum(x.get("tokens", (0, 0))[i] for x in self.used) for i in (0, 1))
+        read, written = (sum(count_of(x.get("tokens", (0, 0))[i]) for x in self.used) for i in (0, 1))
+        bare = sum(1.0 in (x.get("probs") or []) for x in self.used)
         cost = (read * self.server.judge_price[0] + written * self.server.judge_price[1]) / 1e6
         text = f"{len(self.used):,} answers of the server, {read:,} tokens read and {written:,} written"
         text += f", {cost:.2f} paid" if cost else ""
+        text += f"; {bare:,} verdicts of 0 or 1, without usable log-probabilities" if bare else ""
         return text + (f"; {len(refused)} prompts refused, the first with {refused[0]}" if refused else "")
 
 
-def refuse_secrets(name: str, url: str) -> None:
-    """End the run if an address holds more than one, such as a password: options are written down.
+def check_server(name: str, url: str, model: str) -> None:
+    """End the run if an address is none, or holds more, such as a password: options are written down.
 
     Args:
         name: what is said to have it.
+        model: a name that the server knows.
     """
     if set("@?#") & {*url}:
         expected = "the address alone; the key is read from $OPENAI_API_KEY"
         raise formats.wrong(name, "a name, a password or a query in it", expected)
+    if not re.match(r"https?://[^/\s]+(/\S*)?$", url):
+        raise formats.wrong(name, repr(url), "http:// or https://, a host and a path, as https://host/v1")
+    if not model:
+        raise formats.wrong(name, "no model", "the name of a model there, as judge_model or critic_model")
+
+
+def count_of(tokens: Any) -> int:
+    """A number of tokens as a server gives it; 0 for what is none."""
+    return int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < formats.LARGEST else 0
 
 
 def read_body(text: str) -> dict[str, Any]:
@@ -350,8 +388,11 @@ def read_body(text: str) -> dict[str, Any]:
 
 def read_answer(answer: dict, letters: str, reasons: bool) -> dict:
     """The tokens paid for an answer, and its text; or its verdict on `letters`, where there are any."""
-    choice, usage = answer["choices"][0], answer.get("usage") or {}
-    found = {"tokens": [usage.get(f"{name}_tokens") or 0 for name in ("prompt", "completion")]}
+    choice, usage = answer["choices"][0], answer.get("usage")
+    counts = [
+        usage.get(f"{name}_tokens") if isinstance(usage, dict) else 0 for name in ("prompt", "completion")
+    ]
+    found = {"tokens": [*map(count_of, counts)]}
     reason, text = choice.get("finish_reason"), choice["message"].get("content") or ""
     if reason == "content_filter":
         return found | {"refused": f"finish_reason {reason}"}
@@ -369,7 +410,7 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     small letter in brackets or after reply, response, option, choice or answer.
 
     Args:
-        tokens: OpenAI's logprobs.content. Without it a probability is 0 or 1.
+        tokens: OpenAI's logprobs.content. Without it, or with what is none, a probability is 0 or 1.
     """
     text = SMALL.sub(lambda named: named[0][:-1] + named[0][-1].upper(), text)
     lead = rf"(?i:(?:the )?(?:final |better |best )?{OPTION}\W*(?:is\W*)?)"
@@ -384,11 +425,13 @@ def read_verdict(text: str, tokens: list[dict], reasons: bool, letters: str = "A
     if any(x in probs and x != letter for x in re.findall(r"[^\W_]+", after)):
         return None
     named = [t for t in tokens if re.sub(r"\W", "", t["token"]) == letter]
-    for top in (named[-reasons].get("top_logprobs") or []) if named else []:
-        name = re.sub(r"\W", "", top["token"])
-        if name in probs:
-            probs[name] += math.exp(top["logprob"])
-    total = sum(probs.values())
+    tops = (named[-reasons].get("top_logprobs") or []) if named else []
+    logps = [(name, top["logprob"]) for top in tops if (name := re.sub(r"\W", "", top["token"])) in probs]
+    if all(logp <= 0.001 for _, logp in logps):  # NaN is not; float32 rounds some up
+        for name, logp in logps:
+            probs[name] += math.exp(logp)
+    # without a number for the letter itself, or with one of -9999, OpenAI's for none, they say nothing
+    total = sum(probs.values()) if probs[letter] > 0 else 0.0
     return [p / total if total > 0 else float(x == letter) for x, p in probs.items()]
 
 
@@ -455,4 +498,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    dist.run(main, tyro.cli(Args, use_underscores=True))
+    dist.run(main, tyro.cli(Args, prog="python -m common.chat", use_underscores=True))

@@ -358,6 +358,8 @@ def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
 
 def export_step(folder: Path, step: int) -> None:
     """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one."""
+    if not folder.is_dir():
+        raise dist.RunError(f"{folder}: no such folder; expected that of a run, as runs/dpo")
     chosen = complete(folder).get(step)
     if chosen is None:
         raise dist.RunError(

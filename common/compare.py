@@ -199,7 +199,7 @@ def preferences(args: Args, folder: Path, pairs: list[tuple[list[dict], str, str
     from common.args import System
 
     device, (turns, *sides) = dist.init(seed=1), zip(*pairs, strict=True)
-    if args.judge.startswith(("http://", "https://")):
+    if "://" in args.judge:
         server = chat.Endpoint(args.judge, args.judge_model, chat.Server(), folder / "judged", 8)
 
         def verdicts(order: list[tuple[str, ...]]) -> list[list[float] | None]:
@@ -272,4 +272,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, use_underscores=True)))
+    sys.exit(main(tyro.cli(Args, prog="python -m common.compare", use_underscores=True)))

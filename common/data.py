@@ -581,4 +581,4 @@ def hold_out(examples: Sequence[Example], source: str) -> tuple[Sequence[Example
 if __name__ == "__main__":
     from common import preview
 
-    dist.run(preview.main, tyro.cli(preview.Args, use_underscores=True))
+    dist.run(preview.main, tyro.cli(preview.Args, prog="python -m common.data", use_underscores=True))

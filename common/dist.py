@@ -10,6 +10,7 @@ import datetime
 import errno
 import hashlib
 import heapq
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,16 @@ class Stopped(RunError):
 
 
 def init(seed: int) -> torch.device:
-    """Join the process group torchrun describes, or form one of a single process. Safe to call again."""
+    """Join the process group torchrun describes, or form one of a single process. Safe to call again.
+
+    Raises:
+        RunError: a seed, or something in the environment, that cannot be.
+    """
+    if not 0 <= seed < 2**63:
+        raise RunError(f"seed is {seed}; expected 0 to 2**63 - 1")
+    minutes, marker = timeout_minutes(), os.environ.get("CLEANALIGN_STOPPED")
+    if marker and os.environ.get("RANK", "0") == "0" and not os.access(Path(marker).parent, os.W_OK):
+        raise RunError(f"CLEANALIGN_STOPPED is {marker}; expected a file in a folder that can be written to")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if not torch_dist.is_initialized():
@@ -66,13 +77,14 @@ def init(seed: int) -> torch.device:
         store = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         torch_dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(minutes=float(os.environ.get("CLEANALIGN_TIMEOUT_MINUTES", 30))),
+            timeout=datetime.timedelta(minutes=minutes),
             device_id=device if cuda else None,
             **store,
         )
         atexit.register(_leave)
     for number in STOP_SIGNALS:  # again, if somebody else has taken them since
-        signal.signal(number, _on_signal)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
+            signal.signal(number, _on_signal)
     if _stop["agreed"]:  # what an earlier run of this process ended for; a signal nobody has seen yet stays
         _stop.update(signal=0, time=0.0, agreed=False)
     random.seed(seed)
@@ -80,7 +92,38 @@ def init(seed: int) -> torch.device:
     return device
 
 
+def timeout_minutes() -> float:
+    """The longest that a rank waits for another, of the environment."""
+    text = os.environ.get("CLEANALIGN_TIMEOUT_MINUTES") or "30"
+    with contextlib.suppress(ValueError):
+        if 0.01 <= float(text) <= 1e6:  # NaN is not
+            return float(text)
+    raise RunError(f"CLEANALIGN_TIMEOUT_MINUTES is {text}; expected minutes, 0.01 to 1,000,000")
+
+
+class _Heard(io.FileIO):
+    """Where a run prints to; what cannot be written there is dropped."""
+
+    def write(self, text: Any) -> int | None:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+
+def outlive_readers() -> None:
+    """Let no print end a run from here on: its terminal may be closed, its pipe unread, a disk full."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream and stream is getattr(sys, f"__{name}__"):  # and no capture, nor ours already
+            raw = io.BufferedWriter(_Heard(stream.fileno(), "w", closefd=False))
+            with contextlib.suppress(OSError):
+                stream.flush()
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
+
+
 def _leave() -> None:
+    for number in STOP_SIGNALS:  # all is done: Python would give them back to the system, to end by
+        signal.signal(number, signal.SIG_IGN)
     torch_dist.destroy_process_group()
     time.sleep(0.05)  # a gloo thread that still holds its last tensor after this aborts the process
 
@@ -93,7 +136,8 @@ def _on_signal(number: int, frame: Any) -> None:
         _stop.update(signal=number, time=now)
         if is_main():  # by the system's own call: what print was doing when this came may not be begun again
             name = signal.Signals(number).name
-            os.write(2, f"{name}: the run will stop after this step; what is done is saved\n".encode())
+            with contextlib.suppress(OSError):  # the terminal is closed, which this tells of
+                os.write(2, f"{name}: the run will stop after this step; what is done is saved\n".encode())
 
 
 def stop_after(minutes: float) -> None:
@@ -285,7 +329,10 @@ def run(main: Any, args: Any) -> None:
     """Call main(args); a mistake, a full disk or a lost rank ends it with one line instead of a traceback."""
     code = outcome(main, args)
     if not code and stop_requested() and is_main() and os.environ.get("CLEANALIGN_STOPPED"):
-        Path(os.environ["CLEANALIGN_STOPPED"]).touch()  # for who starts it again, as recipes/slurm.sh
+        try:
+            Path(os.environ["CLEANALIGN_STOPPED"]).touch()  # for who starts it again, as recipes/slurm.sh
+        except OSError as error:  # all the same it has stopped, and saved
+            say_last(f"CLEANALIGN_STOPPED: {error.strerror}: {error.filename}", 0)
     sys.exit(code) if "RANK" not in os.environ else leave(code)
 
 
@@ -297,8 +344,9 @@ def leave(code: int) -> None:
     """
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # nobody hears it, or there is none
+            stream.flush()
     os._exit(code)
 
 
@@ -338,6 +386,10 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before the step had ended; the same command goes on from the last checkpoint"
+    if isinstance(error, SystemExit):
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(at.filename).parent != Path(__file__).parent:  # as --plan and --check end
+            return f"SystemExit: {error} ({at.filename}:{at.lineno}); expected no exit in a run"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{str(error).splitlines()[0].partition('. GPU')[0]}; {LESS_MEMORY}"
     found, end = list(causes(error)), "; what was saved before is whole, the same command goes on"

@@ -65,7 +65,7 @@ def scores_of(judge: Callable, name: str, prompt: str, response: Any) -> dict[st
     try:
         with undisturbed():
             found = judge(prompt, response)
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise dist.RunError(f"judge {name} raised {what_happened(error)}; it was asked {prompt!r}") from error
     given = found if isinstance(found, dict) else {"score": found}
     scores = {k: as_real(x) for k, x in given.items()}

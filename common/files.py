@@ -77,7 +77,7 @@ def finish(unfinished: Path, path: Path, keep: bool = False) -> None:
                 part.chmod(0o666 & ~UMASK)  # safetensors makes files that their owner alone may read
         sync(part)
     old = path.with_name(f"{path.name}.old.tmp")
-    if path.is_dir() and not keep:
+    if path.is_dir() and unfinished.is_dir() and not keep:
         remove(old)
         os.rename(path, old)
     try:

@@ -87,7 +87,7 @@ def _fault(function: Callable, device: torch.device, examples: list[Example]) ->
     images.requires_grad_(True)
     try:
         values = function(diffusion.texts(examples), images, [example.record for example in examples])
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         return f"raised {what_happened(error)}"
     if not isinstance(values, Tensor) or values.shape != (2,):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__

@@ -58,6 +58,7 @@ class Log:
         Raises:
             RunError: the folder cannot be written, or has a run with other options.
         """
+        dist.outlive_readers()
         self.run, self.script, self.show, self.options = run, Path(script), show, options
         self.pipeline, self.is_pipeline, self.columns, self.wandb = pipeline, is_pipeline, columns, None
         self.folder = Path(run.output_dir)
@@ -86,8 +87,9 @@ class Log:
         two leaves those of a step that will be evaluated again.
         """
         folder, own = self.folder, self.folder / "args.json"
-        if folder.resolve() == self.script.resolve().parent:
-            raise formats.wrong(f"output_dir {folder}", "the folder of the script", "one of the run's own")
+        if folder.resolve() in (self.script.resolve().parent, ROOT, *ROOT.parents):
+            what = "the folder of the script, or one that holds the repository"
+            raise formats.wrong(f"output_dir {folder}", what, "one of the run's own")
         for path in [ROOT / name for name in SOURCES]:
             if folder.resolve().is_relative_to(path):
                 what = "a folder of the repository's own files"

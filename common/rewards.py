@@ -227,7 +227,7 @@ def _call(reward: Reward, asked: list[Example], replies: list[str], num_each: in
             return as_rewards(found, len(share))
         except dist.RunError as error:
             said = " ".join(str(error).split()) + place
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             said = f"raised {what_happened(error)}"
             said += place * (place[1:].split(":")[0] not in said)  # its own line says more
         raise dist.RunError(f"reward {reward.name} {said}; the first prompt was {prompts[0]!r}")

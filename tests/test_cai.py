@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub.constants
 import pytest
 import torch
@@ -655,6 +656,120 @@ def test_a_redirect_is_not_followed_so_the_key_stays_where_it_was_sent(
     assert Stub.keys == ["Bearer sesame"]  # one request, and none from the other name
 
 
+def with_answers(folder: Path, *answers: Any, **more: Any) -> chat.Endpoint:
+    """An endpoint that gets these, the last one again and again; an exception is raised."""
+    judge = endpoint(endpoint_args("http://x/v1", folder, judge_threads=1, **more))
+    left = [*answers]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        found = left.pop(0) if left[1:] else left[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    judge.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    return judge
+
+
+def answered(usage: Any = None, logp: float = -1.0) -> httpx.Response:
+    tops = [{"token": token, "logprob": logp} for token in "AB"]
+    logprobs = {"content": [{"token": "A", "logprob": logp, "top_logprobs": tops}]}
+    choice = {"message": {"content": "(A)"}, "finish_reason": "stop", "logprobs": logprobs}
+    return httpx.Response(200, text=json.dumps({"choices": [choice], "usage": usage}))
+
+
+QUESTION = [[chat.user("Which? (A) yes (B) no")]]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(307, headers={"Location": "http://evil/?k=sk-SECRET%2B"}),
+        httpx.Response(401, text="x" * 194 + "sk-SECRET+"),
+        httpx.Response(422, text="sk-SECRET+"),
+        httpx.RemoteProtocolError("illegal header line: bytearray(b'Bearer sk-SECRET+')"),
+    ],
+)
+def test_the_key_is_in_no_message_whatever_the_server_does(
+    answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET+")
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
+    judge, said = with_answers(tmp_path, answer, judge_retries=1), ""
+    try:
+        judge.verdicts(QUESTION)
+    except dist.RunError as error:
+        said = str(error)
+    said += judge.report() + "".join(capsys.readouterr())
+    said += "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
+    assert "SEC" not in said and "(the k" in said
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": "ten"},
+        {"prompt_tokens": {}},
+        {"prompt_tokens": math.nan},
+        {"completion_tokens": -5, "prompt_tokens": True},
+        [1],
+        "free",
+    ],
+)
+def test_a_usage_that_is_none_counts_nothing(usage: Any, tmp_path: Path) -> None:
+    judge = with_answers(tmp_path, answered(usage), judge_price=(1e6, 1e6))
+    judge.verdicts(QUESTION)
+    assert re.search(r"1 answers of the server, [01] tokens read and 0 written", judge.report())
+    judge.used[0]["tokens"] = ["ten", math.nan]  # as kept before
+    assert "0 tokens read and 0 written" in judge.report()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        httpx.Response(503, headers=[(b"Retry-After", b"\xb2")]),
+        *[
+            httpx.Response(500, headers={"Content-Type": f"text/html; charset={name}"}, content=b"\xff")
+            for name in ("hex", "rot13", "undefined", "idna")
+        ],
+        httpx.Response(200, text="[" * 100_000),
+        httpx.Response(200, headers={"Content-Type": "application/json; charset=hex"}, content=b"\xff"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_a_failure_like_others(
+    first: httpx.Response, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
+    assert with_answers(tmp_path, first, answered()).verdicts(QUESTION) == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("logp", [math.nan, -math.inf, -9999.0, 5.0])
+def test_log_probabilities_that_are_none_are_as_if_there_were_none_and_that_is_said(
+    logp: float, tmp_path: Path
+) -> None:
+    judge = with_answers(tmp_path, answered(logp=logp))
+    assert judge.verdicts(QUESTION) == [[1.0, 0.0]]
+    assert "; 1 verdicts of 0 or 1, without usable log-probabilities" in judge.report()
+    tops = [{"token": "A", "logprob": -9999.0}, {"token": "B", "logprob": -0.1}]
+    assert chat.read_verdict("(A)", [{"token": "A", "top_logprobs": tops}], False) == [1.0, 0.0]
+
+
+def test_a_first_failure_is_said_at_once_and_a_server_that_is_not_there_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
+    absent = httpx.ConnectError("All connection attempts failed")
+    with pytest.raises(dist.RunError, match="gave up after 3 tries, the last with ConnectError"):
+        with_answers(tmp_path, absent).verdicts(QUESTION)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"http\S+: ConnectError: All .*; asked again until [\d:]+\n", said)
+    patient = with_answers(
+        tmp_path, *[httpx.Response(503), *[absent] * 6], answered()
+    )  # it is only restarted
+    assert patient.verdicts(QUESTION) == [[0.5, 0.5]]
+    assert "HTTP status 503; asked again until " in capsys.readouterr().err
+
+
 # the whole of it
 
 
@@ -1073,8 +1188,10 @@ def test_a_run_without_a_revision_to_keep_stops(world: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"judge_url": "http://x/v1"}, "judge_url needs judge_model"),
-        ({"critic_url": "http://x/v1"}, "critic_url needs critic_model"),
+        ({"judge_url": "notaurl", "judge_model": "m"}, "judge_url: found 'notaurl'; expected http://"),
+        ({"critic_url": "ftp://x/v1", "critic_model": "m"}, "critic_url: found 'ftp://x/v1'; expected http"),
+        ({"judge_url": "http://x/v1"}, "judge_url: found no model; expected the name"),
+        ({"critic_url": "http://x/v1"}, "critic_url: found no model; expected the name"),
         ({"judge_url": "http://me:sesame@x/v1"}, "judge_url: found a name, a password or a query in it"),
         ({"samples_per_prompt": 1}, "found 1; expected 2 or more replies"),
         ({"hard_labels": True, "cot": True}, "leave out cot and num_principles"),

@@ -230,3 +230,28 @@ def test_a_reward_model_judges(tiny_model: str, tokenizer: Any, tmp_path: Path, 
     tokenizer.save_pretrained(tmp_path / "judge")
     name, *counts = judged(tmp_path, capsys, str(tmp_path / "judge")).split()[:4]
     assert name == str(tmp_path / "judge") and counts[1] == "1" and sum(map(int, counts)) == 4
+
+
+@pytest.mark.parametrize(
+    ("judge", "model", "said"),
+    [
+        ("ftp://x/v1", "m", "address: found 'ftp://x/v1'; expected http://"),
+        ("http://127.0.0.1:9/v1", "", "address: found no model"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_at_once(
+    judge: str, model: str, said: str, tmp_path: Path, capsys: Any
+) -> None:
+    runs = (write(tmp_path / "a"), write(tmp_path / "b"))
+    assert compare.main(compare.Args(runs, judge=judge, judge_model=model)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_usage_names_the_command_that_works() -> None:
+    """The path of a file of common/ cannot be run by itself."""
+    for path in (ROOT / "common").glob("*.py"):
+        called = path.read_text().partition('if __name__ == "__main__":')[2]
+        assert "tyro.cli" not in called or f'prog="python -m common.{path.stem}"' in called, path
+    bad = [sys.executable, "-m", "common.compare", "a", "--tolerance", "x"]
+    done = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "python -m common.compare --help" in done.stderr

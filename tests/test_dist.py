@@ -4,7 +4,9 @@ import contextlib
 import errno
 import io
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import torch
 from conftest import ROOT, free_port
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common import dist
+from common import dist, evaluate, packed, rewards
 
 # -------------------------------------------------------------------------------------------------- alone
 
@@ -448,3 +450,104 @@ def test_output_that_nobody_reads_is_no_lost_rank(monkeypatch: Any, capsys: Any)
     assert capsys.readouterr().err == ""
     os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what the pipe still holds
     pipe.close()
+
+
+TALKING = """
+import sys
+from pathlib import Path
+from common import dist
+
+def main(folder):
+    dist.init(1)
+    dist.outlive_readers()
+    print("begun", flush=True)
+    while not (dist.poll_stop() or (folder / "enough").exists()):
+        print("a line", flush=True)
+        print("a line", file=sys.stderr)
+    (folder / "saved").touch()
+    print("the end")
+
+dist.run(main, Path(sys.argv[1]))
+"""
+
+
+def test_a_closed_terminal_stops_a_run_and_ends_no_print(tmp_path: Path):
+    """The kernel sends SIGHUP, and whatever is written from then on fails, the line about the signal too."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", TALKING, str(tmp_path)])
+    said = b""
+    while b"begun" not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and (tmp_path / "saved").exists()
+
+
+def test_a_reader_that_dies_costs_no_run(tmp_path: Path):
+    run = [sys.executable, "-c", TALKING, str(tmp_path)]
+    process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    (tmp_path / "enough").touch()
+    assert process.wait() == 0 and (tmp_path / "saved").exists()
+
+
+def test_a_signal_after_the_end_changes_nothing(tmp_path: Path):
+    """Nor does that of a closed terminal for a run under nohup."""
+    code = (
+        "import atexit, signal\n"
+        "from common import dist\n"
+        "atexit.register(lambda: print([signal.getsignal(x).name for x in dist.STOP_SIGNALS]))\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "dist.init(1)\n"
+        "print(signal.getsignal(signal.SIGHUP).name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["SIG_IGN", str(["SIG_IGN"] * len(dist.STOP_SIGNALS))]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CLEANALIGN_TIMEOUT_MINUTES", x) for x in ("abc", "nan", "-3", "1e300", "0")]
+    + [("CLEANALIGN_STOPPED", "/nowhere/at/all")],
+)
+def test_an_environment_that_cannot_be_is_one_line(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(dist.RunError, match=f"{name} is {value}; expected"):
+        dist.init(seed=1)
+
+
+@pytest.mark.parametrize("seed", [10**20, 2**63, -1])
+def test_a_seed_out_of_range_is_one_line(seed: int):
+    with pytest.raises(dist.RunError, match=f"seed is {seed}; expected 0 to"):
+        dist.init(seed)
+    dist.init(2**63 - 1)
+
+
+def test_a_marker_that_cannot_be_made_at_the_stop_is_said(monkeypatch: Any, tmp_path: Path, capsys: Any):
+    dist.init(seed=1)
+    monkeypatch.setenv("CLEANALIGN_STOPPED", str(tmp_path / "gone" / "stopped"))
+    monkeypatch.setattr(dist, "stop_requested", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        dist.run(lambda _: None, None)
+    assert ended.value.code == 0 and "CLEANALIGN_STOPPED: No such file" in capsys.readouterr().err
+
+
+def leave_at_once(*_: Any) -> None:
+    sys.exit(0)
+
+
+def test_an_exit_of_a_users_function_is_an_error_that_says_where(capsys: pytest.CaptureFixture[str]):
+    """exit(0) would look like a run that has finished."""
+    assert dist.outcome(leave_at_once, None) == 1
+    assert re.search(r"error: SystemExit: 0 \(.*test_dist.py:\d+\)", capsys.readouterr().err)
+    judge = evaluate.load_judge("test_dist:leave_at_once", "")
+    reward = rewards.Reward(1.0, "mine", leave_at_once, None)
+    example = packed.Example([], "a")
+    for call in (
+        lambda: judge("a", "b"),
+        lambda: rewards.score_replies([reward], [example], ["b"], 0, "cpu"),
+    ):
+        with pytest.raises(dist.RunError, match=r"raised SystemExit: 0 \(.*test_dist.py:\d+\)"):
+            call()

@@ -348,3 +348,12 @@ def test_a_file_that_was_replaced_is_looked_at_again(tmp_path: Path, monkeypatch
     assert files.remembered(path, look) == files.remembered(path, lambda: {}) == {"text": "one"}
     other.replace(path)
     assert files.remembered(path, look) == {"text": "two"}
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    """It would be deleted, whosever it is."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "work").touch()
+    with pytest.raises(IsADirectoryError):
+        files.write(tmp_path / "mine", "text")
+    assert (tmp_path / "mine" / "work").exists()

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
@@ -327,9 +328,33 @@ def test_any_damage_to_the_file_of_options_is_one_line(text: str, tmp_path: Path
     assert "\n" not in str(error.value)
 
 
-def test_a_run_does_not_live_beside_its_script(few: Path) -> None:
-    with pytest.raises(dist.RunError, match="output_dir .*: found the folder of the script"):
-        dpo.main(args_of(dpo.Args, **settings(few, ROOT)))
+def test_a_run_does_not_live_beside_its_script_nor_around_the_repository(few: Path) -> None:
+    for folder in (ROOT, ROOT.parent, Path("/")):
+        with pytest.raises(dist.RunError, match="output_dir .*: found the folder of the script, or one that"):
+            dpo.main(args_of(dpo.Args, **settings(few, folder)))
+
+
+@pytest.mark.parametrize("name", ["nothing", "-loss", "+", "train/loss"])
+def test_a_best_checkpoint_by_what_no_evaluation_has_is_refused_before_work(name: str) -> None:
+    with pytest.raises(dist.RunError, match=r"keep_best is .*; expected a metric of evaluations"):
+        snapshot(args_of(dpo.Args, keep_best=name))
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_resumes(few: Path, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP to all in it, and what is printed from then on fails."""
+    more = {"save_every": 1000, "max_steps": 200, "num_samples": 0, "eval_every": 1000}
+    flags = [f"--{k}={v}" for k, v in settings(few, tmp_path / "run", **more).items()]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "dpo.py", *flags])
+    said = b""
+    while b"resum" not in said and not re.search(rb"step +[1-9]", said):
+        said += os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [*(tmp_path / "run" / "checkpoints").iterdir()]
 
 
 def test_a_longer_run_that_was_killed_before_its_export_is_not_finished(

@@ -50,6 +50,9 @@ def test_smoke_forms_run_to_their_end(path: Path, tmp_path: Path) -> None:
             0,
             True,
         ),
+        ("touch ready; sleep 60; echo the next command", True, 0, True),  # nothing of ours ran
+        ("trap '' TERM; touch ready; sleep 0.5", True, 0, False),  # it had almost finished
+        ("starts slowly", True, 0, True),
     ],
 )
 def test_a_job_is_queued_again_if_it_was_stopped_and_not_if_it_failed(
@@ -59,6 +62,9 @@ def test_a_job_is_queued_again_if_it_was_stopped_and_not_if_it_failed(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queued\n')
     (tmp_path / "bin" / "scontrol").chmod(0o755)
+    if command == "starts slowly":  # has no group of its own yet
+        (tmp_path / "bin" / "setsid").write_text("#!/bin/sh\ntouch ready\nsleep 60\n")
+        (tmp_path / "bin" / "setsid").chmod(0o755)
     environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment |= {"SLURM_SUBMIT_DIR": str(tmp_path)}
     job = subprocess.Popen(["bash", ROOT / "recipes/slurm.sh", "bash", "-c", command], env=environment)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -743,6 +744,37 @@ def test_what_scoring_writes_is_new_and_is_not_beside_what_it_reads(
         dist.RunError, match=r"train.jsonl:1: found \d+ tokens; expected at most 5, by max_len"
     ):
         reward_model.main(args_of(reward_model.Args, **options, max_length=5, output_dir=f"{tmp_path}/run"))
+
+
+def test_what_scoring_replaces_stays_until_the_new_file_is_whole(
+    scorer_run: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no folder, device or file that it reads is replaced at all, by whatever name."""
+    source, old, folder = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "mine"
+    source.write_text("".join((few / "sft" / "test.jsonl").read_text().splitlines(True)[:2]))
+    text = source.read_text()
+    old.write_text("before")
+    folder.mkdir()
+    (folder / "work").touch()
+    (tmp_path / "link").symlink_to(source)
+    os.link(source, tmp_path / "hard")
+    options = {"model": scorer_run, "overwrite": True, "output_dir": f"{tmp_path}/run"}
+
+    def scored(path: Path, target: Path) -> None:
+        args = args_of(reward_model.Args, **options, score=str(path), score_output=str(target))
+        reward_model.main(args)
+
+    for target in (source, tmp_path / "link", tmp_path / "hard"):
+        with pytest.raises(dist.RunError, match="found the file that is scored"):
+            scored(source, target)
+    for target in (folder, Path("/dev/null")):
+        with pytest.raises(dist.RunError, match="found a folder, or a device"):
+            scored(source, target)
+    with pytest.raises(dist.RunError):
+        scored(tmp_path / "nosuch.jsonl", old)
+    assert source.read_text() == text and (folder / "work").exists() and old.read_text() == "before"
+    scored(source, old)
+    assert len(old.read_text().splitlines()) == 2
 
 
 # bad input
