@@ -407,6 +407,7 @@ TOY["sft"] = FEW_STEPS + "--max_steps 60 --eval_every 60 --num_samples 0"
 def main(args: Args) -> None:
     # setup
     device = dist.init(args.seed)
+    labels.read_wanted(args.attributes)
     options = stages.read_all(args.stages, STAGES, RESERVED)
     shared = {"seed": args.seed, **vars(args.chat)}
     rated = dict(model=args.model, dataset=args.ratings, loss="regression", **shared)

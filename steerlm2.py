@@ -332,6 +332,8 @@ def check(args: Args) -> None:
     refuse_ignored(args, TOY, "--groups", {x: not (args.groups and getattr(args, x)) for x in OF_SAMPLING})
     if not args.attribute_model and not args.groups:
         raise dist.RunError("attribute_model is not set: a run of reward_model.py --loss regression")
+    for text in () if args.groups else args.attributes.split(";"):
+        labels.read_wanted(text)
 
 
 def steps_of(sizes: list[int], args: Args) -> int:

@@ -365,7 +365,11 @@ def what_happened(error: Exception | SystemExit) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     own = [f for f in frames if Path(f.filename).parent != Path(__file__).parent]  # not of what calls it
     at = [f" ({f.filename}:{f.lineno})" for f in own if f.filename == own[0].filename]
-    return "".join([f"{type(error).__name__}: {error}".splitlines()[0], *at[-1:]])
+    try:
+        said = str(error)
+    except Exception as reason:  # its own __str__ may fail too
+        said = f"without a text ({type(reason).__name__} in its __str__)"
+    return "".join([f"{type(error).__name__}: {said}".splitlines()[0], *at[-1:]])
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -178,19 +178,20 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
     What a turn says of itself, as `weight` or `train`, comes first. None for a prompt and its response, of
     which only the latter is trained.
     """
-    given, chosen, masked = first(value, formats.CONVERSATIONS), value.get("train_roles"), value.get("mask")
+    given, field = first(value, formats.CONVERSATIONS), "train_roles"
     whole = given is not None and (turns[-1]["role"] == "assistant" or first(value, formats.CHOSEN) is None)
     if not whole and first(value, (*formats.RESPONSES, *formats.CHOSEN)) is not None:
         return None
-    if chosen in ([], ""):
-        raise wrong(
-            where, f"train_roles {chosen!r}", "at least one role; a weight of 0 on a message leaves it out"
-        )
-    names = chosen or masked or ["assistant"]
+    if value.get("train_roles") is None and value.get("mask") not in formats.ABSENT:
+        field = "mask"
+    names = ["assistant"] if value.get(field) is None else value[field]
+    if names in ([], ""):
+        expected = "at least one role; a weight of 0 on a message leaves it out"
+        raise wrong(where, f"{field} {names!r}", expected)
     if isinstance(names, str):
         names = re.split(r"\s*,\s*", names.strip())  # whole names: User is not in Users
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise wrong(where, f"{'train_roles' if chosen else 'mask'} {names!r}", "names of roles")
+        raise wrong(where, f"{field} {names!r}", "names of roles")
     speakers = [first(turn, ("role", "from")) for turn in given] if isinstance(given, list) else []
     speakers = [""] * (len(turns) - len(speakers)) + speakers
     unknown = [
@@ -198,11 +199,11 @@ def trained_turns(value: dict, turns: Messages, where: str) -> list[bool] | None
         - {*speakers, *(m["role"] for m in turns), *formats.ROLES, *map(str.capitalize, formats.ROLES)}
     ]
     if unknown:  # of a mask a typo would train the user's turns
-        raise wrong(where, f"{'train_roles' if chosen else 'mask'} {unknown[0]!r}", f"some of {speakers}")
+        raise wrong(where, f"{field} {unknown[0]!r}", f"some of {speakers}")
     # a name that no speaker has is of a role, in any case
     roles = {formats.ROLES.get(name.lower()) for name in names if name not in speakers}
     named = [s in names or m["role"] in roles for s, m in zip(speakers, turns, strict=True)]
-    if masked and not chosen:
+    if field == "mask":
         named = [not n and m["role"] != "system" for n, m in zip(named, turns, strict=True)]
     lead = len(formats.lead_of(value, where))  # a history is context, as it is before a prompt
     named = [n and (i >= lead or turns[i]["role"] == "system") for i, n in enumerate(named)]
@@ -218,6 +219,8 @@ def read_tokens(tokenizer: Any, value: dict, where: str) -> Tokens | None:
         ids = value["input_ids"]
         if not isinstance(ids, list) or any(isinstance(x, list | bool) for x in ids):
             raise wrong(where, f"input_ids {ids!r}", "a list of token ids")
+        if value.get("labels") is None and isinstance(value.get("label"), list):
+            raise wrong(where, "the field label beside input_ids", "labels; else another name for it")
         names = [name for name in ("input_ids", "labels", *MASKS) if value.get(name) is not None]
         try:
             given = dict(zip(names, np.array([value[name] for name in names]), strict=True))

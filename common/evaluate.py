@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from common.data import Dataset, encode_prompt
 from common.formats import Messages, wrong
 from common.generate import generate
 from common.packed import Example, position_limit
+from common.rewards import as_real, undisturbed
 
 Judge = Callable[[str, str], dict[str, float]]  # (prompt, response) -> scores
 
@@ -63,11 +63,13 @@ def load_judge(spec: str, dataset: str, toy: str = "toy.language:judge") -> Judg
 def scores_of(judge: Callable, name: str, prompt: str, response: Any) -> dict[str, float]:
     """A judge's scores of a response, or an image; a number alone is called score."""
     try:
-        found = judge(prompt, response)
+        with undisturbed():
+            found = judge(prompt, response)
     except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise dist.RunError(f"judge {name} raised {what_happened(error)}; it was asked {prompt!r}") from error
-    scores = found if isinstance(found, dict) else {"score": found}
-    if not all(isinstance(score, numbers.Real) and math.isfinite(score) for score in scores.values()):
+    given = found if isinstance(found, dict) else {"score": found}
+    scores = {k: as_real(x) for k, x in given.items()}
+    if not all(score is not None and math.isfinite(score) for score in scores.values()):
         raise wrong(f"judge {name}", repr(found), "a finite number, or a dict of them")
     return scores
 

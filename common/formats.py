@@ -6,6 +6,7 @@ template.
 """
 
 import contextlib
+import difflib
 import functools
 import json
 import re
@@ -65,7 +66,12 @@ OTHERS = "content system system_prompt history tools functions context label att
 OTHERS += "train_roles mask type split responses ranks instances transcript preference_strength response_1 "
 OTHERS += "response_2 input_ids labels attention_mask completion_mask assistant_masks loss_mask"
 KNOWN += (*REASONING, *REFUSED, *OTHERS.split())
-LISTS = (*CONVERSATIONS, "tools", "tool_calls")  # whose singular is a slip too
+LISTS = (*CONVERSATIONS, "tools", "tool_calls", "instances")  # whose singular is a slip too
+# whose plural is one too: without them a record is read as another
+NO_PLURAL = (*LISTS, "margin", "mask", "split", "system", "type", "labels")
+SHORT = ("mask", "type", "loss")  # a letter for another in so short a name makes others: task
+ABSENT = (None, "")
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # of a content in parts, their type
 READ_OF_TURNS = ("role", "from", "content", "value", *REASONING, *TRAINED, *KEPT, "function_call", "label")
 
 
@@ -110,8 +116,8 @@ def meant(name: str, known: tuple[str, ...]) -> list[str]:
     own = name.lower().replace("-", "_")
     if own[-1:].isdigit():  # response_3 is a name of its own
         return []
-    plurals = {own + "s", own[:-1] if own.endswith("s") else ""} - {*LISTS}
-    near = [x for x in known if x == own or (len(x) > 4 and is_slip(own, x))]
+    plurals = {own + "s", own[:-1] if own.endswith("s") else ""} - {*NO_PLURAL}
+    near = [x for x in known if x == own or (is_slip(own, x) and (len(x) > 4 or is_short_slip(own, x)))]
     return near if "_" in own or known is READ_OF_TURNS else [x for x in near if x not in plurals]
 
 
@@ -123,11 +129,29 @@ def is_slip(name: str, other: str) -> bool:
     return b in (a[1:], swapped) or b[1:] in (a, a[1:])
 
 
+def is_short_slip(name: str, other: str) -> bool:
+    return other in SHORT and name[0] == other[0] and (len(name) != 4 or sorted(name) == sorted(other))
+
+
+def could_be(name: str, value: Any, near: list[str]) -> bool:
+    """Whether a field that others use too, as `tool` or `types`, has a value that would have been read."""
+    if name + "s" in LISTS:
+        return isinstance(value, list | dict) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
+    return near != ["type"] or (isinstance(value, str) and is_type_of_labels(value))
+
+
+@functools.lru_cache(maxsize=4096)
+def is_type_of_labels(value: str) -> bool:
+    """Whether this is nearly one of NeMo-Aligner's types; other values of `type` are the user's own."""
+    said = re.sub(r"[\W_]", "", value).upper()
+    return bool(difflib.get_close_matches(said, ("VALUETOTEXT", "TEXTTOVALUE"), 1, 0.85))
+
+
 def refuse_slips(value: dict, where: str, known: tuple[str, ...]) -> None:
     """End the run for a name that is nearly one of `known`, which the record does not have."""
     for name, found in value.items():
         near = [x for x in meant(name, known) if value.get(x) is None] if name not in known else []
-        if near and found is not None and (name + "s" not in LISTS or isinstance(found, list | dict)):
+        if near and found is not None and could_be(name, found, near):
             raise wrong(where, f"the field {name}", f"{' or '.join(near)}; else another name for it")
 
 
@@ -137,8 +161,13 @@ def refuse_fields(value: dict, where: str) -> None:
     for name, expected in REFUSED.items():
         if value.get(name) not in (None, "", [], {}, 1):
             raise wrong(where, f"the field {name}", expected)
-    if value.get("type") == "TEXT_TO_VALUE":
-        raise wrong(where, "type TEXT_TO_VALUE", "VALUE_TO_TEXT, with the label before its reply")
+    kind = value.get("type")
+    if isinstance(kind, str) and kind != "VALUE_TO_TEXT" and is_type_of_labels(kind):
+        raise wrong(where, f"type {kind}", "VALUE_TO_TEXT, with the label before its reply")
+    if value.get("instruction") is not None and first(value, ("input", "context")) is None:
+        for name in ("inputs", "contexts"):  # elsewhere a user's own
+            if isinstance(value.get(name), str):
+                raise wrong(where, f"the field {name}", f"{name[:-1]}; else another name for it")
 
 
 def from_json(value: Any, where: str, name: str, kind: type) -> Any:
@@ -171,27 +200,24 @@ def read_functions(value: Any, where: str, name: str) -> list[dict]:
 def as_message(turn: dict, where: str) -> dict[str, Any]:
     """A turn by its role, its content as one text, and beside it what templates read."""
     refuse_slips(turn, where, READ_OF_TURNS)
-    if refused := first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details")):
+    refused = first(turn, ("loss_scale", "loss_weight", "train_detail", "reasoning_details"))
+    if refused not in (*ABSENT, []):
         expected = f"a weight of 0 or 1 and reasoning_content, not {refused!r}"
         raise wrong(where, f"the message {turn}", expected)
-    speaker, text = str(first(turn, ("role", "from"))).lower(), agreed(turn, ("content", "value"), where)
-    if speaker not in ROLES:
-        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
-    kept = {name: turn[name] for name in KEPT if turn.get(name)}
-    if thoughts := first(turn, REASONING):
-        kept["reasoning_content"] = thoughts
+    speaker, text = read_speaker(turn, where), agreed(turn, ("content", "value"), where)
+    given = {name: turn.get(name) for name in KEPT} | {"reasoning_content": first(turn, REASONING)}
+    kept = {name: x for name, x in given.items() if x not in ABSENT}
     for name in ("reasoning_content", "tool_call_id", "name"):
         if not isinstance(kept.get(name, ""), str):
             raise wrong(where, f"{name} {kept[name]!r} of a message", "a text")
     if speaker in ("function_call", "tool_call"):
         kept["tool_calls"], text = text, ""
-    if turn.get("function_call"):  # OpenAI's older name for one call
+    if turn.get("function_call") not in (*ABSENT, {}):  # OpenAI's older name for one call
         kept["tool_calls"] = [turn["function_call"]]
     if "tool_calls" in kept:
         kept["tool_calls"] = read_functions(kept["tool_calls"], where, "tool_calls")
-    if isinstance(text, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in text):
-        text = "".join(part["text"] for part in text)
-    text = "" if text is None and kept.keys() - {"name"} else text
+    kept = {name: x for name, x in kept.items() if x != []}
+    text = "" if text in (None, []) and kept.keys() - {"name"} else join_parts(text)
     if not isinstance(text, str):
         content = first(turn, ("content", "value"))
         raise wrong(where, f"the message of {speaker} with {content!r}", "a content of text")
@@ -203,8 +229,27 @@ def as_message(turn: dict, where: str) -> dict[str, Any]:
         raise wrong(where, f"the message {turn}", "a weight of 0 or 1")
     kept |= {} if flag is None else {"trained": bool(flag)}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):  # kept with the first turn
-        kept |= {name: from_json(turn[name], where, name, kind)} if turn.get(name) else {}
+        is_given = turn.get(name) not in (*ABSENT, [], {})
+        kept |= {name: from_json(turn[name], where, name, kind)} if is_given else {}
     return {"role": ROLES[speaker], "content": text, **kept, **channels}
+
+
+def read_speaker(turn: dict, where: str) -> str:
+    """The name of a turn's role, one of ROLES; a `from` beside `role` may be the name of somebody."""
+    speaker, other = str(first(turn, ("role", "from"))).lower(), str(turn.get("from")).lower()
+    if speaker not in ROLES:
+        raise wrong(where, f"the message of {speaker}, {turn}", f"a role of {', '.join(ROLES)}")
+    if ROLES.get(other, ROLES[speaker]) != ROLES[speaker]:
+        raise wrong(where, f"role {turn['role']!r} beside from {turn['from']!r}", "one of them")
+    return speaker
+
+
+def join_parts(content: Any) -> Any:
+    """The text of a content in parts of text; any other content as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [x.get("text") for x in parts if isinstance(x, dict) and x.get("type") in TEXT_PARTS]
+    is_text = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if is_text else content
 
 
 def read_channels(text: str, where: str) -> dict[str, str]:
@@ -288,8 +333,9 @@ def as_turns(tokenizer: Any, value: Any, where: str, role: str = "user", lead: M
 
 def lead_of(value: dict, where: str) -> Messages:
     """The turns before a record's own: its system text, and a history of [question, reply] each."""
-    system, history = first(value, ("system", "system_prompt")), value.get("history") or []
-    lead = as_messages({"role": "system", "content": system}, where) if system else []
+    system, history = first(value, ("system", "system_prompt")), value.get("history")
+    lead = as_messages({"role": "system", "content": system}, where) if system not in ABSENT else []
+    history = [] if history in ABSENT else history
     if not isinstance(history, list):
         raise wrong(where, f"history {history!r}", "a list of [question, reply]")
     for item in history:
@@ -302,8 +348,10 @@ def lead_of(value: dict, where: str) -> Messages:
 def with_context(value: dict, turns: Messages, where: str) -> Messages:
     """The turns, the first of them with the record's tools and template variables."""
     tools, given = first(value, ("tools", "functions")), value.get("chat_template_kwargs")
-    own = {"tools": tools and read_functions(tools, where, "tools")}
-    own["chat_template_kwargs"] = given and from_json(given, where, "chat_template_kwargs", dict)
+    own = {"tools": tools not in ABSENT and read_functions(tools, where, "tools")}
+    own["chat_template_kwargs"] = given not in ABSENT and from_json(
+        given, where, "chat_template_kwargs", dict
+    )
     return [{**turns[0], **{name: x for name, x in own.items() if x}}, *turns[1:]]
 
 
@@ -335,7 +383,7 @@ def read_prompt(tokenizer: Any, value: dict, where: str) -> Messages:
         return read_pair(tokenizer, value, where)[0]
     if prompt is None:
         raise wrong(where, value, f"one of {', '.join(PROMPTS + CONVERSATIONS)}")
-    if material and isinstance(prompt, str) and prompt == value.get("instruction"):
+    if material not in ABSENT and isinstance(prompt, str) and prompt == value.get("instruction"):
         prompt = f"{prompt}\n\n{as_message({'role': 'user', 'content': material}, where)['content']}"
     turns = as_turns(tokenizer, prompt, where, lead=lead_of(value, where))
     if turns[-1]["role"] == "assistant" and (first(value, PROMPTS) is None or not turns[-1]["content"]):
@@ -359,7 +407,7 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)
     response = as_turns(tokenizer, first(value, RESPONSES), where, "assistant")
-    if thoughts := first(value, REASONING):
+    if (thoughts := first(value, REASONING)) not in ABSENT:
         response[0] = as_message({**response[0], "reasoning_content": thoughts}, where)
     if tokenizer.chat_template is None and value.get("completion") is None:
         text = response[0]["content"]  # only a completion continues plain text as it stands
@@ -438,9 +486,10 @@ def regroup(records: list[Record], two_lined: bool) -> Iterator[Record]:
         yield Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where)
         return
     for value, where in records:
-        if not value.get("instances"):
+        given = value.get("instances")
+        if given in (*ABSENT, []):
             yield Record(value, where)
-        given = value.get("instances") or []
+            continue
         for instance in given if isinstance(given, list) else [str(given)]:
             if not isinstance(instance, dict):
                 raise wrong(where, f"the instance {instance!r}", "a JSON object")

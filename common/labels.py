@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from common import dist
+from common import dist, formats
 from common.formats import ATTRIBUTES, CONVERSATIONS, ROLES, LeftOut, Messages, Record, first, number, wrong
 from common.streams import read_records, read_sources
 
 LABELS = ("label", "attributes")
-NULLS = ("none", "null", "nan")  # in a line of attributes: not known, not asked for
+NULLS = ("none", "null")  # in a line of attributes: not known, not asked for
 
 
 def read_label(value: dict, where: str) -> dict[str, float]:
@@ -36,18 +36,21 @@ def read_label(value: dict, where: str) -> dict[str, float]:
     if isinstance(label, list) and len(label) == len(ATTRIBUTES):
         label = dict(zip(ATTRIBUTES, label, strict=True))
     if not isinstance(label, dict) or not label:
-        raise wrong(where, label or value, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
+        found = value if label in (None, {}) else label
+        raise wrong(where, found, f"a label, or columns, of {', '.join(ATTRIBUTES)}")
     for name in label.keys() | (value.keys() if label.keys() <= value.keys() else set()):
-        meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
-        if meant and name not in ATTRIBUTES:
-            raise wrong(where, f"the attribute {name}", meant[0])
+        own = name.lower()
+        near = [x for x in ATTRIBUTES if formats.is_slip(own, x)]
+        near = near or difflib.get_close_matches(own, ATTRIBUTES, 1, 0.85)
+        if near and name not in ATTRIBUTES:
+            raise wrong(where, f"the attribute {name}", near[0])
     return {name: number(score, where, name) for name, score in label.items() if score not in (None, -100)}
 
 
 def is_rated(turn: Any) -> bool:
     """Whether this is a reply of the assistant with a label of its own."""
     role = ROLES.get(str(first(turn, ("role", "from"))).lower()) if isinstance(turn, dict) else ""
-    return role == "assistant" and bool(first(turn, LABELS))
+    return role == "assistant" and first(turn, LABELS) not in formats.ABSENT
 
 
 def rated_records(records: list[Record]) -> Iterator[Record]:
@@ -73,7 +76,7 @@ def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -
     Raises:
         RunError: a value outside 0 to 4, or an attribute that is none of `names`, where these are given.
     """
-    if not label:
+    if label in formats.ABSENT:
         return ""
     attributes = read_label({"label": label}, where)
     if isinstance(label, dict):  # a dict has no order of its own
@@ -87,15 +90,19 @@ def read_line(label: str | dict | None, where: str, names: Iterable[str] = ()) -
     return label_line(attributes)
 
 
-def read_wanted(text: str, names: list[str]) -> dict[str, float]:
+def read_wanted(text: str, names: list[str] | None = None) -> dict[str, float]:
     """The attributes of an option, in the order of `names`; NaN for one that has a place but no value, null.
+
+    Args:
+        names: those that the attribute model has; None where it is not known yet, for any.
 
     Raises:
         RunError: none is there, one is none of `names`, or a value is not 0 to 4.
     """
     given = [item.partition(":")[0].strip() for item in text.split(",") if item.strip()]
+    names = given if names is None else names
     if not given:
-        known = ", ".join(names)
+        known = ", ".join(names or ATTRIBUTES)
         raise wrong("attributes", "none", f"name:value of some of {known}, joined by commas")
     if unknown := next((name for name in given if name not in names), None):
         raise wrong("attributes", f"the attribute {unknown}", f"one of {', '.join(names)}")
@@ -106,8 +113,10 @@ def read_wanted(text: str, names: list[str]) -> dict[str, float]:
 
 def attach_labels(value: dict, turns: Messages, where: str) -> None:
     """Put the label line of each reply with it, in a record that NeMo-Aligner calls VALUE_TO_TEXT."""
-    given = first(value, CONVERSATIONS)
-    if value.get("type") != "VALUE_TO_TEXT" or not isinstance(given, list):
+    given, kind = first(value, CONVERSATIONS), value.get("type")
+    if isinstance(given, list) and not isinstance(kind, str | None) and any(first(t, LABELS) for t in given):
+        raise wrong(where, f"type {kind!r}", "VALUE_TO_TEXT, of which labels are context, or none")
+    if kind != "VALUE_TO_TEXT" or not isinstance(given, list):
         return
     for turn, source in zip(turns[len(turns) - len(given) :], given, strict=True):
         line = read_line(first(source, LABELS), where)

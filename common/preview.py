@@ -13,6 +13,7 @@ from rich.text import Text
 
 from common import data, dist, files
 from common.packed import Example, Tokens
+from common.streams import read_sources, wrong
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Args:
     """the model whose tokenizer and template are used: toy, a run folder, a folder, a hub id, a .gguf file"""
     output: str = ""
     """JSON lines to write, one a sequence; without it lengths and the first few records are printed"""
+    overwrite: bool = False
+    """replace the file that output names"""
     max_length: int = 2048
     """most tokens of a sequence; longer ones are cut or dropped as in training"""
     max_prompt_length: int = 1024
@@ -99,7 +102,19 @@ def show(examples: list[Example], tokenizer: Any) -> None:
         print("  trained:", *(f"    {line}" for line in trained.splitlines() or ["-"]), sep="\n")
 
 
+def refuse_output(args: Args) -> None:
+    """End the run if `output` is there and may not be replaced, as a folder and the data never are."""
+    target = Path(args.output).expanduser()
+    sources = [Path(name).expanduser().resolve() for name, _ in read_sources(args.file)]
+    is_read = any(source in (target.resolve(), *target.resolve().parents) for source in sources)
+    may = args.overwrite and target.is_file() and not is_read
+    if args.output and (target.exists() or target.is_symlink()) and not may:
+        expected = "a new name" + ", or --overwrite" * (target.is_file() and not is_read)
+        raise wrong(f"output {target}", "data that are read" if is_read else "something there", expected)
+
+
 def main(args: Args) -> None:
+    refuse_output(args)
     tokenizer = data.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     limit = args.max_prompt_length if args.kind == "prompts" else args.max_length
     examples, _ = getattr(data, f"load_{args.kind}")(tokenizer, args.file, None, limit)
@@ -108,6 +123,7 @@ def main(args: Args) -> None:
         show(examples[:3], tokenizer)
         return
     try:
-        files.write(Path(args.output).expanduser(), files.as_lines(describe(examples, tokenizer)))
+        with files.whole(Path(args.output).expanduser(), shared=True) as unfinished:
+            unfinished.write_text(files.as_lines(describe(examples, tokenizer)), encoding="utf-8")
     except OSError as error:
         raise dist.RunError(f"output {args.output}: cannot be written ({error.strerror})") from error

@@ -4,12 +4,15 @@ A function is any importable package.module:function, (prompts, replies, records
 one that takes what TRL's take. A reward model reads the decoded text under its own template and tokenizer.
 """
 
+import contextlib
 import gc
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +75,8 @@ def load(spec: str, device: torch.device, system: System, option: str = "reward"
     rewards = []
     for source, weight in formats.read_sources(spec, option):
         function, rater = (load_function(source) if ":" in source else None), None
+        if inspect.iscoroutinefunction(function):
+            raise formats.wrong(f"reward {source}", f"an async function{place_of(function)}", "a plain one")
         if function is None:
             with formats.told_as(option):
                 rater = load_rater(source, device, system)
@@ -144,9 +149,53 @@ def score_replies(
         for number, reply, example in zip(numbers, replies, asked, strict=True):
             # so large a one that float32 cannot hold its square is as bad as NaN
             if not abs(number * max(1.0, reward.weight)) < formats.LARGEST:
-                raise dist.RunError(f"reward {reward.name} gave {number} for {reply!r} to {example.prompt!r}")
+                found = f"reward {reward.name} gave {number} for {reply!r} to {example.prompt!r}"
+                raise dist.RunError(found + place_of(reward.function))
         total += reward.weight * torch.tensor(numbers, device=device)
     return total.tolist()
+
+
+def place_of(function: Callable | None) -> str:
+    """(file:line) of a user's function; "" of what has none."""
+    function = inspect.unwrap(function) if function else None
+    function = getattr(function, "func", function)  # of a partial
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Torch's grad mode and default dtype are after a user's function what they were before it."""
+    dtype = torch.get_default_dtype()
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def as_real(value: Any) -> float | None:
+    """A real number of Python, numpy or torch as a float; None for anything else."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1:
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, Real) else None
+    except OverflowError:
+        return math.inf
+
+
+def as_rewards(found: Any, count: int) -> list[float]:
+    """What a function has returned, as a float for each of `count` replies; a RunError of anything else."""
+    if not isinstance(found, list | tuple | np.ndarray | Tensor) or getattr(found, "ndim", 1) == 0:
+        raise dist.RunError(f"gave {type(found).__name__}, {found!r:.80}, and no list of numbers")
+    values = [as_real(value) for value in found]
+    if None in values:
+        bad = found[values.index(None)]
+        more = ", for a reply to be left out as in TRL" * (bad is None)
+        raise dist.RunError(f"gave {bad!r:.80} for response {values.index(None) + 1}{more}, and no number")
+    if len(values) != count:
+        raise dist.RunError(f"gave {len(values)} numbers for {count} responses")
+    return values
 
 
 def _read(
@@ -172,16 +221,17 @@ def _call(reward: Reward, asked: list[Example], replies: list[str], num_each: in
     def numbers_of(share: list[int]) -> list[float]:
         """One call; an error names the function and the prompt."""
         prompts, records = [asked[i].prompt for i in share], [asked[i].record for i in share]
+        place = place_of(reward.function)
         try:
-            found = call_function(reward.function, prompts, [replies[i] for i in share], records)
-            found = [float(number) for number in found]
+            with undisturbed():
+                found = call_function(reward.function, prompts, [replies[i] for i in share], records)
+            return as_rewards(found, len(share))
+        except dist.RunError as error:
+            said = " ".join(str(error).split()) + place
         except (Exception, SystemExit) as error:  # a user's function may raise anything
-            problem = f"reward {reward.name} raised {what_happened(error)}"
-            raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}") from error
-        if len(found) != len(share):
-            problem = f"reward {reward.name} gave {len(found)} numbers for {len(share)} responses"
-            raise dist.RunError(f"{problem}; the first prompt was {prompts[0]!r}")
-        return found
+            said = f"raised {what_happened(error)}"
+            said += place * (place[1:].split(":")[0] not in said)  # its own line says more
+        raise dist.RunError(f"reward {reward.name} {said}; the first prompt was {prompts[0]!r}")
 
     found = dist.parallel_map(lambda share: numbers_of(share) if share else [], shares)
     numbers = {
@@ -201,7 +251,7 @@ def call_function(function: Callable, prompts: list, replies: list[str], records
             inspect.signature(function).bind(prompts, replies, records)
         except TypeError as error:
             expected = "it is called with prompts, responses and records, or with completions as in TRL"
-            raise TypeError(f"{error}; {expected}") from error
+            raise dist.RunError(f"cannot be called: {error}; {expected}") from error
         return function(prompts, replies, records)
     as_asked = [
         reply if isinstance(prompt, str) else [{"role": "assistant", "content": reply}]
@@ -211,7 +261,12 @@ def call_function(function: Callable, prompts: list, replies: list[str], records
     named = {name: [record.get(name) for record in records] for name in fields}
     named |= {"prompts": prompts, "completions": as_asked}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return function(**{name: value for name, value in named.items() if takes_all or name in known})
+    given = {name: value for name, value in named.items() if takes_all or name in known}
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:  # as of completion_ids or trainer_state
+        raise dist.RunError(f"cannot be called: {error}; there are {', '.join(sorted(named))}") from error
+    return function(**given)
 
 
 def normalize(scores: Tensor, running: dict[str, float]) -> Tensor:

@@ -197,7 +197,10 @@ def load_table(source: str, how: str, *given: Any, **options: Any) -> Any:
     import datasets
 
     try:
-        return getattr(datasets, how)(*given, **options)
+        found = getattr(datasets, how)(*given, **options)
+        for table in found.values() if isinstance(found, dict) else [found]:
+            refuse_twins(getattr(table, "column_names", []))
+        return found
     except Exception as error:  # the library raises many kinds
         is_hollow = isinstance(error, datasets.exceptions.DatasetGenerationError)  # the cause says more
         reason = first_line((is_hollow and error.__cause__) or error)
@@ -287,6 +290,7 @@ def read_parquet(path: Path, start: int, stop: int | None) -> Iterator[Row]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
+        refuse_twins(file.schema_arrow.names)
         at = 0
         for batch in file.iter_batches(1024):
             wanted = range(at, at + len(batch))[max(0, start - at) : stop and max(0, stop - at)]
@@ -303,8 +307,21 @@ def as_object(raw: Any, where: str) -> dict:
     return value
 
 
+def refuse_twins(names: list[str]) -> None:
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"the field {twice[0]} is there twice")
+
+
+def as_fields(pairs: list[tuple[str, Any]]) -> dict:
+    """An object of JSON; of two fields of one name the parser itself would keep the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        refuse_twins([name for name, _ in pairs])
+    return value
+
+
 def parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode())
+        return json.loads(text.decode(), object_pairs_hook=as_fields)
     except (ValueError, RecursionError) as error:
         raise wrong(where, f"no valid JSON ({first_line(error)})", "one object a line") from error

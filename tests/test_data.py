@@ -722,6 +722,8 @@ def test_real_files_load(families: dict, kind: str, name: str, count: int) -> No
 
 
 GOOD = '{"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}\n'
+TURN = '{"role": "assistant", "content": "b"}'
+EMPTY = {("history", "[]"), ("tools", "[]"), ("chat_template_kwargs", "{}"), ("instances", "[]")}
 BAD = [
     ("sft", '{"instruction": "a", "instances": ["b"]}', r":2: found the instance 'b'; expected a JSON"),
     ("sft", '{"prompt": "a"', r":2: found no valid JSON \(.*\); expected one object a line"),
@@ -909,6 +911,49 @@ BAD = [
         '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": 1, "score_chosen": 5}',
         r":2: found chosen_reward 1 beside score_chosen 5; expected one of them",
     ),
+    # nothing of a type that the field has not stands for an absent field
+    *[
+        ("sft", f'{{"instruction": "a", "output": "b", "{name}": {value}}}', f":2: found .*{re.escape(said)}")
+        for name in ("input", "context", "system", "history", "tools", "chat_template_kwargs", "instances")
+        for value, said in (("0", "0"), ("0.0", "0.0"), ("false", "False"), ("[]", "[]"), ("{}", "{}"))
+        if (name, value) not in EMPTY
+    ],
+    *[
+        ("sft", f'{{"messages": [{TURN}], "{name}": {value}}}', f":2: found {name} .*names? of rol|one role")
+        for name in ("mask", "train_roles")
+        for value in ("0", "false", "[]", "{}")
+    ],
+    *[
+        (
+            "sft",
+            f'{{"conversations": [{TURN[:-1]}, "label": "quality:4"}}], "type": {value}}}',
+            ":2: found type ",
+        )
+        for value in ("0", "[]", "false", '"Value_To_Text"', '"VALUE_TO_TXT"', '"text_to_value"')
+    ],
+    *[
+        ("pairs", GOOD[:-2] + f', "{name}": {value}}}', f":2: found the field {name}; expected ")
+        for name, value in (
+            ("margins", 2),
+            ("masks", '"User"'),
+            ("msk", '"User"'),
+            ("mas", '"User"'),
+            ("systems", '"e"'),
+            ("typ", '"VALUE_TO_TEXT"'),
+            ("types", '"VALUE_TO_TEXT"'),
+            ("splits", '"test"'),
+            ("tool", '"[{}]"'),
+            ("instance", '[{"input": "e"}]'),
+        )
+    ],
+    (
+        "sft",
+        '{"instruction": "a", "inputs": "b", "output": "c"}',
+        ":2: found the field inputs; expected input",
+    ),
+    ("sft", '{"instruction": "a", "contexts": "b", "output": "c"}', ":2: found the field contexts; exp"),
+    ("sft", '{"input_ids": [1, 2], "labelss": [1, -100]}', ":2: found the field labelss; expected labels"),
+    ("sft", '{"input_ids": [1, 2], "label": [1, -100]}', ":2: found the field label beside input_ids; exp"),
     ("prompts", '{"answer": "7"}', r":2: found the fields answer; expected one of prompt, instruction"),
     ("prompts", '{"prompt": [{"role": "assistant", "content": "b"}]}', r":2: .*ends with a turn of the user"),
 ]
@@ -951,6 +996,7 @@ def test_names_of_the_users_own_pass(tokenizer: Any, tmp_path: Path) -> None:
     own += (
         " rank title task language topic content queries response_length conversation_id system_fingerprint"
     )
+    own += " tags label_text types type contexts ask document weights function names form tasks model_name"
     record = {"prompt": "3+4?", "response": "7", **dict.fromkeys(own.split(), "x"), "input_ids": None}
     turns = [{**turn, "id": 1, "model": "x", "turn": 1, "roles": "x"} for turn in (ASK, SEVEN)]
     for value in (record, {"messages": turns, "choosen_by": "x"}):
@@ -1360,6 +1406,26 @@ def test_rankings_and_prompts_are_shown_by_their_own_limits(tmp_path: Path, caps
         assert ("sequence 1" in printed) == (kind == "ranked") and "more than the model takes" not in printed
     with pytest.raises(dist.RunError, match="more tokens than max_prompt_length 2; expected a larger max_p"):
         show(source, "prompts", max_prompt_length=2)
+
+
+def test_the_preview_replaces_neither_its_data_nor_another_file(tmp_path: Path) -> None:
+    source = write(tmp_path, {"messages": [ASK, SEVEN]})
+    before = Path(source).read_text()
+    (tmp_path / "train.jsonl").write_text(before)
+    (tmp_path / "mine").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    for read, name, overwrite, message in (
+        (source, "data.jsonl", True, "found data that are read; expected a new name$"),
+        (f"{source}*2,toy", "data.jsonl", True, "found data that are read; expected a new name$"),
+        (str(tmp_path), "train.jsonl", True, "found data that are read; expected a new name$"),
+        (source, "mine", False, "found something there; expected a new name, or --overwrite"),
+        (source, "folder", True, "found something there; expected a new name$"),
+    ):
+        with pytest.raises(dist.RunError, match=message):
+            show(read, "sft", output=str(tmp_path / name), overwrite=overwrite)
+    assert (tmp_path / "mine").read_text() == "notes" and Path(source).read_text() == before
+    show(source, "sft", output=str(tmp_path / "mine"), overwrite=True)
+    assert json.loads((tmp_path / "mine").read_text())["record"] == 0
 
 
 def test_the_command_refuses_with_one_line_and_writes_nothing(tmp_path: Path) -> None:

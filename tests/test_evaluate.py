@@ -1,5 +1,6 @@
 """Answers to held-out prompts: which are asked, what is kept of them, and agreement by hand."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import args_of
 
 from common import data, evaluate, models, packed
@@ -121,6 +123,18 @@ def test_a_judge_that_fails_is_named_with_its_line(name: str, message: str) -> N
         judge("a", "b")
     if line := re.search(r"py:(\d+)", str(caught.value)):
         assert "{}[response]" in Path(__file__).read_text().splitlines()[int(line[1]) - 1]
+
+
+def of_numpy(prompt: str, response: str) -> dict:
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    return {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.array([1])}
+
+
+def test_scores_are_floats_and_a_judge_changes_no_setting_of_torch() -> None:
+    scores = evaluate.load_judge("test_evaluate:of_numpy", "mine.jsonl")("a", "b")
+    assert json.dumps(scores) == '{"a": 0.5, "b": 2.0, "c": 1.0}'
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
 def test_scores_with_other_names_than_before_are_an_error() -> None:

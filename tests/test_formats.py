@@ -208,3 +208,83 @@ def test_the_attributes_of_a_turn_are_no_text() -> None:
 def test_an_attribute_that_is_given_twice_is_refused() -> None:
     with pytest.raises(dist.RunError, match="the label 'quality:4,quality:2'; expected each name once"):
         labels.read_label({"label": "quality:4,quality:2"}, "a.jsonl:1")
+
+
+def test_two_fields_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Of which a parser keeps the last: in JSON, in the columns of a table, in a folder of save_to_disk."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.jsonl").write_text('{"x": {"y": 1, "z": 2, "y": 3}}\n')
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["x", "y", "y"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        with pytest.raises(dist.RunError, match=f"{name}.*the field y is there twice") as error:
+            formats.read_file(tmp_path / name)
+        assert "\n" not in str(error.value)
+    datasets.Dataset.from_list([{"x": "a"}]).save_to_disk(tmp_path / "c")
+    (part,) = (tmp_path / "c").glob("*.arrow")
+    with pyarrow.ipc.new_stream(str(part), table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(dist.RunError, match="cannot be loaded: .*y"):
+        formats.read_records(str(tmp_path / "c"), "train", "sft")
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (
+            {"role": "user", "from": "gpt", "content": "a"},
+            "role 'user' beside from 'gpt'; expected one of them",
+        ),
+        ({"role": "user", "content": [{"type": "audio", "text": "a"}]}, "audio.*expected a content of text"),
+        ({"role": "user", "content": []}, "expected a content of text"),
+        (
+            {"role": "user", "content": "a", "loss_weight": 0.0},
+            "a weight of 0 or 1 and reasoning_content, not 0",
+        ),
+        ({"role": "user", "content": "a", "los": 0}, "found the field los; expected loss"),
+        ({"role": "user", "content": "a", "losss": 0}, "found the field losss; expected loss"),
+        *[({"role": "gpt", "content": "a", "tool_calls": x}, "found tool_calls") for x in (0, False, {})],
+        ({"role": "gpt", "content": "a", "function_call": 0}, "found tool_calls 0"),
+        *[
+            ({"role": "gpt", "content": "a", "thinking": x}, "found reasoning_content")
+            for x in (0, False, [], {})
+        ],
+    ],
+)
+def test_turns_that_say_two_things_or_no_text_are_refused(turn: dict, message: str) -> None:
+    with pytest.raises(dist.RunError, match=message):
+        formats.as_message(turn, "a.jsonl:1")
+
+
+def test_what_is_absent_of_a_turn_stays_so() -> None:
+    """Nulls, empty texts and empty lists of calls, a call of nulls in a table, and a speaker's own name."""
+    bare = {
+        "tool_calls": [],
+        "function_call": {},
+        "name": "",
+        "reasoning_details": [],
+        "thinking": "",
+        "tools": [],
+    }
+    turn = {"role": "user", "from": "alice", "content": [{"type": "input_text", "text": "a"}]}
+    assert formats.as_message(turn | bare, "") == {"role": "user", "content": "a"}
+
+
+def test_attributes_nearly_named_and_values_that_are_no_numbers_are_refused() -> None:
+    for name, meant in (
+        ("TOXICITY", "toxicity"),
+        ("Quality", "quality"),
+        ("humoz", "humor"),
+        ("umor", "humor"),
+    ):
+        with pytest.raises(dist.RunError, match=f"found the attribute {name}; expected {meant}"):
+            labels.read_label({"label": {"helpfulness": 4, name: 1}}, "x")
+    for value in ("nan", "NaN", "inf"):
+        with pytest.raises(dist.RunError, match=f"found toxicity {value.lower()}; expected a number"):
+            labels.read_label({"label": f"quality:4,toxicity:{value}"}, "x")
+    for label in (0, False, 0.0, []):
+        with pytest.raises(dist.RunError, match=r"found .*; expected a label"):
+            labels.read_line(label, "x")

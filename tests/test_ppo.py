@@ -1,5 +1,6 @@
 """ppo.py: its equations by hand, its rollouts with samples made by hand, what it refuses, and short runs."""
 
+import inspect
 import json
 import math
 import re
@@ -528,6 +529,94 @@ def test_a_bad_reward_function_is_named_with_the_prompt(name: str, message: str,
         )
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def mute(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    raise Mute
+
+
+async def later(prompts: list, responses: list[str], examples: list[dict]) -> list[float]:
+    return [1.0] * 3
+
+
+def of_tokens(completions: list, completion_ids: list, trainer_state: Any = None) -> list[float]:
+    return [1.0] * 3
+
+
+def returned(prompts: list, responses: list[str], examples: list[dict]) -> Any:
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    return RETURNED[0]
+
+
+RETURNED: list = [None]
+NONE = "gave None for response 2, for a reply to be left out as in TRL, and no number"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "gave NoneType, None, and no list of numbers"),
+        ({"a": 1, "b": 2, "c": 3}, "gave dict, .*, and no list of numbers"),
+        ({1.0, 2.0, 3.0}, "gave set, "),
+        ((x for x in (1.0, 2.0, 3.0)), "gave generator, "),
+        (torch.tensor(1.0), "gave Tensor, .*, and no list of numbers"),
+        ("123", "gave str, '123', and no list of numbers"),
+        ([1.0, "1", 2.0], "gave '1' for response 2, and no number"),
+        ([1.0, None, 2.0], NONE),
+        (np.array([1j, 2, 3]), r"gave np.complex128\(1j\) for response 1, and no number"),
+        ([[1.0, 2.0], 1.0, 2.0], r"gave \[1.0, 2.0\] for response 1, and no number"),
+        ([1.0, math.nan, 2.0], "gave nan for 'c' to "),
+        ([10**400, 1.0, 2.0], "gave inf for 'a b' to "),
+        ([1.0], "gave 1 numbers for 3 responses"),
+    ],
+)
+def test_what_is_no_list_of_real_numbers_is_refused_with_the_function(
+    found: Any, message: str, device: Any
+) -> None:
+    line = inspect.getsourcelines(returned)[1]
+    RETURNED[0] = found
+    loaded = rewards.load("test_ppo:returned", device, ppo.Args().system)
+    with pytest.raises(dist.RunError, match=f"reward test_ppo:returned {message}") as error:
+        rewards.score_replies(loaded, ASKED, ["a b", "c", "d"], 0, device)
+    assert f"({__file__}:{line})" in str(error.value) and "\n" not in str(error.value)
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "found",
+    [(1, 2, True), np.float32([1, 2, 1]), torch.tensor([[1], [2], [1]]), [torch.tensor(1), np.int8(2), 1.0]],
+)
+def test_real_numbers_of_python_numpy_and_torch_are_rewards(found: Any, device: Any) -> None:
+    RETURNED[0] = found
+    loaded = rewards.load("test_ppo:returned", device, ppo.Args().system)
+    assert rewards.score_replies(loaded, ASKED, ["a b", "c", "d"], 0, device) == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "mute",
+            r"mute raised Mute: without a text \(ValueError in its __str__\) \(.*test_ppo.py:\d+\); ",
+        ),
+        ("later", r"later: found an async function \(.*test_ppo.py:\d+\); expected a plain one"),
+        (
+            "of_tokens",
+            r"of_tokens cannot be called: .*'completion_ids'; there are answer, completions, prompts ",
+        ),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_told_in_one_line(name: str, message: str, device: Any) -> None:
+    with pytest.raises(dist.RunError, match=message) as error:
+        loaded = rewards.load(f"test_ppo:{name}", device, ppo.Args().system)
+        rewards.score_replies(loaded, ASKED, ["a b", "c", "d"], 0, device)
+    assert "\n" not in str(error.value)
+
+
 def as_in_trl(completions: list, answer: list[str], **kwargs: Any) -> list[float]:
     assert kwargs["prompts"][0] in ("p", [{"role": "user", "content": "p"}])
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -879,5 +968,7 @@ def test_the_last_row_of_a_rollout_has_the_held_out_reward(whole: list[dict]) ->
 
 
 def test_a_reward_with_the_signature_of_a_judge_is_told_how_it_is_called() -> None:
-    with pytest.raises(TypeError, match="called with prompts, responses and records, or with completions"):
+    with pytest.raises(
+        dist.RunError, match="called with prompts, responses and records, or with completions"
+    ):
         rewards.call_function(lambda prompt, response: 0.0, ["a"], ["b"], [{}])

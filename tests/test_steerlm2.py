@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from conftest import args_of, read_metrics
 from torch import Tensor
 
 import dpo
+import steerlm
 import steerlm2
 from common import data, dist, files, formats, labels, models, packed, templates
 from common.generate import Sample
@@ -149,6 +151,20 @@ def test_attributes_are_independent() -> None:
 
 
 NAMES = ["verbosity", "toxicity", "helpfulness"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-50", "1e300", "1.5"])
+def test_values_outside_of_0_to_4_are_refused_before_anything_is_read(value: str, tmp_path: Path) -> None:
+    wrong = f"verbosity:1;toxicity:0,verbosity:{value}"
+    given = args_of(steerlm2.Args, model="absent", attribute_model="absent", attributes=wrong)
+    with pytest.raises(dist.RunError, match=f"attributes: found verbosity.*{re.escape(value[:1])}"):
+        steerlm2.check(given)
+    given = args_of(
+        steerlm.Args, model="absent", attributes=f"verbosity:{value}", output_dir=str(tmp_path / "x")
+    )
+    with pytest.raises(dist.RunError, match=f"attributes: found verbosity.*{re.escape(value[:1])}"):
+        steerlm.main(given)
+    assert not (tmp_path / "x").exists()
 
 
 def test_wanted_attributes_are_in_the_order_of_the_attribute_model_and_null_asks_for_nothing() -> None:
