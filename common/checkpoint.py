@@ -356,7 +356,7 @@ def load_run(folder: Path) -> tuple[Run, models.PackedModel, Any, str]:
     return run, models.load(model, device, system), tokenizer, model
 
 
-def export_step(folder: Path, step: int, merge_dtype: str | None) -> None:
+def export_step(folder: Path, step: int, merge_dtype: str | None = None) -> None:
     """Write model_step_<step>/ of a checkpoint, as model/ is written of the last one.
 
     Args:

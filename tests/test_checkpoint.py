@@ -551,6 +551,17 @@ def test_adapters_are_merged_later_and_never_in_silence(few: Path, tmp_path: Pat
         checkpoint.merge(tmp_path, "auto")
     checkpoint.export_step(tmp_path, 4)  # from which they come again
     assert (tmp_path / "model_step_4" / "adapter_config.json").exists()
+    checkpoint.export_step(tmp_path, 4, "float32")
+    exported = plain_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "model_step_4"), TOKENS)
+    assert not (tmp_path / "model_step_4" / "adapter_config.json").exists()
+    torch.testing.assert_close(exported, adapted, atol=1e-5, rtol=1e-5)
+    chain = {**more, "model": str(tmp_path / "model_step_4"), "merge_lora": True}
+    train(str(tmp_path / "chain"), str(few), **chain)
+    with pytest.raises(dist.RunError, match="export .*chain --step 4 --merge_dtype float32"):
+        train(str(tmp_path / "chain"), str(few), **chain, merge_dtype="float32")
+    train(str(tmp_path / "all"), str(few), model=tiny_model)
+    with pytest.raises(dist.RunError, match="it has no adapters to merge"):
+        checkpoint.export_step(tmp_path / "all", 4, "float32")
 
 
 def test_nothing_is_exported_onto_a_model_that_has_changed(
