@@ -232,7 +232,7 @@ def win_rate(name: str, found: list[float]) -> list[str]:
     share = (won + tied / 2) / count
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    rates = f"{share:.1%}", f"{middle - half:.1%} to {middle + half:.1%}"
+    rates = f"{share:.1%}", f"{max(0.0, middle - half):.1%} to {min(1.0, middle + half):.1%}"
     return [name, *map(str, (won, tied, count - won - tied)), *rates]
 
 

@@ -450,7 +450,8 @@ def load(
 
     def attempt(record: formats.Record, text: bytes) -> Made:
         with encoding(record.where):
-            if record.value.get("preference_strength") == 0 or record.value.get("tie"):
+            strength = record.value.get("preference_strength")
+            if folder == "pairs" and strength == 0 and strength is not False:
                 raise LeftOut("no preference")
             formats.refuse_fields(*record)
             refuse_rendered(tokenizer, *record)

@@ -407,13 +407,21 @@ def read_exchange(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Me
         raise wrong(where, value, "messages, conversations, prompt + completion, input + output, or text")
     prompt = read_prompt(tokenizer, value, where)
     response = as_turns(tokenizer, first(value, RESPONSES), where, "assistant")
-    if (thoughts := first(value, REASONING)) not in ABSENT:
+    thoughts = first(
+        {name: value.get(name) for name in REASONING if not is_switch(value.get(name))}, REASONING
+    )
+    if thoughts not in ABSENT:
         response[0] = as_message({**response[0], "reasoning_content": thoughts}, where)
     if tokenizer.chat_template is None and value.get("completion") is None:
         text = response[0]["content"]  # only a completion continues plain text as it stands
         if prompt[-1]["content"][-1:].strip() and text[:1].strip():
             response = [{"role": "assistant", "content": " " + text}]
     return prompt, response
+
+
+def is_switch(value: Any) -> bool:
+    """Whether this says if there was reasoning, as `reasoning: off` beside a reply, and is none."""
+    return value is True or value is False or value in ("on", "off")
 
 
 def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messages, Messages, dict]:
@@ -482,7 +490,7 @@ def regroup(records: list[Record], two_lined: bool) -> Iterator[Record]:
             given = one.value["label"] if isinstance(one.value["label"], list) else [one.value["label"]]
             strength = next((number(x, one.where, "label") for x in given if x not in (None, -100)), 0)
             texts, numbers = texts[:: 1 if strength <= 0 else -1], {"margin": abs(strength)}
-            numbers = numbers if strength else {"tie": True}
+            numbers = numbers if strength else {"preference_strength": 0}
         yield Record({"chosen": texts[0], "rejected": texts[1], **numbers}, one.where)
         return
     for value, where in records:

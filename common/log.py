@@ -312,9 +312,12 @@ class Log:
 
     def _brief(self, metrics: dict[str, float]) -> str:
         """The shown metrics, reward and the judge's scores on one line, by the last part of their names."""
+        own = [name for name in (*self.show, "reward") if name in metrics]
+        sets = [] if own else report.of_sets(metrics, self.show)  # by all of their names
         judged = [name for name in metrics if name.startswith("judge/")]
-        names = [name for name in (*self.show, "reward") if name in metrics] + judged or [*metrics][:4]
-        return "  ".join(f"{name.rsplit('/')[-1]} {metrics[name]:.3g}" for name in dict.fromkeys(names))
+        names = [*sets, *own, *judged] or [*metrics][:4]
+        parts = {name: name if name in sets else name.rsplit("/")[-1] for name in names}
+        return "  ".join(f"{part} {metrics[name]:.3g}" for name, part in parts.items())
 
     def _pace(self, step: int, num_steps: int, metrics: dict[str, float], now: float) -> str:
         pace = f"  lr {metrics['learning_rate']:.2g}" if "learning_rate" in metrics else ""

@@ -491,7 +491,7 @@ def traced(forward: Callable, model: nn.Module, recompute: bool = False) -> tupl
 def read_machine(spec: str) -> Machine:
     """8x80 as eight GPUs of 80 GiB."""
     found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", spec)
-    if not found or not int(found[1]):
+    if not found or not int(found[1]) or not float(found[2]):
         raise formats.wrong("plan", repr(spec), "GPUs x GiB of each, as 8x80")
     return Machine(int(found[1]), float(found[2]) * 2**30)
 

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common import files
@@ -51,6 +51,13 @@ def print_table(rows: list[dict], columns: Sequence[str]) -> None:
         Console().print(shown)
 
 
+def of_sets(names: Iterable[str], show: Sequence[str]) -> list[str]:
+    """Of evaluations on several data sets, which have a name each, the metrics that are shown."""
+    return sorted(
+        n for n in names if n.partition("/")[2] in show and not n.startswith("judge/") and n not in show
+    )
+
+
 def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str] = ()) -> None:
     """Small panels of the shown metrics and the judge's scores: training a line, evaluation points.
 
@@ -65,7 +72,8 @@ def draw(rows: list[dict], path: Path, show: Sequence[str], stages: Sequence[str
 
     panels = {}
     judged = sorted({k[5:] for row in rows for k in row if k.startswith("eval/judge/")})
-    for name in dict.fromkeys((*show, "reward", *judged)):
+    sets = of_sets({k[5:] for row in rows for k in row if k.startswith("eval/")}, show)
+    for name in dict.fromkeys((*show, "reward", *sets, *judged)):
         series = {
             kind: [(r["step"], r[f"{kind}/{name}"]) for r in rows if f"{kind}/{name}" in r]
             for kind, *_ in SERIES

@@ -203,6 +203,7 @@ def test_the_last_answers_to_the_same_prompts_are_judged(tmp_path: Path, capsys:
     """Two won, a tie and one lost: .625, and by hand (.625 + z^2 / 8) / (1 + z^2 / 4) = .564 +- .344."""
     assert judged(tmp_path, capsys, "test_compare:kindness") == "score 2 1 1 62.5% 21.9% to 90.8%"
     assert compare.win_rate("x", [1.0] * 100)[3:] == ["0", "100.0%", "96.3% to 100.0%"]
+    assert compare.win_rate("x", [-1.0] * 2)[4:] == ["0.0%", "0.0% to 65.8%"]
     assert compare.main(compare.Args((tmp_path / "a", tmp_path / "b"), 0.0, "test_compare:none")) == 2
     assert "expected package.module:function" in capsys.readouterr().err
 

@@ -595,6 +595,17 @@ def test_files_as_their_repositories_have_them(families: dict, tmp_path: Path) -
     assert train[0].fields["margin"] == 2 and scored(tokenizer, train[0].sequences[0]) == [f"7{END}"]
 
 
+def test_fields_of_others_are_no_thoughts_and_no_ties(tmp_path: Path) -> None:
+    """`reasoning: off` says that there is none, as in sets of NVIDIA's; a `tie` may be one to wear."""
+    tokenizer = tool_tokenizer()
+    for record in ({"reasoning": "off"}, {"thinking": True}, {"tie": "silk"}, {"tie": 1}):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"} | record) + "\n")
+        path = str(tmp_path / "x.jsonl")
+        train, _ = load_both("sft", path, tokenizer, eval_dataset=path)
+        (tokens, mask) = train[0].sequences[0]
+        assert tokenizer.decode(tokens[mask]) == "b<|im_end|>"
+
+
 def tool_tokenizer() -> Any:
     """A template that shows tools, calls and thoughts."""
     template = (

@@ -641,6 +641,15 @@ def test_the_console_shows_the_learning_rate_and_an_answer_and_nothing_empty(
     files.unlock(tmp_path)
 
 
+def test_evaluations_on_several_data_sets_have_the_names_of_these(tmp_path: Path, capsys: Any) -> None:
+    args = args_of(dpo.Args, output_dir=str(tmp_path))
+    run_log = log.Log(args.run, dpo.__file__, ("accuracy",), snapshot(args))
+    run_log(0, 2, {"eval/hard/loss": 1.0, "eval/hard/accuracy": 0.25, "eval/easy/accuracy": 0.5})
+    assert capsys.readouterr().out == "step 0/2  held out: easy/accuracy 0.5  hard/accuracy 0.25\n"
+    assert report.of_sets(["judge/accuracy", "accuracy", "hard/accuracy"], ["accuracy"]) == ["hard/accuracy"]
+    files.unlock(tmp_path)
+
+
 def test_the_evaluations_of_a_pipeline_have_the_names_of_its_stages(tmp_path: Path, capsys: Any) -> None:
     args = args_of(steerlm.Args, output_dir=str(tmp_path))
     how = {"is_pipeline": True, "columns": ("before", "SFT", "round 1")}

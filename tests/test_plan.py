@@ -187,8 +187,9 @@ def test_a_plan_says_what_would_fit(tiny_model: str, capsys: Any) -> None:
     print(text)
     for change in ("micro_batch_tokens 1024", "precompute_ref True", "together:"):
         assert change in text
-    with pytest.raises(ValueError, match="GPUs x GiB"):
-        plan.show(args_of(dpo.Args, plan="8"), dpo.beside)
+    for machine_spec in ("8", "8x0", "0x80"):
+        with pytest.raises(ValueError, match="GPUs x GiB"):
+            plan.show(args_of(dpo.Args, plan=machine_spec), dpo.beside)
     plan.show(args_of(dpo.Args))  # without --plan nothing happens
 
 
