@@ -438,8 +438,11 @@ def read_pair(tokenizer: Any, value: dict, where: str) -> tuple[Messages, Messag
     if None in sides:
         raise wrong(where, value, "chosen and rejected")
     given = {name: agreed(value, (name, *ALSO.get(name, ())), where) for name in PAIR_FIELDS}
-    given = PAIR_FIELDS | {name: x for name, x in given.items() if x is not None}
-    numbers = {name: number(x, where, name) for name, x in given.items()}
+    numbers = {name: number(x, where, name) for name, x in given.items() if x is not None}
+    if ("chosen_reward" in numbers) != ("rejected_reward" in numbers):  # beside a default it would be none
+        one, other = given["chosen_reward"], given["rejected_reward"]
+        raise wrong(where, f"chosen_reward {one} and rejected_reward {other}", "both, or none")
+    numbers = PAIR_FIELDS | numbers
     if not 0 <= numbers["label_prob"] <= 1:
         raise wrong(where, f"label_prob {numbers['label_prob']}", "a probability")
     chosen, rejected = (as_turns(tokenizer, side, where, "assistant") for side in sides)

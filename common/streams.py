@@ -248,7 +248,7 @@ def survey(path: Path) -> dict[str, Any]:
                 with contextlib.suppress(dist.RunError):  # told where it is read
                     value = {}
                     value = as_object(raw, where)
-                splits |= {split_of(value, where)} if "split" in value else set()
+                splits |= {split_of(value, where)} if value.get("split") not in (None, "") else set()
         return {"count": count, "digest": digest.hexdigest(), "splits": sorted(splits)}
 
     return remembered(path, look)

@@ -598,7 +598,7 @@ def test_files_as_their_repositories_have_them(families: dict, tmp_path: Path) -
 def test_fields_of_others_are_no_thoughts_and_no_ties(tmp_path: Path) -> None:
     """`reasoning: off` says that there is none, as in sets of NVIDIA's; a `tie` may be one to wear."""
     tokenizer = tool_tokenizer()
-    for record in ({"reasoning": "off"}, {"thinking": True}, {"tie": "silk"}, {"tie": 1}):
+    for record in ({"reasoning": "off"}, {"thinking": True}, {"tie": "silk"}, {"tie": 1}, {"split": None}):
         (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"} | record) + "\n")
         path = str(tmp_path / "x.jsonl")
         train, _ = load_both("sft", path, tokenizer, eval_dataset=path)
@@ -838,6 +838,11 @@ BAD = [
         r":2: found the message of user with \['c'\]; exp",
     ),
     ("sft", '{"prompt": "a", "reasoning": {"b": 1}, "response": "c"}', ":2: found .*; expected a text"),
+    (
+        "pairs",
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 9}',
+        ":2: found chosen_reward 9 and rejected_reward None; expected both, or none",
+    ),
     (
         "sft",
         '{"prompt": "what is <extra_id_1> here?", "response": "b"}',
