@@ -173,7 +173,7 @@ def pairs(count: int = 40) -> list[dict]:
 def test_what_is_encoded_once_is_mapped_again_and_tells_the_same(
     cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    tokenizer, source = family("chatml"), write(tmp_path, *pairs(), {**pairs(1)[0], "tie": 1})
+    tokenizer, source = family("chatml"), write(tmp_path, *pairs(), {**pairs(1)[0], "preference_strength": 0})
     first, first_eval = load_both("pairs", source, tokenizer, eval_dataset="", max_length=90)
     said = capsys.readouterr().out
     assert "cut at the end" in said and "dropped 1 with no preference" in said
