@@ -271,6 +271,14 @@ def _make_mesh(kind: str, copies: int, size: int) -> DeviceMesh:
 ROW_ARGUMENTS = r"L\['(args|kwargs|hidden_states|position_embeddings|position_ids)'\].*"
 
 
+@functools.cache  # for all models of a process
+def prepare_compiler() -> None:
+    """Tell it what varies from row to row, and leave attention without a kernel out of its graphs."""
+    torch.compiler.config.dynamic_sources = ROW_ARGUMENTS
+    # its lengths are numbers of the host's, and would be compiled anew for each row
+    packed.attend_by_part = torch.compiler.disable(packed.attend_by_part)
+
+
 def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     """Compile, activation checkpointing, then FSDP2, in that order, on a model without weights yet."""
     trainable = any(p.requires_grad for p in shell.parameters())
@@ -282,9 +290,7 @@ def shard(shell: PackedModel, device: torch.device, system: System) -> None:
     recompute, keep = memory_choices(shell, system, device)
     head.compiled = system.compile and device.type == "cuda"
     if system.compile:
-        torch.compiler.config.dynamic_sources = ROW_ARGUMENTS
-        # its lengths are numbers of the host's: left to the compiler they are compiled anew for each row
-        packed.attend_by_part = torch.compiler.disable(packed.attend_by_part)
+        prepare_compiler()
     for block in blocks(shell):
         if system.compile:  # inside the recomputation: the same graph runs in forward and again in backward
             block.forward = torch.compile(block.forward)
